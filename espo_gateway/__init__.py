@@ -1,0 +1,1 @@
+"""Early-stopped sampling for OpenAI-compatible servers: monitor, gate, gateway, vLLM plugin."""

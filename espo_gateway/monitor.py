@@ -1,0 +1,179 @@
+"""The maths of early stopping: surrogate regret, its statistics, z, and the threshold's controller.
+
+Rows 1-4 and 6 of the method (arXiv 2605.29860), for one live stream a token at a time
+(`RegretMonitor`) and for many recorded rollouts at once (`smoothed_regret`), with equal results to
+the last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+#: A logprob below this is a placeholder, not a number: servers send -9999 for a missing entry.
+MISSING_LOGPROB = -9000.0
+
+
+def surrogate_regret(logprob: float | None, max_logprob: float | None) -> float | None:
+    """g_t = max_a log π(a|s_t) - log π(a_t|s_t), never negative (row 1).
+
+    Returns None when either number is missing, a placeholder, or not finite: a bad number carries
+    no evidence and must never stop a rollout.
+    """
+    if logprob is None or max_logprob is None:
+        return None
+    if not (MISSING_LOGPROB < logprob < math.inf and MISSING_LOGPROB < max_logprob < math.inf):
+        return None
+    return max(max_logprob - logprob, 0.0)
+
+
+@dataclass(frozen=True)
+class RegretStatistics:
+    """Running mean and variance of g over batches (row 2); frozen while a batch is generated.
+
+    The first batch sets them outright: a mean that starts at 0 and moves by 1 % a batch would
+    leave z meaningless for a hundred batches.
+    """
+
+    mean: float = 0.0
+    variance: float = 1.0
+    decay: float = 0.99
+    batches: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"decay must lie in [0, 1), not {self.decay}")
+        if self.variance < 0.0:
+            raise ValueError(f"variance must not be negative, not {self.variance}")
+
+    def updated(self, regrets: Array) -> RegretStatistics:
+        """The statistics after a batch. `regrets`: g of all its tokens, NaN where missing, any shape."""
+        seen = regrets[np.isfinite(regrets)]
+        if seen.size == 0:
+            return self
+        decay = self.decay if self.batches else 0.0
+        return replace(
+            self,
+            mean=decay * self.mean + (1.0 - decay) * float(seen.mean()),
+            variance=decay * self.variance + (1.0 - decay) * float(seen.var()),
+            batches=self.batches + 1,
+        )
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Constants of rows 3 and 4. The paper publishes the smoothing (0.9), not the other two."""
+
+    smoothing: float = 0.9
+    clip: float = 10.0
+    delta: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(f"smoothing must lie in [0, 1), not {self.smoothing}")
+        if not self.clip > 0.0:
+            raise ValueError(f"clip must be positive, not {self.clip}")
+        if not self.delta > 0.0:
+            raise ValueError(f"delta must be positive, not {self.delta}")
+
+
+class RegretMonitor:
+    """Follows one stream: `push` each token's g, read `z`.
+
+    A missing g leaves z as it was: no evidence, no change.
+    """
+
+    __slots__ = ("_clip", "_inverse_deviation", "_mean", "_smoothing", "z")
+
+    def __init__(self, statistics: RegretStatistics, config: MonitorConfig) -> None:
+        self._mean = statistics.mean
+        self._inverse_deviation = 1.0 / math.sqrt(statistics.variance + config.delta)
+        self._clip = config.clip
+        self._smoothing = config.smoothing
+        self.z = 0.0
+
+    def push(self, regret: float | None) -> float:
+        """Take the next token's g and return z_t (rows 3 and 4)."""
+        if regret is not None:
+            normalised = (regret - self._mean) * self._inverse_deviation
+            normalised = min(max(normalised, -self._clip), self._clip)
+            self.z = self._smoothing * self.z + (1.0 - self._smoothing) * normalised
+        return self.z
+
+
+def smoothed_regret(regrets: Array, statistics: RegretStatistics, config: MonitorConfig) -> Array:
+    """z of many recorded rollouts at once: what `RegretMonitor` gives, token for token.
+
+    Args:
+        regrets: g, shape [rollouts, tokens], NaN where a token is missing or past the end.
+
+    Returns:
+        z, shape [rollouts, tokens]; past the end of a rollout it stays at its last value.
+    """
+    inverse_deviation = 1.0 / math.sqrt(statistics.variance + config.delta)
+    normalised = (regrets - statistics.mean) * inverse_deviation
+    return moving_average(np.clip(normalised, -config.clip, config.clip), config.smoothing)
+
+
+def moving_average(rows: Array, decay: float) -> Array:
+    """Exponential moving average along axis 1 from 0, shape kept; a NaN leaves it unchanged."""
+    out = np.empty_like(rows)
+    current = np.zeros(len(rows))
+    for t in range(rows.shape[1]):
+        moved = decay * current + (1.0 - decay) * rows[:, t]
+        current = np.where(np.isnan(moved), current, moved)
+        out[:, t] = current
+    return out
+
+
+def pad(rows: Sequence[Sequence[float] | Array]) -> Array:
+    """Stack rows of different lengths to [rows, longest], padded with NaN."""
+    out = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out
+
+
+@dataclass(frozen=True)
+class ThresholdController:
+    """The paper's controller of β (row 6), toward a wished share of stopped rollouts.
+
+    Defaults are the paper's where it gives them (η, τ); the bounds are ours: near 0 the gate would
+    stop on any token that is not the argmax.
+    """
+
+    target: float = 0.25
+    step: float = 0.1
+    minimum: float = 0.5
+    maximum: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.target <= 1.0:
+            raise ValueError(f"target must lie in [0, 1], not {self.target}")
+        if not 0.0 < self.minimum <= self.maximum:
+            raise ValueError(f"need 0 < minimum <= maximum, not {self.minimum} and {self.maximum}")
+
+    def updated(self, beta: float, stop_share: float) -> float:
+        """β for the next batch, given the share of rollouts the last one stopped."""
+        return min(max(beta + self.step * (stop_share - self.target), self.minimum), self.maximum)
+
+    def calibrated(self, z: Array, values: Array | float, epsilon: float) -> float:
+        """β from full rollouts: the one that would have stopped the wished share of them.
+
+        A rollout is stopped by every β below the maximum over its tokens of z/max(V, ε), so β is
+        the (1 - target) quantile of these maxima. β₀ = 7 does not travel: the scale of z depends on
+        the model, the temperature and the clip.
+
+        Args:
+            z: shape [rollouts, tokens], NaN or constant past the end.
+            values: V, the same shape, or one number for all.
+        """
+        peaks = np.nanmax(z / np.maximum(values, epsilon), axis=1, initial=0.0)
+        beta = float(np.quantile(peaks, 1.0 - self.target))
+        return min(max(beta, self.minimum), self.maximum)

@@ -1,0 +1,163 @@
+"""When to stop: a `Gate` (rule, constants, state) and a `Watch` that applies it to one stream.
+
+A rule's decision is a function of the stream's tokens and values alone, never of timing, so
+`first_stops`, which replays recorded rollouts, gives the decisions a live stream had. Pure.
+
+    watch = Watch(Gate(rule="value-gated", beta=2.0), prompt_tokens=12)
+    for logprob, max_logprob in stream:
+        if watch.push(logprob, max_logprob) is Verdict.STOP:
+            break   # the rollout ends at token watch.cut
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espo_gateway.monitor import (
+    Array,
+    MonitorConfig,
+    RegretMonitor,
+    RegretStatistics,
+    smoothed_regret,
+    surrogate_regret,
+)
+from espo_gateway.values import StreamStatistics, SuccessEstimator, sigmoid, stream_features
+
+RuleName = Literal["none", "value-gated", "regret-only", "success-probability"]
+ValueName = Literal["constant", "stream", "critic"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """All that a decision depends on beside the stream; made by the trainer, frozen for a batch.
+
+    rule: "none" never stops; "value-gated" is the paper's z > β·max(V, ε) (row 5); "regret-only" is
+        z > β; "success-probability" stops when the estimated P(success) falls under p_star.
+    value: where V comes from: a constant, the stream's statistics, or a critic server.
+    min_tokens: no stop before this many tokens; a prompt is never skipped outright.
+    """
+
+    version: int = 0
+    weights_version: str = ""
+    rule: RuleName = "none"
+    statistics: RegretStatistics = field(default_factory=RegretStatistics)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    beta: float = 7.0
+    epsilon: float = 0.2
+    value: ValueName = "constant"
+    constant: float = 1.0
+    estimator: SuccessEstimator | None = None
+    p_star: float = 0.05
+    min_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(RuleName):
+            raise ValueError(f"rule must be one of {get_args(RuleName)}, not {self.rule!r}")
+        if self.value not in get_args(ValueName):
+            raise ValueError(f"value must be one of {get_args(ValueName)}, not {self.value!r}")
+        if not self.beta > 0.0:
+            raise ValueError(f"beta must be positive, not {self.beta}")
+        if not self.epsilon > 0.0:
+            raise ValueError(f"epsilon must be positive, not {self.epsilon}")
+        if not 0.0 < self.p_star < 1.0:
+            raise ValueError(f"p_star must lie between 0 and 1, not {self.p_star}")
+        if self.min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, not {self.min_tokens}")
+        if self.needs_estimator and self.estimator is None:
+            raise ValueError(f"rule {self.rule!r} with value {self.value!r} needs an estimator")
+
+    @property
+    def needs_estimator(self) -> bool:
+        """Whether a decision uses the stream's estimated success probability."""
+        return self.rule == "success-probability" or (
+            self.rule == "value-gated" and self.value == "stream"
+        )
+
+    @property
+    def logit_star(self) -> float:
+        """log p*/(1-p*): comparing logits spares an exponential a token."""
+        return math.log(self.p_star / (1.0 - self.p_star))
+
+
+class Verdict(enum.Enum):
+    """What a token leads to."""
+
+    GO = "go"
+    STOP = "stop"
+    #: Only V can tell, and it must be asked for: answer with `Watch.settle`.
+    ASK = "ask"
+
+
+class Watch:
+    """One stream under a gate. Once stopped, further tokens are counted but change nothing."""
+
+    __slots__ = (
+        "_logit_star",
+        "_monitor",
+        "_statistics",
+        "_unsettled",
+        "cut",
+        "gate",
+        "missing",
+        "threshold",
+        "tokens",
+        "value",
+        "z",
+    )
+
+    def __init__(self, gate: Gate, prompt_tokens: int) -> None:
+        self.gate = gate
+        self.tokens = 0
+        #: tokens whose logprobs were missing or no numbers
+        self.missing = 0
+        #: number of tokens kept: the decision token is the last of them; None while going on
+        self.cut: int | None = None
+        self.z = 0.0
+        self.threshold: float | None = None
+        self.value: float | None = None
+        self._monitor = RegretMonitor(gate.statistics, gate.monitor)
+        self._statistics = StreamStatistics(prompt_tokens) if gate.needs_estimator else None
+        self._logit_star = gate.logit_star
+        self._unsettled: dict[int, float] = {}
+
+    def push(self, logprob: float | None, max_logprob: float | None) -> Verdict:
+        """Take the next token's logprob and the largest logprob at its position."""
+        self.tokens += 1
+        if self.cut is not None and not self._unsettled:
+            return Verdict.GO
+        regret = surrogate_regret(logprob, max_logprob)
+        z = self._monitor.push(regret)
+        if self._statistics is not None:
+            self._statistics.push(regret, None if regret is None else -logprob)  # type: ignore[operator]
+        if regret is None:
+            self.missing += 1
+            return Verdict.GO
+        if self.tokens < self.gate.min_tokens:
+            return Verdict.GO
+        return self._decide(z)
+
+    def _decide(self, z: float) -> Verdict:
+        gate = self.gate
+        if gate.rule == "none":
+            return Verdict.GO
+        if gate.rule == "success-probability":
+            logit = self._logit()
+            if logit < self._logit_star:
+                return self._stop(self.tokens, z, gate.p_star, sigmoid(logit))
+            return Verdict.GO
+        if gate.rule == "regret-only":
+            return self._stop(self.tokens, z, gate.beta, None) if z > gate.beta else Verdict.GO
+        # max(V, ε) >= ε, so below β·ε no V can stop the stream: V is asked for lazily.
+        if z <= gate.beta * gate.epsilon:
+            return Verdict.GO
+        if gate.value == "critic":
+            self._unsettled[self.tokens] = z
+            return Verdict.ASK
+        value = gate.constant if gate.value == "constant" else sigmoid(self._logit())
+        return self._gate(self.tokens, z, value)

@@ -1,0 +1,163 @@
+"""Where V(s_t), the estimated probability of success, comes from.
+
+A constant; or the stream's own statistics: a logistic regression on a dozen numbers known at token
+t, which needs no critic server and no forward pass. A critic server answers later and elsewhere:
+its seam is `Verdict.ASK` in `rules.py`. Pure: fitting an estimator is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from espo_gateway.monitor import Array, moving_average
+
+#: What `StreamStatistics.features` gives, in order. Roots, not logarithms, tame the growing ones:
+#: a root is rounded alike by every library, so a replay equals the live decision to the last bit.
+FEATURES = (
+    "sqrt_prompt_tokens",
+    "sqrt_position",
+    "regret_ema_fast",
+    "regret_ema_slow",
+    "sqrt_regret_sum",
+    "regret_max",
+    "sqrt_count_regret_above_1",
+    "sqrt_count_regret_above_3",
+    "surprise_ema_fast",
+    "surprise_ema_slow",
+    "sqrt_surprise_sum",
+    "surprise_max",
+)
+_FAST, _SLOW = 0.9, 0.99
+
+
+class StreamStatistics:
+    """Running statistics of one live stream: the inputs of a `SuccessEstimator`."""
+
+    __slots__ = (
+        "_above_1",
+        "_above_3",
+        "_position",
+        "_prompt",
+        "_regret_fast",
+        "_regret_max",
+        "_regret_slow",
+        "_regret_sum",
+        "_surprise_fast",
+        "_surprise_max",
+        "_surprise_slow",
+        "_surprise_sum",
+    )
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt = math.sqrt(prompt_tokens)
+        self._position = self._above_1 = self._above_3 = 0
+        self._regret_fast = self._regret_slow = self._regret_sum = self._regret_max = 0.0
+        self._surprise_fast = self._surprise_slow = self._surprise_sum = self._surprise_max = 0.0
+
+    def push(self, regret: float | None, surprise: float | None) -> None:
+        """Take the next token's g_t and -log π(a_t|s_t); a missing one changes only the position."""
+        self._position += 1
+        if regret is None or surprise is None:
+            return
+        self._regret_fast = _FAST * self._regret_fast + (1.0 - _FAST) * regret
+        self._regret_slow = _SLOW * self._regret_slow + (1.0 - _SLOW) * regret
+        self._regret_sum += regret
+        if regret > self._regret_max:
+            self._regret_max = regret
+        if regret > 1.0:
+            self._above_1 += 1
+            if regret > 3.0:
+                self._above_3 += 1
+        self._surprise_fast = _FAST * self._surprise_fast + (1.0 - _FAST) * surprise
+        self._surprise_slow = _SLOW * self._surprise_slow + (1.0 - _SLOW) * surprise
+        self._surprise_sum += surprise
+        if surprise > self._surprise_max:
+            self._surprise_max = surprise
+
+    def features(self) -> tuple[float, ...]:
+        """The numbers named in `FEATURES`, after the last pushed token."""
+        root = math.sqrt
+        return (
+            self._prompt,
+            root(self._position),
+            self._regret_fast,
+            self._regret_slow,
+            root(self._regret_sum),
+            self._regret_max,
+            root(self._above_1),
+            root(self._above_3),
+            self._surprise_fast,
+            self._surprise_slow,
+            root(self._surprise_sum),
+            self._surprise_max,
+        )
+
+
+def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> Array:
+    """What `StreamStatistics` gives for many recorded rollouts, token for token.
+
+    Args:
+        regrets, surprises: g and -log π, shape [rollouts, tokens], NaN where missing or past the end.
+        prompt_tokens: shape [rollouts].
+
+    Returns:
+        shape [rollouts, tokens, len(FEATURES)].
+    """
+    missing = np.isnan(regrets) | np.isnan(surprises)
+    regrets, surprises = (np.where(missing, np.nan, x) for x in (regrets, surprises))
+    regret, surprise = (np.where(missing, 0.0, x) for x in (regrets, surprises))
+    ones = np.ones_like(regret)
+    return np.stack(
+        [
+            ones * np.sqrt(prompt_tokens)[:, None],
+            np.sqrt(np.cumsum(ones, axis=1)),
+            moving_average(regrets, _FAST),
+            moving_average(regrets, _SLOW),
+            np.sqrt(np.cumsum(regret, axis=1)),
+            np.maximum.accumulate(regret, axis=1),
+            np.sqrt(np.cumsum(regret > 1.0, axis=1)),
+            np.sqrt(np.cumsum(regret > 3.0, axis=1)),
+            moving_average(surprises, _FAST),
+            moving_average(surprises, _SLOW),
+            np.sqrt(np.cumsum(surprise, axis=1)),
+            np.maximum.accumulate(surprise, axis=1),
+        ],
+        axis=-1,
+    )
+
+
+@dataclass(frozen=True)
+class SuccessEstimator:
+    """P(success | s_t) = sigmoid(bias + weights · features): one weight per name in `FEATURES`."""
+
+    weights: tuple[float, ...]
+    bias: float
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(FEATURES):
+            raise ValueError(f"weights must have {len(FEATURES)} entries, not {len(self.weights)}")
+        if not all(map(math.isfinite, (self.bias, *self.weights))):
+            raise ValueError("weights and bias must be finite")
+
+    def logit(self, features: Sequence[float]) -> float:
+        """log P/(1-P) at one token."""
+        total = self.bias
+        for weight, feature in zip(self.weights, features, strict=True):
+            total += weight * feature
+        return total
+
+    def logits(self, features: Array) -> Array:
+        """The same for features of shape [..., len(FEATURES)]; added up in the same order."""
+        total = np.full(features.shape[:-1], self.bias)
+        for k, weight in enumerate(self.weights):
+            total += weight * features[..., k]
+        return total
+
+
+def sigmoid(logit: float) -> float:
+    """1/(1+exp(-logit)), safe against overflow."""
+    return 1.0 / (1.0 + math.exp(-max(logit, -700.0)))
