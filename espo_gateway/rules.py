@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.monitor import (
+    MISSING_LOGPROB,
     Array,
     MonitorConfig,
     RegretMonitor,
@@ -95,7 +96,7 @@ class Verdict(enum.Enum):
 
 
 class Watch:
-    """One stream under a gate. Once stopped, further tokens are counted but change nothing."""
+    """One stream under a gate. After a stop, further tokens are counted and change nothing."""
 
     __slots__ = (
         "_logit_star",
@@ -129,10 +130,10 @@ class Watch:
     def push(self, logprob: float | None, max_logprob: float | None) -> Verdict:
         """Take the next token's logprob and the largest logprob at its position."""
         self.tokens += 1
-        if self.cut is not None and not self._unsettled:
+        if self.cut is not None:
             return Verdict.GO
         regret = surrogate_regret(logprob, max_logprob)
-        z = self._monitor.push(regret)
+        z = self.z = self._monitor.push(regret)
         if self._statistics is not None:
             self._statistics.push(regret, None if regret is None else -logprob)  # type: ignore[operator]
         if regret is None:
@@ -161,3 +162,78 @@ class Watch:
             return Verdict.ASK
         value = gate.constant if gate.value == "constant" else sigmoid(self._logit())
         return self._gate(self.tokens, z, value)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no value is outstanding that could still move the cut forward."""
+        return self.cut is None or not any(token < self.cut for token in self._unsettled)
+
+    def settle(self, token: int, value: float | None) -> Verdict:
+        """Answer an ASK: V at that token, or None when no answer could be had (then no stop).
+
+        Answers may come late and out of order; the cut is the first token that says stop, so it is
+        known once `settled`.
+        """
+        z = self._unsettled.pop(token)
+        if value is None:
+            return Verdict.GO
+        return self._gate(token, z, value)
+
+    def _gate(self, token: int, z: float, value: float) -> Verdict:
+        threshold = self.gate.beta * max(value, self.gate.epsilon)
+        return self._stop(token, z, threshold, value) if z > threshold else Verdict.GO
+
+    def _stop(self, token: int, z: float, threshold: float, value: float | None) -> Verdict:
+        if self.cut is None or token < self.cut:
+            self.cut, self.z, self.threshold, self.value = token, z, threshold, value
+        return Verdict.STOP
+
+    def _logit(self) -> float:
+        assert self._statistics is not None and self.gate.estimator is not None
+        return self.gate.estimator.logit(self._statistics.features())
+
+
+def first_stops(
+    gate: Gate, logprobs: Array, max_logprobs: Array, prompt_tokens: Array
+) -> NDArray[np.int64]:
+    """Replay a gate over many recorded rollouts: the cut each would have had, 0 for no stop.
+
+    Args:
+        logprobs, max_logprobs: shape [rollouts, tokens], NaN where missing or past the end
+            (`monitor.pad` makes them).
+        prompt_tokens: shape [rollouts].
+
+    Returns:
+        tokens kept, shape [rollouts]: equal to `Watch.cut`, token for token.
+    """
+    regrets = recorded_regrets(logprobs, max_logprobs)
+    if gate.rule == "none" or not regrets.size:
+        return np.zeros(len(regrets), dtype=np.int64)
+    z = smoothed_regret(regrets, gate.statistics, gate.monitor)
+    logits = None
+    if gate.needs_estimator:
+        assert gate.estimator is not None
+        surprises = np.where(np.isnan(regrets), np.nan, -logprobs)
+        logits = gate.estimator.logits(stream_features(regrets, surprises, prompt_tokens))
+    if gate.rule == "success-probability":
+        assert logits is not None
+        crossed = logits < gate.logit_star
+    elif gate.rule == "regret-only":
+        crossed = z > gate.beta
+    elif gate.value == "critic":
+        raise ValueError(
+            "a critic's values are not recorded: replay needs value 'constant' or 'stream'"
+        )
+    else:
+        values = gate.constant if logits is None else np.vectorize(sigmoid)(logits)
+        crossed = z > gate.beta * np.maximum(values, gate.epsilon)
+    crossed = crossed & ~np.isnan(regrets)
+    crossed[:, : gate.min_tokens - 1] = False
+    return np.where(crossed.any(axis=1), crossed.argmax(axis=1) + 1, 0)
+
+
+def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
+    """g of recorded rollouts, NaN where `surrogate_regret` has no number; same shape."""
+    with np.errstate(invalid="ignore"):
+        known = [(rows > MISSING_LOGPROB) & (rows < np.inf) for rows in (logprobs, max_logprobs)]
+        return np.where(known[0] & known[1], np.maximum(max_logprobs - logprobs, 0.0), np.nan)

@@ -1,1 +1,1 @@
-"""Early-Stopping PPO (arXiv 2605.29860): rollouts through the gateway, DeepSpeed updates, live sync."""
+"""Early-Stopping PPO (arXiv 2605.29860): gated rollouts, DeepSpeed updates, live weight sync."""

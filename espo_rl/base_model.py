@@ -14,16 +14,19 @@ import argparse
 import json
 import math
 import random
-import time
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
+import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from espo_rl.progress import progress_bar
 from espo_rl.tasks import Arithmetic
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
-ALPHABET = "0123456789+-=;#"
+ALPHABET = "0123456789+-=#" + ascii_lowercase
+LEARNING_RATE = 3e-3
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<user>' if message['role'] == 'user' else '<assistant>' }}{{ message['content'] }}"
@@ -51,7 +54,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(*, tied: bool = True, hidden: int = 128, layers: int = 4) -> Qwen2ForCausalLM:
+def make_model(*, tied: bool = True, hidden: int = 128, layers: int = 3) -> Qwen2ForCausalLM:
     """A random Qwen2 that vLLM's CPU build can serve (head size 32)."""
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -76,3 +79,88 @@ def save_checkpoint(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     """Write a Hugging Face checkpoint that vLLM and transformers load by its folder."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def demonstrations(
+    task: Arithmetic, rng: random.Random, count: int, error: float, encode: dict[str, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and targets, [count, longest]; targets are -100 on prompts and padding."""
+    rows = []
+    for _ in range(count):
+        problem = task.problem(rng)
+        prompt = ["<user>", *problem.prompt, "<assistant>"]
+        answer = [*task.solution(problem.prompt, rng, error), "<eos>"]
+        rows.append(([encode[token] for token in prompt], [encode[token] for token in answer]))
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    tokens = torch.full((count, longest), encode["<pad>"])
+    targets = torch.full((count, longest), -100)
+    for row, (prompt_ids, answer_ids) in enumerate(rows):
+        end = len(prompt_ids) + len(answer_ids)
+        tokens[row, :end] = torch.tensor(prompt_ids + answer_ids)
+        targets[row, len(prompt_ids) : end] = torch.tensor(answer_ids)
+    return tokens, targets
+
+
+def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
+    """Train the base model from scratch and write it to `out`; done already, it is left alone.
+
+    Lengths grow over the first half, when the model learns to add without slips; the slips come
+    after, so that it knows the right digit before it learns how often to miss it.
+    """
+    settings = {"error": error, "steps": steps, "seed": seed, "torch": torch.__version__}
+    marker = out / "base_model.json"
+    if marker.exists() and json.loads(marker.read_text()) == settings:
+        print(f"base model: {out} is there already")
+        return out
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer, model = make_tokenizer(), make_model()
+    encode = tokenizer.get_vocab()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, step / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps))),
+    )
+    full = Arithmetic()
+    with progress_bar() as bar:
+        line = bar.add_task("training the base model", total=steps)
+        for step in range(steps):
+            done = step / steps
+            longest = round(4 + (full.max_steps - 4) * min(max(2.5 * done - 0.25, 0.0), 1.0))
+            tokens, targets = demonstrations(
+                Arithmetic(1, longest),
+                rng,
+                max(12, 192 // (3 + longest)),
+                error if done > 0.25 else 0.0,
+                encode,
+            )
+            logits = model(input_ids=tokens).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]), targets[:, 1:].reshape(-1)
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+            bar.update(line, advance=1, description=f"training the base model, loss {loss:.3f}")
+    save_checkpoint(model, tokenizer, out)
+    marker.write_text(json.dumps(settings))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m espo_rl.base_model", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="checkpoint folder")
+    parser.add_argument("--error", type=float, default=0.06, help="share of demonstrated slips")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    train_base_model(options.out, error=options.error, steps=options.steps, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,4 @@
-"""Tasks: where problems come from. A problem is a prompt text and the answer a reward compares with.
-
-Owns the order of the training problems, nothing else; grading lives in `rewards.py`.
-"""
+"""Tasks: where problems come from, and in what order. Grading is in `rewards.py`."""
 
 from __future__ import annotations
 
@@ -9,59 +6,127 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase
+from typing import Protocol
+
+from espo_rl.config import TaskSection
+from espo_rl.types import Problem
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One problem of a task."""
+class TaskError(ValueError):
+    """The problems cannot be had: a missing or malformed file."""
 
-    id: str
-    prompt: str
-    answer: str
+
+class Task(Protocol):
+    """A source of problems. The held-out ones never appear among the training ones."""
+
+    def training(self, seed: int) -> Iterator[Problem]:
+        """An endless stream of training problems, the same for the same seed."""
+
+    def held_out(self, count: int) -> Sequence[Problem]:
+        """The first `count` problems kept for evaluation, always the same ones."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Running totals modulo 100 with every step written out: few steps are easy, many are hard.
+    """Additive sequences modulo 10, every step written out: few steps are easy, many are hopeless.
 
-    `07+58-12` is answered by `07+58=65;65-12=53;#53`. One wrong digit carries through to the
-    answer, so a trajectory fails at a definite token: what early stopping is to find.
+    `35f-h`: start from 3 and 5, add the last two numbers in each of the steps f to h, and give the
+    two that stand last. The answer is written `f3+5=8g5+8=3h8+3=1#31`. A step can be undone, so a
+    wrong digit never leads back to the right pair: a trajectory fails at a definite token, which is
+    what early stopping is to find.
     """
 
     min_steps: int = 2
-    max_steps: int = 16
+    max_steps: int = 24
 
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem; the number of steps is uniform in [min_steps, max_steps]."""
         steps = rng.randint(self.min_steps, self.max_steps)
-        numbers = [rng.randrange(100) for _ in range(steps + 1)]
-        signs = [rng.choice("+-") for _ in range(steps)]
-        prompt = f"{numbers[0]:02d}" + "".join(
-            f"{sign}{number:02d}" for sign, number in zip(signs, numbers[1:], strict=True)
-        )
-        return Problem(id=prompt, prompt=prompt, answer=self.solution(prompt).rsplit("#", 1)[1])
+        first = rng.randrange(len(ascii_lowercase) - steps + 1)
+        labels = f"{ascii_lowercase[first]}-{ascii_lowercase[first + steps - 1]}"
+        prompt = f"{rng.randrange(10)}{rng.randrange(10)}{labels}"
+        return Problem(id=prompt, prompt=prompt, answer=self.solution(prompt).rpartition("#")[2])
 
     def solution(self, prompt: str, rng: random.Random | None = None, error: float = 0.0) -> str:
-        """The written-out solution; with `error`, each step's result is wrong with that probability.
+        """The written-out solution; each step's result is wrong with probability `error`.
 
-        A wrong result is carried on, as a model would: what follows it is consistent with it.
+        A wrong result is carried on, as a model would: what follows is consistent with it.
         """
-        total, lines = int(prompt[:2]), []
-        for at in range(2, len(prompt), 3):
-            sign, number = prompt[at], int(prompt[at + 1 : at + 3])
-            result = (total + number if sign == "+" else total - number) % 100
+        before, now, steps = int(prompt[:1]), int(prompt[1:2]), []
+        first, last = (ascii_lowercase.index(label) for label in prompt[2:].split("-"))
+        for label in ascii_lowercase[first : last + 1]:
+            result = (before + now) % 10
             if rng is not None and rng.random() < error:
-                # One wrong digit, like a slip of the pen; shifting it never gives the right one.
-                place = rng.choice((1, 10))
-                digit = result // place % 10
-                result += ((digit + rng.randint(1, 9)) % 10 - digit) * place
-            lines.append(f"{total:02d}{sign}{number:02d}={result:02d};")
-            total = result
-        return "".join(lines) + f"#{total:02d}"
+                result = (result + rng.randint(1, 9)) % 10
+            steps.append(f"{label}{before}+{now}={result}")
+            before, now = now, result
+        return "".join(steps) + f"#{before}{now}"
 
-    def problems(self, seed: int) -> Iterator[Problem]:
-        """An endless stream of problems, the same for the same seed."""
+    def training(self, seed: int) -> Iterator[Problem]:
+        rng = random.Random(seed)
+        held_out = {problem.id for problem in self.held_out(1024)}
+        while True:
+            problem = self.problem(rng)
+            if problem.id not in held_out:
+                yield problem
+
+    def held_out(self, count: int) -> Sequence[Problem]:
+        rng = random.Random("held-out")
+        return [self.problem(rng) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class JsonlTask:
+    """Problems from JSONL files of `{"problem": str, "answer": str}` rows, shuffled every epoch."""
+
+    train: Path
+    eval: Path | None = None
+
+    def training(self, seed: int) -> Iterator[Problem]:
+        rows = list(_read_jsonl(self.train))
+        if self.eval is None:
+            rows = rows[len(self.held_out(len(rows))) :]
         rng = random.Random(seed)
         while True:
-            yield self.problem(rng)
+            yield from rng.sample(rows, len(rows))
+
+    def held_out(self, count: int) -> Sequence[Problem]:
+        """Of the evaluation file; without one, the first tenth of the training file at most."""
+        if self.eval is not None:
+            return list(islice(_read_jsonl(self.eval), count))
+        rows = list(_read_jsonl(self.train))
+        return rows[: min(count, len(rows) // 10)]
+
+
+def _read_jsonl(path: Path) -> Iterator[Problem]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise TaskError(f"task file {path}: {error.strerror or error}") from error
+    problems = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, answer = row["problem"], row["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TaskError(
+                f'task file {path}, line {number}: need {{"problem": ..., "answer": ...}}, '
+                f"got {error!r}"
+            ) from error
+        problems += 1
+        yield Problem(id=f"{path.name}:{number}", prompt=str(prompt), answer=str(answer))
+    if not problems:
+        raise TaskError(f"task file {path} has no problems")
+
+
+def make_task(config: TaskSection) -> Task:
+    """The task a recipe names. Raises TaskError when its problems cannot be had."""
+    if config.kind == "arithmetic":
+        return Arithmetic(config.min_steps, config.max_steps)
+    assert config.train is not None
+    return JsonlTask(config.train, config.eval)

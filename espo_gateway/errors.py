@@ -1,0 +1,93 @@
+"""What can go wrong, and how each kind is told to a client.
+
+GatewayError
+ ├─ InvalidRequest          400  the client's request, or a pushed gate, is at fault
+ └─ UpstreamError           502
+     ├─ UpstreamStatusError  as the server said it: its status and body, handed on unchanged
+     ├─ UpstreamUnavailable 503  no connection, or lost before an answer
+     ├─ UpstreamTimeout     504  nothing arrived for too long
+     └─ UpstreamProtocolError 502  an answer that is not what was asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class GatewayError(Exception):
+    """Base of all errors a client is told of.
+
+    status: the HTTP status. param: the request field at fault, if one is.
+    """
+
+    status = 500
+    type = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error shape, which every OpenAI client can read."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.status,
+            }
+        }
+
+
+class InvalidRequest(GatewayError):
+    """The request cannot be served as it is; the message names the field and the fix."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UpstreamError(GatewayError):
+    """A server behind the gateway failed."""
+
+    status = 502
+    type = "upstream_error"
+
+
+class UpstreamStatusError(UpstreamError):
+    """A server answered with an error status, or sent an error within its stream."""
+
+    def __init__(self, status: int, answer: Any, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(f"the upstream answered with status {status}")
+        self.status = status
+        self.answer = answer
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        if isinstance(self.answer, dict):
+            return self.answer
+        body = super().body()
+        if self.answer:
+            body["error"]["message"] += f": {self.answer}"
+        return body
+
+
+class UpstreamUnavailable(UpstreamError):
+    """No server could be reached, or the connection was lost."""
+
+    status = 503
+    type = "upstream_unavailable"
+
+
+class UpstreamTimeout(UpstreamError):
+    """A server sent nothing for longer than the idle timeout."""
+
+    status = 504
+    type = "upstream_timeout"
+
+
+class UpstreamProtocolError(UpstreamError):
+    """A server's answer is malformed, or lacks what was asked for."""
+
+    type = "upstream_protocol_error"

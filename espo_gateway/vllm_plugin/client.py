@@ -1,0 +1,194 @@
+"""The trainer's side of a weight update: drives one server's routes in the right order.
+
+Owns the order, the timeouts and the errors. Nothing here waits for ever, every failure names server
+and route, and a server that was paused is resumed whatever happens in between.
+
+    async with WeightClient("http://127.0.0.1:8000") as client:
+        await client.update(["/dev/shm/model.safetensors"], version="12")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import aiohttp
+
+
+class WeightSyncError(RuntimeError):
+    """Weights could not be brought to a server, or it does not compute with them."""
+
+
+class WeightRouteError(WeightSyncError):
+    """A route of a server failed. Attributes: url, route, status (None: no answer), body."""
+
+    def __init__(self, url: str, route: str, status: int | None, body: str) -> None:
+        self.url, self.route, self.status, self.body = url, route, status, body
+        answer = "no answer" if status is None else f"HTTP {status}"
+        super().__init__(f"{url}{route}: {answer}: {body}")
+
+
+class WeightClient:
+    """One vLLM server that was started with ESPO's weight transfer.
+
+    Args:
+        url: of the server, without `/v1`.
+        model: served name; asked of the server when not given.
+        timeout: seconds for one call; loading a large model is one call.
+    """
+
+    def __init__(self, url: str, *, model: str | None = None, timeout: float = 120.0) -> None:
+        self.url = url.rstrip("/")
+        self._model = model
+        self._timeout = timeout
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def update(self, paths: Sequence[str], version: str) -> None:
+        """Load the files into the server while its requests wait; they keep their tokens and go on.
+
+        What was computed with the old weights goes too: the prefix cache is dropped, and requests
+        in flight compute their prompt and tokens again under the new ones.
+
+        Args:
+            paths: safetensors files, as the server can open them, that hold the whole model.
+            version: what `weight_version` returns from now on.
+
+        Raises:
+            WeightRouteError: when a route fails. The server is resumed; it has its old weights when
+                `/update_weights` refused the files.
+        """
+        # Refused here, before anything is paused, by a server with another weight transfer.
+        await self._post("/init_weight_transfer_engine", json={"init_info": {}})
+        try:
+            await self._post("/pause", params={"mode": "keep", "clear_cache": "false"})
+            await self._start()
+            await self._post("/update_weights", json={"update_info": {"paths": list(paths)}})
+            await self._post("/finish_weight_update", json={"weight_version": version})
+            await self._drop_cache()
+        except BaseException as error:
+            try:
+                await asyncio.shield(self._post("/resume"))
+            except WeightRouteError as resume_error:
+                # The first error is the reason; but nobody should wait for a paused server.
+                error.add_note(f"and the server is still paused: {resume_error}")
+            raise
+        await self._post("/resume")
+
+    async def _start(self) -> None:
+        try:
+            await self._post("/start_weight_update")
+        except WeightRouteError:
+            # Perhaps a trainer died between start and finish. An empty update is refused, which
+            # ends the session that it left.
+            with contextlib.suppress(WeightRouteError):
+                await self._post("/update_weights", json={"update_info": {"paths": []}})
+            await self._post("/start_weight_update")
+
+    async def _drop_cache(self) -> None:
+        """Requests in flight hold blocks of the cache, so they must let go of them too.
+
+        `/pause` has a flag to do this, but it is deprecated and said to be ignored with mode=keep.
+        """
+        route = "/reset_prefix_cache"
+        params = {"reset_running_requests": "true", "reset_external": "true"}
+        answer = await self._post(route, params=params)
+        if not answer.get("success"):
+            raise WeightRouteError(self.url, route, 200, f"the cache was not dropped: {answer}")
+
+    async def weight_version(self) -> str:
+        """The version of the last finished update ("default" before the first)."""
+        return str((await self._call("GET", "/weight_info"))["weight_version"])
+
+    async def model(self) -> str:
+        """The served model's name."""
+        if self._model is None:
+            self._model = str((await self._call("GET", "/v1/models"))["data"][0]["id"])
+        return self._model
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """log π(token | tokens before it) of given tokens, computed anew (never from the cache).
+
+        Args:
+            token_ids: shape [tokens], at least 2.
+
+        Returns:
+            shape [tokens - 1]: nothing comes before the first token, so it has none.
+        """
+        route = "/v1/completions"
+        body = {
+            "model": await self.model(),
+            "prompt": list(token_ids),
+            "max_tokens": 1,
+            # Asking for these makes vLLM pass over the prefix cache.
+            "prompt_logprobs": 0,
+        }
+        answer = await self._post(route, json=body)
+        try:
+            found = answer["choices"][0]["prompt_logprobs"][1:]
+            pairs = zip(found, token_ids[1:], strict=True)
+            return [entry[str(token)]["logprob"] for entry, token in pairs]
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightRouteError(self.url, route, 200, f"{error!r} in {answer}"[:500]) from error
+
+    async def values(self, token_ids: Sequence[Sequence[int]]) -> list[float]:
+        """V(s) of a critic (`--runner pooling`, one label) after each of the given prefixes.
+
+        Args:
+            token_ids: shape [prefixes, tokens], ragged.
+
+        Returns:
+            shape [prefixes].
+        """
+        route = "/pooling"
+        body = {"model": await self.model(), "input": [list(ids) for ids in token_ids]}
+        # The raw score: a single label would be squashed by a sigmoid otherwise.
+        answer = await self._post(route, json=body | {"use_activation": False})
+        try:
+            return [float(entry["data"][0]) for entry in answer["data"]]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise WeightRouteError(self.url, route, 200, f"{error!r} in {answer}"[:500]) from error
+
+    async def _post(self, route: str, **request: Any) -> dict[str, Any]:
+        return await self._call("POST", route, **request)
+
+    async def _call(
+        self,
+        method: str,
+        route: str,
+        *,
+        json: object = None,
+        params: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        if self._session is None or self._session.closed:
+            timeout = aiohttp.ClientTimeout(total=self._timeout)
+            # A connection kept between syncs is closed by the server meanwhile; a POST that meets
+            # the closed one fails and must not be repeated blindly.
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)
+            )
+        try:
+            async with self._session.request(
+                method, f"{self.url}{route}", json=json, params=params
+            ) as response:
+                if response.status != 200:
+                    text = await response.text()
+                    raise WeightRouteError(self.url, route, response.status, text[:500])
+                return await response.json()
+        except TimeoutError as error:
+            problem = f"none within {self._timeout:g} s"
+            raise WeightRouteError(self.url, route, None, problem) from error
+        except aiohttp.ClientError as error:
+            raise WeightRouteError(self.url, route, None, repr(error)) from error

@@ -1,0 +1,63 @@
+"""The records that travel through a training step."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a task: what the policy is asked, and the answer a reward compares with."""
+
+    id: str
+    prompt: str
+    answer: str
+
+
+class EndReason(enum.StrEnum):
+    """How a rollout ended; never inferred from lengths or padding."""
+
+    COMPLETED = "completed"  # end-of-sequence token or stop string
+    LENGTH = "length"  # ran into max_tokens
+    EARLY_STOP = "early_stop"  # cut by the stop rule
+    ERROR = "error"  # no usable answer after all retries
+
+
+@dataclass
+class Rollout:
+    """One sampled completion.
+
+    The training sample is the first `kept` tokens. An audited rollout was generated to its end
+    although the rule stopped it: `end` is EARLY_STOP and the sample is cut all the same, but the
+    tokens past the cut and the outcome are known.
+    """
+
+    problem: Problem
+    prompt_ids: list[int]
+    token_ids: list[int] = field(repr=False)  # [tokens]
+    logprobs: NDArray[np.float64] = field(repr=False)  # [tokens], of the sampled tokens, raw
+    max_logprobs: NDArray[np.float64] = field(repr=False)  # [tokens], of the argmax
+    text: str
+    end: EndReason
+    kept: int
+    audited: bool = False
+    overshoot: int = 0
+    gate_version: int = 0
+    weights_version: str = ""
+    correct: bool | None = None  # None: stopped and not audited, so nobody knows
+    reward: float = 0.0
+    error: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the stop rule decided to stop it, audited or not."""
+        return self.end is EndReason.EARLY_STOP
+
+    @property
+    def generated(self) -> int:
+        """Tokens the server sampled for it, those past the cut included."""
+        return len(self.token_ids) + self.overshoot

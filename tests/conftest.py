@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests: real vLLM servers, started once a session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from models import random_checkpoint
+
+from espo_gateway.supervisor import ServerProcess, free_port
+
+#: seed of the weights that the servers start with
+BASE_SEED = 0
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A running server: `url` without `/v1`, served `model` name, checkpoint `path`."""
+
+    url: str
+    model: str
+    path: Path
+    process: ServerProcess
+
+
+async def serve(folder: Path, *flags: str, tied: bool = True) -> VllmServer:
+    """Start vLLM with a random checkpoint, through the launcher and the supervisor."""
+    path = random_checkpoint(folder / "checkpoint", BASE_SEED, tied=tied)
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    launcher = [sys.executable, "-m", "espo_gateway.vllm_plugin", str(path), "--port", str(port)]
+    limits = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "policy"]
+    process = await ServerProcess.start(
+        [*launcher, *limits, *flags],
+        log_path=folder / "server.log",
+        ready_url=f"{url}/health",
+        name="vLLM",
+    )
+    return VllmServer(url, "policy", path, process)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
+    """A server of a random policy with tied embeddings. Its weights may change between tests."""
+    server = await serve(tmp_path_factory.mktemp("tied"))
+    yield server
+    await server.process.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def untied_vllm_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
+    """The same with a separate LM head."""
+    server = await serve(tmp_path_factory.mktemp("untied"), tied=False)
+    yield server
+    await server.process.stop()

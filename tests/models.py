@@ -1,0 +1,37 @@
+"""Tiny checkpoints and what Hugging Face computes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from espo_rl.base_model import make_model, make_tokenizer, save_checkpoint
+
+#: ids that no special token has, long enough to fill several blocks of vLLM's KV cache
+PROBE = [(7 * position) % 15 + 4 for position in range(70)]
+
+
+def random_model(seed: int, *, tied: bool = True) -> PreTrainedModel:
+    """A random policy; another seed gives another policy of the same shape."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make_model(tied=tied, layers=2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # As initialised all policies are nearly uniform; these differ by whole nats.
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+def random_checkpoint(folder: Path, seed: int, *, tied: bool = True) -> Path:
+    save_checkpoint(random_model(seed, tied=tied), make_tokenizer(), folder)
+    return folder
+
+
+@torch.no_grad()
+def logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """log π(token | tokens before it), shape [tokens - 1]."""
+    rows = model(torch.tensor([token_ids])).logits[0, :-1].log_softmax(-1)
+    return rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()

@@ -1,0 +1,195 @@
+"""The gateway in front of a real vLLM server: nothing changes but what is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Protocol
+
+import pytest
+from gateway_helpers import get_text, post, post_stream, raw_request
+
+from espo_gateway.app import running
+from espo_gateway.config import Config
+
+pytestmark = pytest.mark.vllm
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+STRICT = json.dumps({"rule": "regret-only", "beta": 0.2}).encode()
+#: enough tokens that the server takes seconds over them
+LENGTH, CHOICES = 400, 32
+
+
+class Server(Protocol):
+    url: str
+    model: str
+
+
+def gateway_for(server: Server, gate: bytes | None = None) -> Any:
+    return running(Config((server.url,), port=0, gate=gate, shutdown_timeout=1.0))
+
+
+def body_for(server: Server, path: str, **fields: Any) -> dict[str, Any]:
+    prompt: dict[str, Any] = {"prompt": "12+34="}
+    if path == CHAT:
+        prompt = {"messages": [{"role": "user", "content": "12+34="}]}
+    return {"model": server.model, **prompt, **fields}
+
+
+def comparable(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs from one request to the next, and without nulls."""
+    skipped = ("espo", "id", "created")
+    return {k: v for k, v in fields.items() if k not in skipped and v is not None}
+
+
+def joined(chunks: list[dict[str, Any]]) -> list[Any]:
+    """A stream's tokens and texts, however they were merged into chunks."""
+    streams: dict[int, list[Any]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            stream = streams.setdefault(choice["index"], ["", [], [], None])
+            stream[0] += choice.get("text") or choice.get("delta", {}).get("content") or ""
+            stream[1] += choice.get("token_ids") or []
+            logprobs = choice.get("logprobs") or {}
+            stream[2] += logprobs.get("content") or logprobs.get("token_logprobs") or []
+            stream[3] = choice.get("finish_reason")
+    return [streams[index] for index in sorted(streams)] + [chunks[-1].get("usage")]
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow", "off"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 7},
+        {"temperature": 1.0, "seed": 7, "n": 3},
+        {"temperature": 1.2, "seed": 5, "top_k": 9, "stop": ["7", "99"]},
+    ],
+    ids=["greedy", "seeded", "n=3", "stop strings"],
+)
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_answers_equal_the_bare_servers(
+    vllm_server: Server,
+    path: str,
+    stream: bool,
+    logprobs: bool,
+    sampling: dict[str, Any],
+    mode: str,
+) -> None:
+    body = body_for(vllm_server, path, max_tokens=48, return_token_ids=True, **sampling)
+    if logprobs:
+        body |= {"logprobs": True, "top_logprobs": 1} if path == CHAT else {"logprobs": 1}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    gate = STRICT if mode == "shadow" else None
+    async with gateway_for(vllm_server, gate) as gateway:
+        answers = []
+        for url, sent in ((vllm_server.url, body), (gateway.url, {**body, "espo": {"mode": mode}})):
+            if stream:
+                answer: Any = joined(await post_stream(url + path, sent))
+            else:
+                status, answer = await post(url + path, sent)
+                assert status == 200, answer
+            answers.append(json.loads(json.dumps(answer), object_hook=comparable))
+    assert _rounded(answers[0]) == _rounded(answers[1])
+
+
+def _rounded(value: Any) -> Any:
+    """Logprobs depend on the batch in their last bits."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
+
+
+async def test_several_prompts_equal_the_bare_servers(vllm_server: Server) -> None:
+    fields = {"max_tokens": 12, "temperature": 1.0, "seed": 3, "n": 2, "return_token_ids": True}
+    body = body_for(vllm_server, COMPLETIONS, **fields)
+    async with gateway_for(vllm_server) as gateway:
+        for prompt in (["1+1=", "12+3="], [[5, 6, 7], [8, 9]]):
+            sent = {**body, "prompt": prompt}
+            answers = [
+                (await post(url + COMPLETIONS, sent))[1] for url in (vllm_server.url, gateway.url)
+            ]
+            answers = [json.loads(json.dumps(a), object_hook=comparable) for a in answers]
+            assert len(answers[0]["choices"]) == 4
+            assert answers[0] == answers[1]
+
+
+async def metrics(server: Server) -> dict[str, float]:
+    """vLLM's counters, each summed over its labels."""
+    found: dict[str, float] = {}
+    for line in (await get_text(server.url + "/metrics")).splitlines():
+        if line.startswith("vllm:"):
+            name, value = line.split("{")[0], float(line.split()[-1])
+            found[name] = found.get(name, 0.0) + value
+    return found
+
+
+async def generated(server: Server) -> float:
+    return (await metrics(server))["vllm:generation_tokens_total"]
+
+
+async def settled(server: Server) -> float:
+    """Tokens generated once nothing runs. One more token makes vLLM bring its gauges up to date."""
+    while True:
+        before = await generated(server)
+        await post(server.url + COMPLETIONS, body_for(server, COMPLETIONS, max_tokens=1))
+        now = await metrics(server)
+        if now["vllm:num_requests_running"] == 0:
+            if now["vllm:generation_tokens_total"] == before + 1:
+                return before + 1
+        else:
+            await asyncio.sleep(0.1)  # leaves the server some time to do its work
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_stop_ends_the_generation(vllm_server: Server, path: str, stream: bool) -> None:
+    """Each of several choices ends where it fails; vLLM generates next to nothing after that."""
+    fields = {"max_tokens": LENGTH, "temperature": 1.0, "seed": 1, "ignore_eos": True, "n": CHOICES}
+    body = body_for(vllm_server, path, return_token_ids=True, **fields)
+    async with gateway_for(vllm_server, STRICT) as gateway:
+        before = await settled(vllm_server)
+        _, whole = await post(gateway.url + path, {**body, "espo": {"mode": "shadow"}})
+        middle = await settled(vllm_server)
+        if stream:
+            chunks = await post_stream(gateway.url + path, {**body, "stream": True})
+            ids = [choice[1] for choice in joined(chunks)[:-1]]
+            last = [c for chunk in chunks for c in chunk["choices"] if "espo" in c]
+            records = [c["espo"] for c in sorted(last, key=lambda c: c["index"])]
+        else:
+            _, answer = await post(gateway.url + path, body)
+            ids = [choice["token_ids"] for choice in answer["choices"]]
+            records = [choice["espo"] for choice in answer["choices"]]
+        after = await settled(vllm_server)
+    assert middle - before == CHOICES * LENGTH + 1
+    for found, record, reference in zip(ids, records, whole["choices"], strict=True):
+        assert record["stopped"]
+        assert record["cut"] == reference["espo"]["cut"] == len(found)
+        assert found == reference["token_ids"][: record["cut"]]
+    assert sum(record["tokens"] for record in records) <= after - middle - 1 < CHOICES * LENGTH / 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_departure_ends_the_generation(
+    vllm_server: Server, path: str, stream: bool
+) -> None:
+    fields = {"max_tokens": LENGTH, "ignore_eos": True, "stream": stream, "n": CHOICES}
+    body = body_for(vllm_server, path, **fields)
+    async with gateway_for(vllm_server) as gateway:
+        before = await settled(vllm_server)
+        reader, writer = await raw_request(gateway.url, path, body)
+        if stream:
+            await reader.readuntil(b"data: ")
+        else:
+            while await generated(vllm_server) == before:
+                pass
+        writer.transport.abort()
+        after = await settled(vllm_server)
+        assert 0 < after - before - 1 < CHOICES * LENGTH * 0.8
+        assert [upstream.in_flight for upstream in gateway.pool.servers] == [0]
