@@ -142,7 +142,7 @@ class Gateway:
             for session in sessions:
                 self.metrics.count(session)
 
-    async def _chunks(
+    def _chunks(
         self, request: web.Request, planned: Plan, sessions: list[Session]
     ) -> AsyncGenerator[list[Chunk], None]:
         headers = forwarded_headers(request, json=True)
@@ -150,9 +150,7 @@ class Gateway:
             follow(self.pool, planned.path, headers, single, session, self.critic)
             for single, session in zip(planned.singles, sessions, strict=True)
         ]
-        async with aclosing(interleave(streams)) as batches:
-            async for chunks in batches:
-                yield chunks
+        return interleave(streams)
 
     async def _answer(
         self, request: web.Request, planned: Plan, sessions: list[Session]

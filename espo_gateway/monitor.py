@@ -53,7 +53,7 @@ class RegretStatistics:
             raise ValueError(f"variance must not be negative, not {self.variance}")
 
     def updated(self, regrets: Array) -> RegretStatistics:
-        """The statistics after a batch. `regrets`: g of all its tokens, NaN where missing, any shape."""
+        """The statistics after a batch; `regrets` holds g of all its tokens, NaN where missing."""
         seen = regrets[np.isfinite(regrets)]
         if seen.size == 0:
             return self

@@ -30,11 +30,11 @@ _NOT_FORWARDED = _HOP_BY_HOP | {"host", "content-length", "accept-encoding", "ex
 
 def forwarded_headers(request: web.Request, *, json: bool = False) -> dict[str, str]:
     """The client's headers for the upstream; `json` when the gateway writes the body anew."""
-    headers = {k: v for k, v in request.headers.items() if k.lower() not in _NOT_FORWARDED}
+    skipped = _NOT_FORWARDED | {"content-type"} if json else _NOT_FORWARDED
+    headers = {k: v for k, v in request.headers.items() if k.lower() not in skipped}
     headers["Accept-Encoding"] = "identity"
     if json:
-        headers.pop("Content-Type", None)
-        headers["content-type"] = "application/json"
+        headers["Content-Type"] = "application/json"
     return headers
 
 

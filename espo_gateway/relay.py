@@ -99,15 +99,16 @@ async def check_stream(response: aiohttp.ClientResponse) -> None:
     )
 
 
-async def interleave(
+def interleave(
     streams: list[AsyncGenerator[list[Chunk], None]],
 ) -> AsyncGenerator[list[Chunk], None]:
     """Several `follow`s as one, in order of arrival; the first that fails ends them all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for chunks in stream:
-                yield chunks
-        return
+    return streams[0] if len(streams) == 1 else _interleaved(streams)
+
+
+async def _interleaved(
+    streams: list[AsyncGenerator[list[Chunk], None]],
+) -> AsyncGenerator[list[Chunk], None]:
     # Small, so that a slow client slows the servers instead of filling memory.
     queue: asyncio.Queue[list[Chunk] | Exception | None] = asyncio.Queue(len(streams))
 

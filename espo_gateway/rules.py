@@ -28,7 +28,13 @@ from espo_gateway.monitor import (
     smoothed_regret,
     surrogate_regret,
 )
-from espo_gateway.values import StreamStatistics, SuccessEstimator, sigmoid, stream_features
+from espo_gateway.values import (
+    StreamStatistics,
+    SuccessEstimator,
+    probabilities,
+    sigmoid,
+    stream_features,
+)
 
 RuleName = Literal["none", "value-gated", "regret-only", "success-probability"]
 ValueName = Literal["constant", "stream", "critic"]
@@ -189,7 +195,8 @@ class Watch:
         return Verdict.STOP
 
     def _logit(self) -> float:
-        assert self._statistics is not None and self.gate.estimator is not None
+        assert self._statistics is not None
+        assert self.gate.estimator is not None
         return self.gate.estimator.logit(self._statistics.features())
 
 
@@ -225,7 +232,7 @@ def first_stops(
             "a critic's values are not recorded: replay needs value 'constant' or 'stream'"
         )
     else:
-        values = gate.constant if logits is None else np.vectorize(sigmoid)(logits)
+        values = gate.constant if logits is None else probabilities(logits)
         crossed = z > gate.beta * np.maximum(values, gate.epsilon)
     crossed = crossed & ~np.isnan(regrets)
     crossed[:, : gate.min_tokens - 1] = False

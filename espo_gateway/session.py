@@ -81,20 +81,20 @@ class Session:
             UpstreamProtocolError: it is malformed, or has tokens but no logprobs.
         """
         usage = chunk.get("usage")
-        if usage:
+        if isinstance(usage, dict):
             self._usage = usage
-            self.prompt_tokens = usage["prompt_tokens"]
+            self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
             if not self._asked.continuous_usage:
                 del chunk["usage"]
         choices = chunk.get("choices")
         if not choices:
             self._take_rest(chunk, choices)
             return
-        choice = choices[0]
         try:
+            choice = choices[0]
             signals = read_signals(choice)
-        except ValueError as error:
-            raise UpstreamProtocolError(f"the upstream sent {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
         was_cut = self._cut is not None
         if signals:
             self._watch_tokens(signals)
@@ -309,7 +309,7 @@ def _set_text(choice: Chunk, chat: bool, text: str) -> None:
     if not chat:
         choice["text"] = text
         return
-    delta = choice["delta"]
+    delta = choice.setdefault("delta", {})
     if delta.get("content") or not delta.get("reasoning"):
         # A delta of another kind (a tool call) has no text of its own to cut.
         if text or "content" in delta:

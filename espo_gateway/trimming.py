@@ -82,7 +82,7 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
     if "content" in logprobs:
         if alternatives < 2:
             for entry in logprobs["content"] or ():
-                del entry["top_logprobs"][alternatives:]
+                del (entry.get("top_logprobs") or [])[alternatives:]
     elif alternatives < 1 and logprobs.get("top_logprobs"):
         # The sampled token comes first, and its string may also be an alternative's.
         logprobs["top_logprobs"] = [
@@ -91,6 +91,6 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
                 logprobs["tokens"],
                 logprobs["token_logprobs"],
                 logprobs["top_logprobs"],
-                strict=True,
+                strict=False,
             )
         ]

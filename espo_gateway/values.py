@@ -59,7 +59,7 @@ class StreamStatistics:
         self._surprise_fast = self._surprise_slow = self._surprise_sum = self._surprise_max = 0.0
 
     def push(self, regret: float | None, surprise: float | None) -> None:
-        """Take the next token's g_t and -log π(a_t|s_t); a missing one changes only the position."""
+        """Take the next token's g_t and -log π(a_t|s_t); a missing one moves only the position."""
         self._position += 1
         if regret is None or surprise is None:
             return
@@ -101,7 +101,7 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
     """What `StreamStatistics` gives for many recorded rollouts, token for token.
 
     Args:
-        regrets, surprises: g and -log π, shape [rollouts, tokens], NaN where missing or past the end.
+        regrets, surprises: g and -log π, [rollouts, tokens], NaN where missing or past the end.
         prompt_tokens: shape [rollouts].
 
     Returns:
@@ -156,6 +156,11 @@ class SuccessEstimator:
         for k, weight in enumerate(self.weights):
             total += weight * features[..., k]
         return total
+
+
+def probabilities(logits: Array) -> Array:
+    """`sigmoid` of an array of any shape, equal to the last bit."""
+    return np.vectorize(sigmoid, otypes=[float])(logits)
 
 
 def sigmoid(logit: float) -> float:

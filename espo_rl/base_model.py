@@ -104,8 +104,8 @@ def demonstrations(
 def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
     """Train the base model from scratch and write it to `out`; done already, it is left alone.
 
-    Lengths grow over the first half, when the model learns to add without slips; the slips come
-    after, so that it knows the right digit before it learns how often to miss it.
+    First it learns to add, on a few steps; then the lengths grow; the slips come last, so that it
+    knows the right digit before it learns how often to miss it.
     """
     settings = {"error": error, "steps": steps, "seed": seed, "torch": torch.__version__}
     marker = out / "base_model.json"
@@ -128,12 +128,12 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
         line = bar.add_task("training the base model", total=steps)
         for step in range(steps):
             done = step / steps
-            longest = round(4 + (full.max_steps - 4) * min(max(2.5 * done - 0.25, 0.0), 1.0))
+            longest = round(4 + (full.max_steps - 4) * min(max(4.0 * done - 1.6, 0.0), 1.0))
             tokens, targets = demonstrations(
                 Arithmetic(1, longest),
                 rng,
                 max(12, 192 // (3 + longest)),
-                error if done > 0.25 else 0.0,
+                error if done > 0.55 else 0.0,
                 encode,
             )
             logits = model(input_ids=tokens).logits[:, :-1]
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m espo_rl.base_model", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="checkpoint folder")
     parser.add_argument("--error", type=float, default=0.06, help="share of demonstrated slips")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from espo_gateway.monitor import pad
 from espo_gateway.rules import recorded_regrets
-from espo_gateway.values import SuccessEstimator, stream_features
+from espo_gateway.values import SuccessEstimator, probabilities, stream_features
 from espo_rl.types import Rollout
 
 Array = NDArray[np.float64]
@@ -79,12 +79,12 @@ def explained_variance(
     if not known:
         return None
     values, real = features(known)
-    probabilities = 1.0 / (1.0 + np.exp(-np.clip(estimator.logits(values[real]), -700.0, 700.0)))
+    expected = probabilities(estimator.logits(values[real]))
     rows, _ = np.nonzero(real)
     outcomes = np.array([float(bool(rollout.correct)) for rollout in known])[rows]
     weight = weights(known, audit_share)[rows]
     total = _variance(outcomes, weight)
-    return None if total == 0.0 else 1.0 - _variance(outcomes - probabilities, weight) / total
+    return None if total == 0.0 else 1.0 - _variance(outcomes - expected, weight) / total
 
 
 def _variance(values: Array, weight: Array) -> float:

@@ -15,7 +15,7 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 def exact(completion: str, answer: str) -> bool:
     """Whether what follows the last `#` (all of it when there is none) is the answer.
 
-    >>> exact("f3+5=8#58", "58")
+    >>> exact("c3+8=1#581", "581")
     True
     """
     return completion.rpartition("#")[2].strip() == answer.strip()

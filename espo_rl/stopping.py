@@ -12,7 +12,6 @@ import dataclasses
 import random
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from espo_gateway.monitor import (
     smoothed_regret,
 )
 from espo_gateway.rules import Gate, recorded_regrets
-from espo_gateway.values import SuccessEstimator
+from espo_gateway.values import SuccessEstimator, probabilities
 from espo_rl import estimator
 from espo_rl.config import Stopping
 from espo_rl.types import EndReason, Rollout
@@ -143,14 +142,14 @@ class StopController:
         self.version += 1
 
     def _calibrate(self) -> float:
+        config = self.config
         full = [rollout for batch in self._recent for rollout in batch]
         logprobs = pad([rollout.logprobs for rollout in full])
         regrets = recorded_regrets(logprobs, pad([rollout.max_logprobs for rollout in full]))
         z = smoothed_regret(regrets, self.statistics, self._monitor)
-        values: Any = self.config.constant
-        if self.config.rule == "regret-only":
-            return self._threshold.calibrated(z, 1.0, self.config.epsilon)
-        if self.config.value == "stream" and self.estimator is not None:
-            logits = self.estimator.logits(estimator.features(full)[0])
-            values = 1.0 / (1.0 + np.exp(-np.clip(logits, -700.0, 700.0)))
-        return self._threshold.calibrated(z, values, self.config.epsilon)
+        values = np.full_like(z, 1.0 if config.rule == "regret-only" else config.constant)
+        if config.rule == "value-gated" and config.value == "stream" and self.estimator is not None:
+            values = probabilities(self.estimator.logits(estimator.features(full)[0]))
+        # No rule stops before min_tokens, so what z did there must not count.
+        eligible = slice(config.min_tokens - 1, None)
+        return self._threshold.calibrated(z[:, eligible], values[:, eligible], config.epsilon)

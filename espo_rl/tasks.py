@@ -33,10 +33,10 @@ class Task(Protocol):
 class Arithmetic:
     """Additive sequences modulo 10, every step written out: few steps are easy, many are hopeless.
 
-    `35f-h`: start from 3 and 5, add the last two numbers in each of the steps f to h, and give the
-    two that stand last. The answer is written `f3+5=8g5+8=3h8+3=1#31`. A step can be undone, so a
-    wrong digit never leads back to the right pair: a trajectory fails at a definite token, which is
-    what early stopping is to find.
+    `358c`: start from 3, 5, 8; in each of the steps c, b, a add the last number and the third last;
+    give the three that stand last. The answer is written `c3+8=1b5+1=6a8+6=4#164`. A step can be
+    undone, so a wrong digit never leads back to the right three: a trajectory fails at a definite
+    token, which is what early stopping is to find.
     """
 
     min_steps: int = 2
@@ -45,9 +45,7 @@ class Arithmetic:
     def problem(self, rng: random.Random) -> Problem:
         """Draw one problem; the number of steps is uniform in [min_steps, max_steps]."""
         steps = rng.randint(self.min_steps, self.max_steps)
-        first = rng.randrange(len(ascii_lowercase) - steps + 1)
-        labels = f"{ascii_lowercase[first]}-{ascii_lowercase[first + steps - 1]}"
-        prompt = f"{rng.randrange(10)}{rng.randrange(10)}{labels}"
+        prompt = f"{rng.randrange(1000):03d}{ascii_lowercase[steps - 1]}"
         return Problem(id=prompt, prompt=prompt, answer=self.solution(prompt).rpartition("#")[2])
 
     def solution(self, prompt: str, rng: random.Random | None = None, error: float = 0.0) -> str:
@@ -55,15 +53,15 @@ class Arithmetic:
 
         A wrong result is carried on, as a model would: what follows is consistent with it.
         """
-        before, now, steps = int(prompt[:1]), int(prompt[1:2]), []
-        first, last = (ascii_lowercase.index(label) for label in prompt[2:].split("-"))
-        for label in ascii_lowercase[first : last + 1]:
-            result = (before + now) % 10
+        numbers, steps = [int(digit) for digit in prompt[:3]], []
+        for label in reversed(ascii_lowercase[: ascii_lowercase.index(prompt[3]) + 1]):
+            oldest, newest = numbers[-3], numbers[-1]
+            result = (oldest + newest) % 10
             if rng is not None and rng.random() < error:
                 result = (result + rng.randint(1, 9)) % 10
-            steps.append(f"{label}{before}+{now}={result}")
-            before, now = now, result
-        return "".join(steps) + f"#{before}{now}"
+            steps.append(f"{label}{oldest}+{newest}={result}")
+            numbers.append(result)
+        return "".join(steps) + "#" + "".join(map(str, numbers[-3:]))
 
     def training(self, seed: int) -> Iterator[Problem]:
         rng = random.Random(seed)

@@ -32,6 +32,10 @@ from gateway_helpers import (
 from openai import APIError, InternalServerError
 
 from espo_gateway.app import Gateway
+from espo_gateway.errors import UpstreamProtocolError
+from espo_gateway.gates import gate_from_json
+from espo_gateway.request import plan
+from espo_gateway.session import Session
 from espo_gateway.testing import FakeServer, Script, Token
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -159,6 +163,24 @@ async def test_a_generation_that_breaks_is_an_error(
         assert message in answer["error"]["message"]
         assert len(server.bodies) == n
         await idle(gateway, server)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        {},
+        {"choices": 3},
+        {"choices": [None]},
+        {"choices": [{"index": 0, "text": "a", "logprobs": {"token_logprobs": [-1], "tokens": 3}}]},
+    ],
+    ids=str,
+)
+def test_a_malformed_chunk_is_the_upstreams_error(chunk: dict[str, Any]) -> None:
+    planned = plan(completion_body(), chat=False)
+    gate = gate_from_json(GATE, has_critic=False)
+    session = Session(gate, planned.control, planned.asked, planned.singles[0], chat=False)
+    with pytest.raises(UpstreamProtocolError):
+        session.feed(chunk)
 
 
 @pytest.mark.parametrize("fault", ["reset", "garbage", "error", "eof"])

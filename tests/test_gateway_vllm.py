@@ -18,6 +18,8 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 STRICT = json.dumps({"rule": "regret-only", "beta": 0.2}).encode()
 #: enough tokens that the server takes seconds over them
 LENGTH, CHOICES = 400, 32
+#: On a machine short of processors vLLM may take up an abort late, also when it comes directly.
+ATTEMPTS = 4
 
 
 class Server(Protocol):
@@ -155,23 +157,31 @@ async def test_a_stop_ends_the_generation(vllm_server: Server, path: str, stream
     async with gateway_for(vllm_server, STRICT) as gateway:
         before = await settled(vllm_server)
         _, whole = await post(gateway.url + path, {**body, "espo": {"mode": "shadow"}})
-        middle = await settled(vllm_server)
-        if stream:
-            chunks = await post_stream(gateway.url + path, {**body, "stream": True})
-            ids = [choice[1] for choice in joined(chunks)[:-1]]
-            last = [c for chunk in chunks for c in chunk["choices"] if "espo" in c]
-            records = [c["espo"] for c in sorted(last, key=lambda c: c["index"])]
-        else:
-            _, answer = await post(gateway.url + path, body)
-            ids = [choice["token_ids"] for choice in answer["choices"]]
-            records = [choice["espo"] for choice in answer["choices"]]
-        after = await settled(vllm_server)
-    assert middle - before == CHOICES * LENGTH + 1
-    for found, record, reference in zip(ids, records, whole["choices"], strict=True):
-        assert record["stopped"]
-        assert record["cut"] == reference["espo"]["cut"] == len(found)
-        assert found == reference["token_ids"][: record["cut"]]
-    assert sum(record["tokens"] for record in records) <= after - middle - 1 < CHOICES * LENGTH / 2
+        assert await settled(vllm_server) - before == CHOICES * LENGTH + 1
+        spent = []
+        while not spent or (min(spent) > CHOICES * LENGTH / 2 and len(spent) < ATTEMPTS):
+            before = await settled(vllm_server)
+            ids, records = await stopped_choices(gateway.url + path, body, stream=stream)
+            for found, record, reference in zip(ids, records, whole["choices"], strict=True):
+                assert record["stopped"]
+                assert record["cut"] == reference["espo"]["cut"] == len(found)
+                assert found == reference["token_ids"][: record["cut"]]
+            spent.append(await settled(vllm_server) - before - 1)
+            assert spent[-1] >= sum(record["tokens"] for record in records)
+    assert min(spent) < CHOICES * LENGTH / 2
+
+
+async def stopped_choices(
+    url: str, body: dict[str, Any], *, stream: bool
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Token ids and records of one request's choices."""
+    if not stream:
+        choices = (await post(url, body))[1]["choices"]
+        return [choice["token_ids"] for choice in choices], [choice["espo"] for choice in choices]
+    chunks = await post_stream(url, {**body, "stream": True})
+    last = [choice for chunk in chunks for choice in chunk["choices"] if "espo" in choice]
+    last.sort(key=lambda choice: choice["index"])
+    return [stream[1] for stream in joined(chunks)[:-1]], [choice["espo"] for choice in last]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -182,14 +192,16 @@ async def test_a_departure_ends_the_generation(
     fields = {"max_tokens": LENGTH, "ignore_eos": True, "stream": stream, "n": CHOICES}
     body = body_for(vllm_server, path, **fields)
     async with gateway_for(vllm_server) as gateway:
-        before = await settled(vllm_server)
-        reader, writer = await raw_request(gateway.url, path, body)
-        if stream:
-            await reader.readuntil(b"data: ")
-        else:
-            while await generated(vllm_server) == before:
-                pass
-        writer.transport.abort()
-        after = await settled(vllm_server)
-        assert 0 < after - before - 1 < CHOICES * LENGTH * 0.8
-        assert [upstream.in_flight for upstream in gateway.pool.servers] == [0]
+        spent: list[float] = []
+        while not spent or (min(spent) > CHOICES * LENGTH / 2 and len(spent) < ATTEMPTS):
+            before = await settled(vllm_server)
+            reader, writer = await raw_request(gateway.url, path, body)
+            if stream:
+                await reader.readuntil(b"data: ")
+            else:
+                while await generated(vllm_server) == before:
+                    pass
+            writer.transport.abort()
+            spent.append(await settled(vllm_server) - before - 1)
+            assert [upstream.in_flight for upstream in gateway.pool.servers] == [0]
+    assert 0 < min(spent) < CHOICES * LENGTH / 2
