@@ -161,9 +161,9 @@ def read_completion(
             "both (vLLM with return_token_ids and logprobs)"
         )
     record: Any = choice.get("espo") or {}
-    stopped = bool(record.get("stopped"))
-    audited = stopped and mode == "shadow"
-    if stopped:
+    cut = record.get("cut")
+    audited = cut is not None and mode == "shadow"
+    if cut is not None:
         end = EndReason.EARLY_STOP
     else:
         end = EndReason.LENGTH if choice["finish_reason"] == "length" else EndReason.COMPLETED
@@ -175,9 +175,9 @@ def read_completion(
         max_logprobs=np.array([_number(signal.max_logprob) for signal in signals]),
         text=str(choice["text"]),
         end=end,
-        kept=record["cut"] if audited else len(token_ids),
+        kept=cut if audited else len(token_ids),
         audited=audited,
-        overshoot=0 if audited else record.get("overshoot", 0),
+        overshoot=record.get("overshoot", 0),
         gate_version=record.get("gate_version", 0),
         weights_version=record.get("weights_version", ""),
     )
