@@ -1,9 +1,13 @@
 """What ESPO loads inside vLLM, found by vLLM itself through the `vllm.general_plugins` entry point.
 
-Owns the registration only; vLLM and torch are imported when an engine is made, not here.
+Owns what happens when a vLLM process starts; vLLM and torch are imported when an engine is made,
+not here.
 """
 
 from __future__ import annotations
+
+import multiprocessing
+import os
 
 #: name of our backend in `--weight-transfer-config '{"backend": "espo"}'`
 BACKEND = "espo"
@@ -11,9 +15,24 @@ BACKEND = "espo"
 
 def register() -> None:
     """Register the weight transfer engine; vLLM calls this in each process, perhaps repeatedly."""
+    yield_to_streams()
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "espo_gateway.vllm_plugin.weight_transfer", "SafetensorsWeightTransferEngine"
         )
+
+
+def yield_to_streams() -> None:
+    """Lower the priority of the engine's processes by ESPO_ENGINE_NICE (set on CPU only).
+
+    On a CPU sampling competes with the delivery of what was sampled. When sampling wins, a stop
+    reaches the engine many tokens late.
+    """
+    engine_side = multiprocessing.parent_process() is not None
+    api_server = multiprocessing.current_process().name.startswith("ApiServer")
+    # Once a process: a second call would add up.
+    wanted = os.environ.pop("ESPO_ENGINE_NICE", None) if engine_side and not api_server else None
+    if wanted is not None:
+        os.nice(int(wanted))
