@@ -116,7 +116,6 @@ def step_metrics(
         "errors": len(rollouts) - count,
         "audited": len(audited),
         "audited_correct": sum(bool(rollout.correct) for rollout in audited),
-        "tokens": sum(rollout.generated for rollout in rollouts),
         "overshoot": sum(rollout.overshoot for rollout in usable),
         "length": float(np.mean([rollout.kept for rollout in usable])),
         "beta": gate.beta,

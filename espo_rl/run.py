@@ -103,6 +103,7 @@ class Loop:
         gate = stopping.gate(self.weights_version)
         await self.servers.push_gate(gate)
 
+        tokens_before = await self.servers.generated_tokens()
         with self.timed("rollout"):
             rollouts = await self.collect(self.draw_problems())
         with self.timed("score"):
@@ -112,16 +113,29 @@ class Loop:
                 [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
             )
         stopping.observe(rollouts, update["critic_loss"])
+        # Read now, not at once after the rollouts: the last aborts have reached the engine.
+        tokens_after = await self.servers.generated_tokens()
+        if tokens_before is None or tokens_after is None:
+            tokens = sum(rollout.generated for rollout in rollouts)
+        else:
+            tokens = tokens_after - tokens_before
         self.step += 1
         with self.timed("sync"):
             parity = await self.sync()
 
-        self.summary.add(rollouts, stopping, gate.rule)
+        self.summary.add(rollouts, tokens, stopping, gate.rule)
         spent = {
             phase: self.summary.seconds[phase] - started.get(phase, 0.0)
             for phase in ("rollout", "score", "update", "sync")
         }
-        self.log.step(self.step, rollouts, gate, stopping, update | {"parity": parity}, spent)
+        self.log.step(
+            self.step,
+            rollouts,
+            gate,
+            stopping,
+            update | {"parity": parity, "tokens": tokens},
+            spent,
+        )
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
             self.log.scalar("accuracy/held_out", (await self.evaluate()).value, self.step)

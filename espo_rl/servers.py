@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 
 from espo_gateway.rules import Gate
@@ -38,6 +39,26 @@ class Servers:
                     f"the {process.name} died; its log {process.log_path} ends:\n"
                     f"{process.log_tail()}"
                 )
+
+    async def generated_tokens(self) -> int | None:
+        """Tokens the policy server has sampled since it started; None where it does not say.
+
+        The server's own count also holds what it sampled between a stop and its abort.
+        """
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session,
+            session.get(f"{self.policy_url}/metrics") as response,
+        ):
+            if response.status != 200:
+                return None
+            text = await response.text()
+        counts = [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "vllm:generation_tokens_total"
+        ]
+        return round(sum(counts)) if counts else None
 
     async def push_gate(self, gate: Gate) -> None:
         """Hand the gateway the gate for the next batch."""

@@ -57,21 +57,28 @@ class Totals:
     audited: int = 0
     audited_correct: int = 0
     errors: int = 0
-    tokens: int = 0
-    overshoot: int = 0
+    tokens: int = 0  # sampled by the server
+    needed: int = (
+        0  # of these, up to each rollout's end; an audited one ends where it would in full
+    )
     remaining: list[int] = field(default_factory=list)  # of audited ones: tokens past the cut
 
-    def add(self, rollouts: Sequence[Rollout], gated: bool) -> None:
-        """Count a batch."""
+    @property
+    def overshoot(self) -> int:
+        """Tokens sampled between a decision and the abort."""
+        return self.tokens - self.needed
+
+    def add(self, rollouts: Sequence[Rollout], tokens: int, gated: bool) -> None:
+        """Count a batch, for which the server sampled `tokens`."""
+        self.tokens += tokens
         for rollout in rollouts:
-            self.tokens += rollout.generated
+            self.needed += len(rollout.token_ids)
             if rollout.end is EndReason.ERROR:
                 self.errors += 1
                 continue
             self.rollouts += 1
             self.gated += gated
             self.stopped += rollout.stopped
-            self.overshoot += rollout.overshoot
             if rollout.audited:
                 self.audited += 1
                 self.audited_correct += bool(rollout.correct)
@@ -85,7 +92,7 @@ class Totals:
         """
         unaudited = self.stopped - self.audited
         if not unaudited:
-            return float(self.tokens), 0.0
+            return float(self.needed), 0.0
         if not self.remaining:
             return math.nan, math.nan
         error = (
@@ -93,8 +100,8 @@ class Totals:
             if self.audited > 1
             else math.nan
         )
-        added = unaudited * float(np.mean(self.remaining)) - self.overshoot
-        return self.tokens + added, float(Z95 * unaudited * error)
+        added = unaudited * float(np.mean(self.remaining))
+        return self.needed + added, float(Z95 * unaudited * error)
 
 
 class Summary:
@@ -107,9 +114,11 @@ class Summary:
         self.seconds: dict[str, float] = {}
         self._explained: list[float] = []
 
-    def add(self, rollouts: Sequence[Rollout], stopping: StopController, rule: str) -> None:
-        """Take note of a finished step."""
-        self.totals.add(rollouts, gated=rule != "none")
+    def add(
+        self, rollouts: Sequence[Rollout], tokens: int, stopping: StopController, rule: str
+    ) -> None:
+        """Take note of a finished step, for whose rollouts the server sampled `tokens`."""
+        self.totals.add(rollouts, tokens, gated=rule != "none")
         if rule != "none" and stopping.explained_variance is not None:
             self._explained.append(stopping.explained_variance)
 
