@@ -112,6 +112,7 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
     if marker.exists() and json.loads(marker.read_text()) == settings:
         print(f"base model: {out} is there already")
         return out
+    print(f"base model: training {out} from scratch, about two minutes on two cores")
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer, model = make_tokenizer(), make_model()

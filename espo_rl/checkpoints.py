@@ -35,7 +35,7 @@ class CheckpointStore:
         return found[-1] if found else None
 
     def save(self, step: int, loop_state: Any, save_models: Callable[[Path], None]) -> Path:
-        """Write a checkpoint after `step` steps and drop the oldest beyond `keep`."""
+        """Write a checkpoint after `step` steps; drop the oldest beyond `keep`, and later steps."""
         final = self.folder / f"step-{step:08d}"
         scratch = final.with_suffix(".tmp")
         try:
@@ -48,14 +48,17 @@ class CheckpointStore:
                 os.fsync(file.fileno())
             shutil.rmtree(final, ignore_errors=True)
             scratch.rename(final)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
             shutil.rmtree(scratch, ignore_errors=True)
             raise CheckpointError(
-                f"cannot write checkpoint {final}: {error.strerror or error}; free space or "
-                "change run.output"
+                f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; "
+                "free space or change run.output"
             ) from error
-        for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
-            shutil.rmtree(old)
+        found = sorted(self.folder.glob("step-????????"))
+        # Those of later steps are of a run that was here before, or went on from elsewhere.
+        kept = [path for path in found if path <= final][-self.keep :]
+        for other in set(found) - set(kept):
+            shutil.rmtree(other)
         return final
 
     @staticmethod
@@ -63,7 +66,10 @@ class CheckpointStore:
         """Read a checkpoint: the models in place, the loop's state returned."""
         try:
             loop_state = pickle.loads((checkpoint / "loop.pkl").read_bytes())
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(f"cannot read checkpoint {checkpoint}: {error}") from error
-        load_models(checkpoint)
+            load_models(checkpoint)
+        except Exception as error:  # damaged pickles raise nearly anything
+            raise CheckpointError(
+                f"cannot read checkpoint {checkpoint}: {type(error).__name__}: {error}; "
+                "resume from another checkpoint, or start without --resume"
+            ) from error
         return loop_state

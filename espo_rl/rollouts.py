@@ -150,8 +150,11 @@ def read_completion(
     """The rollout in a completions answer with logprobs, token ids and perhaps an `espo` record.
 
     Raises:
-        ValueError: the answer lacks token ids, or logprobs for each of them.
+        ValueError: the answer has no choice, lacks token ids or logprobs for each of them, or was
+            given up by the server.
     """
+    if not completion.choices:
+        raise ValueError("the server's answer has no choice in it")
     choice = completion.choices[0].to_dict()
     token_ids: Any = choice.get("token_ids")
     signals = read_signals(choice)
@@ -161,12 +164,14 @@ def read_completion(
             "both (vLLM with return_token_ids and logprobs)"
         )
     record: Any = choice.get("espo") or {}
-    cut = record.get("cut")
+    cut, finish = record.get("cut"), choice["finish_reason"]
+    if finish not in ("stop", "length"):
+        raise ValueError(f"the server gave the completion up: finish_reason {finish!r}")
     audited = cut is not None and mode == "shadow"
     if cut is not None:
         end = EndReason.EARLY_STOP
     else:
-        end = EndReason.LENGTH if choice["finish_reason"] == "length" else EndReason.COMPLETED
+        end = EndReason.LENGTH if finish == "length" else EndReason.COMPLETED
     return Rollout(
         problem=problem,
         prompt_ids=prompt_ids,

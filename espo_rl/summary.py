@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from espo_rl.config import Recipe
 from espo_rl.stopping import StopController
@@ -95,13 +96,12 @@ class Totals:
             return float(self.needed), 0.0
         if not self.remaining:
             return math.nan, math.nan
-        error = (
-            np.std(self.remaining, ddof=1) / math.sqrt(self.audited)
-            if self.audited > 1
-            else math.nan
-        )
-        added = unaudited * float(np.mean(self.remaining))
-        return self.needed + added, float(Z95 * unaudited * error)
+        estimate = self.needed + unaudited * float(np.mean(self.remaining))
+        if self.audited < 2:
+            return estimate, math.nan
+        # Both are random: the mean of the audited, and the sum of the others.
+        error = np.std(self.remaining, ddof=1) * math.sqrt(unaudited**2 / self.audited + unaudited)
+        return estimate, float(stdtrit(self.audited - 1, 0.975) * error)
 
 
 class Summary:
@@ -170,16 +170,18 @@ class Summary:
         totals, stopping = self.totals, self.recipe.stopping
         without, half_width = totals.tokens_without_stopping()
         unstopped, saved = "unknown: no stopped rollout was audited", "unknown"
-        if math.isfinite(without):
-            unstopped = (
-                f"{without:,.0f} ± {half_width:,.0f} (95 %, {totals.audited} audited rollouts)"
-            )
-            saved = (
-                f"{1 - totals.tokens / without:.1%} ± {half_width / without:.1%}, the warm-up and "
-                "the audits included"
-            )
+        if math.isfinite(without) and without:
+            used = totals.tokens / without
+            spread, spread_used = "unknown", "unknown"
+            if math.isfinite(half_width):
+                spread, spread_used = f"{half_width:,.0f}", f"{used * half_width / without:.1%}"
+            unstopped = f"{without:,.0f} ± {spread} (95 %, {totals.audited} audited rollouts)"
+            saved = f"{1 - used:.1%} ± {spread_used}, the warm-up and the audits included"
         constants = f"p* = {stopping.p_star}" if stopping.rule == "success-probability" else "β"
-        explained = float(np.mean(self._explained)) if self._explained else math.nan
+        explained = "unknown"
+        if self._explained:
+            mean = float(np.mean(self._explained))
+            explained = f"{mean:.2f} of the outcome, by the estimate that gates"
         phases = ", ".join(f"{phase} {value:.0f} s" for phase, value in self.seconds.items())
         unknown = Share(0, 0)
         lines = {
@@ -192,7 +194,7 @@ class Summary:
             "tokens without stopping": unstopped,
             "tokens saved": saved,
             "tokens past the decision": f"{totals.overshoot:,}",
-            "explained variance": f"{explained:.2f} of the outcome, by the estimate that gates",
+            "explained variance": explained,
             "time": phases,
         }
         width = max(map(len, lines))

@@ -5,6 +5,7 @@ Knows rollouts with rewards; knows nothing of servers, gates or tasks.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from espo_rl.advantages import gae, whiten
 from espo_rl.config import Recipe
 from espo_rl.losses import entropy, policy_loss, token_logprobs, value_loss
 from espo_rl.types import EndReason, Rollout
+from espo_rl.weights import gathered
 
 Metrics = dict[str, float]
 
@@ -94,9 +96,11 @@ class PpoTrainer:
 
         def engine(model: nn.Module, learning_rate: float) -> Any:
             config = _engine_config(recipe, learning_rate)
-            return deepspeed.initialize(
+            engine = deepspeed.initialize(
                 model=model, model_parameters=list(model.parameters()), config=config
             )[0]
+            _keep_grad_norm(engine)
+            return engine
 
         self.actor = engine(actor, self._ppo.learning_rate)
         self.critic = engine(
@@ -241,7 +245,8 @@ class PpoTrainer:
                 sums[name] = sums.get(name, 0.0) + share
         self.actor.step()
         self.critic.step()
-        sums["grad_norm"] = float(self.actor.get_global_grad_norm() or 0.0)
+        norm = self.actor.get_global_grad_norm()
+        sums["grad_norm"] = math.nan if norm is None else float(norm)
         return sums
 
     # -- pieces --------------------------------------------------------------------------------
@@ -278,8 +283,13 @@ class PpoTrainer:
 
     def save_models(self, folder: Path) -> None:
         """Write actor and critic as Hugging Face checkpoints."""
-        self.actor.module.save_pretrained(folder / "actor")
-        self.critic.module.classifier.save_pretrained(folder / "critic")
+        for name, model in (
+            ("actor", self.actor.module),
+            ("critic", self.critic.module.classifier),
+        ):
+            # Under ZeRO-3 the module itself holds no whole tensor.
+            weights = {key: tensor.cpu().clone() for key, tensor in gathered(model)}
+            model.save_pretrained(folder / name, state_dict=weights)
 
     def save(self, folder: Path) -> None:
         """Write models and optimizers in DeepSpeed's format."""
@@ -288,8 +298,11 @@ class PpoTrainer:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        self.actor.load_checkpoint(str(folder / "actor"), tag="state")
-        self.critic.load_checkpoint(str(folder / "critic"), tag="state")
+        for name, engine in (("actor", self.actor), ("critic", self.critic)):
+            state = folder / name / "state"
+            # DeepSpeed goes on without a state that is missing, or trips over it later.
+            if not state.is_dir() or not engine.load_checkpoint(str(state.parent), tag="state")[0]:
+                raise FileNotFoundError(f"no DeepSpeed state in {state}")
 
     @property
     def rng_state(self) -> Any:
@@ -298,6 +311,20 @@ class PpoTrainer:
     @rng_state.setter
     def rng_state(self, state: Any) -> None:
         self._rng.bit_generator.state = state
+
+
+def _keep_grad_norm(engine: Any) -> None:
+    """Have `get_global_grad_norm` answer without ZeRO too: there DeepSpeed clips and forgets."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            parameters=engine.module.parameters(),
+            max_norm=engine.gradient_clipping(),
+            mpu=engine.mpu,
+        )
+
+    engine.clip_fp32_gradients = clip
 
 
 def _engine_config(recipe: Recipe, learning_rate: float) -> dict[str, Any]:

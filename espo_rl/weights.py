@@ -76,9 +76,9 @@ def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach()
         else:
             yield name, parameter.detach()

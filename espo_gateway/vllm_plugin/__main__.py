@@ -44,7 +44,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 CPU_ENVIRONMENT = {
-    "ESPO_ENGINE_NICE": "10",  # see yield_to_streams
+    "ESPO_ENGINE_NICE": "19",  # see yield_to_streams
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the memory
     # vLLM binds to fixed cores, and a second server, the critic, to the same ones.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
