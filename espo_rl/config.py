@@ -158,6 +158,9 @@ class Servers(Section):
     """The policy server and the gateway. With `policy_url` given, no vLLM is started."""
 
     policy_url: str | None = None
+    # For a policy server on another machine: a file on a disk that both see. On this machine
+    # weights go through shared memory.
+    weights_path: Path | None = None
     vllm_args: list[str] = []
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     start_timeout: Positive = 600.0

@@ -26,7 +26,7 @@ class RunLog:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._folder = recipe.run.output
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
         self.start = 0
 
     def __enter__(self) -> RunLog:
@@ -81,14 +81,13 @@ class RunLog:
         }
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
-        gate_text = gate.rule if gate.rule != "none" else f"no rule ({stopping.warmup.reason})"
+        rule = gate.rule if gate.rule != "none" else stopping.warmup.reason
         self.say(
             f"step {step}/{self._recipe.run.steps}  accuracy {row['accuracy']:.2f}  "
-            f"stopped {row['stop_share']:.2f}  tokens {row['tokens']:,}  "
-            f"length {row['length']:.0f}  entropy {row['entropy']:.3f}  kl {row['kl']:.4f}  "
-            f"estimate ev {row['explained_variance']:.2f}  "
-            + "  ".join(f"{phase} {value:.1f}s" for phase, value in seconds.items())
-            + f"  {gate_text}"
+            f"stopped {row['stop_share']:.0%} (false {row['audited_correct']}/{row['audited']})  "
+            f"tokens {row['tokens']:,}  length {row['length']:.0f}  "
+            f"entropy {row['entropy']:.3f}  explained {row['explained_variance']:.2f}  "
+            f"rollout {seconds['rollout']:.1f} s  update {seconds['update']:.1f} s  [{rule}]"
         )
 
 

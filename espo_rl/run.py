@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import sys
@@ -74,7 +75,7 @@ class Loop:
                     servers.running(recipe, recipe.model.path, recipe.run.output / "logs")
                 )
                 self.publisher = await stack.enter_async_context(
-                    WeightPublisher([self.servers.policy_url])
+                    WeightPublisher([self.servers.policy_url], path=recipe.servers.weights_path)
                 )
                 prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
                 self.collector = await stack.enter_async_context(
@@ -289,6 +290,9 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("espo: several ranks are not supported yet; start one process", file=sys.stderr)
+        return 2
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         loop = Loop(recipe)

@@ -16,7 +16,6 @@ from espo_rl.stopping import StopController
 from espo_rl.summary import Share, Summary, Totals, versions
 from espo_rl.types import EndReason, Problem, Rollout
 
-
 NOTHING = np.empty(0)  # the summary never looks at logprobs
 
 

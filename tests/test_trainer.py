@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedModel,
     Qwen2ForSequenceClassification,
 )
 
@@ -26,6 +25,8 @@ from espo_rl.config import Recipe
 from espo_rl.trainer import PpoTrainer
 from espo_rl.types import EndReason, Problem, Rollout
 from espo_rl.weights import gathered, tensor_specs, write_safetensors
+
+pytestmark = pytest.mark.slow
 
 LEARNING_RATE = 1e-3
 
@@ -55,6 +56,15 @@ EXTRA = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold":
 class Paths:
     actor: Path
     critic: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """DeepSpeed's rendezvous is told to children by environment variables: keep it to this file."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -381,17 +391,12 @@ def test_optimizers_survive_a_detour(paths: Paths, tmp_path: Path, zero_stage: i
     straight.update(make_rollouts())
 
     resumed = trainer(paths, zero_stage=zero_stage)
-    fresh = weights_of(resumed)
     resumed.load(tmp_path)
     resumed.rng_state = state
     resumed.update(make_rollouts())
     expected = weights_of(straight)
     for name, value in weights_of(resumed).items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0, msg=name)
-
-    # That took the optimizers' state: without it the second step is another.
-    forgetful = trainer(paths, zero_stage=zero_stage)
-    assert all(torch.equal(fresh[name], value) for name, value in weights_of(forgetful).items())
 
 
 def test_optimizer_state_matters(paths: Paths, tmp_path: Path) -> None:
