@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -45,13 +47,9 @@ class Servers:
 
         The server's own count also holds what it sampled between a stop and its abort.
         """
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session,
-            session.get(f"{self.policy_url}/metrics") as response,
-        ):
-            if response.status != 200:
-                return None
-            text = await response.text()
+        status, text = await call("GET", f"{self.policy_url}/metrics")
+        if status != 200:
+            return None
         counts = [
             sample.value
             for family in text_string_to_metric_families(text)
@@ -62,17 +60,14 @@ class Servers:
 
     async def push_gate(self, gate: Gate) -> None:
         """Hand the gateway the gate for the next batch."""
-        body = TypeAdapter(Gate).dump_json(gate)
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session,
-            session.put(
-                f"{self.gateway_url}/espo/gate",
-                data=body,
-                headers={"Content-Type": "application/json"},
-            ) as response,
-        ):
-            if response.status != 200:
-                raise ServerError(f"the gateway refused the gate: {await response.text()}")
+        status, text = await call(
+            "PUT",
+            f"{self.gateway_url}/espo/gate",
+            data=TypeAdapter(Gate).dump_json(gate),
+            headers={"Content-Type": "application/json"},
+        )
+        if status != 200:
+            raise ServerError(f"the gateway refused the gate: {text}")
 
 
 @asynccontextmanager
@@ -124,10 +119,19 @@ async def running(recipe: Recipe, model_path: str, log_folder: Path) -> AsyncIte
 
 async def served_model(url: str) -> str:
     """The name under which the server serves its model."""
-    async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session,
-        session.get(f"{url}/v1/models") as response,
-    ):
-        if response.status != 200:
-            raise ServerError(f"{url}/v1/models answered {response.status}")
-        return str((await response.json())["data"][0]["id"])
+    status, text = await call("GET", f"{url}/v1/models")
+    if status != 200:
+        raise ServerError(f"{url}/v1/models answered {status}: {text}")
+    return str(json.loads(text)["data"][0]["id"])
+
+
+async def call(method: str, url: str, **request: Any) -> tuple[int, str]:
+    """One small request; its status and body. Raises ServerError when nothing answers."""
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30.0)) as session,
+            session.request(method, url, **request) as response,
+        ):
+            return response.status, await response.text()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ServerError(f"{url} does not answer: {error!r}") from error
