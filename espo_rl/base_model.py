@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from espo_rl.progress import progress_bar
 from espo_rl.tasks import Arithmetic
+from espo_rl.types import Problem
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 ALPHABET = "0123456789+-=#" + ascii_lowercase
@@ -147,9 +149,33 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
             optimizer.zero_grad()
             decay.step()
             bar.update(line, advance=1, description=f"training the base model, loss {loss:.3f}")
+    accuracy = greedy_accuracy(model, encode, full.held_out(64))
+    if accuracy < 0.9:
+        raise RuntimeError(
+            f"the base model did not learn the task (greedy accuracy {accuracy:.0%}): give more "
+            "--steps or another --seed"
+        )
     save_checkpoint(model, tokenizer, out)
     marker.write_text(json.dumps(settings))
+    print(
+        f"base model: greedy accuracy {accuracy:.0%}; its sampled errors are what training removes"
+    )
     return out
+
+
+@torch.no_grad()
+def greedy_accuracy(
+    model: Qwen2ForCausalLM, encode: dict[str, int], problems: Sequence[Problem]
+) -> float:
+    """Share of problems whose greedy answer is right."""
+    prompts = [["<user>", *problem.prompt, "<assistant>"] for problem in problems]
+    tokens = torch.tensor([[encode[token] for token in prompt] for prompt in prompts])
+    answers = model.eval().generate(tokens, max_new_tokens=200, do_sample=False)
+    right = 0
+    for problem, answer in zip(problems, answers[:, tokens.shape[1] :].tolist(), strict=True):
+        solution = [encode[token] for token in [*Arithmetic().solution(problem.prompt), "<eos>"]]
+        right += answer[: len(solution)] == solution
+    return right / len(problems)
 
 
 def main() -> None:

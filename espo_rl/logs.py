@@ -37,7 +37,7 @@ class RunLog:
         (self._folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         path = self._folder / "metrics.jsonl"
         rows = path.read_text().splitlines() if self.start and path.exists() else []
-        kept = [row for row in rows if row and json.loads(row)["step"] <= self.start]
+        kept = [row for row in rows if 0 < _step_of(row) <= self.start]
         path.write_text("".join(row + "\n" for row in kept))
         self._file: TextIO = path.open("a")
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self.start + 1)
@@ -89,6 +89,14 @@ class RunLog:
             f"entropy {row['entropy']:.3f}  explained {row['explained_variance']:.2f}  "
             f"rollout {seconds['rollout']:.1f} s  update {seconds['update']:.1f} s  [{rule}]"
         )
+
+
+def _step_of(row: str) -> int:
+    """The step of a row of metrics.jsonl; 0 for what a kill left of one."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 def step_metrics(

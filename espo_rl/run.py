@@ -47,6 +47,7 @@ class Loop:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.task: Task = make_task(recipe.task)
+        check_set_up(recipe, self.task)
         self.problems = self.task.training(recipe.run.seed)
         self.drawn = 0
         self.step = 0
@@ -54,8 +55,11 @@ class Loop:
         self.stopping = StopController(
             recipe.stopping, recipe.run.steps, random.Random(recipe.run.seed)
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
-        self.trainer = PpoTrainer(recipe)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+            self.trainer = PpoTrainer(recipe)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
         self.grade = GRADERS[recipe.task.grader]
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
@@ -273,6 +277,36 @@ class Loop:
         for _ in islice(self.problems, self.drawn):
             pass
         self.log.say(f"resumed from {checkpoint} after step {self.step}")
+
+
+def check_set_up(recipe: Recipe, task: Task) -> None:
+    """Find before anything is loaded or started what would fail later.
+
+    Raises:
+        RecipeError, TaskError: naming the key and the fix.
+    """
+    for key, name in (("model.path", recipe.model.path), ("model.critic", recipe.model.critic)):
+        path = Path(name or ".")
+        # The hub is asked only for what cannot be meant as a folder: offline it tries for a minute.
+        local = path.is_absolute() or len(path.parts) > 2 or path.parent.name in os.listdir()
+        if local and not path.is_dir():
+            raise RecipeError(
+                f"{key}: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
+                f"the hub (python -m espo_rl.base_model --out {path} makes the tiny one)"
+            )
+    try:
+        recipe.run.output.mkdir(parents=True, exist_ok=True)
+        (recipe.run.output / "recipe.json").touch()
+    except OSError as error:
+        raise RecipeError(
+            f"run.output: cannot write to {recipe.run.output} ({error.strerror}); choose another "
+            "folder"
+        ) from error
+    next(task.training(recipe.run.seed))
+    if not task.held_out(1):
+        raise TaskError(
+            "task.train has too few problems to hold out a tenth for evaluation; give task.eval"
+        )
 
 
 def main() -> int:

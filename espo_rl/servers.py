@@ -98,6 +98,8 @@ async def running(recipe: Recipe, model_path: str, log_folder: Path) -> AsyncIte
                     timeout=recipe.servers.start_timeout,
                 )
             )
+        else:
+            await served_model(policy_url)  # the gateway would wait for it
         port = free_port()
         gateway_url = f"http://127.0.0.1:{port}"
         processes.append(

