@@ -177,7 +177,10 @@ class Summary:
                 spread, spread_used = f"{half_width:,.0f}", f"{used * half_width / without:.1%}"
             unstopped = f"{without:,.0f} ± {spread} (95 %, {totals.audited} audited rollouts)"
             saved = f"{1 - used:.1%} ± {spread_used}, the warm-up and the audits included"
-        constants = f"p* = {stopping.p_star}" if stopping.rule == "success-probability" else "β"
+        rule = "none (plain PPO)"
+        if stopping.rule != "none":
+            bound = f" (p* = {stopping.p_star})" if stopping.rule == "success-probability" else ""
+            rule = f"{stopping.rule}{bound}, {stopping.audit_share:.0%} audited"
         explained = "unknown"
         if self._explained:
             mean = float(np.mean(self._explained))
@@ -185,7 +188,7 @@ class Summary:
         phases = ", ".join(f"{phase} {value:.0f} s" for phase, value in self.seconds.items())
         unknown = Share(0, 0)
         lines = {
-            "rule": f"{stopping.rule} ({constants}), {stopping.audit_share:.0%} audited",
+            "rule": rule,
             "accuracy before": self.accuracy.get("before", unknown),
             "accuracy after": self.accuracy.get("after", unknown),
             "rollouts stopped": Share(totals.stopped, totals.gated),

@@ -185,7 +185,7 @@ class PpoTrainer:
             values = self.critic(tokens).cpu()
             for row, index in enumerate(indices):
                 rollout, length = rollouts[index], len(samples[index])
-                window = slice(len(rollout.prompt_ids), length)
+                window = slice(len(rollout.prompt_ids) - 1, length - 1)
                 ours = (sampled if served_processed else raw)[row, window]
                 served = torch.from_numpy(rollout.logprobs[: rollout.kept])
                 results[index] = Forward(
