@@ -321,7 +321,17 @@ def main() -> int:
     parser.add_argument(
         "--resume", metavar="auto|CHECKPOINT", help="auto: from the newest checkpoint, if any"
     )
-    options = parser.parse_intermixed_args()
+    # As Ctrl-C: unwinds the stack, which stops the servers.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return train(parser.parse_intermixed_args())
+    except KeyboardInterrupt:
+        print("espo: interrupted; go on with --resume auto", file=sys.stderr)
+        return 130
+
+
+def train(options: argparse.Namespace) -> int:
+    """Set up and run; the exit code."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -338,13 +348,8 @@ def main() -> int:
     except (RecipeError, TaskError, CheckpointError, OSError) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 2
-    # As Ctrl-C: unwinds the stack, which stops the servers.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         asyncio.run(loop.run())
-    except KeyboardInterrupt:
-        print("espo: interrupted; go on with --resume auto", file=sys.stderr)
-        return 130
     except (servers.ServerError, ServerStartError, WeightSyncError, CheckpointError) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
