@@ -220,8 +220,7 @@ def first_stops(
     logits = None
     if gate.needs_estimator:
         assert gate.estimator is not None
-        surprises = np.where(np.isnan(regrets), np.nan, -logprobs)
-        logits = gate.estimator.logits(stream_features(regrets, surprises, prompt_tokens))
+        logits = gate.estimator.logits(stream_features(regrets, -logprobs, prompt_tokens))
     if gate.rule == "success-probability":
         assert logits is not None
         crossed = logits < gate.logit_star

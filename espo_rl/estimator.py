@@ -34,13 +34,20 @@ def weights(rollouts: Sequence[Rollout], audit_share: float) -> Array:
     return np.array([1.0 / audit_share if rollout.stopped else 1.0 for rollout in rollouts])
 
 
+def regrets(rollouts: Sequence[Rollout]) -> Array:
+    """g of every token, [rollouts, tokens], NaN where missing or past the end."""
+    return recorded_regrets(
+        pad([rollout.logprobs for rollout in rollouts]),
+        pad([rollout.max_logprobs for rollout in rollouts]),
+    )
+
+
 def features(rollouts: Sequence[Rollout]) -> tuple[Array, NDArray[np.bool_]]:
     """Features [rollouts, tokens, features] and which of the [rollouts, tokens] are real tokens."""
-    logprobs = pad([rollout.logprobs for rollout in rollouts])
-    regrets = recorded_regrets(logprobs, pad([rollout.max_logprobs for rollout in rollouts]))
-    surprises = np.where(np.isnan(regrets), np.nan, -logprobs)
+    recorded = regrets(rollouts)
+    surprises = -pad([rollout.logprobs for rollout in rollouts])
     prompts = np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=float)
-    return stream_features(regrets, surprises, prompts), ~np.isnan(regrets)
+    return stream_features(recorded, surprises, prompts), ~np.isnan(recorded)
 
 
 def fit(rollouts: Sequence[Rollout], audit_share: float) -> SuccessEstimator | None:

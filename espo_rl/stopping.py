@@ -19,10 +19,9 @@ from espo_gateway.monitor import (
     MonitorConfig,
     RegretStatistics,
     ThresholdController,
-    pad,
     smoothed_regret,
 )
-from espo_gateway.rules import Gate, recorded_regrets
+from espo_gateway.rules import Gate
 from espo_gateway.values import SuccessEstimator, probabilities
 from espo_rl import estimator
 from espo_rl.config import Stopping
@@ -118,20 +117,16 @@ class StopController:
         usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
         if not usable:
             return
-        regrets = recorded_regrets(
-            pad([rollout.logprobs for rollout in usable]),
-            pad([rollout.max_logprobs for rollout in usable]),
-        )
         if self.estimator is not None:
             self.explained_variance = estimator.explained_variance(
                 self.estimator, usable, self.config.audit_share
             )
         was_on = self.warmup.done
-        self.statistics = self.statistics.updated(regrets)
+        self.statistics = self.statistics.updated(estimator.regrets(usable))
         self._recent.append(usable)
         if self.config.audit_share:
-            window = [rollout for batch in self._recent for rollout in batch]
-            self.estimator = estimator.fit(window, self.config.audit_share) or self.estimator
+            fitted = estimator.fit(self._window, self.config.audit_share)
+            self.estimator = fitted or self.estimator
         self.warmup.update(critic_loss)
         if self.beta is None:
             if self.warmup.done:
@@ -141,12 +136,14 @@ class StopController:
             self.beta = self._threshold.updated(self.beta, share)
         self.version += 1
 
+    @property
+    def _window(self) -> list[Rollout]:
+        return [rollout for batch in self._recent for rollout in batch]
+
     def _calibrate(self) -> float:
         config = self.config
-        full = [rollout for batch in self._recent for rollout in batch]
-        logprobs = pad([rollout.logprobs for rollout in full])
-        regrets = recorded_regrets(logprobs, pad([rollout.max_logprobs for rollout in full]))
-        z = smoothed_regret(regrets, self.statistics, self._monitor)
+        full = self._window
+        z = smoothed_regret(estimator.regrets(full), self.statistics, self._monitor)
         values = np.full_like(z, 1.0 if config.rule == "regret-only" else config.constant)
         if config.rule == "value-gated" and config.value == "stream" and self.estimator is not None:
             values = probabilities(self.estimator.logits(estimator.features(full)[0]))
