@@ -36,7 +36,9 @@ from espo_gateway.values import (
     stream_features,
 )
 
-RuleName = Literal["none", "value-gated", "regret-only", "success-probability"]
+RuleName = Literal[
+    "none", "value-gated", "regret-only", "value-only", "success-probability", "random"
+]
 ValueName = Literal["constant", "stream", "critic"]
 
 

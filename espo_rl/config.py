@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from espo_gateway.rules import RuleName
-from espo_rl.rewards import GraderName
+from espo_gateway.rules import RuleName, ValueName
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,26 +45,50 @@ class Model(Section):
 
     path: str
     critic: str | None = None  # initial critic; the policy itself when not given
+    reference: str | None = None  # for the KL term; the policy itself when not given
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    critic_statistics: bool = False  # the stream's statistics as extra inputs of the critic
 
 
 class TaskSection(Section):
-    """What is asked. `chat` sends the problem through the tokenizer's chat template."""
+    """What is asked, and how answers are graded."""
 
-    kind: Literal["arithmetic", "jsonl"] = "arithmetic"
-    train: Path | None = None
-    eval: Path | None = None
+    kind: Literal["arithmetic", "dataset", "reasoning-gym"] = "arithmetic"
+    # arithmetic
     min_steps: Count = 2
     max_steps: Annotated[int, Field(ge=1, le=26)] = 24
+    # dataset: a JSONL, JSON, Parquet or CSV file, a folder, or a name on the Hugging Face hub
+    train: str | None = None
+    eval: str | None = None  # without one, a tenth of the training problems is held out
+    subset: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    # reasoning-gym: the data set's name and its own settings
+    name: str | None = None
+    options: dict[str, Any] = {}
+    # The prompt: through the tokenizer's chat template, or as plain text
     chat: bool = True
     system: str | None = None
-    grader: GraderName = "exact"
+    template: str = "{problem}"
+    # "exact", "math", "regex", "task" (reasoning-gym's own) or "package.module:function"
+    grader: str = "exact"
+    pattern: str | None = None  # regex: what its last match's group 1 holds is the answer given
+    grader_workers: Count = 2
+    grader_timeout: Positive = 10.0
 
     @model_validator(mode="after")
-    def _files(self) -> TaskSection:
-        if self.kind == "jsonl" and self.train is None:
-            raise ValueError('kind = "jsonl" needs train = "FILE.jsonl"')
+    def _needs(self) -> TaskSection:
+        if self.kind == "dataset" and self.train is None:
+            raise ValueError('kind = "dataset" needs train = "FILE.jsonl" or a hub name')
+        if self.kind == "reasoning-gym" and self.name is None:
+            raise ValueError('kind = "reasoning-gym" needs name, such as "chain_sum"')
+        if self.grader == "regex" and self.pattern is None:
+            raise ValueError('grader = "regex" needs pattern, such as "answer: (.*)"')
+        if "{problem}" not in self.template:
+            raise ValueError("template must hold {problem}")
         return self
 
 
@@ -79,46 +102,65 @@ class RolloutSection(Section):
     concurrency: Count = 64
     timeout: Positive = 600.0
     retries: Count = 5
+    resamples: Annotated[int, Field(ge=0)] = 2  # rounds in which failed rollouts are asked again
+    # 1: the next batch is generated while this one trains
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    # DAPO: drop prompts whose rollouts all got the same reward, and sample others in their stead
+    dynamic_sampling: bool = False
+    dynamic_rounds: Count = 3  # at most; then the step trains on what there is
 
 
 class Stopping(Section):
     """When a rollout is given up, and how that is learned (rows 2-8 of the method)."""
 
     rule: RuleName = "success-probability"
-    value: Literal["constant", "stream"] = "stream"
-    beta: Positive | None = None  # None: calibrated on the warm-up; paper: 7.0
+    value: ValueName = "stream"
+    # How β, or p* of the rules that compare a value with it, is set
+    # "audit": as loose as audited false positives allow; "share": the paper's controller;
+    # "quantile": once, so that target_share of the warm-up's rollouts would stop; "fixed"
+    threshold: Literal["audit", "share", "quantile", "fixed"] = "audit"
+    beta: Positive | None = None  # None: by quantile after the warm-up; paper: 7.0
     epsilon: Positive = 0.2
     constant: float = 1.0
     p_star: Annotated[float, Field(gt=0, lt=1)] = 0.05
     min_tokens: Count = 4
     failure_reward: float = -1.0
     audit_share: Share = 0.1
+    # threshold = "audit": of the stopped rollouts at most this share would have been right, with
+    # this confidence, judged on the outcomes of the last `evidence` batches
+    false_positives: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    evidence: Count = 20
     # Batch statistics and z
     decay: Share = 0.99
     smoothing: Share = 0.9
     clip: Positive = 10.0
-    # Threshold controller (paper: share 0.25, step 0.1)
+    # threshold = "share" or "quantile" (paper: share 0.25, step 0.1)
     target_share: Share = 0.25
     beta_step: float = 0.1
     beta_min: Positive = 0.5
     beta_max: Positive = 20.0
-    # Warm-up: "batches" counts them; "critic-loss" is the paper's rule
-    warmup: Literal["batches", "critic-loss"] = "batches"
+    # Warm-up. "critic-loss" is the paper's rule: below warmup_loss three times, or moved by less
+    # than warmup_change, or forced on after warmup_share of all steps
+    warmup: Literal["none", "batches", "critic-loss", "explained-variance"] = "batches"
     warmup_batches: Count = 4
-    warmup_share: Share = 0.1  # critic-loss: forced on after this share of steps
+    warmup_share: Share = 0.1
     warmup_loss: Positive = 0.5
     warmup_change: Positive = 0.1
+    warmup_explained: Share = 0.2
     # Success estimator: fitted on the last `window` batches
     window: Count = 6
 
     @model_validator(mode="after")
     def _audit(self) -> Stopping:
-        uses_estimator = self.rule == "success-probability" or (
-            self.rule == "value-gated" and self.value == "stream"
+        estimates = self.rule == "success-probability" or (
+            self.rule in ("value-gated", "value-only") and self.value == "stream"
         )
-        if uses_estimator and self.audit_share == 0.0:
+        bounded = self.threshold == "audit" and self.rule not in ("none", "random")
+        if self.audit_share == 0.0 and (estimates or bounded):
+            needs = "an estimator" if estimates else 'threshold = "audit"'
             raise ValueError(
-                "audit_share = 0 with an estimator: stopping hides the outcomes it is fitted on; "
+                f"audit_share = 0 with {needs}: stopping hides the outcomes it learns from; "
                 "set audit_share above 0 (0.1 is usual)"
             )
         return self
@@ -134,36 +176,59 @@ class Ppo(Section):
     epochs: Count = 1
     minibatches: Count = 2
     micro_batch_tokens: Count = 16384  # padded tokens in one forward pass
+    critic_only_steps: Annotated[int, Field(ge=0)] = 0  # at the start, the actor stands still
+    max_grad_norm: Positive = 1.0
+    # Advantages: with a critic (GAE), or against the other rollouts of the prompt (GRPO)
+    advantage: Literal["gae", "group"] = "gae"
+    group_scale: bool = True  # group: divide by the group's standard deviation
+    gamma: Share = 1.0
+    lam: Share = 1.0
+    critic_lam: Share | None = None  # of the critic's targets; None: lam
+    whiten: bool = True
+    bootstrap_length: bool = False  # V after a rollout cut by max_tokens
+    # Losses
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
     value_clip: Positive | None = None
-    gamma: Share = 1.0
-    lam: Share = 1.0
+    aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
     entropy_bonus: float = 0.0
-    whiten: bool = True
-    bootstrap_length: bool = False  # V after a rollout cut by max_tokens
-    max_grad_norm: Positive = 1.0
-    wrong_reward: float = -1.0
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # to model.reference
+    kl_place: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    # The server's logprobs against the trainer's: weights min(π_trainer/π_server, cap)
+    importance_cap: Positive | None = None
+    mismatch_warning: Positive = 0.05  # mean KL(server || trainer) a token above which to warn
+    # Rewards
     right_reward: float = 1.0
+    wrong_reward: float = -1.0
+    # DAPO's soft overlong penalty: grows to its full size over the last `buffer` tokens
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
 
 
 class DeepSpeed(Section):
     """DeepSpeed's own settings; `extra` is merged into its JSON config as it stands."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU; all: parameters too
     extra: dict[str, Any] = {}
 
 
 class Servers(Section):
-    """The policy server and the gateway. With `policy_url` given, no vLLM is started."""
+    """Policy servers, critic server, gateway. What is given by URL is not started, but used."""
 
-    policy_url: str | None = None
-    # For a policy server on another machine: a file on a disk that both see. On this machine
+    policy_servers: Count = 1  # how many vLLM servers to start
+    policy_urls: list[str] = []
+    critic_url: str | None = None
+    # For policy servers on another machine: a file on a disk that all see. On this machine
     # weights go through shared memory.
     weights_path: Path | None = None
     vllm_args: list[str] = []
+    critic_vllm_args: list[str] = []
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     start_timeout: Positive = 600.0
+    hang_timeout: Positive = 120.0  # a server that makes no token for so long is restarted
+    restarts: Annotated[int, Field(ge=0)] = 3  # of one server in a row, then the run gives up
     parity_tolerance: Positive = 1e-3  # max |Δ logprob|; about 0.3 in bfloat16
 
 
@@ -183,6 +248,15 @@ class Checkpoints(Section):
     keep: Count = 2
 
 
+class Logs(Section):
+    """Where the numbers go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb: str | None = None  # a Weights & Biases project
+    rollouts: bool = True  # rollouts/step-*.parquet
+    rollouts_megabytes: Positive = 1024.0  # the oldest files go when they come to more
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -196,14 +270,31 @@ class Recipe(Section):
     servers: Servers = Servers()
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
+    logs: Logs = Logs()
 
     @model_validator(mode="after")
-    def _batch(self) -> Recipe:
+    def _together(self) -> Recipe:
         rollouts = self.rollout.prompts_per_step * self.rollout.n
         if rollouts < self.ppo.minibatches:
             raise ValueError(
                 f"ppo.minibatches = {self.ppo.minibatches} but a step has only {rollouts} rollouts "
                 "(rollout.prompts_per_step × rollout.n)"
+            )
+        if self.ppo.advantage == "group" and self.rollout.n < 2:
+            raise ValueError("ppo.advantage = 'group' needs rollout.n of at least 2")
+        if (
+            self.ppo.importance_cap is not None
+            and self.rollout.temperature != 1.0
+            and self.servers.logprobs_mode == "raw_logprobs"
+        ):
+            raise ValueError(
+                "ppo.importance_cap needs the logprobs that were sampled from, and at a "
+                "temperature other than 1 raw ones are not: set servers.logprobs_mode = 'processed_logprobs'"
+            )
+        if self.model.critic_statistics and self.stopping.value == "critic":
+            raise ValueError(
+                "model.critic_statistics is for the trainer's critic alone: a critic server reads "
+                "tokens only; set stopping.value to another source"
             )
         return self
 

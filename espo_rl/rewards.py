@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal
 
 Grader = Callable[[str, str], bool]
-GraderName = Literal["exact", "math"]
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 
@@ -35,4 +33,4 @@ def math(completion: str, answer: str) -> bool:
     return bool(verify(gold, parse(given, parsing_timeout=None), timeout_seconds=None))
 
 
-GRADERS: dict[GraderName, Grader] = {"exact": exact, "math": math}
+GRADERS: dict[str, Grader] = {"exact": exact, "math": math}

@@ -79,7 +79,7 @@ async def running(recipe: Recipe, model_path: str, log_folder: Path) -> AsyncIte
     """
     processes: list[ServerProcess] = []
     try:
-        policy_url = recipe.servers.policy_url
+        policy_url = next(iter(recipe.servers.policy_urls), None)
         if policy_url is None:
             port = free_port()
             policy_url = f"http://127.0.0.1:{port}"

@@ -127,4 +127,4 @@ def make_task(config: TaskSection) -> Task:
     if config.kind == "arithmetic":
         return Arithmetic(config.min_steps, config.max_steps)
     assert config.train is not None
-    return JsonlTask(config.train, config.eval)
+    return JsonlTask(Path(config.train), Path(config.eval) if config.eval else None)

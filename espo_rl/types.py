@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +13,15 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a task: what the policy is asked, and the answer a reward compares with."""
+    """One problem of a task: what the policy is asked, and the answer a reward compares with.
+
+    `extra` is the row it came from, for graders that need more than the answer.
+    """
 
     id: str
     prompt: str
     answer: str
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 class EndReason(enum.StrEnum):
@@ -50,6 +56,7 @@ class Rollout:
     weights_version: str = ""
     correct: bool | None = None  # None: stopped and not audited, so nobody knows
     reward: float = 0.0
+    group: int = 0  # rollouts of one prompt in one batch have the same
     error: str = ""
 
     @property

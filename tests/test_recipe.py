@@ -34,7 +34,7 @@ def test_overrides_take_toml_values_and_bare_words():
         ("stopping.rule=luck", ["stopping.rule", "value-gated"]),
         ("stopping.audit_share=0", ["stopping", "audit_share"]),
         ("ppo.minibatches=10000", ["ppo.minibatches", "rollouts"]),
-        ("task.kind=jsonl", ["task", "train"]),
+        ("task.kind=dataset", ["task", "train"]),
         ("nonsense", ["section.key=value"]),
         ("run.steps.more=1", ["run.steps.more"]),
     ],
