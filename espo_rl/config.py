@@ -288,8 +288,8 @@ class Recipe(Section):
             and self.servers.logprobs_mode == "raw_logprobs"
         ):
             raise ValueError(
-                "ppo.importance_cap needs the logprobs that were sampled from, and at a "
-                "temperature other than 1 raw ones are not: set servers.logprobs_mode = 'processed_logprobs'"
+                "ppo.importance_cap needs the logprobs that were sampled from; at a temperature "
+                "other than 1 raw ones are not: servers.logprobs_mode = 'processed_logprobs'"
             )
         if self.model.critic_statistics and self.stopping.value == "critic":
             raise ValueError(
