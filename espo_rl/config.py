@@ -220,6 +220,10 @@ class Servers(Section):
     policy_servers: Count = 1  # how many vLLM servers to start
     policy_urls: list[str] = []
     critic_url: str | None = None
+    # CUDA_VISIBLE_DEVICES of what is started: one entry for each policy server, such as ["0,1"].
+    # Give the trainer's ranks other ones (deepspeed --include localhost:2,3).
+    policy_gpus: list[str] = []
+    critic_gpus: str | None = None
     # For policy servers on another machine: a file on a disk that all see. On this machine
     # weights go through shared memory.
     weights_path: Path | None = None
@@ -230,6 +234,15 @@ class Servers(Section):
     hang_timeout: Positive = 120.0  # a server that makes no token for so long is restarted
     restarts: Annotated[int, Field(ge=0)] = 3  # of one server in a row, then the run gives up
     parity_tolerance: Positive = 1e-3  # max |Δ logprob|; about 0.3 in bfloat16
+
+    @model_validator(mode="after")
+    def _gpus(self) -> Servers:
+        if self.policy_gpus and len(self.policy_gpus) != self.policy_servers:
+            raise ValueError(
+                f"policy_gpus has {len(self.policy_gpus)} entries for policy_servers = "
+                f"{self.policy_servers}; give one to each"
+            )
+        return self
 
 
 class Evaluation(Section):
@@ -271,6 +284,12 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     logs: Logs = Logs()
+
+    @property
+    def asks_critic(self) -> bool:
+        """Whether the gate takes V from a critic server."""
+        rules = ("value-gated", "value-only")
+        return self.stopping.rule in rules and self.stopping.value == "critic"
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:

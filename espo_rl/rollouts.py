@@ -61,11 +61,13 @@ class Prompter:
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion to ask for."""
+    """One completion to ask for. In a batch the seed is its name, too."""
 
     problem: Problem
     seed: int
     mode: Mode = "enforce"
+    group: int = 0
+    attempt: int = 0
 
 
 class Collector:
@@ -129,9 +131,9 @@ class Collector:
                         logprobs=1,
                         extra_body={"return_token_ids": True, "espo": {"mode": sample.mode}},
                     )
-            return read_completion(completion, sample.problem, prompt_ids, sample.mode)
+            rollout = read_completion(completion, sample.problem, prompt_ids, sample.mode)
         except (openai.OpenAIError, ValueError) as error:
-            return Rollout(
+            rollout = Rollout(
                 problem=sample.problem,
                 prompt_ids=prompt_ids,
                 token_ids=[],
@@ -142,6 +144,8 @@ class Collector:
                 kept=0,
                 error=f"{type(error).__name__}: {error}",
             )
+        rollout.group, rollout.seed = sample.group, sample.seed
+        return rollout
 
 
 def read_completion(

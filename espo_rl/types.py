@@ -57,6 +57,7 @@ class Rollout:
     correct: bool | None = None  # None: stopped and not audited, so nobody knows
     reward: float = 0.0
     group: int = 0  # rollouts of one prompt in one batch have the same
+    seed: int = 0
     error: str = ""
 
     @property

@@ -1,0 +1,453 @@
+"""The training loop: collect, score, learn when to stop, update, sync, log.
+
+Owns the order of a step and what a checkpoint keeps. A server that falls is brought back with the
+current weights and gate, and the step goes on; whatever else fails ends the run, which `--resume`
+takes up again from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import AutoTokenizer
+
+from espo_gateway.vllm_plugin.client import WeightSyncError
+from espo_rl import servers
+from espo_rl.batches import Batch
+from espo_rl.checkpoints import CheckpointStore
+from espo_rl.config import Recipe, RecipeError
+from espo_rl.grading import GraderPool
+from espo_rl.logs import RunLog
+from espo_rl.progress import progress_bar
+from espo_rl.rewards import reward
+from espo_rl.rollouts import Collector, Mode, Prompter
+from espo_rl.servers import ServerError
+from espo_rl.stopping import StopController
+from espo_rl.summary import Summary
+from espo_rl.tasks import Task, make_task
+from espo_rl.trainer import PpoTrainer
+from espo_rl.types import EndReason
+from espo_rl.weights import WeightPublisher, tensor_specs
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """The run was asked to end, has finished its step and saved."""
+
+
+class Loop:
+    """One training run; one method for each phase of a step."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.task: Task = make_task(recipe.task)
+        self.problems = self.task.training(recipe.run.seed)
+        self.drawn = 0
+        self.step = 0  # updates done: the weights' version, too
+        self.batch: Batch | None = None  # drawn for the next step, perhaps collected
+        self.summary = Summary(recipe)
+        self.stopping = StopController(
+            recipe.stopping, recipe.run.steps, random.Random(recipe.run.seed)
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+        self.trainer = PpoTrainer(recipe)
+        self.checkpoints = CheckpointStore(
+            recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
+        )
+        self.log = RunLog(recipe)
+        self.stepping = False
+        self.interrupted = asyncio.Event()
+        self._trainer_free = asyncio.Lock()
+        self._servers_are_new = True
+
+    # -- a run ---------------------------------------------------------------------------------
+
+    async def run(self) -> Path:
+        """Train to the recipe's last step; returns the path of summary.json.
+
+        Raises:
+            Interrupted: `interrupted` was set; the step is finished and saved.
+        """
+        recipe = self.recipe
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self.log)
+            self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
+            with self.timed("start"):
+                await self.start(stack)
+                # The server holds the base model; after a resume that is not the policy.
+                await self.attempt(self.sync)
+            if "before" not in self.summary.accuracy:
+                self.summary.accuracy["before"] = await self.evaluate()
+            while self.step < recipe.run.steps:
+                await self.train_step()
+                await self.save(last=self.interrupted.is_set())
+                if self.interrupted.is_set():
+                    raise Interrupted
+            self.summary.accuracy["after"] = await self.evaluate()
+            self.trainer.save_models(recipe.run.output)
+            self.tokenizer.save_pretrained(recipe.run.output / "actor")
+            path = self.summary.write(recipe.run.output / "summary.json")
+            self.log.say(f"\n{self.summary.text()}\n\nlogs, models and {path.name}: {path.parent}")
+            return path
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Start servers and helpers; they end with the stack."""
+        recipe, enter = self.recipe, stack.enter_async_context
+        critic_path = None
+        if recipe.asks_critic:
+            critic_path = recipe.run.output / "critic-config"
+            self.trainer.critic_model.config.save_pretrained(critic_path)
+            self.tokenizer.save_pretrained(critic_path)
+        self.servers = await enter(
+            servers.running(
+                recipe,
+                recipe.model.path,
+                recipe.run.output / "logs",
+                critic_path=critic_path,
+                say=self.log.say,
+            )
+        )
+        path = recipe.servers.weights_path
+        self.actor_publisher = await enter(WeightPublisher(self.servers.policy_urls, path=path))
+        if (critic := self.servers.critic) is not None:
+            path = path and path.with_suffix(".critic")
+            self.critic_publisher = await enter(WeightPublisher([critic.url], path=path))
+        prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
+        self.collector = await enter(
+            Collector(self.servers.gateway_url, self.servers.model, prompter, recipe.rollout)
+        )
+        self.grader = await enter(GraderPool(recipe.task))
+
+    async def train_step(self) -> None:
+        """One step, from the gate to the log."""
+        recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
+        self.stepping = True
+        self.batch = batch = self.batch or self.draw()
+        await self.collect(batch)
+        ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
+        self.batch = self.draw() if ahead else None
+        async with self.collecting(self.batch):
+            update = await self.learn(batch)
+        tokens = await self.count_tokens(batch)
+        with self.timed("sync"):
+            update["parity"] = await self.attempt(self.sync)
+        await self.servers.new_tokens()  # those of the proof are nobody's
+        self.servers.forget_restarts()
+
+        gate = batch.gate
+        assert gate is not None
+        self.summary.add(batch.usable, tokens, self.stopping, gate.rule)
+        spent = {
+            phase: self.summary.seconds.get(phase, 0.0) - started.get(phase, 0.0)
+            for phase in ("rollout", "score", "update", "sync")
+        }
+        self.log.step(
+            self.step,
+            list(batch.rollouts.values()),
+            gate,
+            self.stopping,
+            update | {"tokens": tokens, "resampled": batch.resampled},
+            spent | {"step": time.monotonic() - begin},
+        )
+        every = recipe.evaluation.every
+        if every and self.step % every == 0 and self.step < recipe.run.steps:
+            self.log.scalar("accuracy/held_out", (await self.evaluate()).value, self.step)
+        self.stepping = False
+
+    # -- phases --------------------------------------------------------------------------------
+
+    def draw(self) -> Batch:
+        """The next step's batch, with the gate that is known by now; nothing is asked yet."""
+        seed = self.recipe.run.seed
+        step = self.batch.step + 1 if self.batch else self.step + 1
+        # Seeds follow from run, step and place: a resumed step asks for the same completions.
+        batch = Batch(step, first_seed=(seed * 1_000_003 + step - 1) * 65_536)
+        batch.gate = self.stopping.gate(self.weights_version)
+        self.ask(batch, self.recipe.rollout.prompts_per_step)
+        return batch
+
+    def ask(self, batch: Batch, count: int) -> None:
+        """Add n rollouts of each of `count` new problems; audits are drawn before anything is."""
+        n = self.recipe.rollout.n
+        self.drawn += count
+        audits = self.stopping.draw_audits(count * n)
+        modes: list[Mode] = ["shadow" if audited else "enforce" for audited in audits]
+        batch.ask(islice(self.problems, count), n, modes)
+
+    @asynccontextmanager
+    async def collecting(self, batch: Batch | None) -> AsyncIterator[None]:
+        """Collect a batch meanwhile; it is there at the end, unless the run is interrupted."""
+        if batch is None:
+            yield
+            return
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.collect(batch, abandon=self.interrupted))
+            yield
+
+    async def collect(self, batch: Batch, abandon: asyncio.Event | None = None) -> None:
+        """Fill and score a batch; of a dynamic one, until enough prompts tell something."""
+        config = self.recipe.rollout
+        await self.fill(batch, config.temperature, f"step {batch.step}: rollouts", abandon)
+        while config.dynamic_sampling and not batch.waiting:
+            informative = len({rollout.group for rollout in batch.informative()})
+            if informative >= config.prompts_per_step or batch.rounds >= config.dynamic_rounds:
+                break
+            self.ask(batch, config.prompts_per_step - informative)
+            await self.fill(batch, config.temperature, f"step {batch.step}: more", abandon)
+        if batch.waiting:
+            return
+        usable, failed = len(batch.usable), batch.failed
+        if len(failed) > usable:
+            raise ServerError(
+                f"{len(failed)} of {usable + len(failed)} rollouts failed; the first: "
+                f"{failed[0].error}"
+            )
+
+    async def fill(
+        self, batch: Batch, temperature: float, label: str, abandon: asyncio.Event | None = None
+    ) -> None:
+        """Ask for all that a batch waits for, score it, ask again for what failed."""
+        while batch.waiting and not (abandon and abandon.is_set()):
+            await self.attempt(lambda: self.prepare(batch))
+            with self.timed("rollout"):
+                trouble = await self.sample(batch, temperature, label, abandon)
+            if trouble is None and batch.failed and await self.servers.down():
+                trouble = batch.failed[0].error
+            if trouble is not None:
+                batch.recall_failed()
+                await self.heal(f"{trouble}\n{len(batch.waiting)} rollouts are asked again")
+                continue
+            with self.timed("score"):
+                await self.score(batch)
+            batch.ask_failed_again(self.recipe.rollout.resamples)
+            batch.tokens = await self.count_tokens(batch)
+
+    async def prepare(self, batch: Batch) -> None:
+        """Weights, if a server has started since they were sent, and the batch's gate."""
+        if self._servers_are_new:
+            await self.sync()
+            if batch.gate is not None:
+                batch.gate = dataclasses.replace(batch.gate, weights_version=self.weights_version)
+        if batch.gate is not None:
+            await self.servers.push_gate(batch.gate)
+
+    async def sample(
+        self, batch: Batch, temperature: float, label: str, abandon: asyncio.Event | None
+    ) -> str | None:
+        """Take what comes until all is there, or a server falls: then what happened to it."""
+        wanted = list(batch.waiting.values())
+        with progress_bar() as bar:
+            line = bar.add_task(label, total=len(wanted))
+
+            def put(rollout: Any) -> None:
+                batch.put(rollout)
+                bar.advance(line)
+
+            asked = asyncio.ensure_future(
+                self.collector.collect(wanted, temperature=temperature, on_done=put)
+            )
+            fallen = asyncio.ensure_future(self.servers.failure())
+            left = asyncio.ensure_future(abandon.wait()) if abandon else None
+            waits: list[asyncio.Future[Any]] = [asked, fallen, *([left] if left else [])]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if asked.done():
+                    asked.result()
+                    return None
+                return fallen.result() if fallen.done() else None
+            finally:
+                for wait in waits:
+                    wait.cancel()
+                await asyncio.gather(*waits, return_exceptions=True)
+
+    async def score(self, batch: Batch) -> None:
+        """Outcome where it is known, and the reward; a stopped rollout's is r_fail (row 7)."""
+        new = [rollout for rollout in batch.usable if rollout.seed not in batch.scored]
+        known = [rollout for rollout in new if not rollout.stopped or rollout.audited]
+        grades = await self.grader.grade([(rollout.text, rollout.problem) for rollout in known])
+        for rollout, grade in zip(known, grades, strict=True):
+            if grade.score is None:
+                rollout.end, rollout.error = EndReason.ERROR, grade.error
+            else:
+                rollout.score = grade.score
+                rollout.correct = grade.score >= 1.0
+        for rollout in new:
+            rollout.reward = reward(rollout, self.recipe)
+            batch.scored.add(rollout.seed)
+
+    async def learn(self, batch: Batch) -> dict[str, float]:
+        """Update actor and critic, then what decides on stopping."""
+        rollouts = batch.usable
+        if self.recipe.rollout.dynamic_sampling:
+            rollouts = batch.informative() or rollouts
+        async with self._trainer_free:
+            with self.timed("update"):
+                update = await asyncio.to_thread(self.trainer.update, rollouts)
+            self.step += 1
+        self.stopping.observe(
+            batch.usable, update.get("critic_loss"), update.get("critic_explained_variance")
+        )
+        return update
+
+    async def sync(self) -> float:
+        """Bring the weights to the servers and prove it; the largest difference found."""
+        async with self._trainer_free:
+            trainer, version = self.trainer, self.weights_version
+            tolerance, probe = self.recipe.servers.parity_tolerance, self.probe()
+            model = trainer.actor.module
+            await self.actor_publisher.publish(
+                tensor_specs(model), trainer.weights("actor"), version=version
+            )
+            parity = await self.actor_publisher.verify(
+                probe, trainer.prompt_logprobs(probe), version=version, tolerance=tolerance
+            )
+            if self.servers.critic is not None:
+                await self.critic_publisher.publish(
+                    tensor_specs(trainer.critic_model), trainer.weights("critic"), version=version
+                )
+                await self.critic_publisher.verify_values(
+                    probe, trainer.values(probe), version=version, tolerance=tolerance
+                )
+            self._servers_are_new = False
+            return parity
+
+    async def count_tokens(self, batch: Batch) -> int:
+        """Add what the servers have sampled since last asked to the batch's tokens.
+
+        Asked once more after the update: by then the last aborts have reached the engine.
+        """
+        new = await self.servers.new_tokens()
+        if new is None or batch.tokens is None:
+            batch.tokens = None
+            return sum(rollout.generated for rollout in batch.rollouts.values())
+        batch.tokens += new
+        return batch.tokens
+
+    async def evaluate(self) -> Any:
+        """Sampled accuracy on held-out problems, without stopping."""
+        config = self.recipe.evaluation
+        problems = self.task.held_out(config.problems)
+        modes: list[Mode] = ["off"] * len(problems) * config.samples
+        batch = Batch(self.step, first_seed=0)
+        batch.ask(problems, config.samples, modes)
+        with self.timed("evaluate"):
+            await self.fill(batch, config.temperature, "evaluating")
+        await self.servers.new_tokens()
+        return self.summary.evaluated([bool(rollout.correct) for rollout in batch.usable])
+
+    # -- faults --------------------------------------------------------------------------------
+
+    async def attempt(self, action: Callable[[], Awaitable[T]]) -> T:
+        """Do what needs the servers; when one has fallen, bring it back and do it again."""
+        while True:
+            try:
+                return await action()
+            except (ServerError, WeightSyncError) as fault:
+                if not await self.heal(str(fault)):
+                    raise
+
+    async def heal(self, fault: str) -> bool:
+        """Bring back the servers that are down; False when none is."""
+        down = await self.servers.down()
+        if down:
+            self.log.say(fault)
+            self._servers_are_new = True
+        for server in down:
+            await self.servers.restart(server, self.log.say)
+        return bool(down)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    @property
+    def weights_version(self) -> str:
+        return f"step-{self.step}"
+
+    def probe(self) -> list[int]:
+        """A fixed text whose logprobs must agree between server and trainer."""
+        if not hasattr(self, "_probe"):
+            problem = self.task.held_out(1)[0]
+            text = f"{problem.prompt} {problem.answer} " * 4
+            self._probe = self.tokenizer.encode(text, add_special_tokens=False)[:128]
+        return self._probe
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to the summary's seconds of that phase."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self.summary.seconds[phase] = self.summary.seconds.get(phase, 0.0) + seconds
+
+    async def save(self, *, last: bool) -> None:
+        """Write a checkpoint when one is due, or when this was the last step for now."""
+        every = self.recipe.checkpoints.every
+        due = every and (self.step % every == 0 or self.step == self.recipe.run.steps)
+        if due or last:
+            async with self._trainer_free:
+                with self.timed("checkpoint"):
+                    self.checkpoints.save(self.step, self.state(), self.trainer.save)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beside the models."""
+        return {
+            "recipe": self.recipe,
+            "step": self.step,
+            "drawn": self.drawn,
+            "batch": self.batch,
+            "stopping": self.stopping,
+            "summary": self.summary,
+            "trainer_rng": self.trainer.rng_state,
+        }
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint: same data order, same gate, same optimizers.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            RecipeError: its problems come in another order.
+        """
+        state = CheckpointStore.load(checkpoint, self.trainer.load)
+        changes = differences(state["recipe"], self.recipe)
+        # What decides which problem comes next; "where it stopped" means nothing without.
+        fixed = [
+            key
+            for key in changes
+            if key == "run.seed" or (key.startswith("task.") and "grader" not in key)
+        ]
+        if fixed:
+            raise RecipeError(
+                f"{checkpoint} was written with another {', '.join(fixed)}; give the same, or "
+                "another run.output to start anew"
+            )
+        self.step, self.drawn, self.batch = state["step"], state["drawn"], state["batch"]
+        self.summary = state["summary"]
+        self.summary.recipe = self.recipe
+        self.stopping = state["stopping"].resumed(self.recipe.stopping, self.recipe.run.steps)
+        self.trainer.rng_state = state["trainer_rng"]
+        self.log.start = self.step
+        for _ in islice(self.problems, self.drawn):
+            pass
+        self.log.say(f"resumed from {checkpoint} after step {self.step}")
+        for key, (before, now) in changes.items():
+            self.log.say(f"changed since: {key} = {now!r}, was {before!r}")
+
+
+def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, dotted; with both values."""
+    pairs = (
+        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
+        for section in Recipe.model_fields
+        for key, value in getattr(now, section)
+    )
+    return {key: values for key, values in pairs if values[0] != values[1]}

@@ -1,0 +1,90 @@
+"""Runs killed at every phase, and servers killed under a run: it comes to what it would have come to.
+
+The policy server is the suite's own, given by URL, so a run starts in seconds; it keeps the weights
+that a killed run left in it, and a resumed run must replace them. The proof is the end: a run that
+skipped a step, trained one twice or sampled from other weights ends with another policy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import VllmServer
+from run_helpers import STEPS, Ended, Run
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def assert_same_policy(one: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "actor" / "model.safetensors") for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def assert_whole(ended: Ended) -> None:
+    assert ended.code == 0, ended.said
+    assert [row["step"] for row in ended.rows] == list(range(1, STEPS + 1))
+    assert all(row["parity"] < 1e-3 for row in ended.rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(vllm_server: VllmServer, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    output = tmp_path_factory.mktemp("undisturbed")
+    ended = Run(vllm_server.path, output, f'servers.policy_urls=["{vllm_server.url}"]').end()
+    assert_whole(ended)
+    return ended
+
+
+@pytest.mark.parametrize("place", ["rollout", "update", "sync", "save"])
+async def test_a_killed_run_comes_to_what_it_would_have_come_to(
+    place: str, undisturbed: Ended, vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    url = f'servers.policy_urls=["{vllm_server.url}"]'
+    run = Run(vllm_server.path, tmp_path, url, halt=f"{place}:2")
+    run.until("HALTED")
+    run.process.kill()
+    killed = run.end(patience=60.0)
+    assert killed.left == []
+    assert killed.checkpoint == "step-00000001"
+
+    ended = Run(vllm_server.path, tmp_path, url, "--resume", "auto").end()
+    assert "after step 1\n" in ended.said
+    assert_whole(ended)
+    assert ended.left == []
+    assert_same_policy(ended.output, undisturbed.output)
+    # Of what the kill left half written nothing stays.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+async def test_a_run_outlives_its_servers(
+    undisturbed: Ended, vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    """In the middle of a step vLLM's engine and the gateway are killed; both are started anew."""
+    run = Run(vllm_server.path, tmp_path, halt="rollout:2")
+    run.until("HALTED")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    engines = [one for one in family if "EngineCore" in one.name() or "EngineCore" in title(one)]
+    gateways = [one for one in family if "espo_gateway" in one.cmdline()[-6:]]
+    assert engines
+    assert gateways
+    for process in [*engines, *gateways]:
+        process.kill()
+    run.go_on()
+    ended = run.end(patience=60.0)
+    assert_whole(ended)
+    assert ended.left == []
+    for name in ("policy server", "gateway"):
+        assert f"restarting the {name}" in ended.said
+    assert_same_policy(ended.output, undisturbed.output)
+
+
+def title(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
