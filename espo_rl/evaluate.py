@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import re
 import signal
 import sys
 import time
@@ -32,25 +33,25 @@ from espo_gateway.rules import Gate
 from espo_gateway.supervisor import ServerStartError
 from espo_rl import servers
 from espo_rl.answers import answer_reader
-from espo_rl.config import Model, Recipe, RolloutSection, Servers, TaskSection
+from espo_rl.config import Model, Recipe, RecipeError, RolloutSection, Servers, TaskSection
 from espo_rl.evaluator import EvaluationError, Report, Sampling, evaluate
 from espo_rl.grading import GraderPool
 from espo_rl.progress import progress_bar
 from espo_rl.results import ResultsFolder, as_dict, machine, table, write_json
 from espo_rl.rollouts import Collector, Prompter
 from espo_rl.summary import versions
-from espo_rl.tasks import TaskError, make_task
+from espo_rl.tasks import Split, TaskError
 from espo_rl.types import Problem
 
 #: fields of the task that the results depend on; where the data lies is none of them
-ASKING = ("chat", "system", "template", "grader", "pattern")
+ASKING = ("chat", "system", "template", "grader", "pattern", "answer_pattern")
 
 
 class Command:
     """One command. What can be found wrong without a server is, when it is made.
 
     Raises:
-        EvaluationError, TaskError: naming the argument and the fix.
+        EvaluationError: naming the argument and the fix.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -79,6 +80,10 @@ class Command:
                 f"--chat: the tokenizer of {options.model} has no chat template; give --plain"
             )
         self.prompter = Prompter(tokenizer, options.chat, options.system)
+        try:
+            self.grader = GraderPool(self.recipe.task)
+        except RecipeError as error:
+            raise EvaluationError(in_arguments(str(error))) from error
         self.problems = read_problems(self.recipe.task, options.data, options.limit)
         self.folder = ResultsFolder(options.out, self.settings())
 
@@ -105,7 +110,7 @@ class Command:
         async with (
             servers.running(recipe, recipe.model.path, self.folder.path / "logs") as running,
             Collector(running.gateway_url, running.model, self.prompter, recipe.rollout) as asker,
-            GraderPool(recipe.task) as grader,
+            self.grader as grader,
         ):
             if self.gate is not None:
                 await running.push_gate(self.gate)
@@ -229,21 +234,39 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def explain(error: Any) -> str:
-    return f"--{str(error['loc'][-1]).replace('_', '-')}: {error['msg']} (got {error['input']!r})"
+    where = "--" + str(error["loc"][-1]).replace("_", "-") + ": " if error["loc"] else ""
+    return f"{where}{error['msg'].removeprefix('Value error, ')}"
 
 
 def read_problems(
     task: TaskSection, data: Sequence[str], limit: int | None
 ) -> dict[str, list[Problem]]:
-    """The problems of each data set, under the name that its results have. Raises TaskError."""
+    """The problems of each data set in its order, under the name that its results have.
+
+    Raises:
+        EvaluationError: it cannot be read, lacks a column, or has the name of another.
+    """
     problems: dict[str, list[Problem]] = {}
     for source in data:
         name = Path(source).stem
         if name in problems:
             raise EvaluationError(f"--data: two data sets are called {name}; evaluate one by one")
-        section = task.model_copy(update={"train": source, "eval": source})
-        problems[name] = list(make_task(section).held_out(limit or sys.maxsize))
+        try:
+            split = Split.load(task.model_copy(update={"train": source, "eval": source}), "eval")
+            problems[name] = [split.problem(row) for row in list(split.distinct().values())[:limit]]
+        except TaskError as error:
+            raise EvaluationError(in_arguments(str(error))) from error
     return problems
+
+
+def in_arguments(message: str) -> str:
+    """A message about a recipe's task in terms of this command."""
+
+    def argument(key: re.Match[str]) -> str:
+        name = key.group(1).removeprefix("eval_")
+        return "--" + ("data" if name == "eval" else name.replace("_", "-"))
+
+    return re.sub(r"task\.(\w+)", argument, message)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -291,6 +314,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pattern", help="regex: group 1 of its last match is the answer given")
     add("--problem-column", default=defaults.problem_column, help="(default: %(default)s)")
     add("--answer-column", default=defaults.answer_column, help="(default: %(default)s)")
+    add("--answer-pattern", help="group 1 of its last match in there: '#### (.*)' for GSM8K's own")
     add("--subset", help="of a data set on the hub")
     add("--split", default=defaults.eval_split, help="of it (default: %(default)s)")
     stopping = parser.add_argument_group("early stopping")
@@ -333,7 +357,7 @@ def main() -> int:
     try:
         try:
             command = Command(parse())
-        except (EvaluationError, TaskError) as error:
+        except EvaluationError as error:
             print(f"espo: {error}", file=sys.stderr)
             return 2
         return 0 if asyncio.run(command.run()) else 1
