@@ -97,14 +97,18 @@ class Collector:
         samples: Sequence[Sample],
         *,
         temperature: float,
+        top_p: float = 1.0,
         on_done: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
-        """Sample them all; rollouts in the order of `samples`. `on_done` is for progress bars."""
+        """Sample them all; rollouts in the order of `samples`. `on_done` is for progress bars.
+
+        `top_p` is for evaluation: what is trained on must be sampled from the whole policy.
+        """
         slots = asyncio.Semaphore(self._config.concurrency)
 
         async def one(sample: Sample) -> Rollout:
             async with slots:
-                rollout = await self._rollout(sample, temperature)
+                rollout = await self._rollout(sample, temperature, top_p)
             on_done(rollout)
             return rollout
 
@@ -112,7 +116,7 @@ class Collector:
             tasks = [group.create_task(one(sample)) for sample in samples]
         return [task.result() for task in tasks]
 
-    async def _rollout(self, sample: Sample, temperature: float) -> Rollout:
+    async def _rollout(self, sample: Sample, temperature: float, top_p: float) -> Rollout:
         prompt_ids = self._prompter(sample.problem)
         try:
             async for attempt in AsyncRetrying(
@@ -127,6 +131,7 @@ class Collector:
                         prompt=prompt_ids,
                         max_tokens=self._config.max_tokens,
                         temperature=temperature,
+                        top_p=top_p,
                         seed=sample.seed,
                         logprobs=1,
                         extra_body={"return_token_ids": True, "espo": {"mode": sample.mode}},

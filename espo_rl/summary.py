@@ -15,37 +15,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 from espo_rl.config import Recipe
+from espo_rl.intervals import Share
 from espo_rl.stopping import StopController
 from espo_rl.types import EndReason, Rollout
-
-Z95 = 1.96
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of successes in trials, with Wilson's 95 % interval; NaN without trials."""
-
-    successes: int
-    trials: int
-
-    @property
-    def value(self) -> float:
-        return self.successes / self.trials if self.trials else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        if not self.trials:
-            return math.nan, math.nan
-        n, p, z = self.trials, self.value, Z95
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(centre - half, 0.0), min(centre + half, 1.0)
-
-    def __str__(self) -> str:
-        if not self.trials:
-            return "unknown (none observed)"
-        low, high = self.interval
-        return f"{self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {self.trials})"
 
 
 @dataclass

@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from espo_rl.base_model import make_model, make_tokenizer, save_checkpoint
+from espo_rl.base_model import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS,
+    make_model,
+    make_tokenizer,
+    save_checkpoint,
+)
 
 #: ids that no special token has, long enough to fill several blocks of vLLM's KV cache
 PROBE = [(7 * position) % 15 + 4 for position in range(70)]
@@ -35,3 +41,27 @@ def logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
     """log π(token | tokens before it), shape [tokens - 1]."""
     rows = model(torch.tensor([token_ids])).logits[0, :-1].log_softmax(-1)
     return rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+
+
+def text_checkpoint(folder: Path, seed: int) -> Path:
+    """A random policy that reads and writes any text, a token a byte, up to 4096 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    config = make_model(layers=2).config
+    config.update({"vocab_size": len(alphabet), "max_position_embeddings": 4096})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    save_checkpoint(model, fast, folder)
+    return folder
