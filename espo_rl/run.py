@@ -29,8 +29,9 @@ from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl import servers
 from espo_rl.checkpoints import CheckpointError, CheckpointStore
 from espo_rl.config import Recipe, RecipeError, load_recipe
-from espo_rl.logs import RunLog
-from espo_rl.progress import progress_bar
+from espo_rl.dumps import RolloutDumps
+from espo_rl.logs import LogError, RunLog
+from espo_rl.metrics import gate_metrics, rollout_metrics
 from espo_rl.rewards import GRADERS
 from espo_rl.rollouts import Collector, Prompter, Sample
 from espo_rl.stopping import StopController
@@ -65,6 +66,7 @@ class Loop:
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
         )
         self.log = RunLog(recipe)
+        self.dumps = RolloutDumps(recipe)
 
     # -- a run ---------------------------------------------------------------------------------
 
@@ -73,6 +75,7 @@ class Loop:
         recipe = self.recipe
         async with AsyncExitStack() as stack:
             stack.enter_context(self.log)
+            self.dumps.drop_after(self.step)
             self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
             with self.timed("start"):
                 self.servers = await stack.enter_async_context(
@@ -107,6 +110,7 @@ class Loop:
         started = dict(self.summary.seconds)
         gate = stopping.gate(self.weights_version)
         await self.servers.push_gate(gate)
+        self.log.stopping(gate.rule != "none", stopping.warmup.reason)
 
         tokens_before = await self.servers.generated_tokens()
         with self.timed("rollout"):
@@ -135,15 +139,26 @@ class Loop:
         }
         self.log.step(
             self.step,
-            rollouts,
-            gate,
-            stopping,
-            update | {"parity": parity, "tokens": tokens},
-            spent,
+            rollout=rollout_metrics(
+                rollouts,
+                tokens=tokens,
+                audit_share=recipe.stopping.audit_share,
+                weights_version=gate.weights_version,
+            ),
+            stopping=gate_metrics(gate)
+            | {
+                "explained_variance": stopping.explained_variance,
+                "regret_mean": stopping.statistics.mean,
+                "regret_variance": stopping.statistics.variance,
+            },
+            ppo=update,
+            sync={"parity": parity},
+            seconds=spent,
         )
+        self.dumps.write(self.step, rollouts, gate)
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
-            self.log.scalar("accuracy/held_out", (await self.evaluate()).value, self.step)
+            self.log.write(self.step, evaluation={"accuracy": (await self.evaluate()).value})
         every = recipe.checkpoints.every
         if every and (self.step % every == 0 or self.step == recipe.run.steps):
             with self.timed("checkpoint"):
@@ -166,9 +181,7 @@ class Loop:
             Sample(problem, seed=first + i, mode="shadow" if audits[i] else "enforce")
             for i, problem in enumerate(problem for problem in problems for _ in range(n))
         ]
-        rollouts = await self.sample(
-            samples, self.recipe.rollout.temperature, f"step {self.step + 1}: rollouts"
-        )
+        rollouts = await self.sample(samples, self.recipe.rollout.temperature, "rollouts")
         usable = sum(rollout.end is not EndReason.ERROR for rollout in rollouts)
         if usable < len(rollouts) / 2:
             error = next(rollout.error for rollout in rollouts if rollout.error)
@@ -181,10 +194,9 @@ class Loop:
         self, samples: Sequence[Sample], temperature: float, label: str
     ) -> list[Rollout]:
         """Collect with a progress bar."""
-        with progress_bar() as bar:
-            line = bar.add_task(label, total=len(samples))
+        with self.log.phase(label, len(samples)) as advance:
             return await self.collector.collect(
-                samples, temperature=temperature, on_done=lambda _: bar.advance(line)
+                samples, temperature=temperature, on_done=lambda _: advance()
             )
 
     def score(self, rollouts: Sequence[Rollout]) -> None:
@@ -350,7 +362,13 @@ def train(options: argparse.Namespace) -> int:
         return 2
     try:
         asyncio.run(loop.run())
-    except (servers.ServerError, ServerStartError, WeightSyncError, CheckpointError) as error:
+    except (
+        servers.ServerError,
+        ServerStartError,
+        WeightSyncError,
+        CheckpointError,
+        LogError,
+    ) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     return 0
