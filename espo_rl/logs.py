@@ -1,135 +1,266 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard, one line a step in the terminal."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the terminal.
+
+What the numbers mean stands in `metrics.METRICS`; nothing here computes any.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
-import numpy as np
 from rich.console import Console
 
-from espo_gateway.rules import Gate
-from espo_rl.config import Recipe
-from espo_rl.estimator import weights, with_outcome
-from espo_rl.types import EndReason, Rollout
+from espo_rl.config import Recipe, RecipeError
+from espo_rl.metrics import Metric, grouped
+from espo_rl.progress import RunProgress
 
-if TYPE_CHECKING:
-    from espo_rl.stopping import StopController
+
+class LogError(RuntimeError):
+    """The run's log cannot be written; the message says what to change."""
+
+
+@contextmanager
+def log_errors(what: object) -> Iterator[None]:
+    """Turn a failure to write `what` into a LogError."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"cannot write {what}: {error.strerror or error}; free space or change run.output, "
+            "then go on with --resume auto"
+        ) from error
+
+
+class Sink(Protocol):
+    """One place where rows go."""
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        """Take a row; its numbers may be NaN. Raises LogError."""
+
+    def close(self) -> None:
+        """Write what is left. Raises LogError."""
+
+
+class JsonLines:
+    """metrics.jsonl: every row, unknown numbers as null. Rows of steps after `start` are dropped
+    from an older file: they come again."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        with log_errors(path):
+            rows = path.read_text().splitlines() if start and path.exists() else []
+            kept = [row for row in rows if 0 <= _step_of(row) <= start]
+            path.write_text("".join(row + "\n" for row in kept))
+            self._file: TextIO = path.open("a")
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        clean = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        with log_errors(self._path):
+            self._file.write(json.dumps({"step": step, **clean}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with log_errors(self._path):
+            self._file.close()
+
+
+class TensorBoard:
+    """Events for TensorBoard: the numbers."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        with log_errors(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        with log_errors(self._folder):
+            for name, value in _numbers(row).items():
+                self._writer.add_scalar(name, value, step)
+            # Events are written by a thread: only this shows that it could.
+            self._writer.flush()
+
+    def close(self) -> None:
+        with log_errors(self._folder):
+            self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases. Its id is kept in `wandb_run`, so a resumed run goes on in it.
+
+    Steps that a resumed run repeats are there twice, the later ones last.
+    """
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        import wandb
+
+        folder = recipe.run.output
+        id_file = folder / "wandb_run"
+        with log_errors(id_file):
+            if not start or not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:8])
+            run_id = id_file.read_text().strip()
+        try:
+            self._run = wandb.init(
+                project=recipe.logs.wandb,
+                name=folder.name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=recipe.model_dump(mode="json"),
+                # The terminal is the progress bar's.
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.Error, OSError) as error:
+            raise LogError(
+                f"logs.wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        # Its own step only ever grows, so it would drop the steps that a resumed run repeats.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        self._run.log({"step": step, **_numbers(row)})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class RunLog:
-    """The log of one run. Steps after `start` are dropped from an older log: they come again."""
+    """The log of one run: a context manager, open while the run goes.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `start` is the step that the run is resumed after; what an older log has of later steps goes.
+
+    Raises:
+        RecipeError: at once, when a package that the recipe's logs need is missing.
+        LogError: by every method that writes.
+    """
+
+    def __init__(self, recipe: Recipe, console: Console | None = None) -> None:
         self._recipe = recipe
-        self._folder = recipe.run.output
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self._progress = RunProgress(self._console, recipe.run.steps)
+        self._sinks: list[Sink] = []
+        self._stopping: dict[str, Metric] = {"on": False, "reason": ""}
         self.start = 0
+        for key, package, extra in (
+            ("logs.wandb", "wandb", "espo[wandb]"),
+            ("logs.tensorboard", "tensorboard", "espo[train]"),
+        ):
+            wanted = getattr(recipe.logs, package)
+            if wanted and importlib.util.find_spec(package) is None:
+                off = f"; without it: {key}=false" if wanted is True else ""
+                raise RecipeError(f"{key} needs {package}: pip install '{extra}'{off}")
 
     def __enter__(self) -> RunLog:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder.mkdir(parents=True, exist_ok=True)
-        recipe = self._recipe.model_dump(mode="json")
-        (self._folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-        path = self._folder / "metrics.jsonl"
-        rows = path.read_text().splitlines() if self.start and path.exists() else []
-        kept = [row for row in rows if 0 < _step_of(row) <= self.start]
-        path.write_text("".join(row + "\n" for row in kept))
-        self._file: TextIO = path.open("a")
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self.start + 1)
+        folder, logs = self._recipe.run.output, self._recipe.logs
+        with log_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            recipe = self._recipe.model_dump(mode="json")
+            (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        self._sinks = [JsonLines(folder / "metrics.jsonl", self.start)]
+        if logs.tensorboard:
+            self._sinks.append(TensorBoard(folder / "tensorboard", self.start))
+        if logs.wandb:
+            self._sinks.append(WeightsAndBiases(self._recipe, self.start))
+        self._progress.start(self.start)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        self._board.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._progress.stop()
+        failures = []
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except LogError as failure:
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         self._console.print(text)
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """One number for TensorBoard."""
-        self._board.add_scalar(name, value, step)
+    def phase(
+        self, name: str, total: int | None = None
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Show what the run does. With a total there is a bar, advanced by calling what this
+        gives: `with log.phase("rollouts", 128) as advance: ...`"""
+        return self._progress.phase(name, total)
+
+    def stopping(self, on: bool, reason: str) -> None:
+        """Take note of whether the next batch may be stopped; a change is said with its reason."""
+        if on != self._stopping["on"]:
+            self.say(f"stopping is {'on' if on else 'off'}: {reason}")
+        self._stopping = {"on": on, "reason": reason}
+
+    def write(self, step: int, **groups: Mapping[str, Any]) -> dict[str, Metric]:
+        """Write a row to every place, `ppo={"kl": 0.1}` as `ppo/kl`; returns it."""
+        row = grouped(**groups)
+        for sink in self._sinks:
+            sink.write(step, row)
+        return row
 
     def step(
         self,
         step: int,
-        rollouts: Sequence[Rollout],
-        gate: Gate,
-        stopping: StopController,
-        update: dict[str, float],
-        seconds: dict[str, float],
+        *,
+        rollout: Mapping[str, Any],
+        stopping: Mapping[str, Any],
+        **groups: Mapping[str, Any],
     ) -> None:
-        """Write a finished step everywhere."""
-        row = step_metrics(rollouts, gate, stopping) | update
-        row |= {f"seconds/{phase}": value for phase, value in seconds.items()}
-        for name, value in row.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self.scalar(name, value, step)
-        clean = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
-        rule = gate.rule if gate.rule != "none" else stopping.warmup.reason
-        self.say(
-            f"step {step}/{self._recipe.run.steps}  accuracy {row['accuracy']:.2f}  "
-            f"stopped {row['stop_share']:.0%} (false {row['audited_correct']}/{row['audited']})  "
-            f"tokens {row['tokens']:,}  length {row['length']:.0f}  "
-            f"entropy {row['entropy']:.3f}  explained {row['explained_variance']:.2f}  "
-            f"rollout {seconds['rollout']:.1f} s  update {seconds['update']:.1f} s  [{rule}]"
-        )
+        """Write a finished step everywhere, and its line."""
+        row = self.write(step, rollout=rollout, stopping={**stopping, **self._stopping}, **groups)
+        self._progress.steps_done(step)
+        self.say(step_line(step, self._recipe.run.steps, row))
+
+
+def step_line(step: int, steps: int, row: Mapping[str, Metric]) -> str:
+    """A step in one line; what is not known is a dash."""
+
+    def say(name: str, form: str) -> str:
+        value = row.get(name)
+        known = isinstance(value, int | float) and math.isfinite(value)
+        return format(value, form) if known else "–"
+
+    gate = f"off: {row.get('stopping/reason')}"
+    if row.get("stopping/on"):
+        gate = f"{row.get('stopping/rule')} at {say('stopping/threshold', '.3g')}"
+    return (
+        f"step {step}/{steps}"
+        f"  reward {say('rollout/reward', '.2f')}  accuracy {say('rollout/accuracy', '.2f')}"
+        f"  stopped {say('rollout/stop_share', '.0%')}"
+        f" (false {say('rollout/audited_correct', 'd')}/{say('rollout/audited', 'd')},"
+        f" ≤ {say('stopping/false_positives_upper', '.1%')})"
+        f"  tokens {say('rollout/tokens', ',')} ({say('rollout/tokens_saved_share', '.0%')} saved)"
+        f"  length {say('rollout/length', '.0f')}  entropy {say('ppo/entropy', '.3f')}"
+        f"  explained {say('stopping/explained_variance', '.2f')}"
+        f"  rollout {say('seconds/rollout', '.1f')} s  update {say('seconds/update', '.1f')} s"
+        f"  [{gate}]"
+    )
+
+
+def _numbers(row: Mapping[str, Metric]) -> dict[str, float]:
+    """The finite numbers of a row, truths as 0 and 1."""
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def _step_of(row: str) -> int:
-    """The step of a row of metrics.jsonl; 0 for what a kill left of one."""
+    """The step of a row of metrics.jsonl; -1 for what a kill left of one."""
     try:
         return int(json.loads(row)["step"])
     except (ValueError, KeyError, TypeError):
-        return 0
-
-
-def step_metrics(
-    rollouts: Sequence[Rollout], gate: Gate, stopping: StopController
-) -> dict[str, Any]:
-    """The numbers of a batch. Accuracy is of full rollouts: audited ones stand for the stopped."""
-    usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
-    known = with_outcome(usable)
-    audited = [rollout for rollout in known if rollout.audited]
-    share = stopping.config.audit_share or 1.0
-    weight = weights(known, share)
-    count = len(usable)
-    return {
-        "rule": gate.rule,
-        "gate_version": gate.version,
-        "warmup": stopping.warmup.reason,
-        "accuracy": float(np.average([bool(r.correct) for r in known], weights=weight))
-        if known
-        else math.nan,
-        "reward": float(np.mean([rollout.reward for rollout in usable])),
-        "stop_share": sum(rollout.stopped for rollout in usable) / count,
-        "completed_share": sum(r.end is EndReason.COMPLETED for r in usable) / count,
-        "length_share": sum(r.end is EndReason.LENGTH for r in usable) / count,
-        "errors": len(rollouts) - count,
-        "audited": len(audited),
-        "audited_correct": sum(bool(rollout.correct) for rollout in audited),
-        "overshoot": sum(rollout.overshoot for rollout in usable),
-        "length": float(np.mean([rollout.kept for rollout in usable])),
-        "beta": gate.beta,
-        "p_star": gate.p_star,
-        "regret_mean": stopping.statistics.mean,
-        "regret_variance": stopping.statistics.variance,
-        "explained_variance": math.nan
-        if stopping.explained_variance is None
-        else stopping.explained_variance,
-    }
+        return -1

@@ -26,6 +26,11 @@ from transformers import (
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl import run
+<<<<<<< HEAD
+=======
+from espo_rl.checkpoints import CheckpointStore
+from espo_rl.metrics import undocumented
+>>>>>>> logs
 from espo_rl.servers import ServerError, served_model
 from espo_rl.tasks import Arithmetic
 
@@ -140,7 +145,16 @@ async def test_the_served_models_name_is_asked_for() -> None:
 
 STEPS = 3
 SEED = 11
-LOG_ROW = ("step", "accuracy", "stop_share", "tokens", "entropy", "kl", "parity", "grad_norm")
+LOG_ROW = (
+    "step",
+    "rollout/accuracy",
+    "rollout/stop_share",
+    "rollout/tokens",
+    "ppo/entropy",
+    "ppo/kl",
+    "ppo/grad_norm",
+    "sync/parity",
+)
 SUMMARY_KEYS = (
     "accuracy_before",
     "accuracy_after",
@@ -235,11 +249,14 @@ class TestRealRun:
 
     def test_every_step_is_logged_once(self, finished: Ended) -> None:
         assert [row["step"] for row in finished.rows] == [1, 2, 3]
-        assert [row["gate_version"] for row in finished.rows] == [0, 1, 2]
-        assert [row["rule"] for row in finished.rows] == ["none", *["regret-only"] * 2]
+        assert [row["stopping/gate_version"] for row in finished.rows] == [0, 1, 2]
+        assert [row["stopping/rule"] for row in finished.rows] == ["none", *["regret-only"] * 2]
         for row in finished.rows:
             assert all(math.isfinite(row[key]) for key in LOG_ROW)
-            assert row["errors"] == 0
+            assert row["rollout/errors"] == 0
+            assert undocumented(set(row) - {"step"}) == set()
+        dumped = sorted(path.stem for path in (finished.output / "rollouts").iterdir())
+        assert dumped == [f"step-{step:08d}" for step in (1, 2, 3)]
 
     def test_no_problem_is_drawn_twice(self, finished: Ended) -> None:
         state = last_state(finished)
@@ -269,8 +286,8 @@ class TestRealRun:
                 assert min(differences) > 0.05
         # ... but from what the trainer held then, which is proven after each sync as well.
         for row in finished.rows:
-            assert row["mismatch_max"] < 1e-3
-            assert row["parity"] < 1e-3
+            assert row["ppo/mismatch_max"] < 1e-3
+            assert row["sync/parity"] < 1e-3
 
     def test_the_summary_holds_what_the_readme_promises(self, finished: Ended) -> None:
         summary = json.loads((finished.output / "summary.json").read_text())
@@ -278,7 +295,9 @@ class TestRealRun:
         assert 0.0 <= summary["accuracy_before"] <= 1.0
         assert 0.0 <= summary["accuracy_after"] <= 1.0
         # Of all steps, those before the kill included.
-        assert summary["tokens_generated"] == sum(row["tokens"] for row in finished.rows) > 0
+        assert (
+            summary["tokens_generated"] == sum(row["rollout/tokens"] for row in finished.rows) > 0
+        )
         assert summary["errors"] == 0
         assert summary["seed"] == SEED
         assert {"start", "rollout", "update", "sync"} <= set(summary["seconds"])
