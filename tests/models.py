@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2ForSequenceClassification
 
 from espo_rl.base_model import make_model, make_tokenizer, save_checkpoint
 
@@ -35,3 +35,23 @@ def logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
     """log π(token | tokens before it), shape [tokens - 1]."""
     rows = model(torch.tensor([token_ids])).logits[0, :-1].log_softmax(-1)
     return rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+
+
+def random_critic(seed: int) -> Qwen2ForSequenceClassification:
+    """A random critic: one label, whose values differ by whole units from prefix to prefix."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = make_model(layers=2).config
+        config.num_labels = 1
+        model = Qwen2ForSequenceClassification(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+@torch.no_grad()
+def values(critic: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """V after each token, shape [tokens]."""
+    hidden = critic.model(torch.tensor([token_ids])).last_hidden_state
+    return critic.score(hidden)[0, :, 0].tolist()
