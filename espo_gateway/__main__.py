@@ -11,7 +11,8 @@ from collections.abc import Coroutine, Sequence
 
 from espo_gateway.app import listen, running
 from espo_gateway.config import Config, parse
-from espo_gateway.errors import InvalidRequest
+from espo_gateway.critic import CriticServer
+from espo_gateway.errors import GatewayError, UpstreamError
 from espo_gateway.upstream import UpstreamPool
 
 log = logging.getLogger("espo_gateway")
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         _run(serve(config))
-    except (InvalidRequest, OSError, TimeoutError) as error:
+    except (GatewayError, OSError, TimeoutError) as error:
         sys.exit(f"espo_gateway: {error}")
 
 
@@ -39,7 +40,7 @@ def _run(coroutine: Coroutine[None, None, None]) -> None:
 
 
 async def serve(config: Config) -> None:
-    """Serve until a signal. Raises OSError, TimeoutError or InvalidRequest when it cannot start."""
+    """Serve until a signal. Raises OSError, TimeoutError or GatewayError when it cannot start."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -51,7 +52,7 @@ async def serve(config: Config) -> None:
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
             "choose another with --port"
         ) from error
-    check = asyncio.ensure_future(check_upstreams(config))
+    check = asyncio.ensure_future(check_servers(config))
     stopped = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({check, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -67,13 +68,15 @@ async def serve(config: Config) -> None:
         sock.close()
 
 
-async def check_upstreams(config: Config) -> None:
-    """Log what the upstreams serve; wait for them as long as configured.
+async def check_servers(config: Config) -> None:
+    """Log what the servers serve; wait for them as long as configured.
 
-    Raises TimeoutError when waiting was asked for and one still does not answer.
+    Raises TimeoutError when waiting was asked for and one still does not answer, UpstreamError when
+    the critic answers but is none.
     """
     deadline = time.monotonic() + config.wait
-    async with UpstreamPool(list(config.upstreams), connect_timeout=2.0) as pool:
+    urls = [*config.upstreams, *([] if config.critic is None else [config.critic])]
+    async with UpstreamPool(urls, connect_timeout=2.0) as pool:
         while True:
             answering = await pool.probe_all()
             silent = [s.url for s, a in zip(pool.servers, answering, strict=True) if not a]
@@ -85,11 +88,26 @@ async def check_upstreams(config: Config) -> None:
                 continue
             models = await pool.models(server)
             names = ", ".join(str(model.get("id")) for model in models or ()) or "unknown"
-            log.info("upstream %s serves %s", server.url, names)
+            log.info("%s serves %s", server.url, names)
+        critic = None if config.critic is None else pool.servers[-1].url
     if silent and config.wait:
         raise TimeoutError(f"no answer within {config.wait:g} s from {', '.join(silent)}")
     for url in silent:
-        log.warning("upstream %s does not answer yet", url)
+        log.warning("%s does not answer yet", url)
+    if critic is not None and critic not in silent:
+        await check_critic(critic, config.critic_timeout)
+
+
+async def check_critic(url: str, timeout: float) -> None:  # noqa: ASYNC109 (of its requests)
+    """Ask for one value. Raises UpstreamError: a wrong address would else be met by every token."""
+    async with CriticServer(url, timeout=timeout) as critic:
+        try:
+            await critic.value([0], [])
+        except UpstreamError as error:
+            raise UpstreamError(
+                f"--critic {url} gives no values: {error}; start it with "
+                "`python -m espo_gateway.vllm_plugin MODEL --critic`"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -19,7 +19,7 @@ from aiohttp import web
 
 from espo_gateway.answer import Answer, merged, total_usage
 from espo_gateway.config import Config
-from espo_gateway.critic import ValueServer
+from espo_gateway.critic import CriticServer, ValueServer
 from espo_gateway.errors import GatewayError, InvalidRequest, UpstreamError
 from espo_gateway.gates import gate_from_json, gate_to_json
 from espo_gateway.metrics import Metrics
@@ -41,12 +41,17 @@ class Gateway:
     """One gateway's state: its servers, the gate in force, its counters."""
 
     def __init__(
-        self, pool: UpstreamPool, config: Config, *, critic: ValueServer | None = None
+        self,
+        pool: UpstreamPool,
+        config: Config,
+        metrics: Metrics,
+        *,
+        critic: ValueServer | None = None,
     ) -> None:
         self.pool = pool
         self.url = ""
         self.critic = critic
-        self.metrics = Metrics(pool)
+        self.metrics = metrics
         self.gate = Gate()
         self._config = config
         if config.gate is not None:
@@ -208,14 +213,22 @@ class Gateway:
         return await self._get_gate(request)
 
     async def _health(self, request: web.Request) -> web.Response:
-        answering = await self.pool.probe_all()
+        critic = self.critic if isinstance(self.critic, CriticServer) else None
+        answering, valued = await asyncio.gather(
+            self.pool.probe_all(), critic.answers() if critic else asyncio.sleep(0)
+        )
         servers = [
             {"url": server.url, "answers": answers, "in_flight": server.in_flight}
             for server, answers in zip(self.pool.servers, answering, strict=True)
         ]
         healthy = any(answering)
-        body: dict[str, Any] = {"status": "ok" if healthy else "no upstream answers"}
-        return web.json_response({**body, "upstreams": servers}, status=200 if healthy else 503)
+        body: dict[str, Any] = {"upstreams": servers}
+        if critic is not None:
+            body["critic"] = {"url": critic.url, "answers": valued}
+        # Without the critic's values nothing stops, but everything is served.
+        problem = "" if valued or critic is None else "; the critic does not answer"
+        body["status"] = ("ok" if healthy else "no upstream answers") + problem
+        return web.json_response(body, status=200 if healthy else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -254,15 +267,27 @@ async def running(
 ) -> AsyncIterator[Gateway]:
     """A gateway that serves until the block is left; `gateway.url` says where.
 
+    Args:
+        critic: in the place of the configured one.
+
     Raises InvalidRequest for a bad gate and OSError for a taken port.
     """
-    async with UpstreamPool(
-        list(config.upstreams),
-        connect_timeout=config.connect_timeout,
-        idle_timeout=config.idle_timeout,
-        attempts=config.attempts,
-    ) as pool:
-        gateway = Gateway(pool, config, critic=critic)
+    async with AsyncExitStack() as stack:
+        pool = UpstreamPool(
+            list(config.upstreams),
+            connect_timeout=config.connect_timeout,
+            idle_timeout=config.idle_timeout,
+            attempts=config.attempts,
+        )
+        await stack.enter_async_context(pool)
+        metrics = Metrics(pool)
+        if critic is None and config.critic is not None:
+            critic = await stack.enter_async_context(
+                CriticServer(
+                    config.critic, timeout=config.critic_timeout, registry=metrics.registry
+                )
+            )
+        gateway = Gateway(pool, config, metrics, critic=critic)
         sock = sock or listen(config.host, config.port)
         runner = web.AppRunner(
             gateway.app(),

@@ -25,12 +25,14 @@ class Config:
     """Times in seconds. gate: a gate's JSON, or None for one that never stops."""
 
     upstreams: tuple[str, ...]
+    critic: str | None = None
     host: str = "127.0.0.1"
     port: int = 8100
     gate: bytes | None = None
     wait: float = 0.0
     connect_timeout: float = 5.0
     idle_timeout: float = 600.0
+    critic_timeout: float = 60.0
     attempts: int = 3
     shutdown_timeout: float = 10.0
     max_request_bytes: int = 64 * 2**20
@@ -39,11 +41,13 @@ class Config:
     def __post_init__(self) -> None:
         if not self.upstreams:
             raise ValueError("at least one upstream is needed")
-        for url in self.upstreams:
+        for url in (*self.upstreams, *([] if self.critic is None else [self.critic])):
             if not re.match(r"https?://[^/]", url):
-                raise ValueError(f"an upstream must be like http://host:port, not {url!r}")
+                raise ValueError(f"a server must be like http://host:port, not {url!r}")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must lie in [0, 65535], not {self.port}")
+        if not self.critic_timeout > 0.0:
+            raise ValueError(f"critic-timeout must be positive, not {self.critic_timeout}")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, not {self.attempts}")
 
@@ -65,6 +69,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         metavar="URL",
         help="an OpenAI-compatible server, http://host:port; several share the load",
     )
+    add(
+        "--critic",
+        metavar="URL",
+        help="a vLLM server of the critic, http://host:port, for gates with value 'critic'; "
+        "start it with `python -m espo_gateway.vllm_plugin MODEL --critic`",
+    )
     add("--host", default=Config.host, help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=Config.port, help="0 takes a free one (default: %(default)s)")
     add("--gate", type=Path, metavar="FILE", help="the gate to start with, as JSON")
@@ -73,7 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         type=float,
         default=Config.wait,
         metavar="SECONDS",
-        help="wait this long for all upstreams to answer, and give up if they do not",
+        help="wait this long for all servers to answer, and give up if they do not",
     )
     add(
         "--idle-timeout",
@@ -81,6 +91,13 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         default=Config.idle_timeout,
         metavar="SECONDS",
         help="longest silence of an upstream, its queue included (default: %(default)g)",
+    )
+    add(
+        "--critic-timeout",
+        type=float,
+        default=Config.critic_timeout,
+        metavar="SECONDS",
+        help="longest wait for a value, then the token does not stop (default: %(default)g)",
     )
     add(
         "--attempts",

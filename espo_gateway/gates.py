@@ -65,7 +65,7 @@ def gate_from_json(data: bytes, *, has_critic: bool) -> Gate:
     if gate.value == "critic" and gate.rule == "value-gated" and not has_critic:
         raise InvalidRequest(
             "value: 'critic' needs a critic server and this gateway has none; "
-            "use 'stream' or 'constant'",
+            "start it with --critic URL, or use 'stream' or 'constant'",
             param="value",
         )
     return gate

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
 
+_VALUE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 
@@ -72,3 +73,30 @@ class Metrics:
     def exposition(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class CriticMetrics:
+    """Counters of one critic server; found nowhere without a registry."""
+
+    def __init__(self, registry: CollectorRegistry | None) -> None:
+        self.questions = Counter(
+            "espo_gateway_critic_questions",
+            "Values asked for: answered, failed, or dropped because nobody waits any more",
+            ["outcome"],
+            registry=registry,
+        )
+        self.requests = Counter(
+            "espo_gateway_critic_requests",
+            "Requests to the critic, each with the questions of many streams",
+            ["outcome"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "espo_gateway_critic_answer_duration_seconds",
+            "From a question to its value",
+            buckets=_VALUE_SECONDS,
+            registry=registry,
+        )
+        self.waiting = Gauge(
+            "espo_gateway_critic_questions_waiting", "Questions not yet sent", registry=registry
+        )

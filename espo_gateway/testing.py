@@ -1,7 +1,7 @@
 """`FakeServer`: an OpenAI/vLLM server on a real port that streams a script, or misbehaves by it.
 
 For tests without a model. Nothing in it waits for a clock: tokens come at once, or one for each
-`release`, and `until` awaits what the server has seen.
+`release`, and `until` awaits what the server has seen. The critic's is in `testing_critic.py`.
 
     script = Script([Token("a"), Token("b", logprob=-4.0, max_logprob=-0.1)], per_chunk=2)
     async with FakeServer(script) as server:
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from aiohttp import web
 
@@ -43,7 +43,8 @@ class Script:
 
     tokens: may be endless; `max_tokens` of the request ends them, else finish_reason does.
     per_chunk: tokens merged into one chunk. split: bytes per write, None for whole events.
-    logprobs: False never sends any, though asked. tells_prompt: False leaves out continuous usage.
+    logprobs, token_ids: False never sends any, though asked.
+    tells_prompt: False leaves out continuous usage.
     status: answered at once when not 200.
     fault: what happens once `after` tokens are sent. "reset" drops the connection (before the
         headers when after is 0), "stall" sends nothing more, "garbage" sends no JSON, "error" sends
@@ -57,45 +58,31 @@ class Script:
     per_chunk: int = 1
     split: int | None = None
     logprobs: bool = True
+    token_ids: bool = True
     tells_prompt: bool = True
     status: int = 200
     fault: Literal["reset", "stall", "garbage", "error", "eof"] | None = None
     after: int = 0
 
 
-class FakeServer:
-    """Answers every generation by `script`, or by the scripts put in `queue`, in order.
+class Fake:
+    """What the fakes share: a port, a model's name, and counters that can be waited for.
 
-    script: a Script, or a function from a request's body to one.
-    gated: tokens are sent only as `release` allows.
-
-    Attributes:
-        bodies: the generations' request bodies; headers: their headers.
-        running, aborted, finished: generations under way, left by their client, sent to the end.
-        generated: tokens sent by all of them.
+    gated: work is done only as `release` allows.
     """
 
-    def __init__(
-        self, script: Script | Callable[[Body], Script], *, gated: bool = False, port: int = 0
-    ) -> None:
-        self.script = script
-        self.queue: deque[Script] = deque()
-        self.bodies: list[Body] = []
-        self.headers: list[dict[str, str]] = []
-        self.running = self.aborted = self.finished = self.generated = 0
+    def __init__(self, *, gated: bool = False, port: int = 0) -> None:
         self.url = ""
         self._port = port
         self._permits = asyncio.Semaphore(0) if gated else None
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
 
-    async def __aenter__(self) -> FakeServer:
+    async def __aenter__(self) -> Self:
         app = web.Application(client_max_size=2**28)
-        app.router.add_post("/v1/completions", self._generate)
-        app.router.add_post("/v1/chat/completions", self._generate)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/embeddings", self._echo)
         app.router.add_get("/health", self._health)
+        self._add_routes(app)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         sock: socket.socket = listen("127.0.0.1", self._port)
@@ -111,10 +98,10 @@ class FakeServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    def release(self, tokens: int = 1) -> None:
-        """Let that many more tokens be sent."""
+    def release(self, count: int = 1) -> None:
+        """Let that much more be done."""
         assert self._permits is not None, "make the server with gated=True"
-        for _ in range(tokens):
+        for _ in range(count):
             self._permits.release()
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -128,13 +115,51 @@ class FakeServer:
         async with self._changed:
             self._changed.notify_all()
 
-    # -- endpoints -----------------------------------------------------------------------------
+    def _add_routes(self, app: web.Application) -> None:
+        raise NotImplementedError
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "fake", "object": "model"}]})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    def _drop(
+        self, request: web.Request, response: web.StreamResponse | None = None
+    ) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return response or web.Response()
+
+
+class FakeServer(Fake):
+    """Answers every generation by `script`, or by the scripts put in `queue`, in order.
+
+    script: a Script, or a function from a request's body to one.
+    gated: tokens are sent only as `release` allows.
+
+    Attributes:
+        bodies: the generations' request bodies; headers: their headers.
+        running, aborted, finished: generations under way, left by their client, sent to the end.
+        generated: tokens sent by all of them.
+    """
+
+    def __init__(
+        self, script: Script | Callable[[Body], Script], *, gated: bool = False, port: int = 0
+    ) -> None:
+        super().__init__(gated=gated, port=port)
+        self.script = script
+        self.queue: deque[Script] = deque()
+        self.bodies: list[Body] = []
+        self.headers: list[dict[str, str]] = []
+        self.running = self.aborted = self.finished = self.generated = 0
+
+    def _add_routes(self, app: web.Application) -> None:
+        app.router.add_post("/v1/completions", self._generate)
+        app.router.add_post("/v1/chat/completions", self._generate)
+        app.router.add_post("/v1/embeddings", self._echo)
+
+    # -- endpoints -----------------------------------------------------------------------------
 
     async def _echo(self, request: web.Request) -> web.Response:
         return web.Response(body=await request.read(), content_type="application/json")
@@ -146,6 +171,8 @@ class FakeServer:
         script = self.queue.popleft() if self.queue else self.script
         if not isinstance(script, Script):
             script = script(body)
+        if not script.token_ids:
+            body = {**body, "return_token_ids": False}
         await self._count(running=1)
         try:
             return await self._play(request, body, script)
@@ -192,13 +219,6 @@ class FakeServer:
             (answer if chat else choice)["prompt_token_ids"] = list(script.prompt_token_ids)
         await self._count(finished=1)
         return web.Response(text=json.dumps(answer), content_type="application/json")
-
-    def _drop(
-        self, request: web.Request, response: web.StreamResponse | None = None
-    ) -> web.StreamResponse:
-        assert request.transport is not None
-        request.transport.abort()
-        return response or web.Response()
 
     # -- the stream ----------------------------------------------------------------------------
 

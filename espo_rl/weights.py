@@ -7,6 +7,8 @@ gone with this process, however that ends. Servers on other machines read an ord
     publisher = WeightPublisher(["http://127.0.0.1:8000"])
     await publisher.publish(tensor_specs(model), gathered(model), version="12")
     await publisher.verify(probe, expected_logprobs, version="12")
+
+A critic's weights go the same way; `verify_values` is their proof.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -210,39 +212,70 @@ class WeightPublisher:
         Raises:
             WeightParityError: when a server has another version or computes other logprobs.
         """
-        differences = await asyncio.gather(
-            *(
-                self._difference(client, token_ids, expected_logprobs, version, tolerance)
-                for client in self._clients
-            ),
-            return_exceptions=True,
+        return await self._verify(
+            lambda client: client.prompt_logprobs(token_ids),
+            expected_logprobs,
+            version,
+            tolerance,
+            "logprob",
         )
-        raise_first(differences)
-        return max(difference for difference in differences if isinstance(difference, float))
 
-    async def _difference(
+    async def verify_values(
         self,
-        client: WeightClient,
         token_ids: Sequence[int],
+        expected_values: Sequence[float],
+        *,
+        version: str,
+        tolerance: float = 1e-3,
+    ) -> float:
+        """Prove that every critic server computes with the trainer's weights.
+
+        Args:
+            token_ids: a probe, shape [tokens].
+            expected_values: the trainer's V after each of its tokens, shape [tokens].
+            version, tolerance: see `verify`. A critic whose head is zero, as it is before the first
+                update, gives 0 with any other weights too.
+
+        Returns:
+            the largest difference found.
+
+        Raises:
+            WeightParityError: when a server has another version or computes other values.
+        """
+        prefixes = [token_ids[:end] for end in range(1, len(token_ids) + 1)]
+        return await self._verify(
+            lambda client: client.values(prefixes), expected_values, version, tolerance, "value"
+        )
+
+    async def _verify(
+        self,
+        ask: Callable[[WeightClient], Awaitable[list[float]]],
         expected: Sequence[float],
         version: str,
         tolerance: float,
+        name: str,
     ) -> float:
-        found_version = await client.weight_version()
-        if found_version != version:
-            raise WeightParityError(
-                f"{client.url} has weights version {found_version!r}, not {version!r}"
-            )
-        found = await client.prompt_logprobs(token_ids)
-        differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-        difference = max(differences)
-        # Asked like this, NaN is a failure too.
-        if not all(one <= tolerance for one in differences):
-            raise WeightParityError(
-                f"{client.url} does not compute with the published weights: a logprob of the probe "
-                f"differs by {difference:.3g}, more than {tolerance:g}"
-            )
-        return difference
+        async def largest_difference(client: WeightClient) -> float:
+            found_version = await client.weight_version()
+            if found_version != version:
+                raise WeightParityError(
+                    f"{client.url} has weights version {found_version!r}, not {version!r}"
+                )
+            differences = [abs(a - b) for a, b in zip(await ask(client), expected, strict=True)]
+            difference = max(differences)
+            # Asked like this, NaN is a failure too.
+            if not all(one <= tolerance for one in differences):
+                raise WeightParityError(
+                    f"{client.url} does not compute with the published weights: a {name} of the "
+                    f"probe differs by {difference:.3g}, more than {tolerance:g}"
+                )
+            return difference
+
+        differences = await asyncio.gather(
+            *map(largest_difference, self._clients), return_exceptions=True
+        )
+        raise_first(differences)
+        return max(difference for difference in differences if isinstance(difference, float))
 
 
 def raise_first(results: Iterable[object]) -> None:

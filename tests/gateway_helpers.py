@@ -34,11 +34,12 @@ LONG = Script([GOOD] * 6 + [BAD] * 10_000)
 async def gateway_for(
     *servers: FakeServer,
     gate: bytes | None = GATE,
-    critic: ValueServer | None = None,
+    critic: ValueServer | str | None = None,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
     urls = tuple(server.url for server in servers)
-    config = Config(urls, port=0, gate=gate, shutdown_timeout=0.5, **settings)
+    url, critic = (critic, None) if isinstance(critic, str) else (None, critic)
+    config = Config(urls, url, port=0, gate=gate, shutdown_timeout=0.5, **settings)
     async with running(config, critic=critic) as gateway:
         yield gateway
 

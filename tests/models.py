@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+<<<<<<< HEAD
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
+=======
+from transformers import PreTrainedModel, Qwen2ForSequenceClassification
+>>>>>>> critic
 
 from espo_rl.base_model import (
     CHAT_TEMPLATE,
@@ -43,6 +47,7 @@ def logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
     return rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
 
+<<<<<<< HEAD
 def text_checkpoint(folder: Path, seed: int) -> Path:
     """A random policy that reads and writes any text, a token a byte, up to 4096 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -65,3 +70,23 @@ def text_checkpoint(folder: Path, seed: int) -> Path:
         model = Qwen2ForCausalLM(config)
     save_checkpoint(model, fast, folder)
     return folder
+=======
+def random_critic(seed: int) -> Qwen2ForSequenceClassification:
+    """A random critic: one label, whose values differ by whole units from prefix to prefix."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = make_model(layers=2).config
+        config.num_labels = 1
+        model = Qwen2ForSequenceClassification(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+@torch.no_grad()
+def values(critic: PreTrainedModel, token_ids: list[int]) -> list[float]:
+    """V after each token, shape [tokens]."""
+    hidden = critic.model(torch.tensor([token_ids])).last_hidden_state
+    return critic.score(hidden)[0, :, 0].tolist()
+>>>>>>> critic

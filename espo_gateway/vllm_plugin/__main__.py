@@ -1,9 +1,10 @@
 """Start a vLLM server that ESPO can train with; every flag of vLLM passes through.
 
-    python -m espo_gateway.vllm_plugin MODEL [any flag of `vllm serve`]
+    python -m espo_gateway.vllm_plugin MODEL [--critic] [any flag of `vllm serve`]
 
-Owns the defaults only, and becomes vLLM (exec): same process, same signals, same exit code. A flag
-or variable that is given wins over ours.
+`--critic` serves a sequence classifier with one label, whose score of a prefix is V: what the
+gateway's `--critic URL` asks. Owns the defaults only, and becomes vLLM (exec): same process, same
+signals, same exit code. A flag or variable that is given wins over ours.
 
 vLLM shows the routes that update weights only in its development mode, so VLLM_SERVER_DEV_MODE=1 is
 set. The same mode lets anyone who reaches the port pause the server or reset its weights; hence the
@@ -34,6 +35,14 @@ FLAGS: dict[str, str | None] = {
     "--weight-transfer-config": json.dumps({"backend": BACKEND}),
     "--max-logprobs": "20",
     "--disable-uvicorn-access-log": None,
+}
+#: `--critic`: V is the raw score of a prefix at its last token
+CRITIC_FLAGS: dict[str, str | None] = {
+    "--runner": "pooling",
+    "--convert": "classify",
+    "--pooler-config": json.dumps({"seq_pooling_type": "LAST", "use_activation": False}),
+    # What a stream asks about is what it asked about before, and a few tokens more.
+    "--enable-prefix-caching": None,
 }
 #: compiling takes long and gains little on CPU; `--no-enforce-eager` asks for it all the same
 CPU_FLAGS: dict[str, str | None] = {"--enforce-eager": None}
@@ -68,16 +77,20 @@ def server_command(
     """vLLM's command line and environment for the arguments `MODEL [flags]`.
 
     Raises:
-        LaunchError: when the model's folder does not exist, the port is busy, or the host would
-            show the development routes to others.
+        LaunchError: when the model's folder does not exist or holds no critic where one is meant,
+            the port is busy, or the host would show the development routes to others.
     """
     if not arguments or arguments[0].startswith("-"):
-        raise LaunchError("usage: espo-vllm MODEL [any flag of vllm serve]")
+        raise LaunchError("usage: espo-vllm MODEL [--critic] [any flag of vllm serve]")
     model, *given = arguments
     check_model(model)
+    defaults = FLAGS | (CPU_FLAGS if cpu else {}) | {"--served-model-name": model}
+    if "--critic" in given:
+        given.remove("--critic")
+        check_critic(model, given)
+        defaults |= CRITIC_FLAGS
 
     chosen = {name_of(flag) for flag in given if flag.startswith("-")}
-    defaults = FLAGS | (CPU_FLAGS if cpu else {}) | {"--served-model-name": model}
     flags: list[str] = []
     for name, value in defaults.items():
         if not chosen & {name, name.replace("--", "--no-", 1)}:
@@ -120,6 +133,25 @@ def check_model(model: str) -> None:
         raise LaunchError(f"the model folder {model} does not exist")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LaunchError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+
+
+def check_critic(model: str, given: Sequence[str]) -> None:
+    """Raise LaunchError for a folder whose checkpoint is no classifier with one label."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return
+    config = json.loads((folder / "config.json").read_text())
+    architectures = config.get("architectures") or ["none"]
+    labels = len(config.get("id2label") or (0, 1))
+    # Without a score head vLLM would make one up, and of two labels neither is V.
+    if not architectures[0].endswith("ForSequenceClassification") or labels != 1:
+        raise LaunchError(
+            f"{model} is no critic: its config.json tells of {architectures[0]} with {labels} "
+            "labels; save a ...ForSequenceClassification with num_labels=1"
+        )
+    if not last_value(given, "--tokenizer") and not any(folder.glob("tokenizer*")):
+        # vLLM wants one for a classifier, though a critic is asked with token ids.
+        raise LaunchError(f"{model} holds no tokenizer: save the policy's there, or --tokenizer it")
 
 
 def check_host(host: str, environment: Mapping[str, str]) -> None:

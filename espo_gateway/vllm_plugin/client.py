@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from espo_gateway.pooling import ROUTE, pooled_values, pooling_body
+
 
 class WeightSyncError(RuntimeError):
     """Weights could not be brought to a server, or it does not compute with them."""
@@ -150,16 +152,14 @@ class WeightClient:
             token_ids: shape [prefixes, tokens], ragged.
 
         Returns:
-            shape [prefixes].
+            shape [prefixes]; the raw score of the label, NaN where the server computes none.
         """
-        route = "/pooling"
-        body = {"model": await self.model(), "input": [list(ids) for ids in token_ids]}
-        # The raw score: a single label would be squashed by a sigmoid otherwise.
-        answer = await self._post(route, json=body | {"use_activation": False})
+        prefixes = [list(ids) for ids in token_ids]
+        answer = await self._post(ROUTE, json=pooling_body(await self.model(), prefixes))
         try:
-            return [float(entry["data"][0]) for entry in answer["data"]]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise WeightRouteError(self.url, route, 200, f"{error!r} in {answer}"[:500]) from error
+            return pooled_values(answer, len(prefixes))
+        except ValueError as error:
+            raise WeightRouteError(self.url, ROUTE, 200, str(error)) from error
 
     async def _post(self, route: str, **request: Any) -> dict[str, Any]:
         return await self._call("POST", route, **request)
