@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
         "gate_version": pa.int64(),
         "weights_version": pa.string(),
         "group": pa.int32(),
+        "seed": pa.int64(),
         "error": pa.string(),
     }
 )

@@ -24,9 +24,10 @@ from espo_rl import servers
 from espo_rl.batches import Batch
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
+from espo_rl.dumps import RolloutDumps
 from espo_rl.grading import GraderPool
 from espo_rl.logs import RunLog
-from espo_rl.progress import progress_bar
+from espo_rl.metrics import gate_metrics, rollout_metrics
 from espo_rl.rewards import reward
 from espo_rl.rollouts import Collector, Mode, Prompter
 from espo_rl.servers import ServerError
@@ -34,8 +35,8 @@ from espo_rl.stopping import StopController
 from espo_rl.summary import Summary
 from espo_rl.tasks import Task, make_task
 from espo_rl.trainer import PpoTrainer
-from espo_rl.types import EndReason
-from espo_rl.weights import WeightPublisher, tensor_specs
+from espo_rl.types import EndReason, Rollout
+from espo_rl.weights import WeightPublisher
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Loop:
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
         )
         self.log = RunLog(recipe)
+        self.dumps = RolloutDumps(recipe)
         self.stepping = False
         self.interrupted = asyncio.Event()
         self._trainer_free = asyncio.Lock()
@@ -80,6 +82,7 @@ class Loop:
         recipe = self.recipe
         async with AsyncExitStack() as stack:
             stack.enter_context(self.log)
+            self.dumps.drop_after(self.step)
             self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
             with self.timed("start"):
                 await self.start(stack)
@@ -105,7 +108,7 @@ class Loop:
         critic_path = None
         if recipe.asks_critic:
             critic_path = recipe.run.output / "critic-config"
-            self.trainer.critic_model.config.save_pretrained(critic_path)
+            self.trainer.module("critic").config.save_pretrained(critic_path)
             self.tokenizer.save_pretrained(critic_path)
         self.servers = await enter(
             servers.running(
@@ -136,31 +139,39 @@ class Loop:
         ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
         self.batch = self.draw() if ahead else None
         async with self.collecting(self.batch):
-            update = await self.learn(batch)
+            update, trained = await self.learn(batch)
         tokens = await self.count_tokens(batch)
         with self.timed("sync"):
-            update["parity"] = await self.attempt(self.sync)
+            parity = await self.attempt(self.sync)
         await self.servers.new_tokens()  # those of the proof are nobody's
         self.servers.forget_restarts()
 
         gate = batch.gate
         assert gate is not None
-        self.summary.add(batch.usable, tokens, self.stopping, gate.rule)
+        rollouts = list(batch.rollouts.values())
+        self.summary.add(rollouts, tokens, self.stopping, gate.rule)
         spent = {
             phase: self.summary.seconds.get(phase, 0.0) - started.get(phase, 0.0)
             for phase in ("rollout", "score", "update", "sync")
         }
         self.log.step(
             self.step,
-            list(batch.rollouts.values()),
-            gate,
-            self.stopping,
-            update | {"tokens": tokens, "resampled": batch.resampled},
-            spent | {"step": time.monotonic() - begin},
+            rollout=rollout_metrics(
+                rollouts,
+                tokens=tokens,
+                audit_share=recipe.stopping.audit_share,
+                weights_version=f"step-{self.step - 1}",
+            )
+            | {"resampled": batch.resampled, "dropped": len(batch.usable) - trained},
+            stopping=gate_metrics(gate) | self.stopping.metrics(),
+            ppo=update,
+            sync={"parity": parity, "restarts": self.servers.restarts},
+            seconds=spent | {"step": time.monotonic() - begin},
         )
+        self.dumps.write(self.step, rollouts, gate)
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
-            self.log.scalar("accuracy/held_out", (await self.evaluate()).value, self.step)
+            self.log.write(self.step, evaluation={"accuracy": (await self.evaluate()).value})
         self.stepping = False
 
     # -- phases --------------------------------------------------------------------------------
@@ -245,12 +256,11 @@ class Loop:
     ) -> str | None:
         """Take what comes until all is there, or a server falls: then what happened to it."""
         wanted = list(batch.waiting.values())
-        with progress_bar() as bar:
-            line = bar.add_task(label, total=len(wanted))
+        with self.log.phase(label, len(wanted)) as advance:
 
-            def put(rollout: Any) -> None:
+            def put(rollout: Rollout) -> None:
                 batch.put(rollout)
-                bar.advance(line)
+                advance()
 
             asked = asyncio.ensure_future(
                 self.collector.collect(wanted, temperature=temperature, on_done=put)
@@ -274,18 +284,24 @@ class Loop:
         new = [rollout for rollout in batch.usable if rollout.seed not in batch.scored]
         known = [rollout for rollout in new if not rollout.stopped or rollout.audited]
         grades = await self.grader.grade([(rollout.text, rollout.problem) for rollout in known])
+        scores = {}
         for rollout, grade in zip(known, grades, strict=True):
             if grade.score is None:
                 rollout.end, rollout.error = EndReason.ERROR, grade.error
             else:
-                rollout.score = grade.score
-                rollout.correct = grade.score >= 1.0
+                rollout.correct = grade.correct
+                scores[rollout.seed] = grade.score
         for rollout in new:
-            rollout.reward = reward(rollout, self.recipe)
             batch.scored.add(rollout.seed)
+            if rollout.end is not EndReason.ERROR:
+                rollout.reward = reward(rollout, scores.get(rollout.seed), self.recipe)
 
-    async def learn(self, batch: Batch) -> dict[str, float]:
-        """Update actor and critic, then what decides on stopping."""
+    async def learn(self, batch: Batch) -> tuple[dict[str, float], int]:
+        """Update actor and critic, then what decides on stopping.
+
+        Returns:
+            the update's metrics, and how many rollouts it trained on.
+        """
         rollouts = batch.usable
         if self.recipe.rollout.dynamic_sampling:
             rollouts = batch.informative() or rollouts
@@ -296,23 +312,22 @@ class Loop:
         self.stopping.observe(
             batch.usable, update.get("critic_loss"), update.get("critic_explained_variance")
         )
-        return update
+        return update, len(rollouts)
 
     async def sync(self) -> float:
         """Bring the weights to the servers and prove it; the largest difference found."""
         async with self._trainer_free:
             trainer, version = self.trainer, self.weights_version
             tolerance, probe = self.recipe.servers.parity_tolerance, self.probe()
-            model = trainer.actor.module
             await self.actor_publisher.publish(
-                tensor_specs(model), trainer.weights("actor"), version=version
+                trainer.specs("actor"), trainer.weights("actor"), version=version
             )
             parity = await self.actor_publisher.verify(
                 probe, trainer.prompt_logprobs(probe), version=version, tolerance=tolerance
             )
             if self.servers.critic is not None:
                 await self.critic_publisher.publish(
-                    tensor_specs(trainer.critic_model), trainer.weights("critic"), version=version
+                    trainer.specs("critic"), trainer.weights("critic"), version=version
                 )
                 await self.critic_publisher.verify_values(
                     probe, trainer.values(probe), version=version, tolerance=tolerance
@@ -336,7 +351,7 @@ class Loop:
         """Sampled accuracy on held-out problems, without stopping."""
         config = self.recipe.evaluation
         problems = self.task.held_out(config.problems)
-        modes: list[Mode] = ["off"] * len(problems) * config.samples
+        modes: list[Mode] = ["off" for _ in problems for _ in range(config.samples)]
         batch = Batch(self.step, first_seed=0)
         batch.ask(problems, config.samples, modes)
         with self.timed("evaluate"):
@@ -407,7 +422,6 @@ class Loop:
             "batch": self.batch,
             "stopping": self.stopping,
             "summary": self.summary,
-            "trainer_rng": self.trainer.rng_state,
         }
 
     def resume(self, checkpoint: Path) -> None:
@@ -434,7 +448,6 @@ class Loop:
         self.summary = state["summary"]
         self.summary.recipe = self.recipe
         self.stopping = state["stopping"].resumed(self.recipe.stopping, self.recipe.run.steps)
-        self.trainer.rng_state = state["trainer_rng"]
         self.log.start = self.step
         for _ in islice(self.problems, self.drawn):
             pass

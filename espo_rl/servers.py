@@ -160,6 +160,7 @@ class Servers:
         self.gateway = gateway
         self.model = ""
         self._config = recipe.servers
+        self.restarts = 0  # of all, in the whole run
         self._counted: dict[str, int] = {}
 
     @property
@@ -219,6 +220,7 @@ class Servers:
         why = server.process.log_tail() if server.process is not None else "it does not answer"
         while True:
             server.restarts += 1
+            self.restarts += 1
             self._check_restarts(server, why)
             if server.command:
                 say(f"restarting the {server.name}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-<<<<<<< HEAD
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
-=======
-from transformers import PreTrainedModel, Qwen2ForSequenceClassification
->>>>>>> critic
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 
 from espo_rl.base_model import (
     CHAT_TEMPLATE,
@@ -47,7 +48,6 @@ def logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
     return rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
 
-<<<<<<< HEAD
 def text_checkpoint(folder: Path, seed: int) -> Path:
     """A random policy that reads and writes any text, a token a byte, up to 4096 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -70,7 +70,8 @@ def text_checkpoint(folder: Path, seed: int) -> Path:
         model = Qwen2ForCausalLM(config)
     save_checkpoint(model, fast, folder)
     return folder
-=======
+
+
 def random_critic(seed: int) -> Qwen2ForSequenceClassification:
     """A random critic: one label, whose values differ by whole units from prefix to prefix."""
     with torch.random.fork_rng():
@@ -89,4 +90,3 @@ def values(critic: PreTrainedModel, token_ids: list[int]) -> list[float]:
     """V after each token, shape [tokens]."""
     hidden = critic.model(torch.tensor([token_ids])).last_hidden_state
     return critic.score(hidden)[0, :, 0].tolist()
->>>>>>> critic

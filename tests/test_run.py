@@ -26,11 +26,7 @@ from transformers import (
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl import run
-<<<<<<< HEAD
-=======
-from espo_rl.checkpoints import CheckpointStore
 from espo_rl.metrics import undocumented
->>>>>>> logs
 from espo_rl.servers import ServerError, served_model
 from espo_rl.tasks import Arithmetic
 
