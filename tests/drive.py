@@ -1,4 +1,4 @@
-"""Runs `espo_rl.run` and halts it where a test wants it: prints HALTED, goes on after a line on stdin.
+"""Runs `espo_rl.run`, halts where a test wants it (prints HALTED), goes on after a line on stdin.
 
     python tests/drive.py rollout:2 arithmetic model.path=...
 

@@ -1,4 +1,4 @@
-"""A run of `espo_rl.run` as a child process: started, halted, signalled, and looked at when it ends."""
+"""A run of `espo_rl.run` as a child process: started, halted, signalled, looked at in the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs killed at every phase, and servers killed under a run: it comes to what it would have come to.
+"""Runs killed at every phase, servers killed under a run: it comes to what it would have come to.
 
 The policy server is the suite's own, given by URL, so a run starts in seconds; it keeps the weights
 that a killed run left in it, and a resumed run must replace them. The proof is the end: a run that
@@ -29,7 +29,7 @@ def assert_same_policy(one: Path, other: Path) -> None:
 def assert_whole(ended: Ended) -> None:
     assert ended.code == 0, ended.said
     assert [row["step"] for row in ended.rows] == list(range(1, STEPS + 1))
-    assert all(row["parity"] < 1e-3 for row in ended.rows)
+    assert all(row["sync/parity"] < 1e-3 for row in ended.rows)
 
 
 @pytest.fixture(scope="module")

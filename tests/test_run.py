@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import os
 import signal
 import sys
 from itertools import islice
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from models import logprobs, random_checkpoint
+from run_helpers import SEED, STEPS, Ended, Run
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,9 +27,11 @@ from transformers import (
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl import run
+from espo_rl.dumps import read_rollouts
 from espo_rl.metrics import undocumented
 from espo_rl.servers import ServerError, served_model
 from espo_rl.tasks import Arithmetic
+from espo_rl.types import Rollout
 
 # -- refused before any work -----------------------------------------------------------------------
 
@@ -139,8 +142,6 @@ async def test_the_served_models_name_is_asked_for() -> None:
 
 # -- a real run ------------------------------------------------------------------------------------
 
-STEPS = 3
-SEED = 11
 LOG_ROW = (
     "step",
     "rollout/accuracy",
@@ -166,81 +167,89 @@ SUMMARY_KEYS = (
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_memory() -> set[str]:
+    """What is in shared memory before any run."""
+    return set(os.listdir("/dev/shm"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, shared_memory: set[str]) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("run") / "base", 0)
 
 
 @pytest.fixture(scope="module")
 def interrupted(base: Path) -> Ended:
-    """Ctrl-C after the first step."""
-    started = Run(base, base.parent / "out")
-    started.until(f"step 1/{STEPS}")
-    started.process.send_signal(signal.SIGINT)
-    return started.end()
+    """Ctrl-C in the second step."""
+    run = Run(base, base.parent / "out", halt="rollout:2")
+    run.until("HALTED")
+    run.process.send_signal(signal.SIGINT)
+    run.go_on()
+    return run.end()
 
 
 @pytest.fixture(scope="module")
-def killed(base: Path, interrupted: Ended) -> Ended:
-    """Resumed, and killed after the second step, perhaps while it writes the checkpoint."""
-    assert interrupted.checkpoint == "step-00000001"
-    started = Run(base, interrupted.output, "--resume", "auto")
-    started.until(f"step 2/{STEPS}")
-    started.process.kill()
-    return started.end(patience=60.0)
+def impatient(base: Path, interrupted: Ended) -> Ended:
+    """Resumed; Ctrl-C twice in the third step, while it updates."""
+    run = Run(base, interrupted.output, "--resume", "auto", halt="update:1")
+    run.until("HALTED")
+    for answer in ("finishing this step", "espo: interrupted"):
+        run.process.send_signal(signal.SIGINT)
+        run.until(answer)
+    return run.end()
 
 
 @pytest.fixture(scope="module")
-def finished(base: Path, killed: Ended) -> Ended:
-    """Resumed, to the end; the kill has left half a row in the log."""
-    with (killed.output / "metrics.jsonl").open("a") as file:
+def finished(base: Path, impatient: Ended) -> Ended:
+    """Resumed, to the end; a kill has left half a row in the log."""
+    with (impatient.output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rule": "regr')
-    started = Run(base, killed.output, "--resume", "auto")
-    started.until(f"step {STEPS}/{STEPS}")
-    return started.end()
+    run = Run(base, impatient.output, "--resume", "auto")
+    run.until(f"step {STEPS}/{STEPS}")
+    return run.end()
 
 
-def last_state(ended: Ended) -> dict[str, Any]:
-    """The loop's state in the newest checkpoint."""
-    assert ended.checkpoint is not None
-    path = ended.output / "checkpoints" / ended.checkpoint / "loop.pkl"
-    return pickle.loads(path.read_bytes())
-
-
-real = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+def dumped(ended: Ended) -> list[list[Rollout]]:
+    """The rollouts of each step."""
+    return [read_rollouts(path)[0] for path in sorted((ended.output / "rollouts").iterdir())]
 
 
 class TestRealRun:
-    pytestmark = real
+    pytestmark = (pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900))
 
-    def test_ctrl_c_leaves_nothing_but_a_checkpoint(self, interrupted: Ended) -> None:
+    def test_ctrl_c_finishes_the_step_and_saves(self, interrupted: Ended) -> None:
         assert interrupted.code == 130
-        assert interrupted.said.splitlines()[-1] == (
-            "espo: interrupted; go on with --resume auto"
-        ), interrupted.said
+        said = interrupted.said.splitlines()
+        assert "finishing this step, then saving; once more to stop now" in said
+        assert said[-1] == "espo: interrupted; go on with --resume auto", interrupted.said
         assert "Traceback" not in interrupted.said
-        assert interrupted.family >= 4  # two guards, a gateway and vLLM's processes
-        assert interrupted.left == []
+        assert interrupted.checkpoint == "step-00000002"
+        assert [row["step"] for row in interrupted.rows] == [1, 2]
 
-    def test_a_kill_takes_the_servers_along(self, killed: Ended) -> None:
-        assert killed.code == -signal.SIGKILL
-        assert killed.family >= 4
-        assert killed.left == []
+    def test_ctrl_c_twice_stops_now(self, impatient: Ended) -> None:
+        """The update's thread still hangs where it was halted, and is not waited for."""
+        assert impatient.code == 130
+        assert "Traceback" not in impatient.said
+        assert impatient.checkpoint == "step-00000002"
+        assert [row["step"] for row in impatient.rows] == [1, 2]
 
-    def test_a_finished_run_leaves_no_process(self, finished: Ended) -> None:
+    def test_nothing_is_left_running(
+        self, interrupted: Ended, impatient: Ended, finished: Ended
+    ) -> None:
         assert finished.code == 0, finished.said
-        assert finished.family >= 4
-        assert finished.left == []
+        for ended in (interrupted, impatient, finished):
+            assert ended.family >= 4  # two guards, a gateway and vLLM's processes
+            assert ended.left == []
+
+    def test_no_shared_memory_is_left(self, shared_memory: set[str], finished: Ended) -> None:
+        assert set(os.listdir("/dev/shm")) <= shared_memory
 
     def test_resuming_goes_on_after_the_newest_checkpoint(
-        self, interrupted: Ended, killed: Ended, finished: Ended
+        self, impatient: Ended, finished: Ended
     ) -> None:
-        for before, after in ((interrupted, killed), (killed, finished)):
-            assert before.checkpoint is not None
-            step = int(before.checkpoint.removeprefix("step-"))
-            assert f"{before.checkpoint} after step {step}\n" in after.said
-            trained = [line for line in after.said.splitlines() if line.startswith("step ")]
-            assert trained[0].startswith(f"step {step + 1}/")
-        assert killed.checkpoint in ("step-00000001", "step-00000002")
+        for after in (impatient, finished):
+            assert "step-00000002 after step 2\n" in after.said
+        trained = [line for line in finished.said.splitlines() if line.startswith("step ")]
+        assert [line.split()[1] for line in trained] == [f"3/{STEPS}"]
         assert finished.checkpoint == f"step-{STEPS:08d}"
 
     def test_every_step_is_logged_once(self, finished: Ended) -> None:
@@ -248,24 +257,20 @@ class TestRealRun:
         assert [row["stopping/gate_version"] for row in finished.rows] == [0, 1, 2]
         assert [row["stopping/rule"] for row in finished.rows] == ["none", *["regret-only"] * 2]
         for row in finished.rows:
+            assert not undocumented(set(row) - {"step"})
             assert all(math.isfinite(row[key]) for key in LOG_ROW)
             assert row["rollout/errors"] == 0
-            assert undocumented(set(row) - {"step"}) == set()
-        dumped = sorted(path.stem for path in (finished.output / "rollouts").iterdir())
-        assert dumped == [f"step-{step:08d}" for step in (1, 2, 3)]
+        assert "stopping is on: " in finished.said
 
     def test_no_problem_is_drawn_twice(self, finished: Ended) -> None:
-        state = last_state(finished)
-        batches = state["stopping"]._recent
-        drawn = [rollout.problem.id for batch in batches for rollout in batch]
+        drawn = [rollout.problem.id for batch in dumped(finished) for rollout in batch]
         expected = [problem.id for problem in islice(Arithmetic().training(SEED), 2 * STEPS)]
         assert drawn == [id for id in expected for _ in range(2)]
-        assert (state["step"], state["drawn"]) == (STEPS, 2 * STEPS)
 
     def test_the_server_samples_from_the_resumed_weights(self, base: Path, finished: Ended) -> None:
-        """Steps 2 and 3 are the first after a start, when the server holds the base model."""
+        """Step 3 is the first after a start, when the server holds the base model."""
         model = AutoModelForCausalLM.from_pretrained(base).eval()
-        for step, batch in enumerate(last_state(finished)["stopping"]._recent):
+        for step, batch in enumerate(dumped(finished)):
             assert {rollout.weights_version for rollout in batch} == {f"step-{step}"}
             differences = [
                 np.abs(
