@@ -38,7 +38,7 @@ from espo_rl.summary import Summary
 from espo_rl.tasks import Task, TaskError, make_task
 from espo_rl.trainer import PpoTrainer
 from espo_rl.types import EndReason, Problem, Rollout
-from espo_rl.weights import WeightPublisher, gathered, tensor_specs
+from espo_rl.weights import WeightPublisher
 
 
 class Loop:
@@ -117,7 +117,7 @@ class Loop:
             update = self.trainer.update(
                 [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
             )
-        stopping.observe(rollouts, update["critic_loss"])
+        stopping.observe(rollouts, update.get("critic_loss"))
         # Read now, not at once after the rollouts: the last aborts have reached the engine.
         tokens_after = await self.servers.generated_tokens()
         if tokens_before is None or tokens_after is None:
@@ -202,9 +202,8 @@ class Loop:
 
     async def sync(self) -> float:
         """Bring the actor's weights to the server and prove it; the largest difference found."""
-        module = self.trainer.actor.module
         await self.publisher.publish(
-            tensor_specs(module), gathered(module), version=self.weights_version
+            self.trainer.specs("actor"), self.trainer.weights("actor"), version=self.weights_version
         )
         probe = self.probe()
         return await self.publisher.verify(
@@ -264,7 +263,6 @@ class Loop:
             "drawn": self.drawn,
             "stopping": self.stopping,
             "summary": self.summary,
-            "trainer_rng": self.trainer.rng_state,
         }
 
     def resume(self, checkpoint: Path) -> None:
@@ -272,7 +270,6 @@ class Loop:
         state = CheckpointStore.load(checkpoint, self.trainer.load)
         self.step, self.drawn = state["step"], state["drawn"]
         self.stopping, self.summary = state["stopping"], state["summary"]
-        self.trainer.rng_state = state["trainer_rng"]
         self.log.start = self.step
         for _ in islice(self.problems, self.drawn):
             pass
