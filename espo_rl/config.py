@@ -46,7 +46,7 @@ class Model(Section):
 
     path: str
     critic: str | None = None  # initial critic; the policy itself when not given
-    reference: str | None = None  # for the KL term; the policy itself when not given
+    reference: str | None = None  # for the KL term; the initial policy when not given
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     critic_statistics: bool = False  # the stream's statistics as extra inputs of the critic
@@ -202,18 +202,20 @@ class Ppo(Section):
     gamma: Share = 1.0
     lam: Share = 1.0
     critic_lam: Share | None = None  # of the critic's targets; None: lam
-    whiten: bool = True
+    whiten: bool = True  # gae: advantages to mean 0 and deviation 1 over the batch's tokens
     bootstrap_length: bool = False  # V after a rollout cut by max_tokens
     # Losses
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
     value_clip: Positive | None = None
+    # The mean over a minibatch's tokens, or over each rollout's and then over rollouts
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
     entropy_bonus: float = 0.0
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # to model.reference
-    kl_place: Literal["loss", "reward"] = "loss"
+    kl_place: Literal["loss", "reward"] = "loss"  # reward: of each token
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    # The server's logprobs against the trainer's: weights min(π_trainer/π_server, cap)
+    # The server's logprobs against the trainer's: each token's policy loss is weighted by
+    # min(π_trainer/π_server, cap)
     importance_cap: Positive | None = None
     mismatch_warning: Positive = 0.05  # mean KL(server || trainer) a token above which to warn
     # Rewards
@@ -225,11 +227,24 @@ class Ppo(Section):
 
 
 class DeepSpeed(Section):
-    """DeepSpeed's own settings; `extra` is merged into its JSON config as it stands."""
+    """DeepSpeed's own settings; `extra` is laid over its JSON config, section by section."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU; all: parameters too
     extra: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _offload(self) -> DeepSpeed:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                'offload = "optimizer" needs ZeRO: set zero_stage to 1, 2 or 3, or offload = "none"'
+            )
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(
+                'offload = "all" moves parameters too, which only ZeRO-3 can: set zero_stage = 3, '
+                'or offload = "optimizer"'
+            )
+        return self
 
 
 class Servers(Section):
@@ -309,6 +324,11 @@ class Recipe(Section):
         rules = ("value-gated", "value-only")
         return self.stopping.rule in rules and self.stopping.value == "critic"
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a critic is trained: for GAE, or for a stop rule that asks a critic server."""
+        return self.ppo.advantage == "gae" or self.asks_critic
+
     @model_validator(mode="after")
     def _together(self) -> Recipe:
         rollouts = self.rollout.prompts_per_step * self.rollout.n
@@ -328,6 +348,17 @@ class Recipe(Section):
                 "ppo.importance_cap needs the logprobs that were sampled from; at a temperature "
                 "other than 1 raw ones are not: servers.logprobs_mode = 'processed_logprobs'"
             )
+        if not self.needs_critic:
+            for key, used in (
+                ("model.critic_statistics", self.model.critic_statistics),
+                ("ppo.critic_only_steps", self.ppo.critic_only_steps),
+                ("stopping.warmup = 'critic-loss'", self.stopping.warmup == "critic-loss"),
+            ):
+                if used:
+                    raise ValueError(
+                        f"{key} needs a critic, and ppo.advantage = 'group' trains none: leave it "
+                        "out, or set ppo.advantage = 'gae'"
+                    )
         if self.model.critic_statistics and self.stopping.value == "critic":
             raise ValueError(
                 "model.critic_statistics is for the trainer's critic alone: a critic server reads "

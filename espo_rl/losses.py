@@ -1,15 +1,23 @@
-"""PPO's losses, per token. Pure torch; the mean over a minibatch is the trainer's business."""
+"""PPO's losses, per token, and how they add up to one number. Pure torch.
+
+All tensors are flat: one entry for each kept token of a batch, [tokens], so that prompts and
+padding never take part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from espo_rl.config import Ppo
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log π of `tokens` [batch, time] under `logits` [batch, time, vocabulary]: [batch, time]."""
+    """log π of `tokens` [...] under `logits` [..., vocabulary]: [...]."""
     picked = logits.gather(-1, tokens[..., None]).squeeze(-1).float()
     return picked - logits.float().logsumexp(-1)
 
@@ -22,7 +30,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Per-token results, each [batch, time]."""
+    """Per-token results, each [tokens]."""
 
     loss: Tensor
     clipped: Tensor
@@ -36,7 +44,7 @@ def policy_loss(
 
     Args:
         logprobs, old: log π_θ and log π_old of the sampled tokens at the sampling temperature.
-        advantages: of the same shape, [batch, time].
+        advantages: of the same shape, [tokens].
 
     Returns:
         the loss, whether the clip was active, and the k3 estimate of KL(old || new).
@@ -49,9 +57,83 @@ def policy_loss(
     return PolicyLoss(loss, clipped, ratio - 1.0 - log_ratio)
 
 
+def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Per-token estimate of KL(sampled || other) from tokens drawn from the first: [tokens].
+
+    k1, k2 and k3 of http://joschu.net/blog/kl-approx.html: k1 is unbiased and may be negative, k2
+    has low variance, k3 is both unbiased and never negative. As a loss, k1's gradient is 0 on
+    average and k2's is the KL's own, on tokens of the current policy.
+    """
+    difference = sampled - other
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return 0.5 * difference.square()
+    return (-difference).exp() - 1.0 + difference
+
+
+def actor_loss(
+    logits: Tensor, tokens: Tensor, columns: Mapping[str, Tensor], ppo: Ppo
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the actor minimises, per token, and what to report.
+
+    Args:
+        logits: at the sampling temperature, [tokens, vocabulary].
+        tokens: the ones sampled, [tokens].
+        columns: each [tokens]: `old_logprobs`, `advantages`; `importance`, the weights against the
+            server's policy, where there are any; `reference_logprobs`, where a KL is in the loss.
+
+    Returns:
+        the loss [tokens], and the metrics' per-token values, each [tokens].
+    """
+    logprobs = token_logprobs(logits, tokens)
+    surrogate = policy_loss(
+        logprobs, columns["old_logprobs"], columns["advantages"], ppo.clip_low, ppo.clip_high
+    )
+    policy = surrogate.loss * columns.get("importance", 1.0)
+    loss = policy
+    if ppo.entropy_bonus:
+        loss = loss - ppo.entropy_bonus * entropy(logits)
+    if ppo.kl_coefficient and ppo.kl_place == "loss":
+        kl = kl_estimate(logprobs, columns["reference_logprobs"], ppo.kl_estimator)
+        loss = loss + ppo.kl_coefficient * kl
+    return loss, {"policy_loss": policy, "clip_share": surrogate.clipped, "kl": surrogate.kl}
+
+
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Half the squared error; with `clip`, the worse of it and that of V kept within old ± clip."""
     error = (values - returns).square()
     if clip is not None:
         error = torch.maximum(error, (old + (values - old).clamp(-clip, clip) - returns).square())
     return 0.5 * error
+
+
+def importance_weights(ours: Tensor, served: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Truncated importance weights min(π_trainer/π_server, cap) of sampled tokens.
+
+    Corrects for the server computing a slightly other policy than the trainer does. Where the
+    server gave no number (NaN), the weight is 1.
+
+    Args:
+        ours, served: log π of the sampled tokens, [tokens].
+
+    Returns:
+        the weights, and which of them the cap cut, both [tokens].
+    """
+    ratio = (ours - served).exp().nan_to_num(nan=1.0, posinf=torch.inf)
+    return ratio.clamp(max=cap), (ratio > cap).float()
+
+
+def aggregation_weights(
+    kept: list[int], aggregation: Literal["token-mean", "sequence-mean"]
+) -> list[float]:
+    """By what a token of each rollout is weighted so that a minibatch's loss is the weighted sum.
+
+    Args:
+        kept: tokens of each rollout in the minibatch.
+        aggregation: "token-mean" over all tokens alike; "sequence-mean" over each rollout's tokens,
+            then over rollouts, so that a token of a long one counts for less.
+    """
+    if aggregation == "token-mean":
+        return [1.0 / sum(kept)] * len(kept)
+    return [1.0 / (tokens * len(kept)) for tokens in kept]

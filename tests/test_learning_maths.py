@@ -1,4 +1,7 @@
-"""GAE against brute force for each end of a rollout; PPO's losses against numpy."""
+"""Advantages and losses against brute force and against a PPO step written out in numpy."""
+
+import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,8 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from espo_rl.advantages import gae, whiten
-from espo_rl.losses import entropy, policy_loss, token_logprobs, value_loss
+from espo_rl.advantages import gae, group_advantages, whiten
+from espo_rl.batching import Sample
+from espo_rl.config import Ppo
+from espo_rl.experience import Before, mismatch, prepare
+from espo_rl.losses import (
+    actor_loss,
+    aggregation_weights,
+    entropy,
+    importance_weights,
+    kl_estimate,
+    policy_loss,
+    token_logprobs,
+    value_loss,
+)
+from espo_rl.types import EndReason
 
 values_of_a_rollout = st.integers(1, 12).flatmap(
     lambda n: arrays(np.float32, n, elements=st.floats(-1, 1, width=32))
@@ -25,24 +41,20 @@ def brute_force(values, rewards, last_value, gamma, lam):
     ]
 
 
-@given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.sampled_from([-1.0, 0.0, 1.0]))
-def test_gae_of_a_terminal_rollout(values, gamma, lam, reward):
-    rewards = [0.0] * (len(values) - 1) + [reward]
-    advantages, returns = gae(values, reward, gamma=gamma, lam=lam)
-    assert advantages == pytest.approx(brute_force(values, rewards, 0.0, gamma, lam), abs=1e-4)
-    assert returns == pytest.approx(advantages + values, abs=1e-5)
+# -- advantages ------------------------------------------------------------------------------------
 
 
-@given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.floats(-1, 1))
-def test_gae_bootstraps_a_rollout_cut_by_length(values, gamma, lam, last_value):
-    rewards = [0.0] * len(values)
-    advantages, _ = gae(values, 0.0, gamma=gamma, lam=lam, bootstrap=last_value)
-    expected = brute_force(values, rewards, last_value, gamma, lam)
+@given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.floats(-1, 1), st.data())
+def test_gae_is_the_sum_of_td_errors(values, gamma, lam, bootstrap, data):
+    rewards = data.draw(arrays(np.float32, len(values), elements=st.floats(-1, 1, width=32)))
+    advantages = gae(values, rewards, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    expected = brute_force(values, rewards, bootstrap, gamma, lam)
     assert advantages == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_failure_reward_stands_at_the_stop_and_is_passed_back():
-    advantages, _ = gae(np.full(4, 0.5, np.float32), -1.0, gamma=1.0, lam=0.5)
+    rewards = np.array([0.0, 0.0, 0.0, -1.0], np.float32)
+    advantages = gae(np.full(4, 0.5, np.float32), rewards, gamma=1.0, lam=0.5)
     # One negative TD error, -1 - V, at the stop; halved at each step before it.
     assert advantages == pytest.approx([-1.5 / 8, -1.5 / 4, -1.5 / 2, -1.5])
 
@@ -53,6 +65,129 @@ def test_whitening_is_over_all_tokens_of_the_batch():
     assert [len(row) for row in rows] == [2, 1]
     assert flat.mean() == pytest.approx(0.0, abs=1e-6)
     assert flat.std() == pytest.approx(1.0, abs=1e-5)
+
+
+def made(end, kept, reward, group, rng, *, critic=True) -> tuple[Sample, Before]:
+    """A sample with a prompt of three tokens, and made-up answers of the models."""
+    sample = Sample(torch.arange(3 + kept), 3, end, group, reward)
+    sample.columns["served_logprobs"] = torch.full((kept,), -1.0)
+    logprobs, reference = torch.tensor(rng.normal(-1, 0.5, (2, kept)), dtype=torch.float32)
+    values = torch.tensor(rng.normal(0, 1, kept + 1), dtype=torch.float32)
+    answers = Before(logprobs, logprobs, torch.ones(kept), reference, values if critic else None)
+    return sample, answers
+
+
+def batch_of_all_ends(*, critic=True) -> tuple[list[Sample], list[Before]]:
+    """Two groups of three; the last rollout has a single token."""
+    rng = np.random.default_rng(11)
+    rows = [
+        (EndReason.COMPLETED, 5, 1.0, 0),
+        (EndReason.EARLY_STOP, 3, -1.0, 0),
+        (EndReason.LENGTH, 6, -0.5, 0),
+        (EndReason.COMPLETED, 4, 1.0, 7),
+        (EndReason.LENGTH, 2, 0.25, 7),
+        (EndReason.EARLY_STOP, 1, -1.0, 7),
+    ]
+    pairs = [made(*row, rng, critic=critic) for row in rows]
+    return [sample for sample, _ in pairs], [answers for _, answers in pairs]
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize("critic_lam", [None, 0.6])
+def test_advantages_of_every_end(coefficient, bootstrap, critic_lam):
+    ppo = Ppo(
+        gamma=0.9,
+        lam=0.8,
+        critic_lam=critic_lam,
+        whiten=False,
+        bootstrap_length=bootstrap,
+        kl_coefficient=coefficient,
+        kl_place="reward",
+        kl_estimator="k1",
+    )
+    samples, before = batch_of_all_ends()
+    prepare(samples, before, ppo)
+    for sample, answers in zip(samples, before, strict=True):
+        values = answers.values.double().numpy()
+        kl = (answers.logprobs - answers.reference).double().numpy()
+        rewards = -coefficient * kl
+        rewards[-1] += sample.reward
+        # A stopped or completed rollout is over; one cut by length is, if we say so.
+        last = values[-1] if bootstrap and sample.end is EndReason.LENGTH else 0.0
+        expected = brute_force(values[:-1], rewards, last, 0.9, 0.8)
+        assert sample.columns["advantages"].tolist() == pytest.approx(expected, abs=1e-5)
+        targets = brute_force(values[:-1], rewards, last, 0.9, critic_lam or 0.8) + values[:-1]
+        assert sample.columns["returns"].tolist() == pytest.approx(targets, abs=1e-5)
+        assert sample.columns["old_values"].tolist() == pytest.approx(values[:-1])
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("critic", [True, False])
+def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, scale, critic):
+    ppo = Ppo(
+        advantage="group",
+        group_scale=scale,
+        kl_coefficient=coefficient,
+        kl_place="reward",
+        kl_estimator="k2",
+    )
+    samples, before = batch_of_all_ends(critic=critic)
+    prepare(samples, before, ppo)
+    returns = [
+        sample.reward - coefficient * float((0.5 * (b.logprobs - b.reference) ** 2).sum())
+        for sample, b in zip(samples, before, strict=True)
+    ]
+    for members in ((0, 1, 2), (3, 4, 5)):
+        of_group = [returns[i] for i in members]
+        mean = sum(of_group) / 3
+        deviation = math.sqrt(sum((one - mean) ** 2 for one in of_group) / 3)
+        for i in members:
+            expected = (returns[i] - mean) / (deviation if scale else 1.0)
+            found = samples[i].columns["advantages"].tolist()
+            assert found == pytest.approx([expected] * samples[i].kept, rel=1e-4)
+    assert all(("returns" in sample.columns) == critic for sample in samples)
+
+
+def test_a_group_of_equals_says_nothing():
+    assert group_advantages([0.1] * 3 + [1.0, 0.0], [0] * 3 + [1] * 2, scale=True) == pytest.approx(
+        [0, 0, 0, 1, -1], abs=1e-5
+    )
+
+
+# -- server against trainer ------------------------------------------------------------------------
+
+
+def test_mismatch_is_the_kl_from_server_to_trainer():
+    rng = np.random.default_rng(3)
+    server, trainer = rng.dirichlet(np.ones(5), 2)
+    tokens = rng.choice(5, 200_000, p=server)
+    found = mismatch(*(torch.tensor(np.log(p)[tokens]) for p in (server, trainer)))
+    exact = float((server * np.log(server / trainer)).sum())
+    assert exact > 0.3
+    assert found["mismatch_kl"] == pytest.approx(exact, rel=0.02)
+    assert found["mismatch_k3"] == pytest.approx(exact, rel=0.02)
+    assert found["mismatch_max"] == pytest.approx(np.abs(np.log(server / trainer)).max())
+
+
+def test_missing_numbers_are_no_mismatch():
+    served = torch.tensor([math.nan, -1.0, -math.inf])
+    assert mismatch(served, torch.tensor([-5.0, -1.5, -1.0])) == pytest.approx(
+        {"mismatch_kl": 0.5, "mismatch_k3": math.exp(-0.5) - 0.5, "mismatch_max": 0.5}
+    )
+    assert all(math.isnan(one) for one in mismatch(served[:1], served[1:2]).values())
+
+
+def test_importance_weights_are_capped_ratios():
+    ours = torch.tensor([-1.0, -1.0, -1.0, -1.0])
+    served = torch.tensor([-2.0, -1.2, 0.0, math.nan])
+    weights, capped = importance_weights(ours, served, 1.5)
+    assert weights.tolist() == pytest.approx([1.5, math.exp(0.2), math.exp(-1.0), 1.0])
+    assert capped.tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+# -- losses ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 2**31 - 1))
@@ -87,3 +222,164 @@ def test_token_logprobs_and_entropy_are_those_of_the_softmax():
     distribution = torch.distributions.Categorical(logits=logits)
     assert torch.allclose(token_logprobs(logits, tokens), distribution.log_prob(tokens), atol=1e-6)
     assert torch.allclose(entropy(logits), distribution.entropy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_estimates(kind):
+    rng = np.random.default_rng(4)
+    p, q = 0.9 * rng.dirichlet(np.full(6, 9.0), 2) + 0.1 / 6
+    tokens = rng.choice(6, 400_000, p=p)
+    found = kl_estimate(*(torch.tensor(np.log(x)[tokens]) for x in (p, q)), kind)
+    exact = float((p * np.log(p / q)).sum())
+    # k2 is biased, by little while the two are close.
+    assert float(found.mean()) == pytest.approx(exact, rel=0.25 if kind == "k2" else 0.03)
+    assert bool((found >= 0).all()) == (kind != "k1")
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8))
+def test_aggregation_weights_are_means(kept):
+    by_token = aggregation_weights(kept, "token-mean")
+    assert len(set(by_token)) == 1
+    by_sequence = aggregation_weights(kept, "sequence-mean")
+    for tokens, weight in zip(kept, by_sequence, strict=True):
+        assert tokens * weight == pytest.approx(1 / len(kept))
+    assert sum(np.multiply(kept, by_token)) == pytest.approx(1.0)
+
+
+# -- a whole step, in numpy ------------------------------------------------------------------------
+
+
+class NumpyStep:
+    """Loss and gradient of a linear policy and critic on eight tokens of three rollouts.
+
+    logits = states @ policy, V = states @ critic; every derivative is written out.
+    """
+
+    KEPT = (4, 1, 3)
+
+    def __init__(self, ppo: Ppo) -> None:
+        rng = np.random.default_rng(9)
+        self.ppo = ppo
+        self.states = rng.normal(0, 1, (8, 5))
+        self.policy, self.critic = rng.normal(0, 0.7, (5, 6)), rng.normal(0, 1, 5)
+        self.tokens = rng.integers(0, 6, 8)
+        self.columns = {
+            "old_logprobs": self.logprobs() + rng.normal(0, 0.3, 8),
+            "reference_logprobs": self.logprobs() + rng.normal(0, 0.5, 8),
+            "advantages": rng.normal(0, 1, 8),
+            "old_values": self.states @ self.critic + rng.normal(0, 0.4, 8),
+            "returns": rng.normal(0, 1, 8),
+        }
+        served = self.columns["old_logprobs"] + rng.normal(0, 0.4, 8)
+        served[2] = math.nan
+        if ppo.importance_cap is not None:
+            ratio = np.exp(self.columns["old_logprobs"] - served)
+            self.columns["importance"] = np.minimum(np.nan_to_num(ratio, nan=1.0), 1.2)
+        if ppo.aggregation == "token-mean":
+            self.weights = np.full(8, 1 / 8)
+        else:
+            self.weights = np.repeat([1 / (3 * n) for n in self.KEPT], self.KEPT)
+
+    def table(self) -> np.ndarray:
+        logits = self.states @ self.policy
+        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    def logprobs(self) -> np.ndarray:
+        return self.table()[np.arange(8), self.tokens]
+
+    def actor(self) -> tuple[float, np.ndarray]:
+        """Loss and its gradient with respect to `policy`."""
+        ppo, columns = self.ppo, self.columns
+        table = self.table()
+        new, advantages = self.logprobs(), columns["advantages"]
+        ratio = np.exp(new - columns["old_logprobs"])
+        low, high = 1 - ppo.clip_low, 1 + ppo.clip_high
+        clipped = np.clip(ratio, low, high) * advantages < ratio * advantages
+        # 1 where the server gave no number or no cap is set
+        importance = columns.get("importance", np.ones(8))
+        loss = -importance * np.where(clipped, np.clip(ratio, low, high), ratio) * advantages
+        slope = -importance * np.where(clipped, 0.0, ratio) * advantages  # d loss / d logprob
+        if ppo.kl_place == "loss":
+            difference = new - columns["reference_logprobs"]
+            estimate, derivative = {
+                "k1": (difference, np.ones(8)),
+                "k2": (difference**2 / 2, difference),
+                "k3": (np.exp(-difference) - 1 + difference, 1 - np.exp(-difference)),
+            }[ppo.kl_estimator]
+            loss = loss + ppo.kl_coefficient * estimate
+            slope = slope + ppo.kl_coefficient * derivative
+        spread = -(np.exp(table) * table).sum(1)
+        loss = loss - ppo.entropy_bonus * spread
+        one_hot = np.eye(6)[self.tokens]
+        by_logits = slope[:, None] * (one_hot - np.exp(table))
+        by_logits += ppo.entropy_bonus * np.exp(table) * (table + spread[:, None])
+        return self.weights @ loss, self.states.T @ (self.weights[:, None] * by_logits)
+
+    def value(self) -> tuple[float, np.ndarray]:
+        """Loss and its gradient with respect to `critic`."""
+        clip, old, returns = (
+            self.ppo.value_clip,
+            self.columns["old_values"],
+            self.columns["returns"],
+        )
+        values = self.states @ self.critic
+        loss, slope = (values - returns) ** 2 / 2, values - returns
+        if clip is not None:
+            near = old + np.clip(values - old, -clip, clip)
+            worse = (near - returns) ** 2 / 2 > loss
+            inside = np.abs(values - old) < clip
+            loss = np.where(worse, (near - returns) ** 2 / 2, loss)
+            slope = np.where(worse, np.where(inside, near - returns, 0.0), slope)
+        return self.weights @ loss, self.states.T @ (self.weights * slope)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip_low": 0.05, "clip_high": 0.5},
+        {"value_clip": 0.2},
+        {"aggregation": "sequence-mean"},
+        {"entropy_bonus": 0.3},
+        {"kl_coefficient": 0.5, "kl_estimator": "k1"},
+        {"kl_coefficient": 0.5, "kl_estimator": "k2"},
+        {"kl_coefficient": 0.5, "kl_estimator": "k3", "aggregation": "sequence-mean"},
+        {"kl_coefficient": 0.5, "kl_place": "reward"},
+        {"importance_cap": 1.2},
+        {"importance_cap": 1.2, "kl_coefficient": 0.5, "entropy_bonus": 0.1, "value_clip": 0.1},
+    ],
+    ids=str,
+)
+def test_a_step_equals_one_in_numpy(settings: dict[str, Any]) -> None:
+    ppo = Ppo(**settings)
+    expected = NumpyStep(ppo)
+    states = torch.tensor(expected.states)
+    policy = torch.tensor(expected.policy, requires_grad=True)
+    critic = torch.tensor(expected.critic, requires_grad=True)
+    columns = {name: torch.tensor(column) for name, column in expected.columns.items()}
+    per_rollout = aggregation_weights(list(NumpyStep.KEPT), ppo.aggregation)
+    weights = torch.tensor(np.repeat(per_rollout, NumpyStep.KEPT))
+
+    losses, _ = actor_loss(states @ policy, torch.tensor(expected.tokens), columns, ppo)
+    loss = (losses * weights).sum()
+    loss.backward()
+    expected_loss, expected_gradient = expected.actor()
+    assert loss.item() == pytest.approx(expected_loss, abs=1e-5)
+    assert policy.grad.numpy() == pytest.approx(expected_gradient, abs=1e-5)
+
+    errors = value_loss(states @ critic, columns["old_values"], columns["returns"], ppo.value_clip)
+    loss = (errors * weights).sum()
+    loss.backward()
+    expected_loss, expected_gradient = expected.value()
+    assert loss.item() == pytest.approx(expected_loss)
+    assert critic.grad.numpy() == pytest.approx(expected_gradient)
+
+
+def test_the_numpy_step_exercises_what_it_tests() -> None:
+    """Clips active on some tokens only, the cap too."""
+    step = NumpyStep(Ppo(value_clip=0.2, importance_cap=1.2))
+    ratio = np.exp(step.logprobs() - step.columns["old_logprobs"])
+    assert 0 < (np.abs(ratio - 1) > 0.2).sum() < 8
+    assert 0 < (step.columns["importance"] == 1.2).sum() < 8
+    moved = np.abs(step.states @ step.critic - step.columns["old_values"])
+    assert 0 < (moved > 0.2).sum() < 8

@@ -1,0 +1,167 @@
+"""DeepSpeed engines: their settings out of the recipe, and the few things asked of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from espo_rl.config import Recipe
+
+
+class Engine:
+    """A model in training. With several ranks every method is a collective.
+
+    Args:
+        groups: the optimizer's parameter groups, each with its `lr`.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, groups: list[dict[str, Any]]) -> None:
+        config = merged(training_config(recipe), recipe.deepspeed.extra)
+        # Without ZeRO, DeepSpeed clips float32 gradients but forgets their norm: clip here then.
+        clips_here = config["zero_optimization"]["stage"] == 0 and not config["bf16"]["enabled"]
+        if clips_here:
+            config["gradient_clipping"] = 0.0
+        deepspeed = import_deepspeed()
+        self._engine = deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
+        self.grad_norm = 0.0  # of the last step, before clipping
+        self._norm: torch.Tensor | None = None
+        if clips_here:
+            self._engine.optimizer.register_step_pre_hook(self._clip)
+        self._max_norm = recipe.ppo.max_grad_norm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def _clip(self, *_: object) -> None:
+        """Runs once the ranks' gradients are averaged, right before the optimizer."""
+        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_norm)
+
+    @property
+    def module(self) -> Any:
+        """The model; under ZeRO-3 its parameters are sharded, see `weights.gathered`."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step, of the first parameter group."""
+        return float(self._engine.get_lr()[0])
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradient; over the ranks DeepSpeed takes the mean."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """One optimizer step on the gradient so far."""
+        self._engine.step()
+        norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
+        self.grad_norm = float(norm)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write model, optimizer and `state` in DeepSpeed's format."""
+        self._engine.save_checkpoint(str(folder), tag="state", client_state=state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Read what `save` wrote; returns its `state`.
+
+        Raises:
+            FileNotFoundError: there is no state: DeepSpeed itself goes on, or trips over it later.
+        """
+        if (folder / "state").is_dir():
+            path, state = self._engine.load_checkpoint(str(folder), tag="state")
+            if path is not None:
+                return dict(state)
+        raise FileNotFoundError(f"no DeepSpeed state in {folder / 'state'}")
+
+
+def frozen_engine(recipe: Recipe, model: nn.Module, device: torch.device) -> Any:
+    """A model that is only asked: sharded under ZeRO-3, else a copy on every rank."""
+    model.requires_grad_(False).eval()
+    if recipe.deepspeed.zero_stage < 3:
+        return model.to(device)
+    config = training_config(recipe)
+    for key in ("optimizer", "scheduler", "gradient_clipping", "managed_gradient_accumulation"):
+        config.pop(key, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine = import_deepspeed().initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine
+
+
+def training_config(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's JSON config (https://www.deepspeed.ai/docs/config-json/) before `extra`."""
+    ppo, offload = recipe.ppo, recipe.deepspeed.offload
+    zero: dict[str, Any] = {"stage": recipe.deepspeed.zero_stage}
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        # Minibatches hold as many micro-batches as their tokens need: reduction and the optimizer
+        # step happen in step(), however many backward() came before.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": ppo.max_grad_norm,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": ppo.learning_rate,
+                "weight_decay": ppo.weight_decay,
+                # DeepSpeed's own are compiled on first use, which needs a toolchain.
+                "torch_adam": True,
+            },
+        },
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+    if ppo.lr_warmup_steps:
+        # Without a maximum, each parameter group warms up to its own rate.
+        params = {"warmup_num_steps": ppo.lr_warmup_steps, "warmup_type": "linear"}
+        config["scheduler"] = {"type": "WarmupLR", "params": params}
+    return config
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the changes laid over them, section by section."""
+    result = dict(settings)
+    for key, value in changes.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merged(old, value)
+        result[key] = value
+    return result
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed with a process group: its launcher's, or one of this process alone."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    alone = "WORLD_SIZE" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it whatever the group
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if alone and not torch.distributed.is_initialized():
+        # No rendezvous, no port, and nothing in the environment that a child might act on.
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    deepspeed.init_distributed(backend)
+    return deepspeed
