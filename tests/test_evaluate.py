@@ -592,21 +592,28 @@ async def test_a_stopped_command_leaves_no_process_and_goes_on(
 
 @pytest.mark.vllm
 @pytest.mark.asyncio(loop_scope="session")
-async def test_a_real_server(vllm_server: Any, data: Path, tmp_path: Path) -> None:
-    """A random policy is wrong, is sampled with different seeds, and again the same with these."""
+async def test_a_real_server(vllm_server: Any, tmp_path: Path) -> None:
+    """A random policy, sampled with different seeds, and the same again with the same ones.
 
-    async def texts(out: str) -> tuple[list[list[str]], Any]:
-        arguments = ["--model", str(vllm_server.path), "--data", str(data), "--out"]
-        asked = ["--k", "4", "--max-tokens", "12", "--grader", "exact", "--url", vllm_server.url]
-        assert await Command(parse([*arguments, str(tmp_path / out), *asked])).run()
-        rows = map(json.loads, (tmp_path / out / "sums.jsonl").read_text().splitlines())
+    The prompts are more than the server takes in one step: chunked, seeded ones would end it.
+    """
+    prompts = [f"{i:02d}" * 220 for i in range(24)]
+    rows = [json.dumps({"problem": prompt, "answer": "1"}) for prompt in prompts]
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join(rows))
+
+    async def texts(out: Path) -> tuple[list[list[str]], Any]:
+        arguments = ["--model", str(vllm_server.path), "--data", str(data), "--out", str(out)]
+        asked = ["--k", "4", "--max-tokens", "12", "--temperature", "1", "--grader", "exact"]
+        assert await Command(parse([*arguments, *asked, "--url", vllm_server.url])).run()
+        rows = map(json.loads, (out / "long.jsonl").read_text().splitlines())
         samples = [row["samples"] for row in sorted(rows, key=lambda row: row["index"])]
-        report = json.loads((tmp_path / out / "results.json").read_text())["results"]["sums"]
+        report = json.loads((out / "results.json").read_text())["results"]["long"]
         return [[sample["text"] for sample in problem] for problem in samples], report
 
-    first, report = await texts("first")
-    assert all(len(set(problem)) > 1 for problem in first)
-    assert (report["problems"], report["samples"], report["errors"]) == (3, 12, 0)
+    first, report = await texts(tmp_path / "first")
+    assert sum(len(set(problem)) > 1 for problem in first) > 12
+    assert (report["problems"], report["samples"], report["errors"]) == (24, 96, 0)
     assert 0 < report["mean_tokens"] <= 12
     assert 0.0 <= report["avg@4"]["value"] <= report["pass@4"]["value"] <= 1.0
-    assert (await texts("second"))[0] == first
+    assert (await texts(tmp_path / "second"))[0] == first
