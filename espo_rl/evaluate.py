@@ -32,12 +32,12 @@ from espo_gateway.gates import gate_from_json, gate_to_json
 from espo_gateway.rules import Gate
 from espo_gateway.supervisor import ServerStartError
 from espo_rl import servers
-from espo_rl.answers import answer_reader
 from espo_rl.config import Model, Recipe, RecipeError, RolloutSection, Servers, TaskSection
 from espo_rl.evaluator import EvaluationError, Report, Sampling, evaluate
 from espo_rl.grading import GraderPool
 from espo_rl.progress import progress_bar
 from espo_rl.results import ResultsFolder, as_dict, machine, table, write_json
+from espo_rl.rewards import make_answer_reader
 from espo_rl.rollouts import Collector, Prompter
 from espo_rl.summary import versions
 from espo_rl.tasks import Split, TaskError
@@ -137,7 +137,7 @@ class Command:
                 grader,
                 problems,
                 self.sampling,
-                answer_reader(self.recipe.task),
+                make_answer_reader(self.recipe.task),
                 done=results.done,
                 on_sample=lambda _: bar.advance(line),
                 on_problem=results.append,

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from espo_rl.answers import AnswerOf
 from espo_rl.grading import Grade
 from espo_rl.intervals import Share
+from espo_rl.rewards import AnswerReader
 from espo_rl.rollouts import Collector, Mode, Sample
 from espo_rl.scores import Graded, Scores, score
 from espo_rl.summary import Totals
@@ -188,7 +188,7 @@ async def evaluate(
     grader: Grader,
     problems: Sequence[Problem],
     sampling: Sampling,
-    answer_of: AnswerOf | None = None,
+    read_answer: AnswerReader | None = None,
     *,
     done: Mapping[int, ProblemResult] | None = None,
     on_sample: Callable[[SampleResult], None] = lambda sample: None,
@@ -197,7 +197,7 @@ async def evaluate(
     """Ask what is not done yet, and report on all of it.
 
     Args:
-        answer_of: a completion's answer in a normal form; None: no majority.
+        read_answer: how answers are read that are to vote; None: no majority.
         done: results of an earlier evaluation by index; what failed in them is asked again.
         on_sample: for progress bars.
         on_problem: is given each problem's result, texts included, once all its samples ended.
@@ -205,9 +205,9 @@ async def evaluate(
     Raises:
         EvaluationError: sample upon sample fails, so going on would only fail the others.
     """
-    work = _Work(collector, grader, problems, sampling, answer_of, on_sample, on_problem)
+    work = _Work(collector, grader, problems, sampling, read_answer, on_sample, on_problem)
     results = await work.run(done or {})
-    return Report.of(results, sampling, votes=answer_of is not None)
+    return Report.of(results, sampling, votes=read_answer is not None)
 
 
 class _Work:
@@ -219,12 +219,12 @@ class _Work:
         grader: Grader,
         problems: Sequence[Problem],
         sampling: Sampling,
-        answer_of: AnswerOf | None,
+        read_answer: AnswerReader | None,
         on_sample: Callable[[SampleResult], None],
         on_problem: Callable[[ProblemResult], None],
     ) -> None:
         self.collector, self.grader, self.problems = collector, grader, problems
-        self.sampling, self.answer_of = sampling, answer_of
+        self.sampling, self.read_answer = sampling, read_answer
         self.on_sample, self.on_problem = on_sample, on_problem
         self.results: dict[int, ProblemResult] = {}
         self.left: dict[int, int] = {}  # samples that a problem still waits for
@@ -302,12 +302,12 @@ class _Work:
             return SampleResult(error=f"not graded: {grade.error}", **counts)
         if rollout.stopped:
             return SampleResult(correct=False, correct_in_full=grade.correct, **counts)
-        if grade.correct or self.answer_of is None:
+        if grade.correct or self.read_answer is None:
             # The grader finds all right ones equal to the reference, so they are one answer.
             answer = problem.answer if grade.correct else None
         else:
             # Not on the loop, as reading mathematics takes a while; one by one, as the parser
             # shares its tables. It ends, since the grader has read the text in its time.
             async with self.reading:
-                answer = await asyncio.to_thread(self.answer_of, rollout.text)
+                answer = await asyncio.to_thread(self.read_answer, rollout.text, problem)
         return SampleResult(correct=grade.correct, answer=answer, **counts)

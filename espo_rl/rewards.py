@@ -14,7 +14,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal
 from typing import Any
 
 from espo_rl.config import Recipe, RecipeError, TaskSection
@@ -23,6 +23,8 @@ from espo_rl.types import EndReason, Problem, Rollout
 
 #: completion and problem to a score in [0, 1]
 Grader = Callable[[str, Problem], float]
+#: completion and problem to the answer given, written alike when equal; None: none is given
+AnswerReader = Callable[[str, Problem], str | None]
 
 
 def exact(completion: str, answer: str) -> bool:
@@ -31,7 +33,12 @@ def exact(completion: str, answer: str) -> bool:
     >>> exact("c3+8=1#581", "581")
     True
     """
-    return completion.rpartition("#")[2].strip() == answer.strip()
+    return exact_answer(completion) == answer.strip()
+
+
+def exact_answer(completion: str) -> str:
+    """What follows the last `#`; all of it when there is none."""
+    return completion.rpartition("#")[2].strip()
 
 
 def regex(completion: str, answer: str, pattern: str) -> bool:
@@ -43,15 +50,22 @@ def regex(completion: str, answer: str, pattern: str) -> bool:
     >>> regex("The answer is $1,234.00.", "1234", r"answer is (.*)")
     True
     """
+    return regex_answer(completion, pattern) == _plain(answer)
+
+
+def regex_answer(completion: str, pattern: str) -> str | None:
+    """Group 1 of the pattern's last match, without what `regex` does not regard."""
     matches = list(re.finditer(pattern, completion))
-    return bool(matches) and _plain(matches[-1].group(1) or "") == _plain(answer)
+    return _plain(matches[-1].group(1) or "") if matches else None
 
 
-def _plain(text: str) -> Decimal | str:
+def _plain(text: str) -> str:
     text = " ".join(text.split()).casefold().strip("$ ").removesuffix(".").rstrip("$ ")
     try:
-        return Decimal(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
-    except InvalidOperation:
+        number = Decimal(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
+        # With as many digits as there are: by itself it rounds to 28.
+        return str(number.normalize(Context(prec=len(text)))) if number else "0"
+    except ArithmeticError:  # no number, or an absurd one
         return text
 
 
@@ -62,16 +76,30 @@ def math(completion: str, answer: str) -> bool:
     reference that is one capital letter is a choice: `(B)`, `B) 12`, "the answer is B" are right.
     May take for ever on an absurd answer: for a process that can be killed.
     """
-    from math_verify import parse, verify
+    from math_verify import verify
+
+    if choice := _CHOICE.fullmatch(answer):
+        return choice.group(1) == _chosen(completion)
+    return bool(verify(_parsed(f"${answer}$"), _parsed(completion), timeout_seconds=None))
+
+
+def math_answer(completion: str, answer: str) -> str | None:
+    """What `math` compares with the reference: sympy's writing of it, or a choice's letter."""
+    if _CHOICE.fullmatch(answer):
+        return _chosen(completion)
+    parsed = _parsed(completion)
+    return str(parsed[0]) if parsed else None
+
+
+def _parsed(completion: str) -> list[Any]:
+    """The last box's value, or else the last there is; as sympy has it, then as it is written."""
+    from math_verify import parse
 
     # It warns that its timeouts are off. They use SIGALRM, which is for main threads alone.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     boxes = list(_BOXED.finditer(completion))
     given = completion[boxes[-1].start() :] if boxes else completion
-    if choice := _CHOICE.fullmatch(answer):
-        return choice.group(1) == (_chosen_in_box(given) if boxes else _chosen(given))
-    gold = parse(f"${_tidy(answer)}$", parsing_timeout=None)
-    return bool(verify(gold, parse(_tidy(given), parsing_timeout=None), timeout_seconds=None))
+    return list(parse(_tidy(given), parsing_timeout=None))
 
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -81,12 +109,11 @@ _BOXED_CHOICE = re.compile(_BOXED.pattern + _WRAP + r"([A-Za-z])\s*[).:}$]")
 _STATED_CHOICE = re.compile(r"(?i:answer(?:\s+is)?)\s*:?" + _WRAP + r"([A-Z])(?![\w'])")
 
 
-def _chosen_in_box(box: str) -> str | None:
-    match = _BOXED_CHOICE.match(box)
-    return match and match.group(1).upper()
-
-
 def _chosen(completion: str) -> str | None:
+    boxes = list(_BOXED.finditer(completion))
+    if boxes:
+        match = _BOXED_CHOICE.match(completion, boxes[-1].start())
+        return match and match.group(1).upper()
     matches = list(_STATED_CHOICE.finditer(completion))
     match = matches[-1] if matches else _CHOICE.fullmatch(completion)
     return match and match.group(1)
@@ -151,6 +178,19 @@ def make_grader(config: TaskSection) -> Grader:
         return score
 
     return grade
+
+
+def make_answer_reader(config: TaskSection) -> AnswerReader | None:
+    """How the recipe's grader reads an answer, for majority votes; None where only it knows."""
+    match config.grader:
+        case "exact":
+            return lambda completion, problem: exact_answer(completion) or None
+        case "math":
+            return lambda completion, problem: math_answer(completion, problem.answer)
+        case "regex":
+            pattern = config.pattern or ""
+            return lambda completion, problem: regex_answer(completion, pattern) or None
+    return None
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ def test_defaults() -> None:
     assert last_value(command, "--served-model-name") == HUB_MODEL
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "--enforce-eager" in command
+    assert "--no-enable-chunked-prefill" in command
     assert environment["TORCH_COMPILE_DISABLE"] == "1"
 
 
@@ -59,7 +60,7 @@ def test_compiling_can_be_asked_for() -> None:
 
 def test_gpu_keeps_vllms_own_choices() -> None:
     command, environment = build(cpu=False)
-    assert "--enforce-eager" not in command
+    assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(command)
     assert not environment.keys() & {"OMP_WAIT_POLICY", "TORCH_COMPILE_DISABLE"}
 
 
