@@ -262,14 +262,14 @@ class WeightPublisher:
                     f"{client.url} has weights version {found_version!r}, not {version!r}"
                 )
             differences = [abs(a - b) for a, b in zip(await ask(client), expected, strict=True)]
-            difference = max(differences)
-            # Asked like this, NaN is a failure too.
-            if not all(one <= tolerance for one in differences):
+            # Asked like this, NaN is too large too.
+            too_large = [one for one in differences if not one <= tolerance]
+            if too_large:
                 raise WeightParityError(
                     f"{client.url} does not compute with the published weights: a {name} of the "
-                    f"probe differs by {difference:.3g}, more than {tolerance:g}"
+                    f"probe differs by {max(too_large):.3g}, more than {tolerance:g}"
                 )
-            return difference
+            return max(differences)
 
         differences = await asyncio.gather(
             *map(largest_difference, self._clients), return_exceptions=True

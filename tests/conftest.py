@@ -28,18 +28,22 @@ class VllmServer:
 
 
 async def serve(folder: Path, *flags: str, tied: bool = True) -> VllmServer:
-    """Start vLLM with a random checkpoint, through the launcher and the supervisor."""
-    path = random_checkpoint(folder / "checkpoint", BASE_SEED, tied=tied)
+    """Start vLLM with a random policy, through the launcher and the supervisor."""
+    return await launch(random_checkpoint(folder / "checkpoint", BASE_SEED, tied=tied), *flags)
+
+
+async def launch(path: Path, *flags: str, name: str = "policy") -> VllmServer:
+    """Start vLLM with a checkpoint; its log is beside it."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     launcher = [sys.executable, "-m", "espo_gateway.vllm_plugin", str(path), "--port", str(port)]
-    limits = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", "policy"]
+    limits = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", name]
     process = await ServerProcess.start(
         [*launcher, *limits, *flags],
-        log_path=folder / "server.log",
+        log_path=path.with_suffix(".log"),
         ready_url=f"{url}/health",
         name="vLLM",
     )
-    return VllmServer(url, "policy", path, process)
+    return VllmServer(url, name, path, process)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

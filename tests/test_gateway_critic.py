@@ -359,14 +359,24 @@ async def test_a_settled_cut_drops_the_questions_after_it() -> None:
         assert await waiting(gateway) == 0
 
 
-async def test_in_shadow_a_settled_cut_drops_them_too() -> None:
+async def test_in_shadow_it_does_too_and_the_stream_goes_on() -> None:
     async with (
-        FakeServer(FAILING) as server,
-        FakeCritic(stop_at(8)) as critic,
+        FakeServer(FAILING, gated=True) as server,
+        FakeCritic(stop_at(8), gated=True) as critic,
         gateway_with(server, critic) as gateway,
     ):
         body = completion_body(espo={"mode": "shadow"})
-        _, answer = await post(gateway.url + COMPLETIONS, body)
+        request = asyncio.create_task(post(gateway.url + COMPLETIONS, body))
+        await reach_waiting(server, critic, gateway)
+        critic.release(1)
+        while not await metric(gateway, "espo_gateway_critic_questions_total"):
+            pass
+        server.release(1)
+        while await waiting(gateway):
+            pass
+        assert critic.questions <= CONCURRENCY + 1
+        server.release(16)
+        _, answer = await request
         [choice] = answer["choices"]
         assert (choice["text"], choice["espo"]["cut"]) == ("a" * 6 + "b" * 10, 8)
 

@@ -37,6 +37,7 @@ from espo_gateway.gates import gate_from_json
 from espo_gateway.request import plan
 from espo_gateway.session import Session
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.testing_critic import FakeCritic
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 UNSTOPPED = Script([GOOD] * 10_000)
@@ -389,6 +390,9 @@ async def test_the_command_waits_for_its_servers() -> None:
     ("arguments", "code", "message"),
     [
         (["--wait", "0.1"], 1, "no answer within 0.1 s"),
+        (["--wait", "0.1", "--critic", "http://127.0.0.1:7"], 1, "http://127.0.0.1:7"),
+        (["--critic", "127.0.0.1:7"], 2, "must be like http://host:port"),
+        (["--critic-timeout", "0"], 2, "critic-timeout must be positive"),
         (["--gate", "/nowhere/gate.json"], 2, "No such file"),
         (["--upstream", "ftp://x"], 2, "must be like http://host:port"),
         (["--attempts", "0"], 2, "attempts must be at least 1"),
@@ -399,6 +403,32 @@ async def test_the_command_refuses(arguments: list[str], code: int, message: str
     _, stderr = await process.communicate()
     assert process.returncode == code
     assert message in stderr.decode()
+
+
+async def test_the_command_with_a_critic(tmp_path: Path) -> None:
+    (tmp_path / "gate.json").write_text(json.dumps(CRITIC_GATE))
+    async with FakeServer(FAILING) as server, FakeCritic(lambda prefix: 0.0) as critic:
+        arguments = ["--upstream", server.url, "--port", "0", "--gate", f"{tmp_path}/gate.json"]
+        process = await start(*arguments, "--critic", critic.url)
+        try:
+            url, logged = await listening(process)
+            assert f"{critic.url} serves critic" in logged
+            _, answer = await post(url + COMPLETIONS, completion_body())
+            assert answer["choices"][0]["espo"]["cut"] == 8
+        finally:
+            process.terminate()
+            assert await process.wait() == 0
+
+
+async def test_the_command_refuses_a_critic_that_is_none() -> None:
+    async with FakeServer(FAILING) as server:
+        process = await start(*("--upstream", server.url, "--port", "0", "--critic", server.url))
+        _, stderr = await process.communicate()
+    assert process.returncode == 1
+    last = stderr.decode().splitlines()[-1]
+    assert f"--critic {server.url} gives no values" in last
+    assert "HTTP 404" in last
+    assert "vllm_plugin MODEL --critic" in last
 
 
 async def test_a_busy_port_and_a_bad_gate_are_told(tmp_path: Path) -> None:

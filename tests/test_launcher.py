@@ -1,4 +1,4 @@
-"""The launcher's decisions; starting real servers is in test_weights_vllm.py."""
+"""The launcher's decisions; starting real servers is in test_*_vllm.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import random_critic
 
 from espo_gateway.supervisor import free_port
 from espo_gateway.vllm_plugin.__main__ import LaunchError, last_value, server_command
+from espo_rl.base_model import make_tokenizer
 
 HUB_MODEL = "org/model"
 
@@ -62,6 +64,62 @@ def test_gpu_keeps_vllms_own_choices() -> None:
     command, environment = build(cpu=False)
     assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(command)
     assert not environment.keys() & {"OMP_WAIT_POLICY", "TORCH_COMPILE_DISABLE"}
+
+
+def test_one_word_makes_a_critic() -> None:
+    command, _ = build("--critic", "--port", "8001")
+    assert "--critic" not in command
+    assert last_value(command, "--runner") == "pooling"
+    assert last_value(command, "--convert") == "classify"
+    # Verified against vLLM: with these names it takes the last token's score as it is.
+    assert json.loads(last_value(command, "--pooler-config")) == {
+        "seq_pooling_type": "LAST",
+        "use_activation": False,
+    }
+    assert "--enable-prefix-caching" in command
+    assert json.loads(last_value(command, "--weight-transfer-config")) == {"backend": "espo"}
+
+
+def test_what_is_given_wins_over_the_critics_flags() -> None:
+    command, _ = build("--critic", "--no-enable-prefix-caching", "--convert=reward")
+    assert "--enable-prefix-caching" not in command
+    assert last_value(command, "--convert") == "reward"
+
+
+@pytest.fixture
+def critic_folder(tmp_path: Path) -> Path:
+    random_critic(0).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_critics_checkpoint_will_do(critic_folder: Path) -> None:
+    arguments = [str(critic_folder), "--critic", "--port", str(free_port())]
+    server_command(arguments, cpu=True, environment={})
+    for file in critic_folder.glob("tokenizer*"):
+        file.unlink()
+    server_command([*arguments, "--tokenizer", "org/policy"], cpu=True, environment={})
+    with pytest.raises(LaunchError, match="holds no tokenizer"):
+        server_command(arguments, cpu=True, environment={})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM with 1 labels"),
+        ({"architectures": None}, "none with 1 labels"),
+        ({"id2label": {"0": "BAD", "1": "GOOD"}}, "ForSequenceClassification with 2 labels"),
+        ({"id2label": None}, "ForSequenceClassification with 2 labels"),  # Hugging Face's default
+    ],
+    ids=str,
+)
+def test_what_is_no_critic_is_refused(
+    critic_folder: Path, change: dict[str, object], told: str
+) -> None:
+    file = critic_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(LaunchError, match=f"is no critic.*{told}"):
+        server_command([str(critic_folder), "--critic"], cpu=True, environment={})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "gpu-3.example", "::"])

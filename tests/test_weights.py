@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
 from aiohttp import web
-from models import PROBE, logprobs, random_checkpoint, random_model
+from models import PROBE, logprobs, random_checkpoint, random_critic, random_model, values
 from safetensors.torch import load_file
 
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
@@ -87,6 +88,9 @@ class Recorder:
         self.behaviour: dict[str, Callable[[web.Request], object]] = {}
         self.url = ""
         self.probe_logprob = -1.0
+        self.version = "1"
+        #: V of a prefix: its last token
+        self.pooled: Callable[[list[int]], float | None] = lambda prefix: float(prefix[-1])
 
     async def handle(self, request: web.Request) -> web.Response:
         self.routes.append(request.path)
@@ -97,17 +101,19 @@ class Recorder:
             answer = behaviour(request)
             return await answer if asyncio.iscoroutine(answer) else answer  # type: ignore[return-value]
         entry = {str(token): {"logprob": self.probe_logprob} for token in range(32)}
+        prefixes = (await request.json())["input"] if request.path == "/pooling" else []
         answers: dict[str, object] = {
             "/reset_prefix_cache": {"success": True},
-            "/weight_info": {"weight_version": "1"},
+            "/weight_info": {"weight_version": self.version},
             "/v1/models": {"data": [{"id": "policy"}]},
+            "/pooling": {"data": [{"data": [self.pooled(prefix)]} for prefix in prefixes]},
             "/v1/completions": {"choices": [{"prompt_logprobs": [None, entry, entry]}]},
         }
         return web.json_response(answers.get(request.path, {}))
 
 
-@pytest_asyncio.fixture
-async def recorder() -> AsyncIterator[Recorder]:
+@asynccontextmanager
+async def serving() -> AsyncIterator[Recorder]:
     recorder = Recorder()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", recorder.handle)
@@ -118,6 +124,12 @@ async def recorder() -> AsyncIterator[Recorder]:
     recorder.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield recorder
     await runner.cleanup()
+
+
+@pytest_asyncio.fixture
+async def recorder() -> AsyncIterator[Recorder]:
+    async with serving() as recorder:
+        yield recorder
 
 
 UPDATE = [
@@ -241,6 +253,60 @@ async def test_verify_refuses_another_version(recorder: Recorder) -> None:
             await publisher.verify([4, 5, 6], [-1.0, -1.0], version="2")
 
 
+async def test_verify_values_asks_for_each_prefix(recorder: Recorder) -> None:
+    async with WeightPublisher([recorder.url]) as publisher:
+        found = await publisher.verify_values(
+            [4, 5, 6], [4.0, 5.01, 6.0], version="1", tolerance=0.1
+        )
+    assert found == pytest.approx(0.01)
+    assert recorder.seen["/pooling"] == {
+        "model": "policy",
+        "input": [[4], [4, 5], [4, 5, 6]],
+        "use_activation": False,
+    }
+
+
+async def test_verify_values_refuses_other_values(recorder: Recorder) -> None:
+    expected = [4.0, 5.0, 6.0]
+    async with WeightPublisher([recorder.url]) as publisher:
+        await publisher.verify_values([4, 5, 6], expected, version="1")
+        with pytest.raises(WeightParityError, match="version '1', not '2'"):
+            await publisher.verify_values([4, 5, 6], expected, version="2")
+        with pytest.raises(WeightParityError, match="a value of the probe differs by"):
+            await publisher.verify_values([4, 5, 6], [4.0, 5.1, 6.0], version="1")
+        recorder.pooled = lambda prefix: None if len(prefix) == 2 else float(prefix[-1])
+        with pytest.raises(WeightParityError, match="differs by"):
+            await publisher.verify_values([4, 5, 6], expected, version="1")
+
+
+async def test_all_servers_get_the_weights_and_are_checked(recorder: Recorder) -> None:
+    model = random_model(3)
+    async with serving() as other, WeightPublisher([recorder.url, other.url]) as publisher:
+        await publisher.publish(tensor_specs(model), gathered(model), version="1")
+        assert recorder.routes == other.routes == UPDATE
+        await publisher.verify([4, 5, 6], [-1.0, -1.0], version="1")
+        for spoil in (
+            lambda: setattr(other, "version", "0"),
+            lambda: setattr(other, "probe_logprob", -2.0),
+        ):
+            spoil()
+            with pytest.raises(WeightParityError, match=other.url):
+                await publisher.verify([4, 5, 6], [-1.0, -1.0], version="1")
+            other.version = "1"
+
+
+async def test_a_server_that_fails_is_named_and_the_others_get_the_weights(
+    recorder: Recorder,
+) -> None:
+    model = random_model(3)
+    async with serving() as bad, WeightPublisher([bad.url, recorder.url]) as publisher:
+        bad.behaviour["/update_weights"] = fail(500)
+        with pytest.raises(WeightRouteError, match="the reason") as error:
+            await publisher.publish(tensor_specs(model), gathered(model), version="1")
+    assert error.value.url == bad.url
+    assert recorder.routes == UPDATE
+
+
 async def test_a_server_on_another_machine_reads_a_file(recorder: Recorder, tmp_path: Path) -> None:
     model = random_model(3)
     path = tmp_path / "weights.safetensors"
@@ -254,4 +320,9 @@ async def test_a_server_on_another_machine_reads_a_file(recorder: Recorder, tmp_
 def test_probe_tells_policies_apart() -> None:
     """Else the parity tests with a real server could not fail."""
     one, other = (logprobs(random_model(seed), PROBE) for seed in (0, 1))
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
+
+
+def test_probe_tells_critics_apart() -> None:
+    one, other = (values(random_critic(seed), PROBE) for seed in (0, 1))
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
