@@ -134,6 +134,7 @@ class Loop:
         """One step, from the gate to the log."""
         recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
         self.stepping = True
+        self.log.stopping(self.stopping.on, self.stopping.reason)
         self.batch = batch = self.batch or self.draw()
         await self.collect(batch)
         ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
@@ -447,13 +448,15 @@ class Loop:
         self.step, self.drawn, self.batch = state["step"], state["drawn"], state["batch"]
         self.summary = state["summary"]
         self.summary.recipe = self.recipe
-        self.stopping = state["stopping"].resumed(self.recipe.stopping, self.recipe.run.steps)
+        if not any(key.startswith("stopping.") for key in changes):
+            self.stopping = state["stopping"]
         self.log.start = self.step
         for _ in islice(self.problems, self.drawn):
             pass
         self.log.say(f"resumed from {checkpoint} after step {self.step}")
         for key, (before, now) in changes.items():
-            self.log.say(f"changed since: {key} = {now!r}, was {before!r}")
+            note = "; its warm-up begins anew" if key.startswith("stopping.") else ""
+            self.log.say(f"changed since: {key} = {now!r}, was {before!r}{note}")
 
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:

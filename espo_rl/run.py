@@ -24,9 +24,12 @@ from espo_gateway.supervisor import ServerStartError
 from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.logs import LogError
 from espo_rl.loop import Interrupted, Loop
+from espo_rl.ranks import follow
 from espo_rl.servers import ServerError
 from espo_rl.tasks import Task, TaskError, make_task
+from espo_rl.trainer import PpoTrainer
 
 INTERRUPTED = "espo: interrupted; go on with --resume auto"
 
@@ -59,9 +62,12 @@ def train(options: argparse.Namespace) -> int:
     """Set up and run; the exit code."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    rank = int(os.environ.get("RANK", "0"))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         check_set_up(recipe, make_task(recipe.task))
+        if rank:
+            return train_along(recipe)
         loop = Loop(recipe)
         if options.resume:
             newest = loop.checkpoints.newest()
@@ -69,13 +75,25 @@ def train(options: argparse.Namespace) -> int:
             if checkpoint is not None:
                 loop.resume(checkpoint)
     except (RecipeError, TaskError, CheckpointError, OSError, ValueError) as error:
-        print(f"espo: {error}", file=sys.stderr)
+        if not rank:  # the others have nothing else to say
+            print(f"espo: {error}", file=sys.stderr)
         return 2
     try:
         return asyncio.run(supervised(loop))
-    except (ServerError, ServerStartError, WeightSyncError, CheckpointError) as error:
+    except (ServerError, ServerStartError, WeightSyncError, CheckpointError, LogError) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
+    finally:
+        loop.trainer.close()
+
+
+def train_along(recipe: Recipe) -> int:
+    """All that a rank other than 0 does: train what rank 0 says, until that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Launchers signal all ranks; rank 0 decides what it means.
+        signal.signal(number, signal.SIG_IGN)
+    follow(PpoTrainer(recipe))
+    return 0
 
 
 async def supervised(loop: Loop) -> int:
