@@ -28,6 +28,7 @@ class Batch:
     step: int
     first_seed: int
     gate: Gate | None = None
+    reason: str = ""  # why the gate stops, or does not
     waiting: dict[int, Sample] = field(default_factory=dict)
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     scored: set[int] = field(default_factory=set)

@@ -134,8 +134,10 @@ class Loop:
         """One step, from the gate to the log."""
         recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
         self.stepping = True
-        self.log.stopping(self.stopping.on, self.stopping.reason)
         self.batch = batch = self.batch or self.draw()
+        gate = batch.gate
+        assert gate is not None
+        self.log.stopping(gate.rule != "none", batch.reason)
         await self.collect(batch)
         ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
         self.batch = self.draw() if ahead else None
@@ -147,8 +149,6 @@ class Loop:
         await self.servers.new_tokens()  # those of the proof are nobody's
         self.servers.forget_restarts()
 
-        gate = batch.gate
-        assert gate is not None
         rollouts = list(batch.rollouts.values())
         self.summary.add(rollouts, tokens, self.stopping, gate.rule)
         spent = {
@@ -183,7 +183,7 @@ class Loop:
         step = self.batch.step + 1 if self.batch else self.step + 1
         # Seeds follow from run, step and place: a resumed step asks for the same completions.
         batch = Batch(step, first_seed=(seed * 1_000_003 + step - 1) * 65_536)
-        batch.gate = self.stopping.gate(self.weights_version)
+        batch.gate, batch.reason = self.stopping.gate(self.weights_version), self.stopping.reason
         self.ask(batch, self.recipe.rollout.prompts_per_step)
         return batch
 
