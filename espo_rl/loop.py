@@ -59,8 +59,11 @@ class Loop:
         self.stopping = StopController(
             recipe.stopping, recipe.run.steps, random.Random(recipe.run.seed)
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
-        self.trainer = PpoTrainer(recipe)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+            self.trainer = PpoTrainer(recipe)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
         )

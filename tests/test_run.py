@@ -12,7 +12,7 @@ import signal
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -214,7 +214,7 @@ def dumped(ended: Ended) -> list[list[Rollout]]:
 
 
 class TestRealRun:
-    pytestmark = (pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900))
+    pytestmark: ClassVar = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
     def test_ctrl_c_finishes_the_step_and_saves(self, interrupted: Ended) -> None:
         assert interrupted.code == 130
