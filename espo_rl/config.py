@@ -8,6 +8,7 @@ another, the comment says so.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,8 +65,15 @@ class TaskSection(Section):
     subset: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    # Columns: dots lead into nested ones; of a chat column the last user message counts
     problem_column: str = "problem"
     answer_column: str = "answer"
+    answer_pattern: str | None = None  # group 1 of its last match: "#### (.*)" for GSM8K
+    # Where the evaluation set is laid out differently. None: as above, but the subset only of train
+    eval_subset: str | None = None
+    eval_problem_column: str | None = None
+    eval_answer_column: str | None = None
+    eval_answer_pattern: str | None = None
     # reasoning-gym: the data set's name and its own settings
     name: str | None = None
     options: dict[str, Any] = {}
@@ -75,7 +83,7 @@ class TaskSection(Section):
     template: str = "{problem}"
     # "exact", "math", "regex", "task" (reasoning-gym's own) or "package.module:function"
     grader: str = "exact"
-    pattern: str | None = None  # regex: what its last match's group 1 holds is the answer given
+    pattern: str | None = None  # regex: group 1 of its last match is the answer given
     grader_workers: Count = 2
     grader_timeout: Positive = 10.0
 
@@ -87,6 +95,18 @@ class TaskSection(Section):
             raise ValueError('kind = "reasoning-gym" needs name, such as "chain_sum"')
         if self.grader == "regex" and self.pattern is None:
             raise ValueError('grader = "regex" needs pattern, such as "answer: (.*)"')
+        for key in ("pattern", "answer_pattern", "eval_answer_pattern"):
+            pattern = getattr(self, key)
+            try:
+                groups = 1 if pattern is None else re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(
+                    f"{key} = {pattern!r} is no regular expression: {error}"
+                ) from error
+            if groups < 1:
+                raise ValueError(f"{key} = {pattern!r} needs a group (...) around the answer")
+        if self.grader == "task" and self.kind != "reasoning-gym":
+            raise ValueError('grader = "task" is that of kind = "reasoning-gym"')
         if "{problem}" not in self.template:
             raise ValueError("template must hold {problem}")
         return self
