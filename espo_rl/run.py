@@ -31,7 +31,7 @@ from espo_rl.checkpoints import CheckpointError, CheckpointStore
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.logs import RunLog
 from espo_rl.progress import progress_bar
-from espo_rl.rewards import GRADERS
+from espo_rl.rewards import make_grader, reward
 from espo_rl.rollouts import Collector, Prompter, Sample
 from espo_rl.stopping import StopController
 from espo_rl.summary import Summary
@@ -60,7 +60,7 @@ class Loop:
             self.trainer = PpoTrainer(recipe)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
-        self.grade = GRADERS[recipe.task.grader]
+        self.grade = make_grader(recipe.task)
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
         )
@@ -189,16 +189,14 @@ class Loop:
 
     def score(self, rollouts: Sequence[Rollout]) -> None:
         """Outcome where it is known, and the reward; a stopped rollout's is r_fail (row 7)."""
-        ppo = self.recipe.ppo
         for rollout in rollouts:
             if rollout.end is EndReason.ERROR:
                 continue
+            score = None
             if not rollout.stopped or rollout.audited:
-                rollout.correct = self.grade(rollout.text, rollout.problem.answer)
-            if rollout.stopped:
-                rollout.reward = self.recipe.stopping.failure_reward
-            else:
-                rollout.reward = ppo.right_reward if rollout.correct else ppo.wrong_reward
+                score = self.grade(rollout.text, rollout.problem)
+                rollout.correct = score == 1.0
+            rollout.reward = reward(rollout, score, self.recipe)
 
     async def sync(self) -> float:
         """Bring the actor's weights to the server and prove it; the largest difference found."""
@@ -226,7 +224,7 @@ class Loop:
         with self.timed("evaluate"):
             rollouts = await self.sample(samples, config.temperature, "evaluating")
         outcomes = [
-            self.grade(rollout.text, rollout.problem.answer)
+            self.grade(rollout.text, rollout.problem) == 1.0
             for rollout in rollouts
             if rollout.end is not EndReason.ERROR
         ]

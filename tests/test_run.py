@@ -116,7 +116,7 @@ class TestRefused:
             if name != missing:
                 path.write_text('{"problem": "1", "answer": "1"}\n')
         overrides = [f"task.{name}={path}" for name, path in files.items()]
-        said = refused(monkeypatch, capsys, *recipe, "task.kind=jsonl", *overrides)
+        said = refused(monkeypatch, capsys, *recipe, "task.kind=dataset", *overrides)
         assert str(files[missing]) in said
         assert "No such file" in said
 
@@ -124,7 +124,7 @@ class TestRefused:
         self, monkeypatch: Any, capsys: Any, recipe: list[str], tmp_path: Path
     ) -> None:
         (tmp_path / "train.jsonl").write_text('{"problem": "1", "answer": "1"}\n' * 9)
-        overrides = ["task.kind=jsonl", f"task.train={tmp_path / 'train.jsonl'}"]
+        overrides = ["task.kind=dataset", f"task.train={tmp_path / 'train.jsonl'}"]
         assert "task.eval" in refused(monkeypatch, capsys, *recipe, *overrides)
 
     def test_a_missing_recipe(self, monkeypatch: Any, capsys: Any) -> None:
