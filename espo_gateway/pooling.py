@@ -27,7 +27,7 @@ def pooled_values(answer: Any, prefixes: int) -> list[float]:
     """
     try:
         scores = [entry["data"] for entry in answer["data"]]
-        if len(scores) == prefixes and all(len(score) == 1 for score in scores):
+        if len(scores) == prefixes:
             return [math.nan if score is None else float(score) for [score] in scores]
     except (KeyError, TypeError, ValueError):
         pass
