@@ -32,6 +32,7 @@ from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.dumps import RolloutDumps
 from espo_rl.logs import LogError, RunLog
 from espo_rl.metrics import gate_metrics, rollout_metrics
+from espo_rl.plan import check_model_folder
 from espo_rl.rewards import GRADERS
 from espo_rl.rollouts import Collector, Prompter, Sample
 from espo_rl.stopping import StopController
@@ -297,15 +298,9 @@ def check_set_up(recipe: Recipe, task: Task) -> None:
     Raises:
         RecipeError, TaskError: naming the key and the fix.
     """
-    for key, name in (("model.path", recipe.model.path), ("model.critic", recipe.model.critic)):
-        path = Path(name or ".")
-        # The hub is asked only for what cannot be meant as a folder: offline it tries for a minute.
-        local = path.is_absolute() or len(path.parts) > 2 or path.parent.name in os.listdir()
-        if local and not path.is_dir():
-            raise RecipeError(
-                f"{key}: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
-                f"the hub (python -m espo_rl.base_model --out {path} makes the tiny one)"
-            )
+    check_model_folder("model.path", recipe.model.path)
+    if recipe.model.critic:
+        check_model_folder("model.critic", recipe.model.critic)
     try:
         recipe.run.output.mkdir(parents=True, exist_ok=True)
         (recipe.run.output / "recipe.json").touch()
