@@ -54,14 +54,16 @@ METRICS = {
     "stopping/beta": "β of z > β·max(V, ε)",
     "stopping/p_star": "success probability under which a rollout is stopped",
     "stopping/hazard": "random stopping: its probability at each token",
-    "stopping/false_positives": "share of false positives among the audited, over the evidence",
-    "stopping/false_positives_upper": "upper confidence bound on it, at stopping.confidence",
-    "stopping/effective_n": "audited stops that this bound rests on, as if weighted alike",
+    "stopping/false_positives_upper": "upper bound of the share of false positives at this "
+    "threshold, at stopping.confidence",
+    "stopping/effective_n": "known outcomes that this bound rests on, as if weighted alike",
     "stopping/explained_variance": "of the outcome, by the estimate that gates, on rollouts it was "
     "not fitted on",
     "stopping/regret_mean": "running mean of the surrogate regret g (row 2 of the method)",
     "stopping/regret_variance": "running variance of g",
-    "stopping/z_*": "quantiles of z over the batch's tokens (row 4)",
+    "stopping/z_p50": "median of z over the batch's tokens (row 4)",
+    "stopping/z_p90": "90 % quantile of z",
+    "stopping/z_p99": "99 % quantile of z",
     "ppo/policy_loss": "clipped surrogate loss",
     "ppo/critic_loss": "half the squared error of V",
     "ppo/critic_explained_variance": "of the returns, by the critic before the update",
@@ -70,6 +72,7 @@ METRICS = {
     "ppo/kl": "mean KL from the policy before the update, nats a token",
     "ppo/kl_reference": "mean KL from model.reference, nats a token",
     "ppo/mismatch_kl": "mean KL(server || trainer) of the same weights, nats a token",
+    "ppo/mismatch_k3": "the same by an estimate that is never negative",
     "ppo/mismatch_mean": "mean |Δ logprob| between server and trainer",
     "ppo/mismatch_max": "largest |Δ logprob| between server and trainer",
     "ppo/importance_mean": "mean weight π_trainer/π_server after the cap",
@@ -77,6 +80,7 @@ METRICS = {
     "ppo/grad_norm": "the actor's, before clipping",
     "ppo/critic_grad_norm": "the critic's, before clipping",
     "ppo/learning_rate": "the actor's",
+    "ppo/critic_learning_rate": "the critic's",
     "sync/parity": "largest |Δ logprob| of the probe after the weights reached the server",
     "sync/restarts": "servers restarted so far",
     "evaluation/*": "accuracy and the like on held-out problems, with rows of their own",
@@ -152,13 +156,20 @@ def rollout_metrics(
 
 def gate_metrics(gate: Gate) -> dict[str, Metric]:
     """What the group `stopping` says of the gate that a step was sampled with."""
-    compared = {"success-probability": gate.p_star, "value-only": gate.p_star, "none": math.nan}
+    hazard = getattr(gate, "hazard", math.nan)
+    compared = {
+        "success-probability": gate.p_star,
+        "value-only": gate.p_star,
+        "random": hazard,
+        "none": math.nan,
+    }
     return {
         "rule": gate.rule,
         "gate_version": gate.version,
         "threshold": compared.get(gate.rule, gate.beta),
         "beta": gate.beta,
         "p_star": gate.p_star,
+        "hazard": hazard,
     }
 
 

@@ -26,6 +26,7 @@ from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.logs import LogError
 from espo_rl.loop import Interrupted, Loop
+from espo_rl.plan import check_model_folder, plan
 from espo_rl.ranks import follow
 from espo_rl.servers import ServerError
 from espo_rl.tasks import Task, TaskError, make_task
@@ -133,15 +134,9 @@ def check_set_up(recipe: Recipe, task: Task) -> None:
     Raises:
         RecipeError, TaskError: naming the key and the fix.
     """
-    for key, name in (("model.path", recipe.model.path), ("model.critic", recipe.model.critic)):
-        path = Path(name or ".")
-        # The hub is asked only for what cannot be meant as a folder: offline it tries for a minute.
-        local = path.is_absolute() or len(path.parts) > 2 or path.parent.name in os.listdir()
-        if local and not path.is_dir():
-            raise RecipeError(
-                f"{key}: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
-                f"the hub (python -m espo_rl.base_model --out {path} makes the tiny one)"
-            )
+    check_model_folder("model.path", recipe.model.path)
+    if recipe.model.critic:
+        check_model_folder("model.critic", recipe.model.critic)
     try:
         recipe.run.output.mkdir(parents=True, exist_ok=True)
         (recipe.run.output / "recipe.json").touch()

@@ -84,15 +84,45 @@ class Summary:
         self.totals = Totals()
         self.accuracy: dict[str, Share] = {}
         self.seconds: dict[str, float] = {}
+        self.restarts = 0  # of servers
         self._explained: list[float] = []
+        self._staleness: list[float] = []
 
     def add(
-        self, rollouts: Sequence[Rollout], tokens: int, stopping: StopController, rule: str
+        self,
+        rollouts: Sequence[Rollout],
+        tokens: int,
+        stopping: StopController,
+        rule: str,
+        staleness: float = 0.0,
     ) -> None:
-        """Take note of a finished step, for whose rollouts the server sampled `tokens`."""
+        """Take note of a finished step, for whose rollouts the server sampled `tokens`.
+
+        staleness: mean number of updates since the weights they were sampled with.
+        """
+        self._staleness.append(staleness)
         self.totals.add(rollouts, tokens, gated=rule != "none")
         if rule != "none" and stopping.explained_variance is not None:
             self._explained.append(stopping.explained_variance)
+
+    @property
+    def bound(self) -> str | None:
+        """Whether the audits of the whole run show that stopping.false_positives was kept.
+
+        None where nothing was to be kept: the threshold follows another aim.
+        """
+        stopping = self.recipe.stopping
+        if stopping.threshold != "audit" or stopping.rule in ("none", "random"):
+            return None
+        low, high = Share(self.totals.audited_correct, self.totals.audited).interval
+        if high <= stopping.false_positives:
+            return "met"
+        return "not met" if low > stopping.false_positives else "not shown"
+
+    @property
+    def staleness(self) -> float:
+        """Mean over the steps."""
+        return float(np.nanmean(self._staleness)) if self._staleness else math.nan
 
     @staticmethod
     def evaluated(outcomes: Sequence[bool]) -> Share:
@@ -117,9 +147,13 @@ class Summary:
                 "stop_rate": Share(totals.stopped, totals.gated).value,
                 "false_positive_rate": false_positives.value,
                 "false_positive_interval": false_positives.interval,
+                "false_positive_bound": self.bound and self.recipe.stopping.false_positives,
+                "false_positive_bound_kept": self.bound,
                 "audited": totals.audited,
                 "overshoot_tokens": totals.overshoot,
                 "errors": totals.errors,
+                "restarts": self.restarts,
+                "staleness": self.staleness,
                 "rule": self.recipe.stopping.rule,
                 "explained_variance": float(np.mean(self._explained))
                 if self._explained
@@ -165,6 +199,7 @@ class Summary:
             "accuracy after": self.accuracy.get("after", unknown),
             "rollouts stopped": Share(totals.stopped, totals.gated),
             "false positives (audit)": Share(totals.audited_correct, totals.audited),
+            **self._bound_line(),
             "tokens generated": f"{totals.tokens:,}",
             "tokens without stopping": unstopped,
             "tokens saved": saved,
@@ -172,8 +207,24 @@ class Summary:
             "explained variance": explained,
             "time": phases,
         }
+        if self.staleness > 0:
+            lines["staleness"] = f"{self.staleness:.2f} updates, on average"
+        if self.restarts:
+            lines["servers restarted"] = self.restarts
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+    def _bound_line(self) -> dict[str, str]:
+        reading = {
+            "met": "met: the interval lies below it",
+            "not met": "NOT MET: the interval lies above it",
+            "not shown": "not shown: it lies within the interval",
+        }
+        if self.bound is None:
+            return {}
+        limit = self.recipe.stopping.false_positives
+        known = reading[self.bound] if self.totals.audited else "not shown: nothing was audited"
+        return {"their bound": f"{limit:.1%}, {known}"}
 
 
 def versions() -> dict[str, str]:

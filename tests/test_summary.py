@@ -264,3 +264,52 @@ def test_the_interval_of_the_saving_is_that_of_the_tokens() -> None:
     saved, plus_minus = (float(word.rstrip("%,")) / 100 for word in line.split()[2:5:2])
     assert saved == pytest.approx(np.mean(ends), abs=0.01)
     assert plus_minus == pytest.approx((ends[1] - ends[0]) / 2, rel=0.1)
+
+
+# -- the bound on false positives ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("audited", "correct", "verdict"),
+    [
+        (258, 2, "met"),  # interval 0.2 % to 2.8 %
+        (100, 5, "not shown"),
+        (100, 20, "not met"),  # 13.3 % to 28.9 %
+        (0, 0, "not shown"),
+    ],
+)
+def test_whether_the_bound_was_kept(
+    tmp_path: Path, audited: int, correct: int, verdict: str
+) -> None:
+    batch = [stopped(30, 10, audited=True, correct=i < correct) for i in range(audited)]
+    summary = summary_of([*batch, rollout(5)])
+    written = strict(summary.write(tmp_path / "summary.json").read_text())
+    assert (written["false_positive_bound"], written["false_positive_bound_kept"]) == (
+        0.05,
+        verdict,
+    )
+    (line,) = (row for row in summary.text().splitlines() if row.startswith("their bound"))
+    assert re.split("  +", line)[1].lower().startswith(f"5.0%, {verdict}")
+    assert ("nothing was audited" in line) == (audited == 0)
+
+
+@pytest.mark.parametrize("override", ["stopping.threshold=share", "stopping.rule=none"])
+def test_no_bound_where_none_was_to_be_kept(override: str) -> None:
+    key, _, value = override.partition("=")
+    summary = summary_of([stopped(30, 10, audited=True, correct=True)], **{key: value})
+    assert summary.as_dict()["false_positive_bound_kept"] is None
+    assert "their bound" not in summary.text()
+
+
+def test_staleness_and_restarts_are_said_where_there_are_any() -> None:
+    recipe = load_recipe("arithmetic")
+    summary, batch = Summary(recipe), [rollout(10)]
+    stopping = StopController(recipe.stopping, recipe.run.steps, random.Random(0))
+    summary.add(batch, 10, stopping, "none")
+    assert "staleness" not in summary.text()
+    assert "restarted" not in summary.text()
+    summary.add(batch, 10, stopping, "none", staleness=1.0)
+    summary.restarts = 2
+    assert re.search(r"^staleness +0\.50 updates", summary.text(), re.MULTILINE)
+    assert re.search(r"^servers restarted +2$", summary.text(), re.MULTILINE)
+    assert (summary.as_dict()["staleness"], summary.as_dict()["restarts"]) == (0.5, 2)
