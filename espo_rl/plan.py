@@ -264,7 +264,7 @@ def _servers(plan: Plan) -> None:
             port = address.port or {"https": 443}.get(address.scheme, 80)
             socket.create_connection((address.hostname or "", port), timeout=5.0).close()
         except (OSError, ValueError) as error:
-            plan.errors.append(f"servers: nothing answers at {url}: {error}")
+            plan.warnings.append(f"servers: nothing answers at {url} yet: {error}")
     actor, split = plan.shapes.get("actor"), tensor_parallel(servers.vllm_args)
     if actor is not None and actor.heads % split:
         plan.errors.append(

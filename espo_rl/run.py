@@ -26,10 +26,10 @@ from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.logs import LogError
 from espo_rl.loop import Interrupted, Loop
-from espo_rl.plan import check_model_folder, plan
+from espo_rl.plan import make_plan
 from espo_rl.ranks import follow
 from espo_rl.servers import ServerError
-from espo_rl.tasks import Task, TaskError, make_task
+from espo_rl.tasks import TaskError
 from espo_rl.trainer import PpoTrainer
 
 INTERRUPTED = "espo: interrupted; go on with --resume auto"
@@ -66,10 +66,16 @@ def train(options: argparse.Namespace) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        check_set_up(recipe, make_task(recipe.task))
         if rank:
             return train_along(recipe)
+        plan = make_plan(recipe)
+        if options.dry_run:
+            print(plan.text(), end="")
+            return 2 if plan.errors else 0
+        plan.check()
         loop = Loop(recipe)
+        for warning in plan.warnings:
+            loop.log.say(f"warning: {warning}")
         if options.resume:
             newest = loop.checkpoints.newest()
             checkpoint = newest if options.resume == "auto" else Path(options.resume)
@@ -126,30 +132,6 @@ async def supervised(loop: Loop) -> int:
         # All children are stopped. An update may still run in its thread: nothing can cancel it,
         # and an ordinary exit would wait for it.
         os._exit(130)
-
-
-def check_set_up(recipe: Recipe, task: Task) -> None:
-    """Find before anything is loaded or started what would fail later.
-
-    Raises:
-        RecipeError, TaskError: naming the key and the fix.
-    """
-    check_model_folder("model.path", recipe.model.path)
-    if recipe.model.critic:
-        check_model_folder("model.critic", recipe.model.critic)
-    try:
-        recipe.run.output.mkdir(parents=True, exist_ok=True)
-        (recipe.run.output / "recipe.json").touch()
-    except OSError as error:
-        raise RecipeError(
-            f"run.output: cannot write to {recipe.run.output} ({error.strerror}); choose another "
-            "folder"
-        ) from error
-    next(task.training(recipe.run.seed))
-    if not task.held_out(1):
-        raise TaskError(
-            "task.train has too few problems to hold out a tenth for evaluation; give task.eval"
-        )
 
 
 if __name__ == "__main__":
