@@ -57,7 +57,7 @@ class Server:
         self.process = await ServerProcess.start(
             self.command,
             log_path=self.log_path.with_suffix(f"{suffix}.log"),
-            ready_url=f"{self.url}/health",
+            ready_url=f"{self.url}{self.lives}",
             env=self.env,
             name=self.name,
             timeout=self.start_timeout,
