@@ -232,7 +232,9 @@ class DeepSpeed(Section):
     """DeepSpeed's own settings; `extra` is laid over its JSON config, section by section."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU; all: parameters too
+    # To the CPU; all: parameters too. The optimizer is torch's AdamW; DeepSpeed's own is faster
+    # there, but compiled on first use: extra.optimizer.params.torch_adam = false
+    offload: Literal["none", "optimizer", "all"] = "none"
     extra: dict[str, Any] = {}
 
     @model_validator(mode="after")

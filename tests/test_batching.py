@@ -8,7 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espo_gateway.monitor import surrogate_regret
+from espo_gateway.values import FEATURES, StreamStatistics
 from espo_rl.batching import Sample, micro_batches, share
+from espo_rl.critic import Scaler, state_statistics
 from espo_rl.types import EndReason, Problem, Rollout
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
@@ -54,24 +57,68 @@ def test_a_dummy_counts_for_nothing():
     assert batch.columns["x"].shape == batch.targets.shape == (0,)
 
 
-def test_a_sample_is_what_a_rollout_keeps():
-    rollout = Rollout(
+def made_rollout(logprobs, max_logprobs, kept):
+    return Rollout(
         problem=Problem("p", "p", "1"),
         prompt_ids=[7, 8],
-        token_ids=[1, 2, 3, 4],
-        logprobs=np.array([-0.5, -9999.0, math.nan, -2.0]),
-        max_logprobs=np.zeros(4),
+        token_ids=list(range(1, len(logprobs) + 1)),
+        logprobs=np.array(logprobs),
+        max_logprobs=np.array(max_logprobs),
         text="",
         end=EndReason.EARLY_STOP,
-        kept=3,
+        kept=kept,
         audited=True,
         reward=-1.0,
         group=5,
     )
-    made = Sample.of(rollout)
+
+
+def test_a_sample_is_what_a_rollout_keeps():
+    made = Sample.of(made_rollout([-0.5, -9999.0, math.nan, -2.0], [0.0] * 4, 3))
     assert made.tokens.tolist() == [7, 8, 1, 2, 3]
     assert (made.prompt, made.kept, made.group, made.reward) == (2, 3, 5, -1.0)
     # Placeholders of servers are no numbers.
     assert made.columns["served_logprobs"].tolist() == pytest.approx(
         [-0.5, math.nan, math.nan], nan_ok=True
     )
+
+
+# -- the critic's statistics -----------------------------------------------------------------------
+
+
+def test_a_state_is_described_by_what_was_known_there():
+    """What a live stream knows before it samples token t; nothing of the token itself."""
+    rollouts = [
+        made_rollout([-3.0, -0.5, math.nan, -2.0], [-0.1, -0.5, -0.2, -0.1], 3),
+        made_rollout([-1.0], [-0.9], 1),
+    ]
+    for rollout, found in zip(rollouts, state_statistics(rollouts), strict=True):
+        live = StreamStatistics(2)
+        expected = [live.features()]
+        for chosen, best in zip(rollout.logprobs, rollout.max_logprobs, strict=True):
+            live.push(surrogate_regret(chosen, best), -chosen)
+            expected.append(live.features())
+        np.testing.assert_allclose(found, expected[: rollout.kept + 1])
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_the_scaler_runs_over_all_that_it_has_seen(sizes, seed):
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.1, 10.0, len(FEATURES))
+    batches = [rng.normal(3, 2, (size, len(FEATURES))) * scale for size in sizes]
+    scaler = Scaler()
+    for batch in batches:
+        scaler.update(batch)
+    seen = np.concatenate(batches)
+    np.testing.assert_allclose(scaler.mean, seen.mean(0))
+    np.testing.assert_allclose(scaler.variance, seen.var(0), atol=1e-9)
+    scaled = scaler.scaled(seen)
+    assert np.abs(scaled).max() <= 5.0
+    if len(seen) > 20:
+        assert np.abs(scaled.std(0) - 1.0).max() < 0.2
+
+
+def test_a_statistic_that_never_moved_stays_bounded():
+    scaler = Scaler()
+    scaler.update(np.zeros((4, len(FEATURES))))
+    assert np.all(scaler.scaled(np.ones((1, len(FEATURES)))) == 5.0)

@@ -45,6 +45,39 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override, names):
     assert all(name in str(error.value) for name in names)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["deepspeed.offload=optimizer"], ["offload", "zero_stage to 1, 2 or 3"]),
+        (
+            ["deepspeed.offload=all", "deepspeed.zero_stage=2"],
+            ["offload", "zero_stage = 3"],
+        ),
+        (["ppo.advantage=group", "rollout.n=1"], ["ppo.advantage", "rollout.n"]),
+        (["ppo.advantage=group", "ppo.critic_only_steps=2"], ["ppo.critic_only_steps", "gae"]),
+        (["ppo.advantage=group", "model.critic_statistics=true"], ["critic_statistics", "gae"]),
+        (["ppo.advantage=group", "stopping.warmup=critic-loss"], ["critic-loss", "gae"]),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_with_the_fix(overrides, names):
+    with pytest.raises(RecipeError) as error:
+        load_recipe("arithmetic", overrides)
+    assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], True),
+        (["ppo.advantage=group"], False),
+        (["ppo.advantage=group", "stopping.value=critic"], False),  # p* reads no critic
+        (["ppo.advantage=group", "stopping.value=critic", "stopping.rule=value-gated"], True),
+    ],
+)
+def test_a_critic_is_trained_where_something_reads_it(overrides, needed):
+    assert load_recipe("arithmetic", overrides).needs_critic is needed
+
+
 def test_a_missing_recipe_lists_those_that_ship():
     with pytest.raises(RecipeError, match="arithmetic"):
         load_recipe("no-such-recipe")

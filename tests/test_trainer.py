@@ -492,12 +492,13 @@ def test_learning_rate_warms_up_from_nothing(paths: Paths) -> None:
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_optimizers_survive_a_detour(paths: Paths, tmp_path: Path, zero_stage: int) -> None:
-    straight = trainer(paths, zero_stage=zero_stage)
+    # With two minibatches the order in which rollouts are drawn must go on too.
+    straight = trainer(paths, zero_stage=zero_stage, minibatches=2)
     straight.update(make_rollouts())
     straight.save(tmp_path)
     straight.update(make_rollouts())
 
-    resumed = trainer(paths, zero_stage=zero_stage)
+    resumed = trainer(paths, zero_stage=zero_stage, minibatches=2)
     resumed.load(tmp_path)
     resumed.update(make_rollouts())
     expected = weights_of(straight)
@@ -549,12 +550,15 @@ def test_saved_models_are_the_trained_ones(paths: Paths, tmp_path: Path, zero_st
 # -- ZeRO ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"),
+    [*((1, "none"), (2, "none"), (3, "none")), (1, "optimizer"), (2, "optimizer"), (3, "all")],
+)
 @pytest.mark.parametrize("budget", [40, 16384])
 def test_zero_stages_agree(
-    paths: Paths, reference: Reference, zero_stage: int, budget: int
+    paths: Paths, reference: Reference, zero_stage: int, offload: str, budget: int
 ) -> None:
-    ours = trainer(paths, zero_stage=zero_stage, micro_batch_tokens=budget)
+    ours = trainer(paths, zero_stage=zero_stage, offload=offload, micro_batch_tokens=budget)
     metrics = ours.update(make_rollouts())
     assert_same_update(weights_of(ours), reference.weights())
     assert metrics["grad_norm"] == pytest.approx(np.mean(reference.norms["actor"]), rel=1e-3)
@@ -576,3 +580,11 @@ def test_published_weights_are_whole_under_zero_3(paths: Paths, tmp_path: Path) 
     assert published.keys() == expected.keys()
     assert_same_update(published, expected)
     assert any(value.numel() == 0 for value in module.parameters())  # and sharded again
+
+
+def test_the_reference_is_sharded_under_zero_3(paths: Paths) -> None:
+    sharded = trainer(paths, zero_stage=3, kl_coefficient=0.1)
+    plain = trainer(paths, kl_coefficient=0.1)
+    found, expected = (ours.update(make_rollouts()) for ours in (sharded, plain))
+    assert found["kl_reference"] == pytest.approx(expected["kl_reference"], rel=1e-4)
+    assert all(value.numel() == 0 for value in sharded._reference.module.parameters())
