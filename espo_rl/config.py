@@ -69,10 +69,11 @@ class TaskSection(Section):
     problem_column: str = "problem"
     answer_column: str = "answer"
     answer_pattern: str | None = None  # group 1 of its last match: "#### (.*)" for GSM8K
-    # Where the evaluation set is laid out differently; None: as above
+    # Where the evaluation set is laid out differently. None: as above, but the subset only of train
     eval_subset: str | None = None
     eval_problem_column: str | None = None
     eval_answer_column: str | None = None
+    eval_answer_pattern: str | None = None
     # reasoning-gym: the data set's name and its own settings
     name: str | None = None
     options: dict[str, Any] = {}
@@ -94,7 +95,8 @@ class TaskSection(Section):
             raise ValueError('kind = "reasoning-gym" needs name, such as "chain_sum"')
         if self.grader == "regex" and self.pattern is None:
             raise ValueError('grader = "regex" needs pattern, such as "answer: (.*)"')
-        for key, pattern in (("pattern", self.pattern), ("answer_pattern", self.answer_pattern)):
+        for key in ("pattern", "answer_pattern", "eval_answer_pattern"):
+            pattern = getattr(self, key)
             try:
                 groups = 1 if pattern is None else re.compile(pattern).groups
             except re.error as error:

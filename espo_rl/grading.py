@@ -14,9 +14,9 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import TimeoutError as WorkerTimeout
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Self
@@ -73,11 +73,12 @@ class GraderPool:
         if name == "exact":
             return Grade(float(self._here(completion, problem)))
         for _ in range(2):
-            pool = self._running_pool()
-            future = pool.schedule(_grade, (completion, problem), timeout=timeout)
             try:
+                future = self._running_pool().schedule(
+                    _grade, (completion, problem), timeout=timeout
+                )
                 score, error = await asyncio.wrap_future(future)
-            except BrokenProcessPool as broken:  # by another's fault: once more, in a new pool
+            except RuntimeError as broken:  # the pool, by another's fault: once more, in a new one
                 score, error = None, str(broken)
                 continue
             except WorkerTimeout:
@@ -111,18 +112,21 @@ class _Worker(SpawnProcess):
     processes that its grader has started.
     """
 
+    _one_at_a_time = threading.Lock()
+
     def start(self) -> None:
         # By itself it would import the parent's main module, and with it torch: seconds and half a
         # gigabyte a worker. And it is born with Ctrl-C blocked: that is for the parent.
-        main = sys.modules["__main__"]
-        spec, file = main.__spec__, getattr(main, "__file__", None)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        main.__spec__ = main.__file__ = None
-        try:
-            super().start()
-        finally:
-            main.__spec__, main.__file__ = spec, file
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with self._one_at_a_time:
+            main = sys.modules["__main__"]
+            spec, file = main.__spec__, getattr(main, "__file__", None)
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            main.__spec__ = main.__file__ = None
+            try:
+                super().start()
+            finally:
+                main.__spec__, main.__file__ = spec, file
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def terminate(self) -> None:
         assert self.pid is not None

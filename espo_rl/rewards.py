@@ -160,6 +160,8 @@ def make_grader(config: TaskSection) -> Grader:
         case "exact":
             return lambda completion, problem: exact(completion, problem.answer)
         case "math":
+            import math_verify  # noqa: F401 (takes a second, which is not the first answer's)
+
             return lambda completion, problem: math(completion, problem.answer)
         case "regex":
             pattern = config.pattern or ""
@@ -173,9 +175,9 @@ def make_grader(config: TaskSection) -> Grader:
         score = function(completion, problem.answer, problem.extra)
         if inspect.iscoroutine(score):
             score = asyncio.run(score)
-        if not isinstance(score, int | float) or not 0.0 <= score <= 1.0:
+        if score is None or not 0.0 <= float(score) <= 1.0:
             raise ValueError(f"it returned {score!r}; a bool or a number in [0, 1] is wanted")
-        return score
+        return float(score)
 
     return grade
 

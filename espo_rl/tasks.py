@@ -132,29 +132,30 @@ class Split:
     name: str
     rows: Any  # a datasets.Dataset
     columns: Mapping[str, str]  # by the key that names them: the problem's, then the answer's
-    answer_pattern: str | None
+    pattern: tuple[str, str | None]  # that finds the answer in its column, after its key
     template: str
 
     @classmethod
     def load(cls, config: TaskSection, part: str) -> Split:
         """The recipe's `train` or `eval`."""
         source, split = getattr(config, part), getattr(config, f"{part}_split")
-        keys, subset = ["problem_column", "answer_column"], config.subset
+        keys, subset = ["problem_column", "answer_column", "answer_pattern"], config.subset
         if part == "eval":
             keys = [f"eval_{key}" if getattr(config, f"eval_{key}") else key for key in keys]
             subset = config.eval_subset or (subset if source == config.train else None)
-        columns = {key: getattr(config, key) for key in keys}
-        rows = _load(part, source, split, subset, columns)
+        *columns, pattern = ((key, getattr(config, key)) for key in keys)
+        rows = _load(part, source, split, subset, dict(columns))
         name = f"{Path(source).name}/{split}"
-        return cls(name, rows, columns, config.answer_pattern, config.template)
+        return cls(name, rows, dict(columns), pattern, config.template)
 
     def distinct(self) -> dict[str, int]:
         """The number of each problem's first row, by its text with white space made even."""
         there = self.rows.column_names
         tops = [c if c in there else c.partition(".")[0] for c in self.columns.values()]
-        rows: dict[str, int] = {}
         # Only what is needed: the other columns may hold much.
-        for number, row in enumerate(self.rows.select_columns([c for c in there if c in tops])):
+        needed = [column for column in there if column in tops] or there
+        rows: dict[str, int] = {}
+        for number, row in enumerate(self.rows.select_columns(needed)):
             rows.setdefault(" ".join(self._read(row, number)[0].split()), number)
         return rows
 
@@ -167,14 +168,15 @@ class Split:
     def _read(self, row: Mapping[str, Any], number: int) -> tuple[str, str]:
         """Text and answer of a row."""
         text, answer = (self._cell(row, number, key) for key in self.columns)
-        if self.answer_pattern is not None:
-            matches = list(re.finditer(self.answer_pattern, answer))
-            if not matches:
+        key, pattern = self.pattern
+        if pattern is not None:
+            matches = list(re.finditer(pattern, answer))
+            if not matches or not (found := (matches[-1].group(1) or "").strip()):
                 raise TaskError(
-                    f"task.answer_pattern = {self.answer_pattern!r} is not in row {number + 1} of "
-                    f"{self.name}: {answer[-80:]!r}"
+                    f"task.{key} = {pattern!r} finds nothing in row {number + 1} of {self.name}: "
+                    f"{answer[-80:]!r}"
                 )
-            answer = matches[-1].group(1).strip()
+            answer = found
         return text, answer
 
     def _cell(self, row: Mapping[str, Any], number: int, key: str) -> str:
@@ -218,9 +220,10 @@ def _load(
         options = {"data_files": {re.split(r"[\[+]", split)[0]: str(path)}}
         if builder == "csv":  # as written: no 7.0 for 007, no null for "NA"
             options["converters"] = dict.fromkeys(columns.values(), str)
+            options["keep_default_na"] = False
     elif path.is_file():
         raise TaskError(f"task.{part}: {path} is none of: {', '.join(_FORMATS)}")
-    elif builder is not None or path.is_absolute() or source.count("/") > 1 or "." in path.parts:
+    elif builder is not None or path.is_absolute() or source.count("/") > 1 or source[0] in ".~":
         raise TaskError(f"task.{part}: No such file or folder: {path}")
     try:
         return datasets.load_dataset(name, split=split, **options)
@@ -330,7 +333,7 @@ def _prompt(template: str, text: str) -> str:
 
 
 def _meant(wrong: str, names: Collection[str]) -> str:
-    close = difflib.get_close_matches(wrong, names, n=3)
+    close = [] if wrong in names else difflib.get_close_matches(wrong, names, n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
