@@ -51,10 +51,13 @@ class ProblemMean:
         The problems are the units: samples of one problem are alike, so an interval that counts
         samples is too narrow. It is Wilson's at the effective sample size p(1-p)/SE², SE over the
         problems, with Student's t for their number (Korn and Graubard 1998; Dean and Pagano 2015).
-        Where the values do not differ the effective size is the number of problems. Close to 0 or
-        1, where hard benchmarks lie, the t interval and the bootstrap fail: at 30 problems with a
-        mean of 0.016 and 4 samples each they hold it in 75 % and 78 % of simulated evaluations,
-        this one in 96 %; in the middle all three are alike.
+        Where the values do not differ the effective size is the number of problems.
+
+        Why not the t interval or the bootstrap: close to 0 or 1, where hard benchmarks lie, they
+        hold the truth far less often. Simulated with 30 problems of Beta(0.05, 3) difficulty, mean
+        0.016: t 75 %, bootstrap 78 %, this one 96 % with 4 samples a problem; 75, 74 and 85 % with
+        32. So with few problems of very unlike difficulty all three are too narrow. In the middle
+        they are alike, and near 95 %.
         """
         count = len(values)
         if not count:

@@ -462,7 +462,7 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
         (["--data", "/no/such.jsonl"], "--data: No such file or folder: /no/such.jsonl"),
         (["--problem-column", "question"], "--problem-column = 'question': no text or number"),
         (["--answer-column", "solution"], "--answer-column = 'solution': no text or number"),
-        (["--answer-pattern", "#### (.*)"], "--answer-pattern = '#### (.*)' is not in row 1"),
+        (["--answer-pattern", "#### (.*)"], "--answer-pattern = '#### (.*)' finds nothing"),
         (["--grader", "no.such:grader"], "--grader = 'no.such:grader' cannot be imported"),
         (["--gate", "/no/gate.json"], "--gate /no/gate.json"),
         (["--grader", "regex"], "pattern"),
