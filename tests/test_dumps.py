@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -130,10 +131,14 @@ def test_a_text_without_utf8_is_no_reason_to_fail(tmp_path: Path) -> None:
 
 def test_any_parquet_reader_opens_it(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
-    RolloutDumps(recipe).write(7, [a_rollout(), a_rollout()], Gate(version=2))
+    rollout = a_rollout()
+    rollout.logprobs[1] = np.nan  # missing, but no null: whoever reads it computes with floats
+    RolloutDumps(recipe).write(7, [rollout, rollout], Gate(version=2))
     path = tmp_path / "rollouts" / "step-00000007.parquet"
     assert pq.read_table(path).column("step").to_pylist() == [7, 7]
     file = pq.ParquetFile(path)
+    logprobs = pq.read_table(path).column("logprobs").combine_chunks().values
+    assert (logprobs.null_count, pc.is_nan(logprobs).to_pylist()) == (0, [False, True, False] * 2)
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     about = file.schema_arrow.metadata
     assert about[b"espo.recipe"].decode() == recipe_hash(recipe)

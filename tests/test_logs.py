@@ -198,6 +198,14 @@ def test_tensorboard_gets_the_finite_numbers(tmp_path: Path) -> None:
     }
 
 
+def test_a_kill_loses_no_event(tmp_path: Path) -> None:
+    with RunLog(recipe_for(tmp_path, "logs.tensorboard=true"), Console(file=io.StringIO())) as log:
+        log.write(1, ppo={"kl": 0.5})
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.value for event in events.Scalars("ppo/kl")] == [0.5]
+
+
 def test_tensorboard_can_be_turned_off(tmp_path: Path) -> None:
     write_steps(recipe_for(tmp_path), 1)
     assert not (tmp_path / "tensorboard").exists()
@@ -221,25 +229,31 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def wandb_history(folder: Path) -> list[tuple[str, list[dict[str, float]]]]:
-    """Of each offline run in the order they were made: its id, and the rows it logged."""
+def wandb_runs(folder: Path) -> list[tuple[str, list[Any]]]:
+    """The offline runs in the order they were made: each one's id and records."""
     from wandb.proto import wandb_internal_pb2
 
     runs = []
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime):
-        rows = []
+        records = []
         for data in wandb_records(path):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "history":
-                rows.append(
-                    {
-                        item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                        for item in record.history.item
-                    }
-                )
-        runs.append((path.stem.removeprefix("run-"), rows))
+            records.append(record)
+        runs.append((path.stem.removeprefix("run-"), records))
     return runs
+
+
+def history(records: list[Any]) -> list[dict[str, float]]:
+    """The rows that a run logged."""
+    return [
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,14 +263,17 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     write_steps(recipe, 1, 2, reward=math.nan)
     run_id = (tmp_path / "wandb_run").read_text()
     write_steps(recipe, 2, 3, start=1, reward=0.5)
-    (first, rows), (resumed, later) = wandb_history(tmp_path)
+    (first, records), (resumed, more) = wandb_runs(tmp_path)
     assert first == resumed == run_id
+    rows, later = history(records), history(more)
     assert [(row["step"], row["rollout/tokens"]) for row in rows] == [(1, 10.0), (2, 20.0)]
-    # The repeated step is there again, and not dropped as older than the last.
+    # The repeated step is there again, not dropped as older than the last; `step` is the x axis.
+    axes = [record.metric for record in more if record.WhichOneof("record_type") == "metric"]
+    assert ("*", "step") in [(axis.glob_name, axis.step_metric) for axis in axes]
     assert [(row["step"], row["rollout/reward"]) for row in later] == [(2, 0.5), (3, 0.5)]
     assert all("rollout/reward" not in row for row in rows)
     write_steps(recipe, 1)
-    assert wandb_history(tmp_path)[-1][0] == (tmp_path / "wandb_run").read_text() != run_id
+    assert wandb_runs(tmp_path)[-1][0] == (tmp_path / "wandb_run").read_text() != run_id
 
 
 def test_wandb_that_cannot_start_says_what_to_do(

@@ -175,11 +175,16 @@ async def test_a_server_given_by_url_must_answer(recipe_with: Callable[..., Reci
 
 
 def test_a_full_disk(recipe_with: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_with("logs.rollouts=false", "checkpoints.keep=2")
+    shapes = make_plan(recipe, LAPTOP).shapes.values()
+    # The third checkpoint is whole before the first goes; at the end come the models.
+    needed = (3 * 12 + 4) * sum(shape.parameters for shape in shapes)
     usage = namedtuple("usage", "free")
-    # 3 checkpoints of 2 × 0.4 M × 12 bytes, the models, and the rollouts
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(30e6))
-    assert "checkpoints.keep" in only_error(make_plan(recipe_with(), LAPTOP))
-    assert make_plan(recipe_with("logs.rollouts=false", "checkpoints.keep=1"), LAPTOP).errors == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 1))
+    assert "lower checkpoints.keep" in only_error(make_plan(recipe, LAPTOP))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
+    assert make_plan(recipe, LAPTOP).errors == []
+    assert "run.output" in only_error(make_plan(recipe_with("checkpoints.keep=2"), LAPTOP))
 
 
 def test_an_unreadable_task(recipe_with: Callable[..., Recipe], tmp_path: Path) -> None:
