@@ -27,7 +27,7 @@ class Batch:
 
     step: int
     first_seed: int
-    gate: Gate | None = None
+    gate: Gate
     reason: str = ""  # why the gate stops, or does not
     waiting: dict[int, Sample] = field(default_factory=dict)
     rollouts: dict[int, Rollout] = field(default_factory=dict)

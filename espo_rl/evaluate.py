@@ -227,8 +227,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
         rollout=RolloutSection(max_tokens=options.max_tokens, concurrency=options.concurrency),
         servers=Servers(
             policy_urls=[options.url] if options.url else [],
-            # Else top-k and penalties come in from the checkpoint's generation_config.json.
-            vllm_args=["--generation-config", "vllm", *options.vllm_args],
+            vllm_args=options.vllm_args,
         ),
     )
 

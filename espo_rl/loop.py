@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from transformers import AutoTokenizer
 
@@ -25,10 +25,12 @@ from espo_rl.batches import Batch
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.dumps import RolloutDumps
+from espo_rl.evaluator import ProblemResult, Report, Sampling, evaluate
 from espo_rl.grading import GraderPool
 from espo_rl.logs import RunLog
 from espo_rl.metrics import gate_metrics, rollout_metrics
-from espo_rl.rewards import reward
+from espo_rl.results import as_dict
+from espo_rl.rewards import make_answer_reader, reward
 from espo_rl.rollouts import Collector, Mode, Prompter
 from espo_rl.servers import ServerError
 from espo_rl.stopping import StopController
@@ -67,8 +69,10 @@ class Loop:
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
         )
+        self.grader = GraderPool(recipe.task)
         self.log = RunLog(recipe)
         self.dumps = RolloutDumps(recipe)
+        self.served = ""  # version of the weights that the servers have
         self.stepping = False
         self.interrupted = asyncio.Event()
         self._trainer_free = asyncio.Lock()
@@ -92,13 +96,13 @@ class Loop:
                 # The server holds the base model; after a resume that is not the policy.
                 await self.attempt(self.sync)
             if "before" not in self.summary.accuracy:
-                self.summary.accuracy["before"] = await self.evaluate()
+                self.summary.accuracy["before"] = (await self.evaluate()).scores.average
             while self.step < recipe.run.steps:
                 await self.train_step()
                 await self.save(last=self.interrupted.is_set())
                 if self.interrupted.is_set():
                     raise Interrupted
-            self.summary.accuracy["after"] = await self.evaluate()
+            self.summary.accuracy["after"] = (await self.evaluate()).scores.average
             self.trainer.save_models(recipe.run.output)
             self.tokenizer.save_pretrained(recipe.run.output / "actor")
             path = self.summary.write(recipe.run.output / "summary.json")
@@ -131,7 +135,7 @@ class Loop:
         self.collector = await enter(
             Collector(self.servers.gateway_url, self.servers.model, prompter, recipe.rollout)
         )
-        self.grader = await enter(GraderPool(recipe.task))
+        await enter(self.grader)
 
     async def train_step(self) -> None:
         """One step, from the gate to the log."""
@@ -139,7 +143,6 @@ class Loop:
         self.stepping = True
         self.batch = batch = self.batch or self.draw()
         gate = batch.gate
-        assert gate is not None
         self.log.stopping(gate.rule != "none", batch.reason)
         await self.collect(batch)
         ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
@@ -153,29 +156,31 @@ class Loop:
         self.servers.forget_restarts()
 
         rollouts = list(batch.rollouts.values())
-        self.summary.add(rollouts, tokens, self.stopping, gate.rule)
+        sampled = rollout_metrics(
+            rollouts,
+            tokens=tokens,
+            audit_share=recipe.stopping.audit_share,
+            weights_version=f"step-{self.step - 1}",
+        )
+        staleness = cast(float, sampled["staleness"])
+        self.summary.add(rollouts, tokens, self.stopping, gate.rule, staleness)
         spent = {
             phase: self.summary.seconds.get(phase, 0.0) - started.get(phase, 0.0)
             for phase in ("rollout", "score", "update", "sync")
         }
         self.log.step(
             self.step,
-            rollout=rollout_metrics(
-                rollouts,
-                tokens=tokens,
-                audit_share=recipe.stopping.audit_share,
-                weights_version=f"step-{self.step - 1}",
-            )
+            rollout=sampled
             | {"resampled": batch.resampled, "dropped": len(batch.usable) - trained},
             stopping=gate_metrics(gate) | self.stopping.metrics(),
             ppo=update,
-            sync={"parity": parity, "restarts": self.servers.restarts},
+            sync={"parity": parity, "restarts": self.summary.restarts},
             seconds=spent | {"step": time.monotonic() - begin},
         )
         self.dumps.write(self.step, rollouts, gate)
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
-            self.log.write(self.step, evaluation={"accuracy": (await self.evaluate()).value})
+            await self.evaluate()
         self.stepping = False
 
     # -- phases --------------------------------------------------------------------------------
@@ -185,8 +190,12 @@ class Loop:
         seed = self.recipe.run.seed
         step = self.batch.step + 1 if self.batch else self.step + 1
         # Seeds follow from run, step and place: a resumed step asks for the same completions.
-        batch = Batch(step, first_seed=(seed * 1_000_003 + step - 1) * 65_536)
-        batch.gate, batch.reason = self.stopping.gate(self.weights_version), self.stopping.reason
+        batch = Batch(
+            step,
+            first_seed=(seed * 1_000_003 + step - 1) * 65_536,
+            gate=self.stopping.gate(self.served),
+            reason=self.stopping.reason,
+        )
         self.ask(batch, self.recipe.rollout.prompts_per_step)
         return batch
 
@@ -211,13 +220,13 @@ class Loop:
     async def collect(self, batch: Batch, abandon: asyncio.Event | None = None) -> None:
         """Fill and score a batch; of a dynamic one, until enough prompts tell something."""
         config = self.recipe.rollout
-        await self.fill(batch, config.temperature, f"step {batch.step}: rollouts", abandon)
+        await self.fill(batch, f"step {batch.step}: rollouts", abandon)
         while config.dynamic_sampling and not batch.waiting:
             informative = len({rollout.group for rollout in batch.informative()})
             if informative >= config.prompts_per_step or batch.rounds >= config.dynamic_rounds:
                 break
             self.ask(batch, config.prompts_per_step - informative)
-            await self.fill(batch, config.temperature, f"step {batch.step}: more", abandon)
+            await self.fill(batch, f"step {batch.step}: more", abandon)
         if batch.waiting:
             return
         usable, failed = len(batch.usable), batch.failed
@@ -227,14 +236,12 @@ class Loop:
                 f"{failed[0].error}"
             )
 
-    async def fill(
-        self, batch: Batch, temperature: float, label: str, abandon: asyncio.Event | None = None
-    ) -> None:
+    async def fill(self, batch: Batch, label: str, abandon: asyncio.Event | None) -> None:
         """Ask for all that a batch waits for, score it, ask again for what failed."""
         while batch.waiting and not (abandon and abandon.is_set()):
             await self.attempt(lambda: self.prepare(batch))
             with self.timed("rollout"):
-                trouble = await self.sample(batch, temperature, label, abandon)
+                trouble = await self.sample(batch, label, abandon)
             if trouble is None and batch.failed and await self.servers.down():
                 trouble = batch.failed[0].error
             if trouble is not None:
@@ -246,18 +253,15 @@ class Loop:
             batch.ask_failed_again(self.recipe.rollout.resamples)
             batch.tokens = await self.count_tokens(batch)
 
-    async def prepare(self, batch: Batch) -> None:
+    async def prepare(self, batch: Batch | None = None) -> None:
         """Weights, if a server has started since they were sent, and the batch's gate."""
         if self._servers_are_new:
             await self.sync()
-            if batch.gate is not None:
-                batch.gate = dataclasses.replace(batch.gate, weights_version=self.weights_version)
-        if batch.gate is not None:
+        if batch is not None:
+            batch.gate = dataclasses.replace(batch.gate, weights_version=self.served)
             await self.servers.push_gate(batch.gate)
 
-    async def sample(
-        self, batch: Batch, temperature: float, label: str, abandon: asyncio.Event | None
-    ) -> str | None:
+    async def sample(self, batch: Batch, label: str, abandon: asyncio.Event | None) -> str | None:
         """Take what comes until all is there, or a server falls: then what happened to it."""
         wanted = list(batch.waiting.values())
         with self.log.phase(label, len(wanted)) as advance:
@@ -267,7 +271,9 @@ class Loop:
                 advance()
 
             asked = asyncio.ensure_future(
-                self.collector.collect(wanted, temperature=temperature, on_done=put)
+                self.collector.collect(
+                    wanted, temperature=self.recipe.rollout.temperature, on_done=put
+                )
             )
             fallen = asyncio.ensure_future(self.servers.failure())
             left = asyncio.ensure_future(abandon.wait()) if abandon else None
@@ -290,7 +296,9 @@ class Loop:
         grades = await self.grader.grade([(rollout.text, rollout.problem) for rollout in known])
         scores = {}
         for rollout, grade in zip(known, grades, strict=True):
-            if grade.score is None:
+            if grade.score is None and rollout.audited:
+                rollout.audited = False  # the sample is as good as that of any other stopped one
+            elif grade.score is None:
                 rollout.end, rollout.error = EndReason.ERROR, grade.error
             else:
                 rollout.correct = grade.correct
@@ -321,7 +329,7 @@ class Loop:
     async def sync(self) -> float:
         """Bring the weights to the servers and prove it; the largest difference found."""
         async with self._trainer_free:
-            trainer, version = self.trainer, self.weights_version
+            trainer, version = self.trainer, f"step-{self.step}"
             tolerance, probe = self.recipe.servers.parity_tolerance, self.probe()
             await self.actor_publisher.publish(
                 trainer.specs("actor"), trainer.weights("actor"), version=version
@@ -336,7 +344,7 @@ class Loop:
                 await self.critic_publisher.verify_values(
                     probe, trainer.values(probe), version=version, tolerance=tolerance
                 )
-            self._servers_are_new = False
+            self.served, self._servers_are_new = version, False
             return parity
 
     async def count_tokens(self, batch: Batch) -> int:
@@ -351,17 +359,37 @@ class Loop:
         batch.tokens += new
         return batch.tokens
 
-    async def evaluate(self) -> Any:
-        """Sampled accuracy on held-out problems, without stopping."""
+    async def evaluate(self) -> Report:
+        """Accuracy on held-out problems, without stopping; logged as of the present step."""
         config = self.recipe.evaluation
         problems = self.task.held_out(config.problems)
-        modes: list[Mode] = ["off" for _ in problems for _ in range(config.samples)]
-        batch = Batch(self.step, first_seed=0)
-        batch.ask(problems, config.samples, modes)
-        with self.timed("evaluate"):
-            await self.fill(batch, config.temperature, "evaluating")
-        await self.servers.new_tokens()
-        return self.summary.evaluated([bool(rollout.correct) for rollout in batch.usable])
+        sampling = Sampling(
+            k=config.samples,
+            temperature=config.temperature,
+            concurrency=self.recipe.rollout.concurrency,
+        )
+        done: dict[int, ProblemResult] = {}
+        while True:
+            await self.attempt(self.prepare)
+            with (
+                self.timed("evaluate"),
+                self.log.phase("evaluating", len(problems) * config.samples) as advance,
+            ):
+                report = await evaluate(
+                    self.collector,
+                    self.grader,
+                    problems,
+                    sampling,
+                    make_answer_reader(self.recipe.task),
+                    done=done,
+                    on_sample=lambda _: advance(),
+                    on_problem=lambda result: done.update({result.index: result}),
+                )
+            if not (report.errors and await self.heal(report.errors[0])):
+                break
+        await self.servers.new_tokens()  # none of a batch
+        self.log.write(self.step, evaluation=as_dict(report))
+        return report
 
     # -- faults --------------------------------------------------------------------------------
 
@@ -382,13 +410,10 @@ class Loop:
             self._servers_are_new = True
         for server in down:
             await self.servers.restart(server, self.log.say)
+            self.summary.restarts += 1
         return bool(down)
 
     # -- state ---------------------------------------------------------------------------------
-
-    @property
-    def weights_version(self) -> str:
-        return f"step-{self.step}"
 
     def probe(self) -> list[int]:
         """A fixed text whose logprobs must agree between server and trainer."""

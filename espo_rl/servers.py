@@ -160,7 +160,6 @@ class Servers:
         self.gateway = gateway
         self.model = ""
         self._config = recipe.servers
-        self.restarts = 0  # of all, in the whole run
         self._counted: dict[str, int] = {}
 
     @property
@@ -220,7 +219,6 @@ class Servers:
         why = server.process.log_tail() if server.process is not None else "it does not answer"
         while True:
             server.restarts += 1
-            self.restarts += 1
             self._check_restarts(server, why)
             if server.command:
                 say(f"restarting the {server.name}")
@@ -330,6 +328,8 @@ def _servers(
                 "policy server" if config.policy_servers == 1 else f"policy server {number}",
                 config.policy_gpus[number] if config.policy_gpus else None,
                 model_path,
+                # Samples of the policy itself: no top-k, top-p or penalty that its checkpoint names
+                *("--generation-config", "vllm"),
                 *("--logprobs-mode", config.logprobs_mode),
                 *("--max-num-seqs", str(recipe.rollout.concurrency)),
                 *config.vllm_args,

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from espo_rl.config import Recipe
-from espo_rl.intervals import Share
+from espo_rl.intervals import ProblemMean, Share
 from espo_rl.stopping import StopController
 from espo_rl.types import EndReason, Rollout
 
@@ -82,7 +82,7 @@ class Summary:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.totals = Totals()
-        self.accuracy: dict[str, Share] = {}
+        self.accuracy: dict[str, ProblemMean] = {}
         self.seconds: dict[str, float] = {}
         self.restarts = 0  # of servers
         self._explained: list[float] = []
@@ -124,17 +124,14 @@ class Summary:
         """Mean over the steps."""
         return float(np.nanmean(self._staleness)) if self._staleness else math.nan
 
-    @staticmethod
-    def evaluated(outcomes: Sequence[bool]) -> Share:
-        """The accuracy that an evaluation came to."""
-        return Share(sum(outcomes), len(outcomes))
-
     def as_dict(self) -> dict[str, Any]:
         """What summary.json holds; unknown numbers are null."""
         totals = self.totals
         without, half_width = totals.tokens_without_stopping()
         false_positives = Share(totals.audited_correct, totals.audited)
-        before, after = (self.accuracy.get(when, Share(0, 0)) for when in ("before", "after"))
+        before, after = (
+            self.accuracy.get(when, ProblemMean.of([])) for when in ("before", "after")
+        )
         return _nulls(
             {
                 "accuracy_before": before.value,
@@ -192,7 +189,7 @@ class Summary:
             mean = float(np.mean(self._explained))
             explained = f"{mean:.2f} of the outcome, by the estimate that gates"
         phases = ", ".join(f"{phase} {value:.0f} s" for phase, value in self.seconds.items())
-        unknown = Share(0, 0)
+        unknown = ProblemMean.of([])
         lines = {
             "rule": rule,
             "accuracy before": self.accuracy.get("before", unknown),

@@ -35,7 +35,7 @@ put, update, verify, save = (
 
 def halting_put(self: Batch, rollout: Any) -> None:
     put(self, rollout)
-    if self.gate is not None and self.step == step and len(self.rollouts) == 1:
+    if self.step == step and len(self.rollouts) == 1:
         halt()
 
 

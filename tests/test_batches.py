@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espo_gateway.rules import Gate
 from espo_rl.batches import Batch
 from espo_rl.rollouts import Mode
 from espo_rl.types import EndReason, Problem, Rollout
@@ -17,7 +18,7 @@ PROBLEMS = [Problem(id=str(i), prompt=str(i), answer="0") for i in range(4)]
 
 
 def batch_of(problems: int = 4, n: int = 2) -> Batch:
-    batch = Batch(step=1, first_seed=100)
+    batch = Batch(step=1, first_seed=100, gate=Gate())
     modes: list[Mode] = ["enforce"] * (problems * n)
     batch.ask(PROBLEMS[:problems], n, modes)
     return batch
@@ -44,7 +45,7 @@ def answer(batch: Batch, seed: int, *, reward: float = 0.0, failed: bool = False
 
 
 def test_samples_have_consecutive_seeds_their_prompts_group_and_their_mode() -> None:
-    batch = Batch(step=1, first_seed=100)
+    batch = Batch(step=1, first_seed=100, gate=Gate())
     batch.ask(PROBLEMS[:2], 2, ["enforce", "shadow", "enforce", "enforce"])
     samples = list(batch.waiting.values())
     assert [sample.seed for sample in samples] == [100, 101, 102, 103]
