@@ -519,7 +519,7 @@ def test_what_follows_two_dashes_goes_to_vllm(arguments: list[str]) -> None:
     options = parse([*arguments, "--", "--tensor-parallel-size", "2"])
     assert options.vllm_args == ["--tensor-parallel-size", "2"]
     vllm_args = command.make_recipe(options).servers.vllm_args
-    assert vllm_args == ["--generation-config", "vllm", "--tensor-parallel-size", "2"]
+    assert vllm_args == ["--tensor-parallel-size", "2"]
 
 
 # -- the answers that vote -------------------------------------------------------------------------
