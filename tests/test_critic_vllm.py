@@ -38,11 +38,17 @@ TOLERANCE = 1e-4
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def critic_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
-    """A server of a random critic. Its weights may change between tests."""
-    path = tmp_path_factory.mktemp("critic") / "checkpoint"
-    random_critic(BASE_SEED).save_pretrained(path)
+    """A critic's server, started as a run does: its weights come with the first update.
+
+    They may change between tests.
+    """
+    path = tmp_path_factory.mktemp("critic") / "config"
+    critic = random_critic(BASE_SEED)
+    critic.config.architectures = ["Qwen2ForCausalLM"]  # what a critic made from a policy has
+    critic.config.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    server = await launch(path, "--critic", name="critic")
+    server = await launch(path, "--critic", "--load-format", "dummy", name="critic")
+    await publish(server, critic, version="base")
     yield server
     await server.process.stop()
 
@@ -62,7 +68,7 @@ async def verify(server: VllmServer, critic: PreTrainedModel, version: str) -> f
 # -- weights -----------------------------------------------------------------------------------
 
 
-async def test_the_launched_critic_gives_the_checkpoints_values(critic_server: VllmServer) -> None:
+async def test_its_values_are_the_trainers(critic_server: VllmServer) -> None:
     critic = random_critic(BASE_SEED)
     await publish(critic_server, critic, version="base")
     with torch.no_grad():

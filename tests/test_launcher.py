@@ -103,6 +103,17 @@ def test_a_critics_checkpoint_will_do(critic_folder: Path) -> None:
         server_command(arguments, cpu=True, environment={})
 
 
+def test_a_config_will_do_where_the_weights_come_later(critic_folder: Path) -> None:
+    """As a trainer has it before its critic was ever saved: the policy's, with one label."""
+    file = critic_folder / "config.json"
+    change = {"architectures": ["Qwen2ForCausalLM"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    arguments = [str(critic_folder), "--critic", "--port", str(free_port())]
+    server_command([*arguments, "--load-format", "dummy"], cpu=True, environment={})
+    with pytest.raises(LaunchError, match="is no critic"):
+        server_command(arguments, cpu=True, environment={})
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

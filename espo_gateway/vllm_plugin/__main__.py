@@ -148,8 +148,9 @@ def check_critic(model: str, given: Sequence[str]) -> None:
     config = json.loads((folder / "config.json").read_text())
     architectures = config.get("architectures") or ["none"]
     labels = len(config.get("id2label") or (0, 1))
-    # Without a score head vLLM would make one up, and of two labels neither is V.
-    if not architectures[0].endswith("ForSequenceClassification") or labels != 1:
+    # A policy's checkpoint lacks the head; where weights come later, so does the head.
+    headed = architectures[0].endswith("ForSequenceClassification")
+    if labels != 1 or not (headed or last_value(given, "--load-format") == "dummy"):
         raise LaunchError(
             f"{model} is no critic: its config.json tells of {architectures[0]} with {labels} "
             "labels; save a ...ForSequenceClassification with num_labels=1"
