@@ -59,7 +59,7 @@ class ServerProcess:
         *,
         log_path: Path,
         ready_url: str,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         name: str = "server",
         timeout: float = 300.0,  # noqa: ASYNC109 (of the start-up, which is then undone)
     ) -> Self:
@@ -69,7 +69,7 @@ class ServerProcess:
             command: the program and its arguments.
             log_path: file that takes its output; made anew, its folder too.
             ready_url: polled until ready; its port must be free beforehand.
-            env: variables set on top of this process's own.
+            env: variables set on top of this process's own; None takes one away.
             name: what to call it in errors.
             timeout: seconds it may take to become ready.
 
@@ -80,6 +80,7 @@ class ServerProcess:
         address = urlsplit(ready_url)
         check_port_free(address.hostname or "127.0.0.1", address.port or 80)
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        variables: dict[str, str | None] = {**os.environ, **(env or {})}
         with log_path.open("wb") as log:
             # Not asyncio's: the server outlives the event loop that started it.
             guard = subprocess.Popen(  # noqa: ASYNC220
@@ -87,7 +88,7 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
+                env={name: value for name, value in variables.items() if value is not None},
                 # Ctrl-C in a terminal goes to its foreground group; the parent decides instead.
                 start_new_session=True,
             )

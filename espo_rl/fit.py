@@ -45,17 +45,6 @@ class Machine:
         return f"{self.cpus} cores, {self.ram / 1e9:,.1f} GB RAM, {gpus}"
 
 
-def asks_critic(recipe: Recipe) -> bool:
-    """Whether the stop rule asks a critic server."""
-    stopping = recipe.stopping
-    return stopping.value == "critic" and stopping.rule in ("value-gated", "value-only")
-
-
-def trains_critic(recipe: Recipe) -> bool:
-    """Whether there is a critic: for GAE, or for a rule that asks a critic server."""
-    return recipe.ppo.advantage == "gae" or asks_critic(recipe)
-
-
 def tensor_parallel(arguments: list[str]) -> int:
     """On how many GPUs vLLM splits a model."""
     return int(last_value(arguments, "--tensor-parallel-size") or last_value(arguments, "-tp") or 1)
@@ -63,7 +52,8 @@ def tensor_parallel(arguments: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """A run on a machine. Rank i of the trainer is on GPU i; servers are on the first GPUs.
+    """A run on a machine. Rank i of the trainer is on GPU i; servers are on the first GPUs, those
+    with GPUs of their own (servers.policy_gpus) on none of the trainer's.
 
     Args:
         shapes: by model: actor, critic and reference, those there are.
@@ -92,11 +82,13 @@ class Fit:
         if not servers.policy_urls:
             count = servers.policy_servers
             name = "policy server" if count == 1 else f"{count} policy servers"
-            parts.append(self._server(name, "actor", servers.vllm_args, count))
-        if asks_critic(recipe):
+            part = self._server(name, "actor", servers.vllm_args, count)
+            parts.append(replace(part, device=0.0) if servers.policy_gpus else part)
+        if recipe.asks_critic:
             sent += self._weights("critic")
             if servers.critic_url is None:
-                parts.append(self._server("critic server", "critic", servers.critic_vllm_args, 1))
+                part = self._server("critic server", "critic", servers.critic_vllm_args, 1)
+                parts.append(replace(part, device=0.0) if servers.critic_gpus else part)
         return [*parts, Part("weights on their way to the servers", 0.0, sent)]
 
     def demand(self, *, sure: bool = False) -> tuple[float, float]:

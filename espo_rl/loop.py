@@ -248,7 +248,7 @@ class Loop:
                 batch.recall_failed()
                 await self.heal(f"{trouble}\n{len(batch.waiting)} rollouts are asked again")
                 continue
-            with self.timed("score"):
+            with self.timed("score"), self.log.phase("grading"):
                 await self.score(batch)
             batch.ask_failed_again(self.recipe.rollout.resamples)
             batch.tokens = await self.count_tokens(batch)
@@ -318,7 +318,7 @@ class Loop:
         if self.recipe.rollout.dynamic_sampling:
             rollouts = batch.informative() or rollouts
         async with self._trainer_free:
-            with self.timed("update"):
+            with self.timed("update"), self.log.phase("update"):
                 update = await asyncio.to_thread(self.trainer.update, rollouts)
             self.step += 1
         self.stopping.observe(

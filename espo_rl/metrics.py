@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from espo_gateway.rules import Gate
+from espo_gateway.rules import THRESHOLDS, Gate
 from espo_rl.estimator import weights, with_outcome
+from espo_rl.experience import METRICS as UPDATE_METRICS
 from espo_rl.summary import Totals
 from espo_rl.types import EndReason, Rollout
 
@@ -64,23 +65,7 @@ METRICS = {
     "stopping/z_p50": "median of z over the batch's tokens (row 4)",
     "stopping/z_p90": "90 % quantile of z",
     "stopping/z_p99": "99 % quantile of z",
-    "ppo/policy_loss": "clipped surrogate loss",
-    "ppo/critic_loss": "half the squared error of V",
-    "ppo/critic_explained_variance": "of the returns, by the critic before the update",
-    "ppo/entropy": "mean entropy of the policy at a token, nats",
-    "ppo/clip_share": "share of tokens whose probability ratio was clipped",
-    "ppo/kl": "mean KL from the policy before the update, nats a token",
-    "ppo/kl_reference": "mean KL from model.reference, nats a token",
-    "ppo/mismatch_kl": "mean KL(server || trainer) of the same weights, nats a token",
-    "ppo/mismatch_k3": "the same by an estimate that is never negative",
-    "ppo/mismatch_mean": "mean |Δ logprob| between server and trainer",
-    "ppo/mismatch_max": "largest |Δ logprob| between server and trainer",
-    "ppo/importance_mean": "mean weight π_trainer/π_server after the cap",
-    "ppo/importance_capped": "share of tokens whose weight was capped",
-    "ppo/grad_norm": "the actor's, before clipping",
-    "ppo/critic_grad_norm": "the critic's, before clipping",
-    "ppo/learning_rate": "the actor's",
-    "ppo/critic_learning_rate": "the critic's",
+    **{f"ppo/{name}": meaning for name, meaning in UPDATE_METRICS.items()},
     "sync/parity": "largest |Δ logprob| of the probe after the weights reached the server",
     "sync/restarts": "servers restarted so far",
     "evaluation/*": "accuracy and the like on held-out problems, with rows of their own",
@@ -156,20 +141,14 @@ def rollout_metrics(
 
 def gate_metrics(gate: Gate) -> dict[str, Metric]:
     """What the group `stopping` says of the gate that a step was sampled with."""
-    hazard = getattr(gate, "hazard", math.nan)
-    compared = {
-        "success-probability": gate.p_star,
-        "value-only": gate.p_star,
-        "random": hazard,
-        "none": math.nan,
-    }
+    name = THRESHOLDS.get(gate.rule)
     return {
         "rule": gate.rule,
         "gate_version": gate.version,
-        "threshold": compared.get(gate.rule, gate.beta),
+        "threshold": math.nan if name is None else getattr(gate, name),
         "beta": gate.beta,
         "p_star": gate.p_star,
-        "hazard": hazard,
+        "hazard": gate.hazard,
     }
 
 

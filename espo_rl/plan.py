@@ -26,7 +26,7 @@ from rich.table import Table
 from espo_gateway.vllm_plugin.__main__ import last_value
 from espo_rl import memory
 from espo_rl.config import Recipe, RecipeError
-from espo_rl.fit import Fit, Machine, tensor_parallel, trains_critic
+from espo_rl.fit import Fit, Machine, tensor_parallel
 from espo_rl.memory import Shape
 from espo_rl.rollouts import Prompter
 from espo_rl.tasks import TaskError, make_task
@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     plan = Plan(recipe, machine or Machine.here(), ranks)
-    for check in (_models, _prompts, _engine, _servers, _memory, _disk):
+    for check in (_models, _prompts, _ranks, _servers, _memory, _disk):
         with _collected(plan):
             check(plan)
     return plan
@@ -127,7 +127,7 @@ def _collected(plan: Plan) -> Iterator[None]:
 def _models(plan: Plan) -> None:
     model = plan.recipe.model
     wanted = {"actor": ("model.path", model.path)}
-    if trains_critic(plan.recipe):
+    if plan.recipe.needs_critic:
         wanted["critic"] = ("model.critic", model.critic) if model.critic else wanted["actor"]
     if plan.recipe.ppo.kl_coefficient:
         given = ("model.reference", model.reference) if model.reference else wanted["actor"]
@@ -235,14 +235,7 @@ def _tokens(text: str) -> int:
         raise RecipeError(f"servers.vllm_args: --max-model-len {text} is no number") from error
 
 
-def _engine(plan: Plan) -> None:
-    settings = plan.recipe.deepspeed
-    needs = {"none": 0, "optimizer": 1, "all": 3}[settings.offload]
-    if settings.zero_stage < needs:
-        raise RecipeError(
-            f"deepspeed.offload = {settings.offload!r} needs deepspeed.zero_stage of at least "
-            f"{needs}, not {settings.zero_stage}"
-        )
+def _ranks(plan: Plan) -> None:
     if plan.machine.gpus and plan.ranks > len(plan.machine.gpus):
         raise RecipeError(
             f"{plan.ranks} ranks on {len(plan.machine.gpus)} GPUs: start fewer (--num_gpus)"
@@ -278,7 +271,7 @@ def _servers(plan: Plan) -> None:
 
 
 def _memory(plan: Plan) -> None:
-    wanted = {"actor"} | ({"critic"} if trains_critic(plan.recipe) else set())
+    wanted = {"actor"} | ({"critic"} if plan.recipe.needs_critic else set())
     if wanted <= plan.shapes.keys():
         plan.fit = Fit(plan.recipe, plan.shapes, plan.longest, plan.machine, plan.ranks)
         errors, warnings = plan.fit.judge()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -25,6 +27,11 @@ from espo_rl.config import Recipe
 
 Say = Callable[[str], None]
 
+#: What launchers tell the ranks; a server of one of them is none, and vLLM would read it
+OF_RANKS = re.compile(
+    "RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|CROSS_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*"
+)
+
 
 class ServerError(RuntimeError):
     """A server of the run cannot be had, or does not answer as it must."""
@@ -37,7 +44,7 @@ class Server:
     name: str
     url: str
     command: Sequence[str] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str | None] = field(default_factory=dict)
     log_path: Path = Path("server.log")
     start_timeout: float = 600.0
     samples: bool = False  # it generates tokens, and hangs when it makes none
@@ -305,6 +312,11 @@ def _servers(
 
     def vllm(name: str, gpus: str | None, *arguments: str) -> Server:
         port = free_port()
+        env: dict[str, str | None] = {n: None for n in os.environ if OF_RANKS.fullmatch(n)}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            env["OMP_NUM_THREADS"] = None  # torchrun's 1 is meant for ranks that share the cores
+        if gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = gpus
         return Server(
             name,
             f"http://127.0.0.1:{port}",
@@ -312,7 +324,7 @@ def _servers(
                 *(sys.executable, "-m", "espo_gateway.vllm_plugin", *arguments),
                 *("--port", str(port), "--dtype", recipe.model.dtype),
             ],
-            env={} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus},
+            env=env,
             log_path=log_folder / f"{name.replace(' ', '_')}.log",
             start_timeout=config.start_timeout,
         )
