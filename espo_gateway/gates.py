@@ -33,6 +33,7 @@ class Control:
     epsilon: float | None = None
     constant: float | None = None
     p_star: float | None = None
+    hazard: float | None = None
     min_tokens: int | None = None
     trace: bool = False
 
@@ -40,7 +41,7 @@ class Control:
         """The gate with this request's constants. Raises InvalidRequest."""
         changes = {
             name: value
-            for name in ("beta", "epsilon", "constant", "p_star", "min_tokens")
+            for name in ("beta", "epsilon", "constant", "p_star", "hazard", "min_tokens")
             if (value := getattr(self, name)) is not None
         }
         if not changes:
@@ -62,7 +63,7 @@ _NESTED: dict[str, type] = {
 def gate_from_json(data: bytes, *, has_critic: bool) -> Gate:
     """Raises InvalidRequest naming the field and what it should be."""
     gate = _checked(Gate, data, "")
-    if gate.value == "critic" and gate.rule == "value-gated" and not has_critic:
+    if gate.needs_critic and not has_critic:
         raise InvalidRequest(
             "value: 'critic' needs a critic server and this gateway has none; "
             "use 'stream' or 'constant'",

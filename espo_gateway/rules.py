@@ -1,7 +1,7 @@
 """When to stop: a `Gate` (rule, constants, state) and a `Watch` that applies it to one stream.
 
-A rule's decision is a function of the stream's tokens and values alone, never of timing, so
-`first_stops`, which replays recorded rollouts, gives the decisions a live stream had. Pure.
+A rule's decision is a function of the stream's tokens and values alone, never of timing, so a
+replay of recorded rollouts (`replay.py`) gives the decisions a live stream had. Pure.
 
     watch = Watch(Gate(rule="value-gated", beta=2.0), prompt_tokens=12)
     for logprob, max_logprob in stream:
@@ -16,30 +16,30 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
-from espo_gateway.monitor import (
-    MISSING_LOGPROB,
-    Array,
-    MonitorConfig,
-    RegretMonitor,
-    RegretStatistics,
-    smoothed_regret,
-    surrogate_regret,
-)
-from espo_gateway.values import (
-    StreamStatistics,
-    SuccessEstimator,
-    probabilities,
-    sigmoid,
-    stream_features,
-)
+from espo_gateway.chance import StreamChance
+from espo_gateway.monitor import MonitorConfig, RegretMonitor, RegretStatistics, surrogate_regret
+from espo_gateway.values import StreamStatistics, SuccessEstimator, sigmoid
 
 RuleName = Literal[
     "none", "value-gated", "regret-only", "value-only", "success-probability", "random"
 ]
 ValueName = Literal["constant", "stream", "critic"]
+
+#: The field of `Gate` that each rule compares with; "beta" is exceeded, the others undercut.
+THRESHOLDS: dict[RuleName, str] = {
+    "value-gated": "beta",
+    "regret-only": "beta",
+    "value-only": "p_star",
+    "success-probability": "p_star",
+    "random": "hazard",
+}
+
+
+def value_source(rule: RuleName, value: ValueName) -> ValueName | None:
+    """Where the V of a rule comes from; None when the rule has no V."""
+    if rule == "success-probability":
+        return "stream"
+    return value if rule in ("value-gated", "value-only") else None
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Gate:
     """All that a decision depends on beside the stream; made by the trainer, frozen for a batch.
 
     rule: "none" never stops; "value-gated" is the paper's z > β·max(V, ε) (row 5); "regret-only" is
-        z > β; "success-probability" stops when the estimated P(success) falls under p_star.
+        z > β; "value-only" stops when V < p_star; "success-probability" is value-only with V from
+        the stream; "random" stops at each token with probability `hazard`.
     value: where V comes from: a constant, the stream's statistics, or a critic server.
     min_tokens: no stop before this many tokens; a prompt is never skipped outright.
     """
@@ -63,9 +64,14 @@ class Gate:
     constant: float = 1.0
     estimator: SuccessEstimator | None = None
     p_star: float = 0.05
+    hazard: float = 0.0
     min_tokens: int = 4
 
     def __post_init__(self) -> None:
+        for part in (self, self.statistics, self.monitor):
+            for name, value in vars(part).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name} must be a finite number, not {value}")
         if self.rule not in get_args(RuleName):
             raise ValueError(f"rule must be one of {get_args(RuleName)}, not {self.rule!r}")
         if self.value not in get_args(ValueName):
@@ -76,22 +82,27 @@ class Gate:
             raise ValueError(f"epsilon must be positive, not {self.epsilon}")
         if not 0.0 < self.p_star < 1.0:
             raise ValueError(f"p_star must lie between 0 and 1, not {self.p_star}")
+        if not 0.0 <= self.hazard <= 1.0:
+            raise ValueError(f"hazard must lie in [0, 1], not {self.hazard}")
         if self.min_tokens < 1:
             raise ValueError(f"min_tokens must be at least 1, not {self.min_tokens}")
         if self.needs_estimator and self.estimator is None:
             raise ValueError(f"rule {self.rule!r} with value {self.value!r} needs an estimator")
 
     @property
-    def needs_estimator(self) -> bool:
-        """Whether a decision uses the stream's estimated success probability."""
-        return self.rule == "success-probability" or (
-            self.rule == "value-gated" and self.value == "stream"
-        )
+    def source(self) -> ValueName | None:
+        """Where the V of this gate's rule comes from; None when the rule has no V."""
+        return value_source(self.rule, self.value)
 
     @property
-    def logit_star(self) -> float:
-        """log p*/(1-p*): comparing logits spares an exponential a token."""
-        return math.log(self.p_star / (1.0 - self.p_star))
+    def needs_estimator(self) -> bool:
+        """Whether a decision uses the stream's estimated success probability."""
+        return self.source == "stream"
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a critic server is asked, who reads token ids."""
+        return self.source == "critic"
 
 
 class Verdict(enum.Enum):
@@ -107,8 +118,9 @@ class Watch:
     """One stream under a gate. After a stop, further tokens are counted and change nothing."""
 
     __slots__ = (
-        "_logit_star",
+        "_chance",
         "_monitor",
+        "_source",
         "_statistics",
         "_unsettled",
         "cut",
@@ -130,13 +142,20 @@ class Watch:
         self.z = 0.0
         self.threshold: float | None = None
         self.value: float | None = None
+        self._source = gate.source
         self._monitor = RegretMonitor(gate.statistics, gate.monitor)
         self._statistics = StreamStatistics(prompt_tokens) if gate.needs_estimator else None
-        self._logit_star = gate.logit_star
+        self._chance = StreamChance(gate.version) if gate.rule == "random" else None
         self._unsettled: dict[int, float] = {}
 
-    def push(self, logprob: float | None, max_logprob: float | None) -> Verdict:
-        """Take the next token's logprob and the largest logprob at its position."""
+    def push(
+        self, logprob: float | None, max_logprob: float | None, *, last: bool = False
+    ) -> Verdict:
+        """Take the next token's logprob and the largest logprob at its position.
+
+        last: the token completes the rollout, so stopping there would save nothing, and turn a
+            finished rollout into a failure: no decision is taken.
+        """
         self.tokens += 1
         if self.cut is not None:
             return Verdict.GO
@@ -147,29 +166,26 @@ class Watch:
         if regret is None:
             self.missing += 1
             return Verdict.GO
-        if self.tokens < self.gate.min_tokens:
+        draw = 1.0 if self._chance is None else self._chance.push(logprob)  # type: ignore[arg-type]
+        if last or self.tokens < self.gate.min_tokens:
             return Verdict.GO
-        return self._decide(z)
+        return self._decide(z, draw)
 
-    def _decide(self, z: float) -> Verdict:
-        gate = self.gate
+    def _decide(self, z: float, draw: float) -> Verdict:
+        gate, token = self.gate, self.tokens
         if gate.rule == "none":
             return Verdict.GO
-        if gate.rule == "success-probability":
-            logit = self._logit()
-            if logit < self._logit_star:
-                return self._stop(self.tokens, z, gate.p_star, sigmoid(logit))
-            return Verdict.GO
+        if gate.rule == "random":
+            return self._stop(token, z, gate.hazard, None) if draw < gate.hazard else Verdict.GO
         if gate.rule == "regret-only":
-            return self._stop(self.tokens, z, gate.beta, None) if z > gate.beta else Verdict.GO
-        # max(V, ε) >= ε, so below β·ε no V can stop the stream: V is asked for lazily.
-        if z <= gate.beta * gate.epsilon:
+            return self._stop(token, z, gate.beta, None) if z > gate.beta else Verdict.GO
+        # max(V, ε) >= ε, so up to β·ε no V can stop the stream: V is asked for lazily.
+        if gate.rule == "value-gated" and z / gate.epsilon <= gate.beta:
             return Verdict.GO
-        if gate.value == "critic":
-            self._unsettled[self.tokens] = z
+        if self._source == "critic":
+            self._unsettled[token] = z
             return Verdict.ASK
-        value = gate.constant if gate.value == "constant" else sigmoid(self._logit())
-        return self._gate(self.tokens, z, value)
+        return self._compare(token, z, self._estimate())
 
     @property
     def settled(self) -> bool:
@@ -185,63 +201,25 @@ class Watch:
         z = self._unsettled.pop(token)
         if value is None:
             return Verdict.GO
-        return self._gate(token, z, value)
+        return self._compare(token, z, value)
 
-    def _gate(self, token: int, z: float, value: float) -> Verdict:
-        threshold = self.gate.beta * max(value, self.gate.epsilon)
-        return self._stop(token, z, threshold, value) if z > threshold else Verdict.GO
+    def _compare(self, token: int, z: float, value: float) -> Verdict:
+        gate = self.gate
+        if gate.rule == "value-gated":
+            bound = max(value, gate.epsilon)
+            if z / bound > gate.beta:
+                return self._stop(token, z, gate.beta * bound, value)
+            return Verdict.GO
+        return self._stop(token, z, gate.p_star, value) if value < gate.p_star else Verdict.GO
 
     def _stop(self, token: int, z: float, threshold: float, value: float | None) -> Verdict:
         if self.cut is None or token < self.cut:
             self.cut, self.z, self.threshold, self.value = token, z, threshold, value
         return Verdict.STOP
 
-    def _logit(self) -> float:
+    def _estimate(self) -> float:
+        if self._source == "constant":
+            return self.gate.constant
         assert self._statistics is not None
         assert self.gate.estimator is not None
-        return self.gate.estimator.logit(self._statistics.features())
-
-
-def first_stops(
-    gate: Gate, logprobs: Array, max_logprobs: Array, prompt_tokens: Array
-) -> NDArray[np.int64]:
-    """Replay a gate over many recorded rollouts: the cut each would have had, 0 for no stop.
-
-    Args:
-        logprobs, max_logprobs: shape [rollouts, tokens], NaN where missing or past the end
-            (`monitor.pad` makes them).
-        prompt_tokens: shape [rollouts].
-
-    Returns:
-        tokens kept, shape [rollouts]: equal to `Watch.cut`, token for token.
-    """
-    regrets = recorded_regrets(logprobs, max_logprobs)
-    if gate.rule == "none" or not regrets.size:
-        return np.zeros(len(regrets), dtype=np.int64)
-    z = smoothed_regret(regrets, gate.statistics, gate.monitor)
-    logits = None
-    if gate.needs_estimator:
-        assert gate.estimator is not None
-        logits = gate.estimator.logits(stream_features(regrets, -logprobs, prompt_tokens))
-    if gate.rule == "success-probability":
-        assert logits is not None
-        crossed = logits < gate.logit_star
-    elif gate.rule == "regret-only":
-        crossed = z > gate.beta
-    elif gate.value == "critic":
-        raise ValueError(
-            "a critic's values are not recorded: replay needs value 'constant' or 'stream'"
-        )
-    else:
-        values = gate.constant if logits is None else probabilities(logits)
-        crossed = z > gate.beta * np.maximum(values, gate.epsilon)
-    crossed = crossed & ~np.isnan(regrets)
-    crossed[:, : gate.min_tokens - 1] = False
-    return np.where(crossed.any(axis=1), crossed.argmax(axis=1) + 1, 0)
-
-
-def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
-    """g of recorded rollouts, NaN where `surrogate_regret` has no number; same shape."""
-    with np.errstate(invalid="ignore"):
-        known = [(rows > MISSING_LOGPROB) & (rows < np.inf) for rows in (logprobs, max_logprobs)]
-        return np.where(known[0] & known[1], np.maximum(max_logprobs - logprobs, 0.0), np.nan)
+        return sigmoid(self.gate.estimator.logit(self._statistics.features()))

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from espo_gateway.monitor import pad
-from espo_gateway.rules import recorded_regrets
+from espo_gateway.replay import recorded_regrets
 from espo_gateway.values import SuccessEstimator, probabilities, stream_features
 from espo_rl.types import Rollout
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from espo_gateway.monitor import pad
-from espo_gateway.rules import Gate, first_stops, recorded_regrets
+from espo_gateway.replay import first_stops, recorded_regrets
+from espo_gateway.rules import Gate
 from espo_gateway.values import SuccessEstimator, sigmoid
 from espo_rl import estimator
 from espo_rl.config import Stopping

@@ -46,6 +46,8 @@ def test_a_gate_survives_the_wire() -> None:
         ({"estimator": {"weights": [1.0], "bias": 0}}, "estimator.weights", "12 entries"),
         ({"rule": "success-probability"}, "rule", "needs an estimator"),
         ({"rule": "value-gated", "value": "critic"}, "value", "needs a critic server"),
+        ({"rule": "value-only", "value": "critic"}, "value", "needs a critic server"),
+        ({"rule": "random", "hazard": 2}, "hazard", r"must lie in \[0, 1\]"),
         ([], None, "must be a JSON object"),
         ({"monitor": 3}, "monitor", "an object"),
     ],
@@ -63,16 +65,22 @@ def test_what_is_no_json_is_refused(data: bytes) -> None:
         gate_from_json(data, has_critic=False)
 
 
-def test_a_critic_makes_its_gate_legal() -> None:
-    data = b'{"rule": "value-gated", "value": "critic"}'
-    assert gate_from_json(data, has_critic=True).value == "critic"
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
+def test_a_critic_makes_its_gate_legal(rule: str) -> None:
+    data = json.dumps({"rule": rule, "value": "critic"}).encode()
+    assert gate_from_json(data, has_critic=True).needs_critic
+
+
+def test_a_rule_that_asks_no_critic_needs_none() -> None:
+    data = b'{"rule": "regret-only", "value": "critic"}'
+    assert not gate_from_json(data, has_critic=False).needs_critic
 
 
 def test_a_control_replaces_only_what_it_names() -> None:
     gate = Gate(rule="value-gated", beta=3.0, epsilon=0.1)
-    control = control_from_json({"beta": 2, "constant": 0.5, "min_tokens": 9})
+    control = control_from_json({"beta": 2, "constant": 0.5, "hazard": 0.1, "min_tokens": 9})
     assert control.applied(gate) == Gate(
-        rule="value-gated", beta=2.0, epsilon=0.1, constant=0.5, min_tokens=9
+        rule="value-gated", beta=2.0, epsilon=0.1, constant=0.5, hazard=0.1, min_tokens=9
     )
     assert control_from_json(None) == Control()
     with pytest.raises(InvalidRequest, match="min_tokens must be at least 1"):

@@ -1,6 +1,8 @@
 """The stop rules: the paper's gate as written, replay equal to live, the lazy critic exact."""
 
+import dataclasses
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_gateway.monitor import MonitorConfig, RegretStatistics, pad
-from espo_gateway.rules import Gate, Verdict, Watch, first_stops
+from espo_gateway.replay import first_stops, level_of, stop_levels, threshold_at
+from espo_gateway.rules import THRESHOLDS, Gate, RuleName, Verdict, Watch
 from espo_gateway.values import FEATURES, StreamStatistics, SuccessEstimator, stream_features
 
 GATE = {
@@ -28,32 +31,122 @@ estimators = st.builds(
 )
 
 
-def gates(estimator):
+def gates(estimator, version=0):
+    """Every rule with every source of V."""
+    common = {**GATE, "version": version, "estimator": estimator}
+    values = [{"value": value, "constant": 0.6} for value in ("constant", "stream", "critic")]
     return [
         Gate(rule="none"),
-        Gate(rule="value-gated", beta=0.7, epsilon=0.3, constant=0.6, **GATE),
-        Gate(rule="value-gated", value="stream", beta=0.7, estimator=estimator, **GATE),
-        Gate(rule="regret-only", beta=0.4, min_tokens=1, **GATE),
-        Gate(rule="success-probability", p_star=0.4, estimator=estimator, **GATE),
+        *(Gate(rule="value-gated", beta=0.7, epsilon=0.3, **value, **common) for value in values),
+        *(Gate(rule="value-only", p_star=0.7, min_tokens=2, **value, **common) for value in values),
+        Gate(rule="regret-only", beta=0.4, min_tokens=1, **common),
+        Gate(rule="success-probability", p_star=0.4, **common),
+        Gate(rule="random", hazard=0.2, **common),
     ]
 
 
-@given(streams, estimators, st.integers(1, 500))
-def test_replay_equals_the_live_decision_token_for_token(rows, estimator, prompt_tokens):
-    def matrix(column):
-        numbers = [[pair[column] for pair in row] for row in rows]
-        return pad([[math.nan if x is None else x for x in row] for row in numbers])
+def matrices(rows):
+    """logprobs and max_logprobs as a replay gets them."""
+    return [
+        pad([[math.nan if pair[k] is None else pair[k] for pair in row] for row in rows])
+        for k in (0, 1)
+    ]
 
-    prompts = np.full(len(rows), prompt_tokens)
-    for gate in gates(estimator):
-        live = []
-        for row in rows:
-            watch = Watch(gate, prompt_tokens)
-            verdicts = [watch.push(*pair) for pair in row]
-            live.append(watch.cut or 0)
-            if watch.cut:
-                assert verdicts.index(Verdict.STOP) + 1 == watch.cut
-        assert first_stops(gate, matrix(0), matrix(1), prompts).tolist() == live
+
+def live_cut(gate, row, prompt_tokens, *, completed=False, values=()):
+    """What `Watch` decides on one stream, a critic answering at once."""
+    watch = Watch(gate, prompt_tokens)
+    for t, pair in enumerate(row):
+        verdict = watch.push(*pair, last=completed and t == len(row) - 1)
+        if verdict is Verdict.ASK:
+            verdict = watch.settle(t + 1, None if math.isnan(values[t]) else values[t])
+        assert (verdict is Verdict.STOP) == (watch.cut == t + 1)
+    return watch.cut or 0
+
+
+@given(
+    streams,
+    estimators,
+    st.integers(1, 500),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+    st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), min_size=25, max_size=25),
+)
+def test_replay_equals_the_live_decision_token_for_token(
+    rows, estimator, prompt_tokens, completed, answers
+):
+    lengths = [len(row) for row in rows]
+    ends = np.array([n if done else 0 for n, done in zip(lengths, completed, strict=False)])
+    values = np.array([answers[: max(lengths)]] * len(rows))
+    for gate in gates(estimator, version=prompt_tokens):
+        live = [
+            live_cut(gate, row, prompt_tokens, completed=done, values=answers)
+            for row, done in zip(rows, completed, strict=False)
+        ]
+        replayed = first_stops(
+            gate,
+            *matrices(rows),
+            np.full(len(rows), prompt_tokens),
+            completed_at=ends,
+            values=values if gate.needs_critic else None,
+        )
+        assert replayed.tolist() == live
+
+
+@given(streams, estimators, st.booleans(), st.floats(0.001, 0.999))
+def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator, done, share):
+    prompts = np.full(len(rows), 7)
+    ends = np.array([len(row) * done for row in rows])
+    for gate in gates(estimator)[1:]:
+        values = np.full(matrices(rows)[0].shape, 0.5) if gate.needs_critic else None
+        replay = {"completed_at": ends, "values": values}
+        levels = stop_levels(gate, *matrices(rows), prompts, **replay)
+        threshold = share if THRESHOLDS[gate.rule] != "beta" else 5 * share
+        level = level_of(gate.rule, threshold)
+        assert threshold_at(gate.rule, level) == pytest.approx(threshold)
+        looser = dataclasses.replace(gate, **{THRESHOLDS[gate.rule]: threshold})
+        stopped = first_stops(looser, *matrices(rows), prompts, **replay) > 0
+        clear = np.abs(levels - level) > 1e-9  # a logarithm may round across the threshold
+        assert (stopped == (levels < level))[clear].all()
+
+
+def test_a_higher_level_is_a_looser_threshold():
+    assert level_of("regret-only", 2.0) > level_of("value-gated", 3.0)
+    assert level_of("value-only", 0.1) > level_of("success-probability", 0.05)
+    assert level_of("random", 0.1) > level_of("random", 0.05)
+
+
+def test_a_critics_unknown_values_give_the_strictest_level_possible():
+    rows = [[(-9.0, 0.0)] * 10, [(-3.0, 0.0)] * 10]
+    gate = Gate(rule="value-gated", value="critic", epsilon=0.25, **GATE)
+    prompts = np.ones(2)
+    unknown = stop_levels(gate, *matrices(rows), prompts)
+    for value in (0.0, 0.25, 0.9):
+        known = stop_levels(gate, *matrices(rows), prompts, values=np.full((2, 10), value))
+        assert (unknown <= known).all()
+        assert (unknown == known).all() == (value <= 0.25)
+    asked = Gate(rule="value-only", value="critic")
+    for replay in (first_stops, stop_levels):
+        with pytest.raises(ValueError, match="give the recorded ones"):
+            replay(asked, *matrices(rows), prompts)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 0.9))
+def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed, hazard):
+    rng = np.random.default_rng(seed)
+    logprobs = -rng.exponential(1.0, (2000, 30))
+    gate = Gate(rule="random", hazard=hazard, min_tokens=3, version=seed)
+    cuts = first_stops(gate, logprobs, np.zeros_like(logprobs), np.ones(2000))
+    for token in (3, 7):
+        alive = (cuts == 0) | (cuts >= token)
+        if alive.sum() < 200:
+            continue
+        stopped = (cuts[alive] == token).mean()
+        assert stopped == pytest.approx(hazard, abs=5 * math.sqrt(0.25 / alive.sum()))
+    # Another batch draws anew.
+    other = dataclasses.replace(gate, version=seed + 1)
+    assert first_stops(other, logprobs, np.zeros_like(logprobs), np.ones(2000)).tolist() != (
+        cuts.tolist()
+    )
 
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.floats(0.2, 4), st.floats(0, 1))
@@ -70,17 +163,20 @@ def test_the_papers_gate_is_row_5(regrets, beta, value):
     assert watch.cut == expected
 
 
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
 @given(
-    st.lists(st.floats(0, 9), min_size=5, max_size=30),
-    st.lists(st.floats(0, 1), min_size=30, max_size=30),
-    st.randoms(use_true_random=False),
+    regrets=st.lists(st.floats(0, 9), min_size=5, max_size=30),
+    values=st.lists(st.floats(0, 1), min_size=30, max_size=30),
+    random=st.randoms(use_true_random=False),
 )
-def test_a_lazy_late_unordered_critic_cuts_where_an_eager_one_would(regrets, values, random):
-    gate = Gate(rule="value-gated", value="critic", beta=0.8, min_tokens=1, **GATE)
+def test_a_late_unordered_critic_cuts_where_an_eager_one_would(rule, regrets, values, random):
+    gate = Gate(rule=rule, value="critic", beta=0.8, p_star=0.2, min_tokens=2, **GATE)
     watch, asked = Watch(gate, 1), []
     for t, g in enumerate(regrets, 1):
         if watch.push(-g, 0.0) is Verdict.ASK:
             asked.append(t)
+    if rule == "value-only":
+        assert asked == list(range(2, len(regrets) + 1))
     random.shuffle(asked)
     for t in asked:
         watch.settle(t, values[t - 1])
@@ -89,11 +185,14 @@ def test_a_lazy_late_unordered_critic_cuts_where_an_eager_one_would(regrets, val
     z, eager = 0.0, None
     for t, g in enumerate(regrets, 1):
         z = 0.9 * z + 0.1 * max(-5.0, min(5.0, (g - 0.2) / math.sqrt(0.5 + 1e-6)))
-        if eager is None and z > 0.8 * max(values[t - 1], 0.2) + 1e-12:
+        gated = z > 0.8 * max(values[t - 1], 0.2) + 1e-12
+        if eager is None and t >= 2 and (values[t - 1] < 0.2 if rule == "value-only" else gated):
             eager = t
     assert watch.cut == eager
-    # Lazy: V is not asked for while no V could stop the stream.
-    calm = Watch(gate, 1)
+
+
+def test_a_calm_stream_never_costs_a_critic_call():
+    calm = Watch(Gate(rule="value-gated", value="critic", beta=0.8, min_tokens=1, **GATE), 1)
     assert [calm.push(-0.01, 0.0) for _ in range(50)] == [Verdict.GO] * 50
 
 
@@ -139,13 +238,37 @@ def test_stream_features_equal_the_live_statistics(rows, prompt_tokens):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("beta", 0.0), ("epsilon", -1.0), ("p_star", 1.0), ("min_tokens", 0), ("rule", "luck")],
+    [
+        ("beta", 0.0),
+        ("beta", math.inf),
+        ("epsilon", -1.0),
+        ("constant", math.nan),
+        ("p_star", 1.0),
+        ("hazard", -0.1),
+        ("hazard", 1.1),
+        ("min_tokens", 0),
+        ("rule", "luck"),
+        ("value", "oracle"),
+    ],
 )
 def test_a_gate_out_of_range_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         Gate(**{field: value})
 
 
-def test_a_rule_without_its_estimator_is_refused():
+def test_statistics_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="mean must be a finite number"):
+        Gate(statistics=RegretStatistics(mean=math.nan))
+
+
+@pytest.mark.parametrize("rule", ["success-probability", "value-gated", "value-only"])
+def test_a_rule_without_its_estimator_is_refused(rule):
     with pytest.raises(ValueError, match="needs an estimator"):
-        Gate(rule="success-probability")
+        Gate(rule=rule, value="stream")
+
+
+@pytest.mark.parametrize("rule", get_args(RuleName))
+def test_only_a_rule_that_compares_values_asks_a_critic(rule):
+    estimator = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
+    gate = Gate(rule=rule, value="critic", estimator=estimator)
+    assert gate.needs_critic == (rule in ("value-gated", "value-only"))

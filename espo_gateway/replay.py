@@ -1,0 +1,149 @@
+"""Gates run over recorded rollouts: where each would have cut, and how strict a one still would.
+
+Equal to `rules.Watch` token for token, to the last bit. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espo_gateway.chance import stream_draws
+from espo_gateway.monitor import MISSING_LOGPROB, Array, smoothed_regret
+from espo_gateway.rules import THRESHOLDS, Gate, RuleName
+from espo_gateway.values import probabilities, sigmoid, stream_features
+
+Counts = NDArray[np.int64]
+
+
+def first_stops(
+    gate: Gate,
+    logprobs: Array,
+    max_logprobs: Array,
+    prompt_tokens: Array,
+    *,
+    completed_at: Counts | None = None,
+    values: Array | None = None,
+) -> Counts:
+    """The cut each rollout would have had under a gate, 0 for no stop.
+
+    Args:
+        logprobs, max_logprobs: shape [rollouts, tokens], NaN where missing or past the end
+            (`monitor.pad` makes them).
+        prompt_tokens: shape [rollouts].
+        completed_at: length in tokens of each rollout that ended by itself, whose last token is
+            exempt; 0 for the others. Shape [rollouts].
+        values: V at each token where the caller has it, NaN for no answer; shape as `logprobs`.
+            A critic's must be given.
+
+    Returns:
+        tokens kept, shape [rollouts]: equal to `Watch.cut`.
+
+    Raises:
+        ValueError: the gate asks a critic, and no `values` are given.
+    """
+    if gate.rule == "none" or not logprobs.size:
+        return np.zeros(len(logprobs), dtype=np.int64)
+    scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, values)
+    threshold = getattr(gate, THRESHOLDS[gate.rule])
+    crossed = scores > threshold if THRESHOLDS[gate.rule] == "beta" else scores < threshold
+    return np.where(crossed.any(axis=1), crossed.argmax(axis=1) + 1, 0)
+
+
+def stop_levels(
+    gate: Gate,
+    logprobs: Array,
+    max_logprobs: Array,
+    prompt_tokens: Array,
+    *,
+    completed_at: Counts | None = None,
+    values: Array | None = None,
+) -> Array:
+    """How strict a gate would still have stopped each rollout, whatever its threshold is now.
+
+    A rollout is stopped by those gates, alike but for the threshold, whose level (`level_of`) is
+    above its own. Arguments and errors are those of `first_stops`; rule "none" is an error, too.
+    When a critic's values are not given the value-gated rule takes V = ε, which max(V, ε) cannot
+    undercut: a gate stops only rollouts that this says it does, but perhaps not all of them.
+
+    Returns:
+        shape [rollouts], +inf where no threshold stops the rollout.
+    """
+    if gate.rule == "none":
+        raise ValueError("rule 'none' has no threshold")
+    if values is None and gate.rule == "value-gated" and gate.needs_critic:
+        values = np.full(logprobs.shape, gate.epsilon)
+    scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, values)
+    levels = _levels(gate.rule, scores)
+    return np.where(np.isnan(levels), np.inf, levels).min(axis=1, initial=np.inf)
+
+
+def level_of(rule: RuleName, threshold: float) -> float:
+    """How loose a rule's threshold is, on a scale where higher always stops more.
+
+    -β, log p*/(1 - p*) or log hazard.
+    """
+    return float(_levels(rule, np.float64(threshold)))
+
+
+def threshold_at(rule: RuleName, level: float) -> float:
+    """The inverse of `level_of`."""
+    name = THRESHOLDS[rule]
+    return -level if name == "beta" else math.exp(level) if name == "hazard" else sigmoid(level)
+
+
+def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
+    """g of recorded rollouts, NaN where `surrogate_regret` has no number; same shape."""
+    with np.errstate(invalid="ignore"):
+        known = [(rows > MISSING_LOGPROB) & (rows < np.inf) for rows in (logprobs, max_logprobs)]
+        return np.where(known[0] & known[1], np.maximum(max_logprobs - logprobs, 0.0), np.nan)
+
+
+def _levels(rule: RuleName, thresholds: Any) -> Any:
+    name = THRESHOLDS[rule]
+    if name == "beta":
+        return -thresholds
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if name == "hazard":
+            return np.log(thresholds)
+        return np.log(thresholds) - np.log1p(-thresholds)
+
+
+def _scores(
+    gate: Gate,
+    logprobs: Array,
+    max_logprobs: Array,
+    prompt_tokens: Array,
+    completed_at: Counts | None,
+    values: Array | None,
+) -> Array:
+    """What the rule compares with its threshold at each token, NaN where nothing is decided."""
+    regrets = recorded_regrets(logprobs, max_logprobs)
+    known = ~np.isnan(regrets)
+    if gate.rule == "random":
+        scores = stream_draws(gate.version, logprobs, known)
+    elif gate.rule == "regret-only":
+        scores = smoothed_regret(regrets, gate.statistics, gate.monitor)
+    else:
+        scores = values if values is not None else _values(gate, regrets, logprobs, prompt_tokens)
+        if gate.rule == "value-gated":
+            z = smoothed_regret(regrets, gate.statistics, gate.monitor)
+            scores = z / np.maximum(scores, gate.epsilon)
+    known[:, : gate.min_tokens - 1] = False
+    if completed_at is not None:
+        rows = np.flatnonzero(completed_at)
+        known[rows, completed_at[rows] - 1] = False
+    return np.where(known, scores, np.nan)
+
+
+def _values(gate: Gate, regrets: Array, logprobs: Array, prompt_tokens: Array) -> Array:
+    if gate.source == "critic":
+        raise ValueError("a critic's values cannot be made again: give the recorded ones as values")
+    if gate.source == "constant":
+        return np.full_like(regrets, gate.constant)
+    assert gate.estimator is not None
+    features = stream_features(regrets, -logprobs, prompt_tokens)
+    return probabilities(gate.estimator.logits(features))
