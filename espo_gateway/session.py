@@ -22,6 +22,8 @@ from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logpro
 Chunk = dict[str, Any]
 
 _HEAD = ("id", "object", "created", "model")
+#: Finish reasons of a completion that ended by itself.
+_COMPLETED = ("stop", "tool_calls")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
 
 
@@ -62,7 +64,7 @@ class Session:
         )
         self._zs: list[float] = []
         #: whether a critic will be asked, who reads token ids
-        self.wants_ids = self.gate.rule == "value-gated" and self.gate.value == "critic"
+        self.wants_ids = self.gate.needs_critic
         self._held: deque[_Held] = deque()
         self._lag = HeldText(single.body)
         self._chat_echo = bool(chat and single.body.get("echo"))
@@ -97,7 +99,7 @@ class Session:
             raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
         was_cut = self._cut is not None
         if signals:
-            self._watch_tokens(signals)
+            self._watch_tokens(signals, completed=choice.get("finish_reason") in _COMPLETED)
         elif not self.tokens:
             self._check_monitorable(choice)
         if self.wants_ids:
@@ -118,7 +120,7 @@ class Session:
             raise UpstreamProtocolError("the upstream sent a chunk without choices")
         self._tail = chunk
 
-    def _watch_tokens(self, signals: list[Signal]) -> None:
+    def _watch_tokens(self, signals: list[Signal], *, completed: bool) -> None:
         watch = self._watch
         if watch is None:
             if self.prompt_tokens is None and self.gate.needs_estimator:
@@ -127,8 +129,12 @@ class Session:
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
             watch = self._watch = Watch(self.gate, self.prompt_tokens or 0)
+        # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
+        # before or after a decision would be a matter of timing. vLLM tells it with the token.
+        last = watch.tokens + len(signals) if completed else None
         for _, _, logprob, max_logprob in signals:
-            if watch.push(logprob, max_logprob) is Verdict.ASK:
+            verdict = watch.push(logprob, max_logprob, last=watch.tokens + 1 == last)
+            if verdict is Verdict.ASK:
                 self.questions.append(watch.tokens)
                 self._unanswered.add(watch.tokens)
             if self._trace is not None:

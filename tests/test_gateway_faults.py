@@ -299,7 +299,7 @@ async def test_a_critic_that_fails_stops_nothing() -> None:
         gateway_for(server, gate=gate, critic=critic) as gateway,
     ):
         _, answer = await post(gateway.url + COMPLETIONS, completion_body())
-    assert critic.asked == ASKED
+    assert critic.asked == ASKED[:-1]  # the last token completes the rollout
     assert answer["choices"][0]["espo"]["cut"] is None
     assert answer["choices"][0]["finish_reason"] == "stop"
 

@@ -205,3 +205,34 @@ async def test_a_departure_ends_the_generation(
             spent.append(await settled(vllm_server) - before - 1)
             assert [upstream.in_flight for upstream in gateway.pool.servers] == [0]
     assert 0 < min(spent) < CHOICES * LENGTH / 2
+
+
+@pytest.mark.parametrize("ends", [{}, {"stop": ["7", "99"]}], ids=["EOS", "stop strings"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_the_token_that_completes_is_exempt(
+    vllm_server: Server, path: str, ends: dict[str, Any]
+) -> None:
+    """vLLM tells the end in the chunk of the last token, also when it merges many."""
+    certain = json.dumps({"rule": "random", "hazard": 1.0}).encode()
+    fields = {"max_tokens": LENGTH, "temperature": 1.0, **ends}
+    async with gateway_for(vllm_server, certain) as gateway:
+
+        async def choice(seed: int, espo: dict[str, Any]) -> dict[str, Any]:
+            body = body_for(vllm_server, path, seed=seed, espo=espo, **fields)
+            return (await post(gateway.url + path, body))[1]["choices"][0]
+
+        never = {"mode": "enforce", "min_tokens": LENGTH + 1}
+        wholes = await asyncio.gather(*(choice(seed, never) for seed in range(CHOICES)))
+        completed = {
+            seed: whole["espo"]["tokens"]
+            for seed, whole in enumerate(wholes)
+            if whole["finish_reason"] == "stop" and whole["espo"]["tokens"] > 1
+        }
+        assert len(completed) > CHOICES / 4
+        for early in (0, 1):
+            choices = await asyncio.gather(
+                *(choice(seed, {"min_tokens": n - early}) for seed, n in completed.items())
+            )
+            cuts = [n - 1 if early else None for n in completed.values()]
+            assert [found["espo"]["cut"] for found in choices] == cuts
+            assert {found["finish_reason"] for found in choices} == {"length" if early else "stop"}
