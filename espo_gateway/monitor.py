@@ -1,6 +1,6 @@
-"""The maths of early stopping: surrogate regret, its statistics, z, and the threshold's controller.
+"""The maths of early stopping: surrogate regret, its statistics, and z.
 
-Rows 1-4 and 6 of the method (arXiv 2605.29860), for one live stream a token at a time
+Rows 1-4 of the method (arXiv 2605.29860), for one live stream a token at a time
 (`RegretMonitor`) and for many recorded rollouts at once (`smoothed_regret`), with equal results to
 the last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`.
 """
@@ -138,42 +138,3 @@ def pad(rows: Sequence[Sequence[float] | Array]) -> Array:
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = values
     return out
-
-
-@dataclass(frozen=True)
-class ThresholdController:
-    """The paper's controller of β (row 6), toward a wished share of stopped rollouts.
-
-    Defaults are the paper's where it gives them (η, τ); the bounds are ours: near 0 the gate would
-    stop on any token that is not the argmax.
-    """
-
-    target: float = 0.25
-    step: float = 0.1
-    minimum: float = 0.5
-    maximum: float = 20.0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.target <= 1.0:
-            raise ValueError(f"target must lie in [0, 1], not {self.target}")
-        if not 0.0 < self.minimum <= self.maximum:
-            raise ValueError(f"need 0 < minimum <= maximum, not {self.minimum} and {self.maximum}")
-
-    def updated(self, beta: float, stop_share: float) -> float:
-        """β for the next batch, given the share of rollouts the last one stopped."""
-        return min(max(beta + self.step * (stop_share - self.target), self.minimum), self.maximum)
-
-    def calibrated(self, z: Array, values: Array | float, epsilon: float) -> float:
-        """β from full rollouts: the one that would have stopped the wished share of them.
-
-        A rollout is stopped by every β below the maximum over its tokens of z/max(V, ε), so β is
-        the (1 - target) quantile of these maxima. β₀ = 7 does not travel: the scale of z depends on
-        the model, the temperature and the clip.
-
-        Args:
-            z: shape [rollouts, tokens], NaN or constant past the end.
-            values: V, the same shape, or one number for all.
-        """
-        peaks = np.nanmax(z / np.maximum(values, epsilon), axis=1, initial=0.0)
-        beta = float(np.quantile(peaks, 1.0 - self.target))
-        return min(max(beta, self.minimum), self.maximum)

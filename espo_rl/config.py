@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from espo_gateway.rules import RuleName, ValueName
+from espo_gateway.rules import RuleName, ValueName, value_source
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -115,14 +115,17 @@ class Stopping(Section):
 
     rule: RuleName = "success-probability"
     value: ValueName = "stream"
-    # How β, or p* of the rules that compare a value with it, is set
-    # "audit": as loose as audited false positives allow; "share": the paper's controller;
-    # "quantile": once, so that target_share of the warm-up's rollouts would stop; "fixed"
+    # How the threshold is set: β, or p* of the rules that compare a value with it.
+    # "audit": as loose as known outcomes allow under `false_positives`; "share": the paper's
+    # controller; "quantile": once, so that target_share of the warm-up's rollouts would stop;
+    # "fixed". Rule "random" always follows "share"
     threshold: Literal["audit", "share", "quantile", "fixed"] = "audit"
-    beta: Positive | None = None  # None: by quantile after the warm-up; paper: 7.0
+    # "fixed", and where "share" starts; None: 7.0 (the paper's) and 0.05, but "share" starts at
+    # the quantile when there is a warm-up
+    beta: Positive | None = None
+    p_star: Annotated[float, Field(gt=0, lt=1)] | None = None
     epsilon: Positive = 0.2
     constant: float = 1.0
-    p_star: Annotated[float, Field(gt=0, lt=1)] = 0.05
     min_tokens: Count = 4
     failure_reward: float = -1.0
     audit_share: Share = 0.1
@@ -132,14 +135,15 @@ class Stopping(Section):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
     evidence: Count = 20
     # Batch statistics and z
-    decay: Share = 0.99
-    smoothing: Share = 0.9
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
     clip: Positive = 10.0
     # threshold = "share" or "quantile" (paper: share 0.25, step 0.1)
-    target_share: Share = 0.25
-    beta_step: float = 0.1
+    target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    beta_step: Positive = 0.1  # of β, or of log p*/(1 - p*)
     beta_min: Positive = 0.5
     beta_max: Positive = 20.0
+    p_star_max: Annotated[float, Field(gt=0, lt=1)] = 0.5
     # Warm-up. "critic-loss" is the paper's rule: below warmup_loss three times, or moved by less
     # than warmup_change, or forced on after warmup_share of all steps
     warmup: Literal["none", "batches", "critic-loss", "explained-variance"] = "batches"
@@ -152,17 +156,31 @@ class Stopping(Section):
     window: Count = 6
 
     @model_validator(mode="after")
-    def _audit(self) -> Stopping:
-        estimates = self.rule == "success-probability" or (
-            self.rule in ("value-gated", "value-only") and self.value == "stream"
-        )
+    def _together(self) -> Stopping:
         bounded = self.threshold == "audit" and self.rule not in ("none", "random")
-        if self.audit_share == 0.0 and (estimates or bounded):
-            needs = "an estimator" if estimates else 'threshold = "audit"'
+        explained = self.warmup == "explained-variance" and self.rule != "none"
+        source = value_source(self.rule, self.value)
+        if self.audit_share == 0.0:
+            for needed, what in (
+                (source == "stream", "an estimator"),
+                (bounded, 'threshold = "audit"'),
+                (explained and source != "critic", 'warmup = "explained-variance"'),
+            ):
+                if needed:
+                    raise ValueError(
+                        f"audit_share = 0 with {what}: stopping hides the outcomes it learns from; "
+                        "set audit_share above 0 (0.1 is usual)"
+                    )
+        if (self.rule, self.value) == ("value-only", "critic") and self.threshold in (
+            "audit",
+            "quantile",
+        ):
             raise ValueError(
-                f"audit_share = 0 with {needs}: stopping hides the outcomes it learns from; "
-                "set audit_share above 0 (0.1 is usual)"
+                f'threshold = "{self.threshold}" needs the value at every token, and a critic\'s '
+                'are not recorded: set threshold = "share" or "fixed"'
             )
+        if not self.beta_min < self.beta_max:
+            raise ValueError(f"beta_min = {self.beta_min} must be below beta_max = {self.beta_max}")
         return self
 
 

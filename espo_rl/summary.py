@@ -179,8 +179,10 @@ class Summary:
             saved = f"{1 - used:.1%} ± {spread_used}, the warm-up and the audits included"
         rule = "none (plain PPO)"
         if stopping.rule != "none":
-            bound = f" (p* = {stopping.p_star})" if stopping.rule == "success-probability" else ""
-            rule = f"{stopping.rule}{bound}, {stopping.audit_share:.0%} audited"
+            rule = (
+                f"{stopping.rule}, threshold by {stopping.threshold}, "
+                f"{stopping.audit_share:.0%} audited"
+            )
         explained = "unknown"
         if self._explained:
             mean = float(np.mean(self._explained))

@@ -1,4 +1,4 @@
-"""The monitor against a direct transcription of the equations (DESIGN: rows 1-4 and 6)."""
+"""The monitor against a direct transcription of the equations (DESIGN: rows 1-4)."""
 
 import math
 
@@ -11,7 +11,6 @@ from espo_gateway.monitor import (
     MonitorConfig,
     RegretMonitor,
     RegretStatistics,
-    ThresholdController,
     pad,
     smoothed_regret,
     surrogate_regret,
@@ -89,23 +88,6 @@ def test_a_batch_without_a_single_number_leaves_the_statistics_alone():
     assert before.updated(np.empty(0)) == before
 
 
-@given(st.floats(1, 15), st.floats(0, 1))
-def test_the_controller_is_row_6(beta, share):
-    controller = ThresholdController(target=0.25, step=0.1, minimum=0.5, maximum=20)
-    expected = min(max(beta + 0.1 * (share - 0.25), 0.5), 20)
-    assert controller.updated(beta, share) == expected
-
-
-@given(st.integers(20, 200), st.floats(0.1, 0.9), st.integers(0, 2**32 - 1))
-def test_calibrated_beta_stops_the_wished_share(count, target, seed):
-    rng = np.random.default_rng(seed)
-    z, values = rng.normal(3, 1, (count, 12)), rng.uniform(0, 1, (count, 12))
-    controller = ThresholdController(target=target, minimum=1e-6, maximum=1e6)
-    beta = controller.calibrated(z, values, epsilon=0.2)
-    stopped = (z > beta * np.maximum(values, 0.2)).any(axis=1).mean()
-    assert abs(stopped - target) <= 1.5 / count
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -114,10 +96,8 @@ def test_calibrated_beta_stops_the_wished_share(count, target, seed):
         lambda: MonitorConfig(delta=0.0),
         lambda: RegretStatistics(decay=1.0),
         lambda: RegretStatistics(variance=-1.0),
-        lambda: ThresholdController(target=1.5),
-        lambda: ThresholdController(minimum=2.0, maximum=1.0),
     ],
 )
 def test_constants_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"must|need"):
+    with pytest.raises(ValueError, match="must"):
         wrong()

@@ -193,6 +193,7 @@ class Run:
                 *(f"run.steps={STEPS}", f"run.seed={SEED}"),
                 *("rollout.prompts_per_step=2", "rollout.n=2", "rollout.max_tokens=24"),
                 *("stopping.warmup_batches=1", "stopping.rule=regret-only"),
+                "stopping.threshold=share",
                 *("checkpoints.every=1", "evaluation.problems=4", "ppo.learning_rate=1e-3"),
                 # A random policy is always wrong, so no advantage moves it; the bonus does.
                 "ppo.entropy_bonus=0.1",
