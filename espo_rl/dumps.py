@@ -2,7 +2,7 @@
 
     rollouts, gate = read_rollouts("runs/demo/rollouts/step-00000012.parquet")
 
-Any Parquet reader opens them; a rollout is a row. Logprobs are kept in single precision.
+Any Parquet reader opens them; a rollout is a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from espo_rl.logs import LogError, log_errors
 from espo_rl.summary import versions
 from espo_rl.types import EndReason, Problem, Rollout
 
-_IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
 SCHEMA = pa.schema(
     {
         "step": pa.int64(),
@@ -146,7 +146,7 @@ def _table(step: int, rollouts: Sequence[Rollout], about: dict[str, str]) -> pa.
             # A lone surrogate, which JSON may carry, has no UTF-8.
             values = [str(value).encode(errors="replace").decode() for value in values]
         elif field.type == _LOGPROBS:
-            values = [np.asarray(value, np.float32) for value in values]
+            values = [np.asarray(value, np.float64) for value in values]
         columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(about))
 
