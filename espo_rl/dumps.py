@@ -2,7 +2,8 @@
 
     rollouts, gate = read_rollouts("runs/demo/rollouts/step-00000012.parquet")
 
-Any Parquet reader opens them; a rollout is a row.
+Any Parquet reader opens them; a rollout is a row. Logprobs are exact, so that a replay of the gate
+decides as it did live.
 """
 
 from __future__ import annotations
