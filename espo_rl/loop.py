@@ -25,7 +25,7 @@ from espo_rl.batches import Batch
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.dumps import RolloutDumps
-from espo_rl.evaluator import ProblemResult, Report, Sampling, evaluate
+from espo_rl.evaluator import EvaluationError, ProblemResult, Report, Sampling, evaluate
 from espo_rl.grading import GraderPool
 from espo_rl.logs import RunLog
 from espo_rl.metrics import gate_metrics, rollout_metrics
@@ -61,17 +61,18 @@ class Loop:
         self.stopping = StopController(
             recipe.stopping, recipe.run.steps, random.Random(recipe.run.seed)
         )
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
-            self.trainer = PpoTrainer(recipe)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
         )
         self.grader = GraderPool(recipe.task)
         self.log = RunLog(recipe)
         self.dumps = RolloutDumps(recipe)
+        # Last, as loading takes long.
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+            self.trainer = PpoTrainer(recipe)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
         self.served = ""  # version of the weights that the servers have
         self.stepping = False
         self.interrupted = asyncio.Event()
@@ -97,11 +98,13 @@ class Loop:
                 await self.attempt(self.sync)
             if "before" not in self.summary.accuracy:
                 self.summary.accuracy["before"] = (await self.evaluate()).scores.average
+            self.stepping = True
             while self.step < recipe.run.steps:
                 await self.train_step()
                 await self.save(last=self.interrupted.is_set())
                 if self.interrupted.is_set():
                     raise Interrupted
+            self.stepping = False
             self.summary.accuracy["after"] = (await self.evaluate()).scores.average
             self.trainer.save_models(recipe.run.output)
             self.tokenizer.save_pretrained(recipe.run.output / "actor")
@@ -140,7 +143,6 @@ class Loop:
     async def train_step(self) -> None:
         """One step, from the gate to the log."""
         recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
-        self.stepping = True
         self.batch = batch = self.batch or self.draw()
         gate = batch.gate
         self.log.stopping(gate.rule != "none", batch.reason)
@@ -181,7 +183,6 @@ class Loop:
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
             await self.evaluate()
-        self.stepping = False
 
     # -- phases --------------------------------------------------------------------------------
 
@@ -213,9 +214,12 @@ class Loop:
         if batch is None:
             yield
             return
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.collect(batch, abandon=self.interrupted))
-            yield
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.collect(batch, abandon=self.interrupted))
+                yield
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     async def collect(self, batch: Batch, abandon: asyncio.Event | None = None) -> None:
         """Fill and score a batch; of a dynamic one, until enough prompts tell something."""
@@ -371,21 +375,28 @@ class Loop:
         done: dict[int, ProblemResult] = {}
         while True:
             await self.attempt(self.prepare)
-            with (
-                self.timed("evaluate"),
-                self.log.phase("evaluating", len(problems) * config.samples) as advance,
-            ):
-                report = await evaluate(
-                    self.collector,
-                    self.grader,
-                    problems,
-                    sampling,
-                    make_answer_reader(self.recipe.task),
-                    done=done,
-                    on_sample=lambda _: advance(),
-                    on_problem=lambda result: done.update({result.index: result}),
-                )
-            if not (report.errors and await self.heal(report.errors[0])):
+            fault = None
+            try:
+                with (
+                    self.timed("evaluate"),
+                    self.log.phase("evaluating", len(problems) * config.samples) as advance,
+                ):
+                    report = await evaluate(
+                        self.collector,
+                        self.grader,
+                        problems,
+                        sampling,
+                        make_answer_reader(self.recipe.task),
+                        done=done,
+                        on_sample=lambda _: advance(),
+                        on_problem=lambda result: done.update({result.index: result}),
+                    )
+                fault = report.errors[0] if report.errors else None
+            except EvaluationError as error:
+                fault = str(error)
+                if not await self.servers.down():
+                    raise
+            if fault is None or not await self.heal(fault):
                 break
         await self.servers.new_tokens()  # none of a batch
         self.log.write(self.step, evaluation=as_dict(report))

@@ -24,6 +24,7 @@ from espo_gateway.supervisor import ServerStartError
 from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.evaluator import EvaluationError
 from espo_rl.logs import LogError
 from espo_rl.loop import Interrupted, Loop
 from espo_rl.plan import make_plan
@@ -32,6 +33,14 @@ from espo_rl.servers import ServerError
 from espo_rl.tasks import TaskError
 from espo_rl.trainer import PpoTrainer
 
+FAULTS = (
+    ServerError,
+    ServerStartError,
+    WeightSyncError,
+    EvaluationError,
+    CheckpointError,
+    LogError,
+)
 INTERRUPTED = "espo: interrupted; go on with --resume auto"
 
 
@@ -87,7 +96,7 @@ def train(options: argparse.Namespace) -> int:
         return 2
     try:
         return asyncio.run(supervised(loop))
-    except (ServerError, ServerStartError, WeightSyncError, CheckpointError, LogError) as error:
+    except FAULTS as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     finally:

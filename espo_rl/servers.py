@@ -192,6 +192,7 @@ class Servers:
             raise errors.exceptions[0] from None
         await self.gateway.start(say)
         self.model = await served_model(self.gateway_url)
+        await self.new_tokens()  # what a server by URL did before is not this run's
 
     async def failure(self) -> str:
         """Wait until one of them has died or hangs; which, and what happened."""

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 from espo_rl.checkpoints import CheckpointStore
+from espo_rl.dumps import read_rollouts
+from espo_rl.types import Rollout
 
 STEPS = 3
 SEED = 11
@@ -39,10 +41,14 @@ class Ended:
 class Run:
     """A run as a child process, in an environment that marks whatever it starts."""
 
-    def __init__(self, base: Path, output: Path, *options: str, halt: str | None = None) -> None:
+    def __init__(
+        self, base: Path, output: Path, *options: str, halt: str | None = None, ranks: int = 1
+    ) -> None:
         """halt: a place and a step, such as "rollout:2"; see drive.py."""
         self.output = output
-        program = ("-m", "espo_rl.run") if halt is None else (str(DRIVER), halt)
+        program = ["-m", "espo_rl.run"] if halt is None else [str(DRIVER), halt]
+        if ranks > 1:
+            program = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *program]
         self.mark = uuid.uuid4().hex
         # What DeepSpeed in this process's other tests has set is not for the child.
         ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -105,3 +111,8 @@ class Run:
             return process.environ().get("ESPO_TEST_RUN") == self.mark
         except psutil.Error:
             return False
+
+
+def dumped(ended: Ended) -> list[list[Rollout]]:
+    """The rollouts of each step."""
+    return [read_rollouts(path)[0] for path in sorted((ended.output / "rollouts").iterdir())]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from models import logprobs, random_checkpoint
-from run_helpers import SEED, STEPS, Ended, Run
+from run_helpers import SEED, STEPS, Ended, Run, dumped
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,11 +27,9 @@ from transformers import (
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl import run
-from espo_rl.dumps import read_rollouts
 from espo_rl.metrics import undocumented
 from espo_rl.servers import ServerError, served_model
 from espo_rl.tasks import Arithmetic
-from espo_rl.types import Rollout
 
 # -- refused before any work -----------------------------------------------------------------------
 
@@ -206,11 +204,6 @@ def finished(base: Path, impatient: Ended) -> Ended:
     run = Run(base, impatient.output, "--resume", "auto")
     run.until(f"step {STEPS}/{STEPS}")
     return run.end()
-
-
-def dumped(ended: Ended) -> list[list[Rollout]]:
-    """The rollouts of each step."""
-    return [read_rollouts(path)[0] for path in sorted((ended.output / "rollouts").iterdir())]
 
 
 class TestRealRun:

@@ -1,4 +1,4 @@
-"""Runs killed at every phase, servers killed under a run: it comes to what it would have come to.
+"""However a run goes (killed, its servers killed, on two ranks), it comes to the same policy.
 
 The policy server is the suite's own, given by URL, so a run starts in seconds; it keeps the weights
 that a killed run left in it, and a resumed run must replace them. The proof is the end: a run that
@@ -7,14 +7,18 @@ skipped a step, trained one twice or sampled from other weights ends with anothe
 
 from __future__ import annotations
 
+import signal
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import VllmServer
-from run_helpers import STEPS, Ended, Run
+from run_helpers import SEED, STEPS, Ended, Run, dumped
 from safetensors.torch import load_file
+
+from espo_rl.tasks import Arithmetic
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -88,3 +92,37 @@ async def test_a_run_outlives_its_servers(
 
 def title(process: psutil.Process) -> str:
     return " ".join(process.cmdline())
+
+
+async def test_two_ranks_come_to_what_one_does(
+    undisturbed: Ended, vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    url = f'servers.policy_urls=["{vllm_server.url}"]'
+    ended = Run(vllm_server.path, tmp_path, url, "deepspeed.zero_stage=3", ranks=2).end()
+    assert_whole(ended)
+    assert ended.left == []
+    assert ended.said.count("step 1/3") == 1
+    assert_same_policy(ended.output, undisturbed.output)
+
+
+async def test_a_step_ahead_is_one_update_old_and_survives_an_interruption(
+    vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    """While the second update is made, the third batch is sampled; it must not be lost."""
+    options = [f'servers.policy_urls=["{vllm_server.url}"]', "rollout.max_staleness=1"]
+    run = Run(vllm_server.path, tmp_path, *options, halt="update:2")
+    run.until("HALTED")
+    run.process.send_signal(signal.SIGINT)
+    run.until("finishing this step")
+    run.go_on()
+    interrupted = run.end()
+    assert (interrupted.code, interrupted.checkpoint) == (130, "step-00000002")
+
+    ended = Run(vllm_server.path, tmp_path, *options, "--resume", "auto").end()
+    assert_whole(ended)
+    staleness = [row["rollout/staleness"] for row in ended.rows]
+    assert staleness[:2] == [0.0, 1.0]
+    assert 0.0 <= staleness[2] <= 1.0  # what was not there yet was asked of the newer weights
+    drawn = [rollout.problem.id for batch in dumped(ended) for rollout in batch]
+    expected = [problem.id for problem in islice(Arithmetic().training(SEED), 2 * STEPS)]
+    assert drawn == [id for id in expected for _ in range(2)]
