@@ -76,10 +76,14 @@ class Batch:
         return [one for one in self.rollouts.values() if one.end is EndReason.ERROR]
 
     @property
+    def all(self) -> list[Rollout]:
+        """What came, in the order it was asked for, prompt by prompt."""
+        return sorted(self.rollouts.values(), key=lambda one: (one.group, one.seed))
+
+    @property
     def usable(self) -> list[Rollout]:
-        """All but the errors, in the order they were asked for, not in that of their arrival."""
-        usable = (one for one in self.rollouts.values() if one.end is not EndReason.ERROR)
-        return sorted(usable, key=lambda one: (one.group, one.seed))
+        """All but the errors."""
+        return [one for one in self.all if one.end is not EndReason.ERROR]
 
     def informative(self) -> list[Rollout]:
         """Usable rollouts of the prompts whose rewards differ (DAPO, arXiv 2503.14476, eq. 11)."""

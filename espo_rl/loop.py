@@ -157,15 +157,14 @@ class Loop:
         await self.servers.new_tokens()  # those of the proof are nobody's
         self.servers.forget_restarts()
 
-        rollouts = list(batch.rollouts.values())
         sampled = rollout_metrics(
-            rollouts,
+            batch.all,
             tokens=tokens,
             audit_share=recipe.stopping.audit_share,
             weights_version=f"step-{self.step - 1}",
         )
         staleness = cast(float, sampled["staleness"])
-        self.summary.add(rollouts, tokens, self.stopping, gate.rule, staleness)
+        self.summary.add(batch.all, tokens, self.stopping, gate.rule, staleness)
         spent = {
             phase: self.summary.seconds.get(phase, 0.0) - started.get(phase, 0.0)
             for phase in ("rollout", "score", "update", "sync")
@@ -179,7 +178,7 @@ class Loop:
             sync={"parity": parity, "restarts": self.summary.restarts},
             seconds=spent | {"step": time.monotonic() - begin},
         )
-        self.dumps.write(self.step, rollouts, gate)
+        self.dumps.write(self.step, batch.all, batch.gate)
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
             await self.evaluate()

@@ -35,7 +35,9 @@ class Ended:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(row) for row in (self.output / "metrics.jsonl").read_text().splitlines()]
+        """Of the steps; evaluations have rows of their own."""
+        lines = (self.output / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "rollout/tokens" in row]
 
 
 class Run:
