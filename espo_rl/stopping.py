@@ -182,9 +182,9 @@ class StopController:
             "explained_variance": explained,
             "regret_mean": self.statistics.mean,
             "regret_variance": self.statistics.variance,
-            "z_50": z[0],
-            "z_90": z[1],
-            "z_99": z[2],
+            "z_p50": z[0],
+            "z_p90": z[1],
+            "z_p99": z[2],
         }
 
     def _gate(self, weights_version: str) -> Gate:

@@ -126,3 +126,22 @@ async def test_a_step_ahead_is_one_update_old_and_survives_an_interruption(
     drawn = [rollout.problem.id for batch in dumped(ended) for rollout in batch]
     expected = [problem.id for problem in islice(Arithmetic().training(SEED), 2 * STEPS)]
     assert drawn == [id for id in expected for _ in range(2)]
+
+
+async def test_a_run_whose_gate_asks_a_critic_server(
+    vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    """Critic and policy are synced alike; here ε is so low that V decides every stop."""
+    run = Run(
+        vllm_server.path,
+        tmp_path,
+        f'servers.policy_urls=["{vllm_server.url}"]',
+        *("stopping.rule=value-gated", "stopping.value=critic", "stopping.warmup=none"),
+        *("stopping.threshold=fixed", "stopping.beta=0.5", "stopping.epsilon=0.01"),
+        *("ppo.critic_learning_rate=1e-2", "stopping.audit_share=0"),
+    )
+    ended = run.end()
+    assert_whole(ended)
+    assert ended.left == []
+    rollouts = [rollout for batch in dumped(ended) for rollout in batch]
+    assert any(rollout.stopped for rollout in rollouts)
