@@ -238,7 +238,13 @@ class StopController:
         self.warmup.update(critic_loss, self.explained_variance)
         if self._threshold is not None:
             share = sum(rollout.stopped for rollout in usable) / len(usable)
-            self._threshold.update(outcomes, share if was_on else None, ready=self.warmup.done)
+            learnt = known.probabilities(self.estimator) if self.estimator is not None else None
+            self._threshold.update(
+                outcomes,
+                share if was_on else None,
+                ready=self.warmup.done,
+                rehearsal=self._outcomes(known, learnt, self.statistics),
+            )
         self.version += 1
 
     def _quantiles(

@@ -74,11 +74,19 @@ class ShareThreshold:
         self._range = low, high
         self._full: deque[NDArray[np.float32]] = deque(maxlen=window)
 
-    def update(self, outcomes: Outcomes | None, stop_share: float | None, *, ready: bool) -> None:
+    def update(
+        self,
+        outcomes: Outcomes | None,
+        stop_share: float | None,
+        *,
+        ready: bool,
+        rehearsal: Outcomes | None = None,
+    ) -> None:
         """Take note of a finished batch.
 
         Args:
             outcomes: None when its levels are not known.
+            rehearsal: the same rollouts under the next batch's gate; only audits look at it.
             stop_share: share of its rollouts that were stopped; None when stopping was off.
             ready: the warm-up is over, so there is nothing more to wait for.
         """
@@ -112,7 +120,8 @@ class AuditThreshold:
     of the stopped ones the audited. Each says by its level at which thresholds it would have been
     stopped. For each of a row of candidates the bound is Clopper and Pearson's (Biometrika 26,
     1934) for the effective number of outcomes (Kish: (Σw)²/Σw²) in each batch; the loosest
-    candidate that holds is taken. Rollouts are taken to be independent, and the last batches to
+    candidate that holds is taken, and that on the last batch would not have been too loose for the
+    next batch's gate. Rollouts are taken to be independent, and the last batches to
     speak for the next.
 
     Looser thresholds have more false positives where levels mean anything, so that candidates are
@@ -139,7 +148,14 @@ class AuditThreshold:
         #: outcomes that it takes to hold the bound without a single false one
         self._needed = math.log1p(-confidence) / math.log1p(-limit)
 
-    def update(self, outcomes: Outcomes | None, stop_share: float | None, *, ready: bool) -> None:
+    def update(
+        self,
+        outcomes: Outcomes | None,
+        stop_share: float | None,
+        *,
+        ready: bool,
+        rehearsal: Outcomes | None = None,
+    ) -> None:
         """Take note of a finished batch; arguments as of `ShareThreshold.update`."""
         self._evidence.append(outcomes)
         batches = [batch for batch in self._evidence if batch is not None]
@@ -147,7 +163,13 @@ class AuditThreshold:
         candidates = self._candidates(batches)
         false, known = _pooled(batches, candidates)
         upper = upper_bound(false, known, self._confidence)
-        holding = np.flatnonzero(upper <= self._limit)
+        holds = upper <= self._limit
+        if rehearsal is not None:
+            # Evidence is of earlier estimators. The one to come may say of every rollout, right at
+            # its start, what an earlier one said of failures only.
+            would_be_false, would_stop = _pooled([rehearsal], candidates)
+            holds &= would_be_false <= self._limit * would_stop
+        holding = np.flatnonzero(holds)
         best = int(holding[-1]) if holding.size else int(upper.argmin())
         self.level = float(candidates[best]) if holding.size else None
         self.bound, self.known = float(upper[best]), float(known[best])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 import random
@@ -16,6 +17,7 @@ from espo_gateway.gates import gate_from_json, gate_to_json
 from espo_gateway.monitor import RegretStatistics, pad, smoothed_regret
 from espo_gateway.replay import level_of, recorded_regrets
 from espo_gateway.rules import THRESHOLDS, Gate, RuleName
+from espo_rl import estimator
 from espo_rl.config import Stopping
 from espo_rl.stopping import StopController, WarmUp
 from espo_rl.types import EndReason
@@ -367,3 +369,28 @@ def test_random_and_fixed_rules_need_no_audits():
     for settings in ({"rule": "random"}, {"rule": "regret-only", "threshold": "fixed"}):
         assert Stopping(audit_share=0.0, **settings).audit_share == 0.0
     assert Gate.beta == 7.0  # the paper's β₀
+
+
+def test_the_next_gate_is_rehearsed_on_the_last_batch(monkeypatch):
+    """A refit that makes every rollout hopeless from its start must not stop the next batch."""
+    stopping = controller(warmup_batches=2)
+    for batch in range(4):
+        stopping.observe(simulate(200, batch), None)
+    assert stopping.gate("").rule == "success-probability"
+    fit = estimator.fit
+
+    def pessimistic(batches):
+        fitted = fit(batches)
+        return dataclasses.replace(fitted, bias=fitted.bias - 8.0)
+
+    monkeypatch.setattr(estimator, "fit", pessimistic)
+    last = simulate(200, 4)
+    stopping.observe(last, None)
+    gate = stopping.gate("")
+    if gate.rule != "none":
+        right = [
+            bool(rollout.correct)
+            for rollout, cut in zip(last, cuts(last, gate), strict=True)
+            if cut
+        ]
+        assert sum(right) <= 0.05 * len(right)

@@ -315,3 +315,22 @@ def test_without_audits_of_the_stopped_nothing_is_learned_of_them():
     told = run(lambda _: CALIBRATED, controller, seed=0, batches=30, audit_share=1e-9)
     off = told[:, 0] == 0
     assert 0 < off.mean() < 1
+
+
+def test_what_the_next_gate_would_have_done_to_the_last_batch_is_rehearsed():
+    """An estimator to come calls every rollout hopeless from its start, as no earlier one did."""
+    correct = np.arange(400) < 200
+    known = outcomes(np.where(correct, 3.0, -4.0) + np.linspace(0.0, 1.0, 400), correct)
+    pessimist = outcomes(np.where(correct, -1.5, -4.0) + np.linspace(0.0, 1.0, 400), correct)
+    trusting, cautious = audit(), audit()
+    trusting.update(known, None, ready=True)
+    cautious.update(known, None, ready=True, rehearsal=pessimist)
+    assert trusting.level == HIGH
+    assert cautious.level is not None
+    # Most failures are still stopped, and of the right ones no more than the limit allows.
+    stopped = pessimist.levels < cautious.level
+    assert stopped[~correct].mean() > 0.85
+    assert stopped[correct].sum() <= 0.05 * stopped.sum()
+    hopeless = audit()
+    hopeless.update(known, None, ready=True, rehearsal=outcomes(np.full(400, -14.0), correct))
+    assert hopeless.level is None
