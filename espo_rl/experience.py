@@ -29,7 +29,7 @@ METRICS = {
     "kl_reference": "KL(policy‖reference) by ppo.kl_estimator",
     "importance_mean": "mean weight against the server's policy, after the cap",
     "importance_capped": "share of tokens whose weight was capped",
-    "critic_explained_variance": "1 − var(returns − V)/var(returns)",
+    "critic_explained_variance": "1 − var(returns − V)/var(returns); NaN when all are the same",
     "learning_rate": "of the actor's first step",
     "critic_learning_rate": "of the critic's first step",
     # means over the update's passes
@@ -89,8 +89,10 @@ def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Me
         old_values = columns["old_values"] = torch.cat(
             [one.values[:-1] for one in before if one.values is not None]
         )
-        left = (targets - old_values).var() / targets.var().clamp_min(1e-8)
-        metrics["critic_explained_variance"] = 1.0 - float(left)
+        total = float(targets.var())
+        metrics["critic_explained_variance"] = (
+            1.0 - float((targets - old_values).var()) / total if total > 1e-8 else math.nan
+        )
 
     for name, column in columns.items():
         for sample, part in zip(samples, column.split(kept), strict=True):

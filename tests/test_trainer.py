@@ -246,6 +246,13 @@ def test_every_metric_is_documented(paths: Paths) -> None:
     assert ours.update(make_rollouts()).keys() == METRICS.keys()
 
 
+def test_where_all_outcomes_are_the_same_none_of_their_variance_is_explained(paths: Paths) -> None:
+    rollouts = make_rollouts()
+    for rollout in rollouts:
+        rollout.reward = -1.0
+    assert math.isnan(trainer(paths).update(rollouts)["critic_explained_variance"])
+
+
 def test_group_advantages_train_no_critic(paths: Paths) -> None:
     ours = trainer(paths, advantage="group")
     assert ours.critic is None
