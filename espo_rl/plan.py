@@ -72,8 +72,11 @@ class Plan:
                 f"vocabulary {shape.vocabulary:,}, up to {shape.positions:,} tokens",
             )
         at_most = rollouts * recipe.rollout.max_tokens
-        facts.add_row("first prompt", repr(self.prompt))
-        facts.add_row("prompts", f"up to {self.longest_prompt:,} tokens in the first {PROBLEMS}")
+        if self.longest_prompt:
+            facts.add_row("first prompt", repr(self.prompt))
+            facts.add_row(
+                "prompts", f"up to {self.longest_prompt:,} tokens in the first {PROBLEMS}"
+            )
         facts.add_row(
             "a step",
             f"{recipe.rollout.prompts_per_step} prompts × {recipe.rollout.n} = {rollouts:,} "
@@ -284,6 +287,8 @@ def _disk(plan: Plan) -> None:
     there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise RecipeError(f"run.output: cannot write to {there}; choose another folder")
+    if "actor" not in plan.shapes:
+        return
     trained = [plan.shapes[name] for name in ("actor", "critic") if name in plan.shapes]
     one = memory.checkpoint_bytes(recipe, trained)
     if recipe.checkpoints.every:
