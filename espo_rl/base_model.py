@@ -143,7 +143,7 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     def known() -> float:
         accuracy = greedy_accuracy(model, encode, full.held_out(64))
