@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ import pytest_asyncio
 from models import random_checkpoint
 
 from espo_gateway.supervisor import ServerProcess, free_port
+
+# A suite in the background (nohup, some CIs) inherits that Ctrl-C is ignored, and so would the
+# processes whose Ctrl-C it tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: seed of the weights that the servers start with
 BASE_SEED = 0
