@@ -20,8 +20,9 @@ from prometheus_client import CollectorRegistry
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError
 from espo_gateway.metrics import CriticMetrics
 from espo_gateway.pooling import ROUTE, pooled_values, pooling_body
+from espo_gateway.reading import read_bytes
 from espo_gateway.session import Session
-from espo_gateway.upstream import UpstreamPool, read_bytes
+from espo_gateway.upstream import UpstreamPool
 
 log = logging.getLogger(__name__)
 

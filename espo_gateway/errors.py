@@ -91,3 +91,8 @@ class UpstreamProtocolError(UpstreamError):
     """A server's answer is malformed, or lacks what was asked for."""
 
     type = "upstream_protocol_error"
+
+
+def said(error: BaseException) -> str:
+    """An exception in words, also one that has none."""
+    return str(error) or type(error).__name__

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from espo_gateway.errors import GatewayError, UpstreamError
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
+
+log = logging.getLogger(__name__)
 
 _VALUE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
@@ -69,6 +73,12 @@ class Metrics:
         self.overshoot.inc(record["overshoot"])
         if record["cut"] is not None:
             self.stops.labels(record["rule"], record["mode"]).inc()
+
+    def count_error(self, error: GatewayError) -> None:
+        """Take an error that a client is told of."""
+        if isinstance(error, UpstreamError):
+            self.upstream_errors.labels(type(error).__name__).inc()
+            log.warning("upstream: %s", error.message)
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""

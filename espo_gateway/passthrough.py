@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from espo_gateway.reading import read_bytes, read_events
 from espo_gateway.request import Plan
 from espo_gateway.signals import decode_chunk
-from espo_gateway.upstream import UpstreamPool, read_bytes, read_events
+from espo_gateway.upstream import UpstreamPool
 
 #: Headers that belong to one connection (RFC 9110, 7.6.1), not to the message.
 _HOP_BY_HOP = frozenset(

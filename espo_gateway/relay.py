@@ -11,10 +11,11 @@ import msgspec
 
 from espo_gateway.critic import Inquiry, ValueServer
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamStatusError
+from espo_gateway.reading import read_bytes, read_events
 from espo_gateway.request import Single, upstream_body
 from espo_gateway.session import Chunk, Session
 from espo_gateway.signals import decode_chunk
-from espo_gateway.upstream import UpstreamPool, read_bytes, read_events
+from espo_gateway.upstream import UpstreamPool
 
 #: How much of an unreadable answer an error quotes.
 _EXCERPT = 200

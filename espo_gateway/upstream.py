@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import tenacity
 
-from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from espo_gateway.sse import SSEParser
+from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable, said
 
 log = logging.getLogger(__name__)
 
@@ -137,15 +136,15 @@ class UpstreamPool:
         except BaseException as error:
             server.in_flight -= 1
             if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError):
-                raise UpstreamUnavailable(f"{server.url}: {_said(error)}") from error
+                raise UpstreamUnavailable(f"{server.url}: {said(error)}") from error
             if isinstance(error, TimeoutError):
                 if isinstance(error, aiohttp.ConnectionTimeoutError):
                     raise UpstreamUnavailable(f"{server.url}: no connection in time") from error
                 raise UpstreamTimeout(f"{server.url} sent nothing for too long") from error
             if isinstance(error, aiohttp.ClientOSError):
-                raise UpstreamUnavailable(f"{server.url}: {_said(error)}") from error
+                raise UpstreamUnavailable(f"{server.url}: {said(error)}") from error
             if isinstance(error, aiohttp.ClientError):
-                raise UpstreamError(f"{server.url}: {_said(error)}") from error
+                raise UpstreamError(f"{server.url}: {said(error)}") from error
             raise
 
     def _least_loaded(self, tried: set[Upstream]) -> Upstream:
@@ -174,34 +173,3 @@ class UpstreamPool:
     async def probe_all(self) -> list[bool]:
         """`probe` of every server, at once."""
         return await asyncio.gather(*map(self.probe, self.servers))
-
-
-async def read_bytes(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-    """An answer's body as it arrives.
-
-    Raises:
-        UpstreamUnavailable: the connection broke before the answer's end.
-        UpstreamTimeout: nothing came for longer than the idle timeout.
-    """
-    while True:
-        try:
-            received = await response.content.readany()
-        except TimeoutError as error:
-            raise UpstreamTimeout("the upstream stopped sending for too long") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamUnavailable(f"the upstream broke off: {_said(error)}") from error
-        if not received:
-            return
-        yield received
-
-
-async def read_events(response: aiohttp.ClientResponse) -> AsyncGenerator[list[bytes], None]:
-    """The data of an answer's events, as many at a time as one read brought. Raises as above."""
-    parser = SSEParser()
-    async for received in read_bytes(response):
-        if events := parser.feed(received):
-            yield events
-
-
-def _said(error: BaseException) -> str:
-    return str(error) or type(error).__name__

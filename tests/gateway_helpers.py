@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import aiohttp
 from openai import AsyncOpenAI
 
-from espo_gateway.app import Gateway, running
+from espo_gateway.app import running
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
+from espo_gateway.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 
 GOOD = Token("a", -0.1, None, 1)
@@ -39,7 +40,7 @@ async def gateway_for(
 ) -> AsyncIterator[Gateway]:
     urls = tuple(server.url for server in servers)
     url, critic = (critic, None) if isinstance(critic, str) else (None, critic)
-    config = Config(urls, url, port=0, gate=gate, shutdown_timeout=0.5, **settings)
+    config = Config(urls, url, port=0, gate=gate, drain_timeout=0.5, **settings)
     async with running(config, critic=critic) as gateway:
         yield gateway
 

@@ -24,10 +24,11 @@ from gateway_helpers import (
 from prometheus_client import CollectorRegistry
 
 from espo_gateway import critic as critic_module
-from espo_gateway.app import Gateway, running
+from espo_gateway.app import running
 from espo_gateway.config import Config
 from espo_gateway.critic import CONCURRENCY, MAX_UNANSWERED, CriticServer
 from espo_gateway.errors import UpstreamError
+from espo_gateway.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.testing_critic import FakeCritic
 

@@ -31,9 +31,9 @@ from gateway_helpers import (
 )
 from openai import APIError, InternalServerError
 
-from espo_gateway.app import Gateway
 from espo_gateway.errors import UpstreamProtocolError
 from espo_gateway.gates import gate_from_json
+from espo_gateway.gateway import Gateway
 from espo_gateway.request import plan
 from espo_gateway.session import Session
 from espo_gateway.testing import FakeServer, Script, Token

@@ -28,7 +28,7 @@ class Server(Protocol):
 
 
 def gateway_for(server: Server, gate: bytes | None = None) -> Any:
-    return running(Config((server.url,), port=0, gate=gate, shutdown_timeout=1.0))
+    return running(Config((server.url,), port=0, gate=gate, drain_timeout=1.0))
 
 
 def body_for(server: Server, path: str, **fields: Any) -> dict[str, Any]:
