@@ -34,6 +34,7 @@ ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
 `python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
 _PREFIX = "ESPO_GATEWAY_"
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 #: Where a field stands in the help.
 _SERVERS, _LISTENING, _STOPPING, _SECURITY, _LOGS = (
@@ -100,10 +101,10 @@ class Config:
     def __post_init__(self) -> None:
         if not self.upstreams:
             raise ValueError("upstreams: at least one is needed")
-        for name, url in [*(("upstream", url) for url in self.upstreams), ("critic", self.critic)]:
-            # A critic may also be a class of the user's own, by its dotted path.
-            is_path = name == "critic" and url is not None and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", url)
-            if url is not None and not is_path and not re.match(r"https?://[^/]", url):
+        # A critic may also be a class of the user's own.
+        critic_url = self.critic if self.critic and not _DOTTED.fullmatch(self.critic) else None
+        for name, url in [*(("upstream", url) for url in self.upstreams), ("critic", critic_url)]:
+            if url is not None and not re.match(r"https?://[^/]", url):
                 raise ValueError(f"{name}: a server must be like http://host:port, not {url!r}")
 
 
