@@ -67,114 +67,109 @@ class _Choice(_Strict):
     prompt_token_ids: None = None
 
 
-class _Head(_Strict):
-    id: str
-    object: str
-    created: int
-    model: str
-
-
-class _ChatChunk(_Head):
+class _ChatChunk(_Strict):
     choices: tuple[_ChatChoice]
     usage: msgspec.Raw = msgspec.Raw()
-    system_fingerprint: None = None
 
 
-class _CompletionChunk(_Head):
+class _CompletionChunk(_Strict):
     choices: tuple[_Choice]
     usage: msgspec.Raw = msgspec.Raw()
-    system_fingerprint: None = None
-
-
-class Template:
-    """A plain chunk of the client's, in which only the text changes.
-
-    chunk: it, as the client gets it. field: where its text is.
-    """
-
-    __slots__ = ("_after", "_before", "_same", "chunk", "field")
-
-    def __init__(self, plain: Plain, chunk: Chunk) -> None:
-        self.chunk = chunk
-        self.field = plain.field
-        self._same = plain.head
-        self._before = self._after = b""
-
-    def fits(self, plain: Plain) -> bool:
-        """Whether the chunk differs in nothing but its text."""
-        return plain.field == self.field and plain.head == self._same
-
-    def event(self, text: str) -> bytes:
-        """The chunk with this text, as an event of the client's stream."""
-        if not self._before:
-            choice = self.chunk["choices"][0]
-            place = choice if self.field == "text" else choice["delta"]
-            place[self.field] = _MARK
-            before, after = _encode(self.chunk).split(_encode(_MARK))
-            self._before, self._after = b"data: " + before, after + b"\n\n"
-        return self._before + _encode(text) + self._after
-
-
-class Plain:
-    """What a plain chunk says.
-
-    head: id, created and model. field: the name of its text. signals: (logprob, largest logprob)
-    of each token.
-    """
-
-    __slots__ = ("field", "head", "signals", "text")
-
-    def __init__(
-        self, chunk: _Head, field: str, text: str, signals: list[tuple[float, float]]
-    ) -> None:
-        self.head = (chunk.id, chunk.created, chunk.model)
-        self.field = field
-        self.text = text
-        self.signals = signals
 
 
 _decode_chat = msgspec.json.Decoder(_ChatChunk).decode
 _decode_completion = msgspec.json.Decoder(_CompletionChunk).decode
+#: What follows the head of a chunk: its id, its model and what else never changes.
+_CHOICES = b'"choices":'
+
+#: (logprob, largest logprob) of each token of a chunk
+Signals = list[tuple[float, float]]
 
 
-def read_plain(data: bytes, *, chat: bool) -> Plain | None:
-    """The chunk of one event; None when it is not plain, or no JSON at all."""
+class Template:
+    """Reads the plain chunks of one stream, and writes the client's.
+
+    Made from a chunk that the general way has read: `template_of`.
+
+    field: the name of the text.
+    """
+
+    __slots__ = ("_after", "_before", "_chunk", "_head", "_size", "field")
+
+    def __init__(self, head: bytes, field: str) -> None:
+        self.field = field
+        self._head = head
+        self._size = len(head)
+        self._chunk: Chunk = {}
+        self._before = self._after = b""
+
+    def read(self, data: bytes) -> tuple[str, Signals] | None:
+        """An event's text and tokens; None when it differs in anything else from the template."""
+        if not data.startswith(self._head):
+            return None
+        try:
+            read = _completion if self.field == "text" else _chat
+            field, text, signals = read(b"{" + data[self._size :])
+        except msgspec.MsgspecError:
+            return None
+        return (text, signals) if field == self.field and signals else None
+
+    def write(self, chunk: Chunk) -> None:
+        """Take the chunk as the client gets it."""
+        self._chunk = chunk
+
+    def event(self, text: str) -> bytes:
+        """The client's chunk with this text, as an event."""
+        if not self._before:
+            choice = self._chunk["choices"][0]
+            place = choice if self.field == "text" else choice["delta"]
+            place[self.field] = _MARK
+            before, after = _encode(self._chunk).split(_encode(_MARK))
+            self._before, self._after = b"data: " + before, after + b"\n\n"
+        return self._before + _encode(text) + self._after
+
+
+def template_of(data: bytes, *, chat: bool) -> Template | None:
+    """A template like this event, if it is plain itself."""
+    size = data.find(_CHOICES)
+    if size < 1:
+        return None
     try:
-        return _plain_chat(data) if chat else _plain_completion(data)
+        field, _, signals = (_chat if chat else _completion)(b"{" + data[size:])
     except msgspec.MsgspecError:
         return None
+    return Template(data[:size], field) if field and signals else None
 
 
-def _plain_chat(data: bytes) -> Plain | None:
-    chunk = _decode_chat(data)
-    choice = chunk.choices[0]
+def _chat(data: bytes) -> tuple[str, str, Signals]:
+    """The name of the text ("" for none or several), it, and the tokens."""
+    choice = _decode_chat(data).choices[0]
     delta = choice.delta
-    if (text := delta.content) is not None:
-        field = "content"
-        if delta.reasoning is not None or delta.reasoning_content is not None:
-            return None
-    elif (text := delta.reasoning) is not None and delta.reasoning_content is None:
-        field = "reasoning"
-    else:
-        return None
+    text, field = delta.content, "content"
+    if text is None:
+        text, field = delta.reasoning, "reasoning"
+        if text is None:
+            text, field = delta.reasoning_content, "reasoning_content"
+    elif delta.reasoning is not None or delta.reasoning_content is not None:
+        field = ""
     signals = []
     for entry in choice.logprobs.content:
         largest = logprob = entry.logprob
-        if not entry.top_logprobs:
-            return None
-        for top in entry.top_logprobs:
+        tops = entry.top_logprobs
+        if not tops:
+            return "", "", []
+        for top in tops:
             if top.logprob > largest:
                 largest = top.logprob
         signals.append((logprob, largest))
-    return Plain(chunk, field, text, signals) if signals else None
+    return field if text is not None else "", text or "", signals
 
 
-def _plain_completion(data: bytes) -> Plain | None:
-    chunk = _decode_completion(data)
-    choice = chunk.choices[0]
+def _completion(data: bytes) -> tuple[str, str, Signals]:
+    choice = _decode_completion(data).choices[0]
     logprobs = choice.logprobs
-    if len(logprobs.top_logprobs) != len(logprobs.token_logprobs) or not all(logprobs.top_logprobs):
-        return None
-    pairs = zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
-    signals = [(logprob, max(logprob, *tops.values())) for logprob, tops in pairs]
-    return Plain(chunk, "text", choice.text, signals) if signals else None
+    sampled, tops = logprobs.token_logprobs, logprobs.top_logprobs
+    if len(tops) != len(sampled) or not all(tops):
+        return "", "", []
+    pairs = zip(sampled, tops, strict=True)
+    return "text", choice.text, [(x, max(x, *top.values())) for x, top in pairs]

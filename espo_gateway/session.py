@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
 from espo_gateway.monitor import RegretMonitor, surrogate_regret
-from espo_gateway.plain import Plain, Template, read_plain
+from espo_gateway.plain import Template, template_of
 from espo_gateway.request import Asked, Single
 from espo_gateway.rules import Gate, Verdict, Watch
 from espo_gateway.signals import Signal, decode_chunk, read_signals
@@ -134,26 +134,23 @@ class Session:
             UpstreamStatusError: the event is an error.
             UpstreamProtocolError: it is malformed, or has tokens but no logprobs.
         """
-        plain = read_plain(data, chat=self._chat) if self._plain else None
         template, watch = self._template, self._watch
-        if (
-            plain is None
-            or template is None
-            or watch is None
-            or watch.cut is not None
-            or self._held
-            or not template.fits(plain)
-        ):
-            self._feed(data, plain)
+        if template is None or watch is None or watch.cut is not None or self._held:
+            self._feed(data)
+            return
+        plain = template.read(data)
+        if plain is None:
+            self._feed(data)
             return
         # A usage that is not the last would be wrong in the end.
         self._usage = None
+        text, signals = plain
         push = watch.push
-        for logprob, max_logprob in plain.signals:
+        for logprob, max_logprob in signals:
             push(logprob, max_logprob)
         self.tokens = watch.tokens
         if watch.cut is None or self.mode != "enforce":
-            self._ready.append((template, plain.text))
+            self._ready.append((template, text))
         else:
             chunk = self._decoded(data)
             chunk.pop("usage", None)
@@ -168,7 +165,7 @@ class Session:
                 f"the upstream sent no JSON object: {data[:_EXCERPT]!r}"
             ) from error
 
-    def _feed(self, data: bytes, plain: Plain | None) -> None:
+    def _feed(self, data: bytes) -> None:
         chunk = self._decoded(data)
         usage = chunk.get("usage")
         if isinstance(usage, dict):
@@ -194,8 +191,9 @@ class Session:
             self._collect_ids(chunk, choice)
         if was_cut:
             return  # beyond the cut: counted, not kept
-        if plain is not None:
-            self._template = Template(plain, chunk)
+        if self._plain and (template := template_of(data, chat=self._chat)):
+            template.write(chunk)
+            self._template = template
         self._hold(chunk, choice, signals)
 
     def _hold(self, chunk: Chunk, choice: Chunk, signals: list[Signal]) -> None:

@@ -41,10 +41,11 @@ class SSEParser:
         ):
             # What nearly every read brings: whole events of one line each.
             events = received[6:-2].split(b"\n\ndata: ")
+            newlines = received.count(b"\n")
             if (
-                received.count(b"\n") == 2 * len(events)
+                newlines == 2 * len(events)
                 and b"\r" not in received
-                and len(received) <= self._limit
+                and len(received) < self._limit
             ):
                 return events
         if b"\r" in received or self._after_cr:

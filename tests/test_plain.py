@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_gateway.answer import Answer, merged
-from espo_gateway.plain import read_plain
+from espo_gateway.plain import template_of
 from espo_gateway.request import plan
 from espo_gateway.rules import Gate
 from espo_gateway.session import Output, Session
@@ -84,7 +84,7 @@ def streams(draw: Any, *, chat: bool) -> list[bytes]:
                 logprobs["top_logprobs"] = None
         if i == count - 1:
             choice["finish_reason"] = draw(st.sampled_from(["stop", "length"]))
-        events.append(json.dumps(chunk).encode())
+        events.append(json.dumps(chunk, separators=(",", ":")).encode())
     return events
 
 
@@ -136,6 +136,7 @@ def test_an_ordinary_chunk_is_plain(chat: bool) -> None:
     tokens = [("a", -0.5, None), ("b", -2.0, -0.25)]
     choice = chat_choice("content", tokens) if chat else completion_choice(tokens)
     chunk = {"id": "c", "object": "o", "created": 1, "model": "m", "choices": [choice]}
-    plain = read_plain(json.dumps(chunk).encode(), chat=chat)
-    assert plain is not None
-    assert (plain.text, plain.signals) == ("ab", [(-0.5, -0.5), (-2.0, -0.25)])
+    data = json.dumps(chunk, separators=(",", ":")).encode()
+    template = template_of(data, chat=chat)
+    assert template is not None
+    assert template.read(data) == ("ab", [(-0.5, -0.5), (-2.0, -0.25)])
