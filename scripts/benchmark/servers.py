@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from benchmark.load import KEY
 from espo_gateway.supervisor import ServerProcess, free_port
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 #: The paper's rule at a threshold nothing reaches, so that every token is monitored and none is
 #: stopped.
 GATE = {"rule": "value-gated", "value": "constant", "beta": 1e6}
@@ -124,6 +125,7 @@ async def _start(
             "PYTHONHASHSEED": "0",
             # Else it looks up its models' prices in the internet as it starts.
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LITELLM_MASTER_KEY": KEY,
         },
     )
     return Proxy(url, process)

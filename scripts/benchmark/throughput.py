@@ -76,7 +76,7 @@ async def measure(
 
 
 async def _serve(stack: AsyncExitStack, folder: Path) -> tuple[str, str]:
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+    sys.path.append(str(servers.HERE.parents[1] / "tests"))
     from models import text_checkpoint
 
     port = free_port()
