@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from espo_gateway.session import Output
+
 Chunk = dict[str, Any]
 
 _COMPLETION: Chunk = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
@@ -24,6 +26,21 @@ class Answer:
         # Joined at the end: adding to a string copies it.
         self._texts: dict[str, list[str]] = {}
 
+    flowing = True
+
+    def put(self, outputs: list[Output]) -> None:
+        """Take what is ready."""
+        for output in outputs:
+            if isinstance(output, tuple):
+                template, text = output
+                self._texts.setdefault(template.field, []).append(text)
+            else:
+                self.add(output)
+
+    async def deliver(self, outputs: list[Output]) -> None:
+        """The same; there is always room."""
+        self.put(outputs)
+
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk."""
         for name, value in chunk.items():
@@ -43,10 +60,6 @@ class Answer:
                 self.choice[name] += value
             else:
                 self.choice[name] = value
-
-    def add_text(self, field: str, text: str) -> None:
-        """Take a plain chunk that came after one `add` was given."""
-        self._texts.setdefault(field, []).append(text)
 
     def _add_logprobs(self, logprobs: Chunk) -> None:
         known = self.choice["logprobs"]

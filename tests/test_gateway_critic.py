@@ -141,7 +141,7 @@ async def test_a_question_taken_back_is_not_sent() -> None:
 
 FAULTS = {
     "error": "HTTP 500: .*as scripted",
-    "reset": "disconnected",
+    "reset": "broke off",
     "garbage": "malformed",
     "short": "not one score for each of 1",
     "labels": "not one score for each of 1",

@@ -98,16 +98,13 @@ def played(events: list[bytes], *, chat: bool, plain: bool, stream: bool) -> tup
     sent = []
 
     def deliver(outputs: list[Output]) -> None:
-        for output in outputs:
+        answer.put(outputs)
+        for output in outputs if stream else ():
             if isinstance(output, tuple):
                 template, text = output
-                answer.add_text(template.field, text)
-                if stream:
-                    sent.append(json.loads(template.event(text).removeprefix(b"data: ")))
+                sent.append(json.loads(template.event(text).removeprefix(b"data: ")))
             else:
-                answer.add(output)
-                if stream:
-                    sent.append(json.loads(json.dumps(output)))
+                sent.append(json.loads(json.dumps(output)))
 
     for event in events:
         session.receive(event)
