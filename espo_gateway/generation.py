@@ -27,6 +27,7 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
     planned = plan(body, chat=request.path.endswith("/chat/completions"))
     if planned.unmonitored is not None:
+        gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway.pool, request, planned)
     gate = gateway.gate
     sessions = [
@@ -59,6 +60,7 @@ async def _answer(
     answers = [Answer(chat=planned.chat) for _ in sessions]
     async with aclosing(_chunks(gateway, request, planned, sessions)) as batches:
         async for chunks in batches:
+            gateway.metrics.first_token(request)
             for chunk in chunks:
                 answers[chunk["choices"][0]["index"]].add(chunk)
     usage = total_usage([(session.prompt, session.usage) for session in sessions])
@@ -78,6 +80,7 @@ async def _stream(
                     # Not before the upstream has answered: its errors have a status of theirs.
                     response = event_stream()
                     await response.prepare(request)
+                    gateway.metrics.first_token(request)
                     first = chunks[0]
                 if len(sessions) > 1:
                     for chunk in chunks:

@@ -8,8 +8,9 @@ It keeps no chunk longer than it must: one that a critic's answer could still cu
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
@@ -20,6 +21,7 @@ from espo_gateway.signals import Signal, read_signals
 from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
 
 Chunk = dict[str, Any]
+End = Literal["completed", "length", "early_stop", "aborted"]
 
 _HEAD = ("id", "object", "created", "model")
 #: Finish reasons of a completion that ended by itself.
@@ -46,6 +48,9 @@ class Session:
         self.control = control
         self.index = single.index
         self.prompt = single.prompt
+        #: when it began, and when its first token came, by `time.monotonic`
+        self.started = time.monotonic()
+        self.first_token: float | None = None
         #: tokens the server has sent
         self.tokens = 0
         #: tokens of the prompt, None until known
@@ -56,6 +61,9 @@ class Session:
         #: decision tokens a critic must value, not yet put to it; and those not yet answered
         self.questions: list[int] = []
         self._unanswered: set[int] = set()
+        #: how many there were, and the last V that was answered
+        self.asked = 0
+        self._answered: float | None = None
         self._asked = asked
         self._chat = chat
         self._watch: Watch | None = None
@@ -129,12 +137,14 @@ class Session:
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
             watch = self._watch = Watch(self.gate, self.prompt_tokens or 0)
+            self.first_token = time.monotonic()
         # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
         # before or after a decision would be a matter of timing. vLLM tells it with the token.
         last = watch.tokens + len(signals) if completed else None
         for _, _, logprob, max_logprob in signals:
             verdict = watch.push(logprob, max_logprob, last=watch.tokens + 1 == last)
             if verdict is Verdict.ASK:
+                self.asked += 1
                 self.questions.append(watch.tokens)
                 self._unanswered.add(watch.tokens)
             if self._trace is not None:
@@ -163,6 +173,7 @@ class Session:
         """A critic's V at a token it was asked for; None when it could not be had."""
         assert self._watch is not None
         self._unanswered.discard(token)
+        self._answered = self._answered if value is None else value
         self._watch.settle(token, value)
 
     # -- what the client gets ------------------------------------------------------------------
@@ -277,6 +288,28 @@ class Session:
     def usage_chunk(self, usage: Chunk | None) -> Chunk:
         """The chunk after the last, for a client that asked for usage."""
         return {**self._head, **self._tail, "choices": [], "usage": usage}
+
+    @property
+    def end(self) -> End:
+        """How it ended; "aborted" until it has, and when the client left or the server failed."""
+        if self._cut is not None:
+            return "early_stop"
+        reason = self._last["choices"][0].get("finish_reason") if self._last else None
+        if reason in _COMPLETED:
+            return "completed"
+        return "length" if reason == "length" else "aborted"
+
+    @property
+    def head(self) -> Chunk:
+        """`id` and `model` as the server tells them; empty before the first token."""
+        return self._head
+
+    @property
+    def value(self) -> float | None:
+        """V as the rule saw it last; None where the rule has none, or no critic has answered."""
+        if self._answered is not None or self._watch is None:
+            return self._answered
+        return self._watch.estimate
 
     @property
     def record(self) -> Chunk:
