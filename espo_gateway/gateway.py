@@ -5,8 +5,10 @@ from __future__ import annotations
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
 from espo_gateway.gates import gate_from_json
+from espo_gateway.live import Live
 from espo_gateway.metrics import Metrics
 from espo_gateway.rules import Gate
+from espo_gateway.scrape import GatewayCollector
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
 
@@ -27,9 +29,11 @@ class Gateway:
         self.url = ""
         self.critic = critic
         self.metrics = metrics
+        self.live = Live()
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
+        metrics.registry.register(GatewayCollector(self))
         if config.gate is not None:
             self.push_gate(config.gate)
 
@@ -39,9 +43,9 @@ class Gateway:
         A request under way keeps the gate it started with.
         """
         self.gate = gate_from_json(data, has_critic=self.critic is not None)
-        self.metrics.gate_version.set(self.gate.version)
 
     def finished(self, session: Session) -> None:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
+        self.live.ended(session)

@@ -315,7 +315,7 @@ async def test_a_storm_of_faults(seed: int, unmonitored: str) -> None:
             breaker_failures=10**6,
             unmonitored=unmonitored,
         ) as gateway:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:  # noqa: SIM117
                 outcomes = await asyncio.gather(
                     *(client(session, gateway.url, request) for request in requests)
                 )
