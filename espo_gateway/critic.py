@@ -123,7 +123,7 @@ class CriticServer:
         self, url: str, *, timeout: float = 60.0, registry: CollectorRegistry | None = None
     ) -> None:
         self._timeout = timeout
-        self._pool = UpstreamPool([url], idle_timeout=timeout)
+        self._pool = UpstreamPool([url], first_token_timeout=timeout, idle_timeout=timeout)
         self.url = self._pool.servers[0].url
         self._model: _Model | None = None
         #: questions not yet sent: the prefix each asks about

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from espo_gateway.affinity import affinity_key
 from espo_gateway.reading import read_bytes, read_events
 from espo_gateway.request import Plan
 from espo_gateway.signals import decode_chunk
@@ -53,6 +54,7 @@ async def pass_through(pool: UpstreamPool, request: web.Request) -> web.StreamRe
         async with aclosing(read_bytes(upstream)) as reads:
             async for received in reads:
                 if not started:
+                    pool.begun(upstream)
                     await response.prepare(request)
                     started = True
                 await response.write(received)
@@ -68,9 +70,9 @@ async def pass_marked(
     """A generation nobody monitors: every choice says so, in `espo`. Raises UpstreamError."""
     mark = {"mode": "off", "stopped": False, "reason": planned.unmonitored}
     data = msgspec.json.encode(planned.body)
-    async with pool.open(
-        "POST", planned.path, headers=forwarded_headers(request, json=True), data=data
-    ) as upstream:
+    headers = forwarded_headers(request, json=True)
+    key = affinity_key(pool.affinity, headers, planned.body)
+    async with pool.open("POST", planned.path, headers=headers, data=data, key=key) as upstream:
         if upstream.content_type != "text/event-stream":
             parts = [part async for part in read_bytes(upstream)]
             body = b"".join(parts)
@@ -84,6 +86,7 @@ async def pass_marked(
         async with aclosing(read_events(upstream)) as reads:
             async for events in reads:
                 if not response.prepared:
+                    pool.begun(upstream)
                     await response.prepare(request)
                 lines = [b"data: " + _marked(event, mark) + b"\n\n" for event in events]
                 await response.write(b"".join(lines))

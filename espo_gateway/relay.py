@@ -9,6 +9,7 @@ from contextlib import aclosing
 import aiohttp
 import msgspec
 
+from espo_gateway.affinity import affinity_key
 from espo_gateway.critic import Inquiry, ValueServer
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.reading import read_bytes, read_events
@@ -36,14 +37,16 @@ async def follow(
     """
     chat = path.endswith("/chat/completions")
     body = upstream_body(single, chat=chat, token_ids=session.wants_ids)
+    key = affinity_key(pool.affinity, headers, single.body)
     inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
     try:
         async with pool.open(
-            "POST", path, headers=headers, data=msgspec.json.encode(body)
+            "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
         ) as response:
             await check_stream(response)
             async with aclosing(read_events(response)) as reads:
                 async for events in reads:
+                    pool.begun(response)
                     done, failure = False, None
                     try:
                         done = _feed(session, events)

@@ -1,52 +1,66 @@
-"""The pool of servers behind the gateway: choice, retries, timeouts, load counters.
+"""The pool of servers behind the gateway: choice, retries, timeouts.
 
-Retries happen only while nothing of an answer has been read. Leaving `UpstreamPool.open` closes the
-connection unless the answer was read to its end, and that is how a generation is cancelled.
+Retries happen only while nothing of an answer has been given out. Leaving `UpstreamPool.open`
+closes the connection unless the answer was read to its end, and that is how a generation is
+cancelled. `Upstream` (health.py) holds what is known of each server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
 import tenacity
 
-from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable, said
+from espo_gateway.affinity import Affinity, choose
+from espo_gateway.breaker import Breaker
+from espo_gateway.errors import (
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    said,
+)
+from espo_gateway.health import Flight, Upstream, health_checks, probe, served_models
 
 log = logging.getLogger(__name__)
 
 #: Statuses after which another try may succeed: overload, or a proxy that has lost its server.
 RETRIED = frozenset({429, 502, 503, 504})
+#: Longest Retry-After of a server, in seconds, that is waited for here and not by the client.
+LONGEST_WAIT = 5.0
 
-_PROBE = aiohttp.ClientTimeout(total=5.0)
-
-
-class Upstream:
-    """One server. in_flight: requests it is working on for this gateway."""
-
-    __slots__ = ("in_flight", "url")
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.in_flight = 0
-
-    def __repr__(self) -> str:
-        return f"Upstream({self.url!r}, in_flight={self.in_flight})"
+_BROKEN = RETRIED - {429}
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=2.0)
 
 
 class _TryAgain(Exception):
-    """An error status that another try may turn into an answer."""
+    """An error status that another try, after so many seconds, may turn into an answer."""
+
+    def __init__(self, wait: float) -> None:
+        self.wait = wait
 
 
 class UpstreamPool:
     """Servers that are alike, with one client session; an async context manager.
 
-    connect_timeout, idle_timeout: seconds; the latter between any two reads, so before the first
-    token too. attempts: how often one request is tried, over all servers.
+    Args:
+        connect_timeout: seconds, for name, connection and TLS.
+        first_token_timeout: until an answer has begun: its headers, and a stream's first event.
+        idle_timeout: between any two reads from then on.
+        attempts: how often one request is tried, over all servers.
+        health_interval: seconds between two health checks of a server; 0 for none.
+        breaker_failures, breaker_timeout: after so many failures in a row a server is left alone
+            for so many seconds.
+        affinity: for `affinity.affinity_key`; the pool itself only knows keys.
+        clock: the breakers', in seconds, monotonic.
     """
 
     def __init__(
@@ -54,15 +68,28 @@ class UpstreamPool:
         urls: list[str],
         *,
         connect_timeout: float = 5.0,
+        first_token_timeout: float = 600.0,
         idle_timeout: float = 600.0,
         attempts: int = 3,
+        health_interval: float = 0.0,
+        breaker_failures: int = 5,
+        breaker_timeout: float = 10.0,
+        affinity: Affinity = "none",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.servers = [Upstream(url) for url in urls]
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=connect_timeout, sock_read=idle_timeout
-        )
+        self.servers = [
+            Upstream(url, Breaker(breaker_failures, breaker_timeout, clock)) for url in urls
+        ]
+        self.affinity = affinity
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
+        self._first_token_timeout = first_token_timeout
+        self._idle_timeout = idle_timeout
         self._attempts = attempts
+        self._health_interval = health_interval
+        # By then a server that is back has been noticed.
+        self._retry_after = str(max(1, math.ceil(health_interval or breaker_timeout)))
         self._session: aiohttp.ClientSession | None = None
+        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> UpstreamPool:
         self._session = aiohttp.ClientSession(
@@ -72,104 +99,198 @@ class UpstreamPool:
             timeout=self._timeout,
             auto_decompress=False,
         )
+        await self._stack.enter_async_context(self._session)
+        await self._stack.enter_async_context(
+            health_checks(self._session, self.servers, self._health_interval)
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._stack.aclose()
 
     @asynccontextmanager
     async def open(
-        self, method: str, path: str, *, headers: Mapping[str, str], data: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        data: bytes | None = None,
+        key: bytes | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request to the least loaded server; the answer, of whatever status.
+        """Send a request to a server; the answer, of whatever status.
+
+        A timeout, a lost connection or an error status that the block raises counts against the
+        server.
+
+        Args:
+            key: requests with the same one go to the same server, as far as its load allows.
 
         Raises:
             UpstreamUnavailable: no server could be reached, in all attempts.
-            UpstreamTimeout: a server took the request and sent nothing for the idle timeout.
+            UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
-        server, response = await self._send(method, path, headers, data)
+        flight, response = await self._send(method, path, headers, data, key)
         try:
             yield response
+            if _shows_work(method, response):
+                flight.succeeded()
+        except UpstreamError as error:
+            # A malformed answer may be the request's fault.
+            if error.status >= 500 and not isinstance(error, UpstreamProtocolError):
+                flight.failed()
+            raise
         finally:
             # close, not release: it drops the socket, and the server aborts the request.
             response.close()
-            server.in_flight -= 1
+            flight.end()
+
+    def begun(self, response: aiohttp.ClientResponse) -> None:
+        """The first event of a stream has come: from now on the idle timeout holds."""
+        _limit_reads(response, self._idle_timeout)
 
     async def _send(
-        self, method: str, path: str, headers: Mapping[str, str], data: bytes | None
-    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        data: bytes | None,
+        key: bytes | None,
+    ) -> tuple[Flight, aiohttp.ClientResponse]:
         tried: set[Upstream] = set()
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            if self._untried(tried):
+                return 0.0
+            assert state.outcome is not None
+            return max(_BACKOFF(state), getattr(state.outcome.exception(), "wait", 0.0))
+
         async for attempt in tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._attempts),
-            wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
+            wait=wait,
             retry=tenacity.retry_if_exception_type((UpstreamUnavailable, _TryAgain)),
             reraise=True,
         ):
             with attempt:
-                server = self._least_loaded(tried)
+                server = self._choose(tried, key)
+                flight = server.start(again=bool(tried))
                 tried.add(server)
-                last = attempt.retry_state.attempt_number >= self._attempts
-                return server, await self._attempt(server, method, path, headers, data, last)
+                try:
+                    response = await self._request(server, method, path, headers, data)
+                    # From here to the `yield` of `open` nothing waits: no departure gets between.
+                    if response.status in _BROKEN or (
+                        # Of other endpoints it says little: they may have any fault of their own.
+                        response.status == 500 and path.endswith("/completions")
+                    ):
+                        flight.failed()
+                    elif _shows_work(method, response):
+                        flight.answered()
+                    if (
+                        response.status in RETRIED
+                        and attempt.retry_state.attempt_number < self._attempts
+                    ):
+                        asked = _retry_after(response.headers)
+                        if asked <= LONGEST_WAIT or self._untried(tried):
+                            response.close()
+                            log.info("%s answered %d; trying again", server.url, response.status)
+                            raise _TryAgain(asked)
+                    return flight, response
+                except BaseException as error:
+                    if isinstance(error, UpstreamError):
+                        flight.failed()
+                    flight.end()
+                    raise
         raise AssertionError("tenacity raises after the last attempt")
 
-    async def _attempt(
+    async def _request(
         self,
         server: Upstream,
         method: str,
         path: str,
         headers: Mapping[str, str],
         data: bytes | None,
-        last: bool,
     ) -> aiohttp.ClientResponse:
+        """An answer's headers, from this server. Raises UpstreamError."""
         assert self._session is not None, "enter the pool first"
-        server.in_flight += 1
         try:
-            response = await self._session.request(
-                method, server.url + path, headers=headers, data=data, allow_redirects=False
-            )
-            if response.status in RETRIED and not last:
-                response.close()
-                log.warning("%s answered %d; trying again", server.url, response.status)
-                raise _TryAgain
-            return response
-        except BaseException as error:
-            server.in_flight -= 1
-            if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError):
-                raise UpstreamUnavailable(f"{server.url}: {said(error)}") from error
-            if isinstance(error, TimeoutError):
-                if isinstance(error, aiohttp.ConnectionTimeoutError):
-                    raise UpstreamUnavailable(f"{server.url}: no connection in time") from error
-                raise UpstreamTimeout(f"{server.url} sent nothing for too long") from error
-            if isinstance(error, aiohttp.ClientOSError):
-                raise UpstreamUnavailable(f"{server.url}: {said(error)}") from error
-            if isinstance(error, aiohttp.ClientError):
-                raise UpstreamError(f"{server.url}: {said(error)}") from error
-            raise
+            async with asyncio.timeout(self._first_token_timeout) as limit:
+                response = await self._session.request(
+                    method, server.url + path, headers=headers, data=data, allow_redirects=False
+                )
+        except TimeoutError as error:
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise self._unavailable(server, "no connection in time") from error
+            raise UpstreamTimeout(
+                f"{server.url} did not begin to answer within {self._first_token_timeout:g} s"
+            ) from error
+        except aiohttp.ClientConnectionError as error:
+            raise self._unavailable(server, said(error)) from error
+        except aiohttp.ClientError as error:
+            raise UpstreamError(f"{server.url}: {said(error)}") from error
+        if response.content_type == "text/event-stream":
+            # A server may send a stream's headers long before its first token.
+            deadline = limit.when()
+            assert deadline is not None
+            left = deadline - asyncio.get_running_loop().time()
+            _limit_reads(response, max(left, 0.001))
+        else:
+            _limit_reads(response, self._idle_timeout)
+        return response
 
-    def _least_loaded(self, tried: set[Upstream]) -> Upstream:
-        fresh = [server for server in self.servers if server not in tried]
-        return min(fresh or self.servers, key=lambda server: server.in_flight)
+    def _unavailable(self, server: Upstream, why: str) -> UpstreamUnavailable:
+        return UpstreamUnavailable(
+            f"{server.url}: {why}", headers={"Retry-After": self._retry_after}
+        )
+
+    def _untried(self, tried: set[Upstream]) -> list[Upstream]:
+        """The available servers that are not in `tried`."""
+        return [s for s in self.servers if s.available and s not in tried]
+
+    def _choose(self, tried: set[Upstream], key: bytes | None) -> Upstream:
+        if servers := self._untried(tried) or self._untried(set()):
+            return choose(servers, key)
+        # What is known of servers is always a little old, and one that was restarted a moment ago
+        # serves. So when all seem down, the least bad is asked and none is refused unasked.
+        return min(
+            self.servers, key=lambda s: (s in tried, not s.healthy, s.breaker.failures, s.in_flight)
+        )
 
     async def probe(self, server: Upstream) -> bool:
         """Whether the server answers at all, within a few seconds."""
         assert self._session is not None, "enter the pool first"
-        try:
-            async with self._session.get(server.url + "/health", timeout=_PROBE) as response:
-                return response.status < 500
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        return await probe(self._session, server)
 
     async def models(self, server: Upstream) -> list[dict[str, Any]] | None:
         """What the server says it serves; None when it does not say."""
         assert self._session is not None, "enter the pool first"
-        try:
-            async with self._session.get(server.url + "/v1/models", timeout=_PROBE) as response:
-                listed = await response.json(content_type=None)
-            return listed["data"] if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
-            return None
+        return await served_models(self._session, server)
 
     async def probe_all(self) -> list[bool]:
         """`probe` of every server, at once."""
         return await asyncio.gather(*map(self.probe, self.servers))
+
+
+def _shows_work(method: str, response: aiohttp.ClientResponse) -> bool:
+    """Whether the server has done what it is there for: it may list its models and yet hang."""
+    return method == "POST" and response.status < 400
+
+
+def _limit_reads(response: aiohttp.ClientResponse, seconds: float) -> None:
+    """From now on no two reads may be further apart."""
+    protocol = None if response.connection is None else response.connection.protocol
+    if protocol is not None and protocol.read_timeout != seconds:
+        protocol.read_timeout = seconds
+        protocol.start_timeout()
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds, from a number or a date; 0 when there is none that can be read."""
+    value = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
