@@ -62,7 +62,7 @@ class Breaker:
 
     def succeeded(self) -> None:
         """An answer has come whole; in whatever state, that closes."""
-        self._retry_at, self.failures = None, 0
+        self._retry_at, self._trial, self.failures = None, None, 0
 
     def failed(self, trial: object | None) -> None:
         """One more failure. Those of requests from before it opened do not hold off a trial."""
