@@ -99,8 +99,7 @@ async def _answered(gateway: Gateway, request: web.Request, handler: Handler) ->
         return await handler(request)
     except GatewayError as error:
         gateway.metrics.count_error(error)
-        headers = getattr(error, "headers", None)
-        return web.json_response(error.body(), status=error.status, headers=headers)
+        return web.json_response(error.body(), status=error.status, headers=error.headers)
     except web.HTTPException as error:
         refused = GatewayError(f"{error.reason}: {request.method} {request.path}")
         refused.status, refused.type = error.status, "invalid_request_error"
@@ -167,6 +166,10 @@ async def running(
                 config.total_timeout,
             ),
             attempts=config.attempts,
+            health_interval=config.health_interval,
+            breaker_failures=config.breaker_failures,
+            breaker_timeout=config.breaker_timeout,
+            affinity=config.affinity,
         )
         await stack.enter_async_context(pool)
         metrics = Metrics()

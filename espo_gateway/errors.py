@@ -2,6 +2,8 @@
 
 GatewayError
  ├─ InvalidRequest          400  the client's request, or a pushed gate, is at fault
+ ├─ TooManyRequests         429  the gateway serves as many as it may, and its queue is full
+ ├─ Draining                503  the gateway is about to end
  └─ UpstreamError           502
      ├─ UpstreamStatusError  as the server said it: its status and body, handed on unchanged
      ├─ UpstreamUnavailable 503  no connection, or lost before an answer
@@ -18,16 +20,23 @@ from typing import Any
 class GatewayError(Exception):
     """Base of all errors a client is told of.
 
-    status: the HTTP status. param: the request field at fault, if one is.
+    status: the HTTP status. param: the request field at fault, if one is. headers: the answer's.
     """
 
     status = 500
     type = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error shape, which every OpenAI client can read."""
@@ -48,6 +57,20 @@ class InvalidRequest(GatewayError):
     type = "invalid_request_error"
 
 
+class TooManyRequests(GatewayError):
+    """No place to wait in; the headers say when to come back."""
+
+    status = 429
+    type = "too_many_requests"
+
+
+class Draining(GatewayError):
+    """The gateway ends and takes no new requests; another one, or its successor, will."""
+
+    status = 503
+    type = "draining"
+
+
 class UpstreamError(GatewayError):
     """A server behind the gateway failed."""
 
@@ -59,10 +82,9 @@ class UpstreamStatusError(UpstreamError):
     """A server answered with an error status, or sent an error within its stream."""
 
     def __init__(self, status: int, answer: Any, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(f"the upstream answered with status {status}")
+        super().__init__(f"the upstream answered with status {status}", headers=headers)
         self.status = status
         self.answer = answer
-        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         if isinstance(self.answer, dict):
@@ -81,7 +103,7 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class UpstreamTimeout(UpstreamError):
-    """A server sent nothing for longer than the idle timeout."""
+    """A server's answer did not begin, or did not go on, in time."""
 
     status = 504
     type = "upstream_timeout"

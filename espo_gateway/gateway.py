@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from espo_gateway.admission import Admission
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
 from espo_gateway.gates import gate_from_json
@@ -30,6 +31,7 @@ class Gateway:
         self.critic = critic
         self.metrics = metrics
         self.live = Live()
+        self.admission = Admission(config.max_in_flight, config.max_queue)
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()

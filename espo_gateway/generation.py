@@ -29,6 +29,11 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
     planned = plan(body, chat=request.path.endswith("/chat/completions"))
+    async with gateway.admission.slot():
+        return await _admitted(gateway, request, planned)
+
+
+async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
     refuse = gateway.config.unmonitored == "refuse"
     if planned.unmonitored is not None:
         if refuse and planned.control.mode != "off":

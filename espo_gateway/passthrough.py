@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from espo_gateway.affinity import affinity_key
 from espo_gateway.events import event_stream
 from espo_gateway.request import Plan
 from espo_gateway.signals import decode_chunk
@@ -62,9 +63,9 @@ async def pass_marked(
     """A generation nobody monitors: every choice says so, in `espo`. Raises UpstreamError."""
     mark = {"mode": "off", "stopped": False, "reason": planned.unmonitored}
     data = msgspec.json.encode(planned.body)
-    async with pool.open(
-        "POST", planned.path, headers=forwarded_headers(request, json=True), data=data
-    ) as upstream:
+    headers = forwarded_headers(request, json=True)
+    key = affinity_key(pool.affinity, headers, planned.body)
+    async with pool.open("POST", planned.path, headers=headers, data=data, key=key) as upstream:
         if upstream.content_type != "text/event-stream":
             body = await upstream.body()
             if upstream.status == 200:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from espo_gateway.affinity import affinity_key
 from espo_gateway.critic import Inquiry, ValueServer
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.request import Single, upstream_body
@@ -50,10 +51,11 @@ async def follow(
     """
     chat = path.endswith("/chat/completions")
     body = upstream_body(single, chat=chat, token_ids=session.wants_ids)
+    key = affinity_key(pool.affinity, headers, single.body)
     inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
     try:
         async with pool.open(
-            "POST", path, headers=headers, data=msgspec.json.encode(body)
+            "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
         ) as reply:
             await check_stream(reply)
             await _Relay(reply, session, sink, inquiry).run()

@@ -1,53 +1,59 @@
-"""The pool of servers behind the gateway: choice, retries, timeouts, load counters.
+"""The pool of servers behind the gateway: choice, retries, timeouts.
 
-Retries happen only while nothing of an answer has been read. Leaving `UpstreamPool.open` closes the
-connection unless the answer was read to its end, and that is how a generation is cancelled.
+Retries happen only while nothing of an answer has been given out. Leaving `UpstreamPool.open`
+closes the connection unless the answer was read to its end, and that is how a generation is
+cancelled. `Upstream` (health.py) holds what is known of each server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
 import tenacity
 
-from espo_gateway.errors import UpstreamUnavailable
+from espo_gateway.affinity import Affinity, choose
+from espo_gateway.breaker import Breaker
+from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamUnavailable
+from espo_gateway.health import Flight, Upstream, health_checks, probe, served_models
 from espo_gateway.wire import Limits, Reply, request
 
 log = logging.getLogger(__name__)
 
 #: Statuses after which another try may succeed: overload, or a proxy that has lost its server.
 RETRIED = frozenset({429, 502, 503, 504})
+#: Longest Retry-After of a server, in seconds, that is waited for here and not by the client.
+LONGEST_WAIT = 5.0
 
 DEFAULT_LIMITS = Limits()
-_PROBE = aiohttp.ClientTimeout(total=5.0)
-
-
-class Upstream:
-    """One server. in_flight: requests it is working on for this gateway."""
-
-    __slots__ = ("in_flight", "url")
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.in_flight = 0
-
-    def __repr__(self) -> str:
-        return f"Upstream({self.url!r}, in_flight={self.in_flight})"
+_BROKEN = RETRIED - {429}
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=2.0)
 
 
 class _TryAgain(Exception):
-    """An error status that another try may turn into an answer."""
+    """An error status that another try, after so many seconds, may turn into an answer."""
+
+    def __init__(self, wait: float) -> None:
+        self.wait = wait
 
 
 class UpstreamPool:
     """Servers that are alike, with one client session; an async context manager.
 
-    attempts: how often one request is tried, over all servers.
+    Args:
+        attempts: how often one request is tried, over all servers.
+        health_interval: seconds between two health checks of a server; 0 for none.
+        breaker_failures, breaker_timeout: after so many failures in a row a server is left alone
+            for so many seconds.
+        affinity: for `affinity.affinity_key`; the pool itself only knows keys.
+        clock: the breakers', in seconds, monotonic.
     """
 
     def __init__(
@@ -56,11 +62,23 @@ class UpstreamPool:
         *,
         limits: Limits = DEFAULT_LIMITS,
         attempts: int = 3,
+        health_interval: float = 0.0,
+        breaker_failures: int = 5,
+        breaker_timeout: float = 10.0,
+        affinity: Affinity = "none",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.servers = [Upstream(url) for url in urls]
+        self.servers = [
+            Upstream(url, Breaker(breaker_failures, breaker_timeout, clock)) for url in urls
+        ]
+        self.affinity = affinity
         self._limits = limits
         self._attempts = attempts
+        self._health_interval = health_interval
+        # By then a server that is back has been noticed.
+        self._retry_after = str(max(1, math.ceil(health_interval or breaker_timeout)))
         self._session: aiohttp.ClientSession | None = None
+        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> UpstreamPool:
         self._session = aiohttp.ClientSession(
@@ -68,91 +86,162 @@ class UpstreamPool:
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        await self._stack.enter_async_context(self._session)
+        await self._stack.enter_async_context(
+            health_checks(self._session, self.servers, self._health_interval)
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._stack.aclose()
 
     @asynccontextmanager
     async def open(
-        self, method: str, path: str, *, headers: Mapping[str, str], data: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        data: bytes | None = None,
+        key: bytes | None = None,
     ) -> AsyncIterator[Reply]:
-        """Send a request to the least loaded server; the answer, of whatever status.
+        """Send a request to a server; the answer, of whatever status.
+
+        A timeout, a lost connection or an error status that the block raises counts against the
+        server.
+
+        Args:
+            key: requests with the same one go to the same server, as far as its load allows.
 
         Raises:
             UpstreamUnavailable: no server could be reached, in all attempts.
-            UpstreamTimeout: a server took the request and sent nothing for the idle timeout.
+            UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
-        server, response = await self._send(method, path, headers, data)
+        flight, response = await self._send(method, path, headers, data, key)
         try:
             yield response
+            if _shows_work(method, response):
+                flight.succeeded()
+        except UpstreamError as error:
+            # A malformed answer may be the request's fault.
+            if error.status >= 500 and not isinstance(error, UpstreamProtocolError):
+                flight.failed()
+            raise
         finally:
             # Drops the socket, and the server aborts the request.
             response.close()
-            server.in_flight -= 1
+            flight.end()
 
     async def _send(
-        self, method: str, path: str, headers: Mapping[str, str], data: bytes | None
-    ) -> tuple[Upstream, Reply]:
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        data: bytes | None,
+        key: bytes | None,
+    ) -> tuple[Flight, Reply]:
         tried: set[Upstream] = set()
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            if self._untried(tried):
+                return 0.0
+            assert state.outcome is not None
+            return max(_BACKOFF(state), getattr(state.outcome.exception(), "wait", 0.0))
+
         async for attempt in tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._attempts),
-            wait=tenacity.wait_random_exponential(multiplier=0.05, max=2.0),
+            wait=wait,
             retry=tenacity.retry_if_exception_type((UpstreamUnavailable, _TryAgain)),
             reraise=True,
         ):
             with attempt:
-                server = self._least_loaded(tried)
+                server = self._choose(tried, key)
+                flight = server.start(again=bool(tried))
                 tried.add(server)
-                last = attempt.retry_state.attempt_number >= self._attempts
-                return server, await self._attempt(server, method, path, headers, data, last)
+                try:
+                    response = await self._request(server, method, path, headers, data)
+                    # From here to the `yield` of `open` nothing waits: no departure gets between.
+                    if response.status in _BROKEN or (
+                        # Of other endpoints it says little: they may have any fault of their own.
+                        response.status == 500 and path.endswith("/completions")
+                    ):
+                        flight.failed()
+                    elif _shows_work(method, response):
+                        flight.answered()
+                    if (
+                        response.status in RETRIED
+                        and attempt.retry_state.attempt_number < self._attempts
+                    ):
+                        asked = _retry_after(response.headers)
+                        if asked <= LONGEST_WAIT or self._untried(tried):
+                            response.close()
+                            log.info("%s answered %d; trying again", server.url, response.status)
+                            raise _TryAgain(asked)
+                    return flight, response
+                except BaseException as error:
+                    if isinstance(error, UpstreamError):
+                        flight.failed()
+                    flight.end()
+                    raise
         raise AssertionError("tenacity raises after the last attempt")
 
-    async def _attempt(
+    async def _request(
         self,
         server: Upstream,
         method: str,
         path: str,
         headers: Mapping[str, str],
         data: bytes | None,
-        last: bool,
     ) -> Reply:
-        server.in_flight += 1
+        """An answer's head, from this server. Raises UpstreamError."""
         try:
-            reply = await request(server.url, method, path, headers, data, self._limits)
-            if reply.status in RETRIED and not last:
-                reply.close()
-                log.warning("%s answered %d; trying again", server.url, reply.status)
-                raise _TryAgain
-            return reply
-        except BaseException:
-            server.in_flight -= 1
-            raise
+            return await request(server.url, method, path, headers, data, self._limits)
+        except UpstreamUnavailable as error:
+            raise UpstreamUnavailable(
+                error.message, headers={"Retry-After": self._retry_after}
+            ) from error
 
-    def _least_loaded(self, tried: set[Upstream]) -> Upstream:
-        fresh = [server for server in self.servers if server not in tried]
-        return min(fresh or self.servers, key=lambda server: server.in_flight)
+    def _untried(self, tried: set[Upstream]) -> list[Upstream]:
+        """The available servers that are not in `tried`."""
+        return [s for s in self.servers if s.available and s not in tried]
+
+    def _choose(self, tried: set[Upstream], key: bytes | None) -> Upstream:
+        if servers := self._untried(tried) or self._untried(set()):
+            return choose(servers, key)
+        # What is known of servers is always a little old, and one that was restarted a moment ago
+        # serves. So when all seem down, the least bad is asked and none is refused unasked.
+        return min(
+            self.servers, key=lambda s: (s in tried, not s.healthy, s.breaker.failures, s.in_flight)
+        )
 
     async def probe(self, server: Upstream) -> bool:
         """Whether the server answers at all, within a few seconds."""
         assert self._session is not None, "enter the pool first"
-        try:
-            async with self._session.get(server.url + "/health", timeout=_PROBE) as response:
-                return response.status < 500
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        return await probe(self._session, server)
 
     async def models(self, server: Upstream) -> list[dict[str, Any]] | None:
         """What the server says it serves; None when it does not say."""
         assert self._session is not None, "enter the pool first"
-        try:
-            async with self._session.get(server.url + "/v1/models", timeout=_PROBE) as response:
-                listed = await response.json(content_type=None)
-            return listed["data"] if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
-            return None
+        return await served_models(self._session, server)
 
     async def probe_all(self) -> list[bool]:
         """`probe` of every server, at once."""
         return await asyncio.gather(*map(self.probe, self.servers))
+
+
+def _shows_work(method: str, response: Reply) -> bool:
+    """Whether the server has done what it is there for: it may list its models and yet hang."""
+    return method == "POST" and response.status < 400
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds, from a number or a date; 0 when there is none that can be read."""
+    value = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0

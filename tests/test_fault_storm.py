@@ -315,12 +315,13 @@ async def test_a_storm_of_faults(seed: int, unmonitored: str) -> None:
             breaker_failures=10**6,
             unmonitored=unmonitored,
         ) as gateway:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:  # noqa: SIM117
+            gateways = asyncio.all_tasks()
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                 outcomes = await asyncio.gather(
                     *(client(session, gateway.url, request) for request in requests)
                 )
                 await all_idle(gateway, servers)
-                working = [t for t in asyncio.all_tasks() - tasks if _is_ours(t)]
+                working = [t for t in asyncio.all_tasks() - gateways if _is_ours(t)]
                 assert working == []
                 served = await metric(gateway, "espo_gateway_requests_total")
                 check(after, await client(session, gateway.url, after))
