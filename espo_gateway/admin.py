@@ -1,4 +1,4 @@
-"""The gateway's own routes under /espo, for whoever runs it."""
+"""The gateway's own routes under /espo, for whoever runs it; `auth` says who may."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from espo_gateway.gateway import Gateway
 
 
 def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
-    """Reading and pushing the gate."""
+    """Reading and pushing the gate; reading the files anew."""
 
     async def get_gate(request: web.Request) -> web.Response:
         return web.Response(body=gate_to_json(gateway.gate), content_type="application/json")
@@ -18,4 +18,13 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
         gateway.push_gate(await request.read())
         return await get_gate(request)
 
-    return [web.get("/espo/gate", get_gate), web.put("/espo/gate", put_gate)]
+    async def reload(request: web.Request) -> web.Response:
+        gateway.reload()
+        counts = {"api_keys": len(gateway.keys.api), "gate_version": gateway.gate.version}
+        return web.json_response(counts)
+
+    return [
+        web.get("/espo/gate", get_gate),
+        web.put("/espo/gate", put_gate),
+        web.post("/espo/reload", reload),
+    ]

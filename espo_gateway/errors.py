@@ -2,6 +2,10 @@
 
 GatewayError
  ├─ InvalidRequest          400  the client's request, or a pushed gate, is at fault
+ │   └─ TooSlow, TooLarge   408, 413
+ ├─ Unauthorized            401  no key, or a wrong one
+ ├─ Forbidden               403  administration that is not enabled
+ ├─ Draining                503  the gateway is about to end
  └─ UpstreamError           502
      ├─ UpstreamStatusError  as the server said it: its status and body, handed on unchanged
      ├─ UpstreamUnavailable 503  no connection, or lost before an answer
@@ -18,11 +22,14 @@ from typing import Any
 class GatewayError(Exception):
     """Base of all errors a client is told of.
 
-    status: the HTTP status. param: the request field at fault, if one is.
+    status: the HTTP status. code: OpenAI's word for it, if it has one. headers: of the answer.
+    param: the request field at fault, if one is.
     """
 
     status = 500
     type = "internal_error"
+    code: str | None = None
+    headers: Mapping[str, str] = {}
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -36,7 +43,7 @@ class GatewayError(Exception):
                 "message": self.message,
                 "type": self.type,
                 "param": self.param,
-                "code": self.status,
+                "code": self.code or self.status,
             }
         }
 
@@ -46,6 +53,45 @@ class InvalidRequest(GatewayError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class TooSlow(InvalidRequest):
+    """The client took too long to send its request."""
+
+    status = 408
+    headers: Mapping[str, str] = {"Connection": "close"}
+
+
+class TooLarge(InvalidRequest):
+    """The body is larger than the gateway takes."""
+
+    status = 413
+    headers: Mapping[str, str] = {"Connection": "close"}
+
+
+class Unauthorized(GatewayError):
+    """No key, or one that does not open this route."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    # Makes a browser ask: the key is the password, the user name is anything.
+    headers: Mapping[str, str] = {"WWW-Authenticate": 'Basic realm="espo_gateway", charset="UTF-8"'}
+
+
+class Forbidden(GatewayError):
+    """The route is not enabled here; the message says how to enable it."""
+
+    status = 403
+    type = "permission_error"
+
+
+class Draining(GatewayError):
+    """The gateway ends when its running requests have; another one must be asked."""
+
+    status = 503
+    type = "unavailable"
+    headers: Mapping[str, str] = {"Connection": "close", "Retry-After": "1"}
 
 
 class UpstreamError(GatewayError):

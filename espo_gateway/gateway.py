@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
+from espo_gateway.auth import Keys, is_loopback, read_keys
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
+from espo_gateway.draining import Traffic
+from espo_gateway.errors import InvalidRequest
 from espo_gateway.gates import gate_from_json
+from espo_gateway.logs import current
 from espo_gateway.metrics import Metrics
 from espo_gateway.rules import Gate
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
+
+log = logging.getLogger(__name__)
+
+_NO_KEYS = Keys()
 
 
 class Gateway:
@@ -19,6 +29,7 @@ class Gateway:
         pool: UpstreamPool,
         config: Config,
         metrics: Metrics,
+        keys: Keys = _NO_KEYS,
         *,
         critic: ValueServer | None = None,
     ) -> None:
@@ -27,21 +38,58 @@ class Gateway:
         self.url = ""
         self.critic = critic
         self.metrics = metrics
+        self.keys = keys
+        self.loopback = is_loopback(config.host)
+        self.traffic = Traffic()
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
-        if config.gate is not None:
-            self.push_gate(config.gate)
+        self._gate_read = config.read_gate()
+        if self._gate_read is not None:
+            self.push_gate(self._gate_read)
 
     def push_gate(self, data: bytes) -> None:
         """Put a gate in force for the requests that come; raises InvalidRequest.
 
         A request under way keeps the gate it started with.
         """
-        self.gate = gate_from_json(data, has_critic=self.critic is not None)
-        self.metrics.gate_version.set(self.gate.version)
+        self._enforce(self._gate(data))
+
+    def _gate(self, data: bytes) -> Gate:
+        return gate_from_json(data, has_critic=self.critic is not None)
+
+    def _enforce(self, gate: Gate) -> None:
+        self.gate = gate
+        self.metrics.gate_version.set(gate.version)
+
+    def reload(self) -> None:
+        """Read the key files again, and the gate's; all of it or, when it raises, nothing.
+
+        A gate pushed since then stays in force unless the file has changed.
+
+        Raises InvalidRequest naming the setting.
+        """
+        keys = read_keys(self.config)
+        try:
+            data = self.config.read_gate()
+        except OSError as error:
+            raise InvalidRequest(f"gate: cannot read it: {error.strerror}", param="gate") from error
+        changed = data is not None and data != self._gate_read
+        gate = self._gate(data) if changed and data is not None else None
+        self.keys = keys
+        self.pool.headers = keys.upstream_headers
+        self._gate_read = data
+        if gate is not None:
+            self._enforce(gate)
+        log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
+
+    def drain(self) -> None:
+        """Refuse new requests; `traffic.over` waits for those under way."""
+        self.traffic.drain()
 
     def finished(self, session: Session) -> None:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
+        if (entry := current.get()) is not None:
+            entry.count(session)

@@ -9,9 +9,10 @@ import msgspec
 from aiohttp import web
 
 from espo_gateway.answer import Answer, merged, total_usage
-from espo_gateway.errors import GatewayError, InvalidRequest
+from espo_gateway.bodies import decode
+from espo_gateway.errors import GatewayError
 from espo_gateway.gateway import Gateway
-from espo_gateway.passthrough import forwarded_headers, pass_marked
+from espo_gateway.passthrough import forwarded_headers, generation_headers, pass_marked
 from espo_gateway.relay import follow, interleave
 from espo_gateway.request import Plan, plan
 from espo_gateway.session import Chunk, Session
@@ -21,13 +22,9 @@ _encode = msgspec.json.Encoder().encode
 
 async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse:
     data = await request.read()
-    try:
-        body = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
-    planned = plan(body, chat=request.path.endswith("/chat/completions"))
+    planned = plan(decode(request, data), chat=request.path.endswith("/chat/completions"))
     if planned.unmonitored is not None:
-        return await pass_marked(gateway.pool, request, planned)
+        return await pass_marked(gateway, request, planned)
     gate = gateway.gate
     sessions = [
         Session(gate, planned.control, planned.asked, single, chat=planned.chat)
@@ -45,9 +42,17 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
 def _chunks(
     gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
 ) -> AsyncGenerator[list[Chunk], None]:
-    headers = forwarded_headers(request, json=True)
+    headers = forwarded_headers(gateway.keys, request, json=True)
+    several = len(sessions) > 1
     streams = [
-        follow(gateway.pool, planned.path, headers, single, session, gateway.critic)
+        follow(
+            gateway.pool,
+            planned.path,
+            generation_headers(headers, single.body, single.index if several else None),
+            single,
+            session,
+            gateway.critic,
+        )
         for single, session in zip(planned.singles, sessions, strict=True)
     ]
     return interleave(streams)

@@ -46,7 +46,8 @@ class UpstreamPool:
     """Servers that are alike, with one client session; an async context manager.
 
     connect_timeout, idle_timeout: seconds; the latter between any two reads, so before the first
-    token too. attempts: how often one request is tried, over all servers.
+    token too. attempts: how often one request is tried, over all servers. headers: of the pool's
+    own requests; may be changed while it runs.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class UpstreamPool:
         connect_timeout: float = 5.0,
         idle_timeout: float = 600.0,
         attempts: int = 3,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        self.headers = headers or {}
         self.servers = [Upstream(url) for url in urls]
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=connect_timeout, sock_read=idle_timeout
@@ -155,7 +158,9 @@ class UpstreamPool:
         """Whether the server answers at all, within a few seconds."""
         assert self._session is not None, "enter the pool first"
         try:
-            async with self._session.get(server.url + "/health", timeout=_PROBE) as response:
+            async with self._session.get(
+                server.url + "/health", timeout=_PROBE, headers=self.headers
+            ) as response:
                 return response.status < 500
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -164,7 +169,9 @@ class UpstreamPool:
         """What the server says it serves; None when it does not say."""
         assert self._session is not None, "enter the pool first"
         try:
-            async with self._session.get(server.url + "/v1/models", timeout=_PROBE) as response:
+            async with self._session.get(
+                server.url + "/v1/models", timeout=_PROBE, headers=self.headers
+            ) as response:
                 listed = await response.json(content_type=None)
             return listed["data"] if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError):
