@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import tenacity
+from yarl import URL
 
 from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable, said
 
@@ -129,7 +130,12 @@ class UpstreamPool:
         server.in_flight += 1
         try:
             response = await self._session.request(
-                method, server.url + path, headers=headers, data=data, allow_redirects=False
+                method,
+                # As it is: another way to write a path could be another path.
+                URL(server.url + path, encoded=True),
+                headers=headers,
+                data=data,
+                allow_redirects=False,
             )
             if response.status in RETRIED and not last:
                 response.close()

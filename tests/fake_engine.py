@@ -1,6 +1,6 @@
 """A child process that answers as vLLM's admin routes do; run by test_servers.py.
 
-Its token count grows with every look at it, unless it is told to be busy and stuck.
+Its token count grows with every look at its metrics, unless it is told to be busy and stuck.
 
     python tests/fake_engine.py PORT [--stuck] [--fail]
 """
@@ -14,7 +14,8 @@ tokens = 0
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         global tokens
-        tokens += 0 if "--stuck" in sys.argv else 5
+        if self.path == "/metrics" and "--stuck" not in sys.argv:
+            tokens += 5
         bodies = {
             "/health": "",
             "/ready": "",
