@@ -150,7 +150,7 @@ def _generation(prompt: str, prompt_schema: Schema) -> Schema:
     }
     operation = _operation("A generation that may be stopped.", answer, body=body)
     content = operation["responses"]["200"]["content"]
-    content["text/event-stream"] = {"schema": {"type": "string"}}
+    content["text/event-stream"] = {}
     return operation
 
 

@@ -234,7 +234,7 @@ def test_keys_that_cannot_be_meant(tmp_path: Path) -> None:
         ({"upstream_key_file": path}, "holds 2 keys"),
     ):
         with pytest.raises(InvalidRequest, match=told):
-            read_keys(Config(UPSTREAMS, **settings))  # type: ignore[arg-type]
+            read_keys(Config(UPSTREAMS, **settings))
 
 
 def test_keys_from_the_environment() -> None:

@@ -43,7 +43,7 @@ class Everything(Fake):
 
 @asynccontextmanager
 async def everything(**settings: Any) -> AsyncIterator[tuple[Everything, Gateway]]:
-    async with Everything() as server, gateway_for(server, **settings) as gateway:  # type: ignore[arg-type]
+    async with Everything() as server, gateway_for(server, **settings) as gateway:
         server.seen.clear()
         yield server, gateway
 
@@ -231,7 +231,7 @@ async def test_headers_the_server_names_as_its_connections_stay_there() -> None:
             headers = {"Connection": "X-Mine", "X-Mine": "1", "X-Yours": "1"}
             return web.Response(headers=headers)
 
-    async with Naming() as server, gateway_for(server) as gateway:  # type: ignore[arg-type]
+    async with Naming() as server, gateway_for(server) as gateway:
         _, head, _ = await send(gateway, get("/v1/models"))
     assert b"X-Yours" in head
     assert b"X-Mine" not in head

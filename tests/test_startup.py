@@ -107,7 +107,7 @@ async def test_a_server_that_wants_a_key(found: Found, tmp_path: Path) -> None:
         assert [headers["Authorization"] for headers in server.headers] == ["Bearer right"] * 2
         with pytest.raises(UpstreamError, match="refuses the upstream key: HTTP 401: Unauth"):
             await found(server, upstream_key="wrong")
-        with pytest.raises(UpstreamError, match="wants a key, and there is none.*upstream-key"):
+        with pytest.raises(UpstreamError, match=r"wants a key, and there is none.*upstream-key"):
             await found(server, api_keys=("right",))
         # Without keys of its own the gateway hands on the clients'.
         assert "clients must send theirs" in await found(server)
