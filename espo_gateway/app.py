@@ -26,6 +26,7 @@ from espo_gateway.middleware import identify, observing
 from espo_gateway.openapi import description
 from espo_gateway.passthrough import pass_through
 from espo_gateway.upstream import UpstreamPool
+from espo_gateway.wire import Limits
 
 #: Methods that are passed through; CONNECT and TRACE speak of connections, not of models.
 _PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, too
@@ -129,8 +130,12 @@ async def running(
     async with AsyncExitStack() as stack:
         pool = UpstreamPool(
             list(config.upstreams),
-            connect_timeout=config.connect_timeout,
-            idle_timeout=config.idle_timeout,
+            limits=Limits(
+                config.connect_timeout,
+                config.first_token_timeout,
+                config.idle_timeout,
+                config.total_timeout,
+            ),
             attempts=config.attempts,
             headers=keys.upstream_headers,
         )

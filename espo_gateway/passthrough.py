@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import Any
 from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, MultiMapping
 
 from espo_gateway.auth import Keys
 from espo_gateway.errors import InvalidRequest
+from espo_gateway.events import event_stream
 from espo_gateway.gateway import Gateway
 from espo_gateway.logs import REQUEST_ID, current
-from espo_gateway.reading import read_bytes, read_events
 from espo_gateway.request import Body, Plan
 from espo_gateway.signals import decode_chunk
+from espo_gateway.sse import SSEParser
 
 _CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
 
@@ -86,7 +86,7 @@ def generation_headers(
     return headers
 
 
-def _connection_headers(headers: CIMultiDictProxy[str]) -> frozenset[str]:
+def _connection_headers(headers: MultiMapping[str]) -> frozenset[str]:
     """Those that the sender names as meant for this connection only."""
     named = ",".join(headers.getall("Connection", []))
     return frozenset(name.strip().lower() for name in named.split(","))
@@ -121,15 +121,9 @@ async def pass_through(gateway: Gateway, request: web.Request) -> web.StreamResp
         for name, value in upstream.headers.items():
             if name.lower() not in skipped:
                 response.headers.add(name, value)
-        started = False
-        async with aclosing(read_bytes(upstream)) as reads:
-            async for received in reads:
-                if not started:
-                    await response.prepare(request)
-                    started = True
-                await response.write(received)
-        if not started:
-            await response.prepare(request)
+        await response.prepare(request)
+        while received := await upstream.read():
+            await response.write(received)
         await response.write_eof()
         return response
 
@@ -142,21 +136,19 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
     headers = generation_headers(headers, planned.body)
     async with gateway.pool.open("POST", planned.path, headers=headers, data=data) as upstream:
         if upstream.content_type != "text/event-stream":
-            parts = [part async for part in read_bytes(upstream)]
-            body = b"".join(parts)
+            body = await upstream.body()
             if upstream.status == 200:
                 body = _marked(body, mark)
             return web.Response(
                 body=body, status=upstream.status, content_type=upstream.content_type
             )
-        response = web.StreamResponse(status=upstream.status)
-        response.content_type = "text/event-stream"
-        async with aclosing(read_events(upstream)) as reads:
-            async for events in reads:
-                if not response.prepared:
-                    await response.prepare(request)
-                lines = [b"data: " + _marked(event, mark) + b"\n\n" for event in events]
-                await response.write(b"".join(lines))
+        response, parser = event_stream(upstream.status), SSEParser()
+        while received := await upstream.read():
+            events = parser.feed(received)
+            if not response.prepared:
+                await response.prepare(request)
+            lines = [b"data: " + _marked(event, mark) + b"\n\n" for event in events]
+            await response.write(b"".join(lines))
         await response.write_eof()
         return response
 

@@ -14,15 +14,16 @@ from typing import Any
 
 import aiohttp
 import tenacity
-from yarl import URL
 
-from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable, said
+from espo_gateway.errors import UpstreamUnavailable
+from espo_gateway.wire import Limits, Reply, request
 
 log = logging.getLogger(__name__)
 
 #: Statuses after which another try may succeed: overload, or a proxy that has lost its server.
 RETRIED = frozenset({429, 502, 503, 504})
 
+DEFAULT_LIMITS = Limits()
 _PROBE = aiohttp.ClientTimeout(total=5.0)
 
 
@@ -46,25 +47,21 @@ class _TryAgain(Exception):
 class UpstreamPool:
     """Servers that are alike, with one client session; an async context manager.
 
-    connect_timeout, idle_timeout: seconds; the latter between any two reads, so before the first
-    token too. attempts: how often one request is tried, over all servers. headers: of the pool's
-    own requests; may be changed while it runs.
+    attempts: how often one request is tried, over all servers. headers: of the pool's own requests;
+    may be changed while it runs.
     """
 
     def __init__(
         self,
         urls: list[str],
         *,
-        connect_timeout: float = 5.0,
-        idle_timeout: float = 600.0,
+        limits: Limits = DEFAULT_LIMITS,
         attempts: int = 3,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.headers = headers or {}
         self.servers = [Upstream(url) for url in urls]
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=connect_timeout, sock_read=idle_timeout
-        )
+        self._limits = limits
         self._attempts = attempts
         self._session: aiohttp.ClientSession | None = None
 
@@ -73,8 +70,6 @@ class UpstreamPool:
             # The servers do their own queueing; a limit here would hide it.
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=self._timeout,
-            auto_decompress=False,
         )
         return self
 
@@ -85,7 +80,7 @@ class UpstreamPool:
     @asynccontextmanager
     async def open(
         self, method: str, path: str, *, headers: Mapping[str, str], data: bytes | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Reply]:
         """Send a request to the least loaded server; the answer, of whatever status.
 
         Raises:
@@ -96,13 +91,13 @@ class UpstreamPool:
         try:
             yield response
         finally:
-            # close, not release: it drops the socket, and the server aborts the request.
+            # Drops the socket, and the server aborts the request.
             response.close()
             server.in_flight -= 1
 
     async def _send(
         self, method: str, path: str, headers: Mapping[str, str], data: bytes | None
-    ) -> tuple[Upstream, aiohttp.ClientResponse]:
+    ) -> tuple[Upstream, Reply]:
         tried: set[Upstream] = set()
         async for attempt in tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._attempts),
@@ -125,35 +120,17 @@ class UpstreamPool:
         headers: Mapping[str, str],
         data: bytes | None,
         last: bool,
-    ) -> aiohttp.ClientResponse:
-        assert self._session is not None, "enter the pool first"
+    ) -> Reply:
         server.in_flight += 1
         try:
-            response = await self._session.request(
-                method,
-                # As it is: another way to write a path could be another path.
-                URL(server.url + path, encoded=True),
-                headers=headers,
-                data=data,
-                allow_redirects=False,
-            )
-            if response.status in RETRIED and not last:
-                response.close()
-                log.warning("%s answered %d; trying again", server.url, response.status)
+            reply = await request(server.url, method, path, headers, data, self._limits)
+            if reply.status in RETRIED and not last:
+                reply.close()
+                log.warning("%s answered %d; trying again", server.url, reply.status)
                 raise _TryAgain
-            return response
-        except BaseException as error:
+            return reply
+        except BaseException:
             server.in_flight -= 1
-            if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError):
-                raise UpstreamUnavailable(f"{server.url}: {said(error)}") from error
-            if isinstance(error, TimeoutError):
-                if isinstance(error, aiohttp.ConnectionTimeoutError):
-                    raise UpstreamUnavailable(f"{server.url}: no connection in time") from error
-                raise UpstreamTimeout(f"{server.url} sent nothing for too long") from error
-            if isinstance(error, aiohttp.ClientOSError):
-                raise UpstreamUnavailable(f"{server.url}: {said(error)}") from error
-            if isinstance(error, aiohttp.ClientError):
-                raise UpstreamError(f"{server.url}: {said(error)}") from error
             raise
 
     def _least_loaded(self, tried: set[Upstream]) -> Upstream:
