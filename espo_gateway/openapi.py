@@ -25,9 +25,9 @@ _JSON = "application/json"
 class Record:
     """What the monitor saw and did, in each finished choice's `espo`.
 
-    stopped: whether the choice was cut. audited: whether it was let finish in spite of it. cut: the token it was, or in shadow mode would have been,
-    cut at. overshoot: tokens the server sent past the cut. missing: tokens without a usable
-    logprob. reason: why the choice was not monitored.
+    stopped: whether the choice was cut. audited: whether it was let finish in spite of it. cut: the
+    token it was, or in shadow mode would have been, cut at. overshoot: tokens the server sent past
+    the cut. missing: tokens without a usable logprob. reason: why the choice was not monitored.
     """
 
     mode: Literal["enforce", "shadow", "off"]
