@@ -140,7 +140,7 @@ async def running(
             headers=keys.upstream_headers,
         )
         await stack.enter_async_context(pool)
-        metrics = Metrics(pool)
+        metrics = Metrics()
         if critic is None and config.critic is not None:
             critic = await stack.enter_async_context(
                 CriticServer(

@@ -10,9 +10,11 @@ from espo_gateway.critic import ValueServer
 from espo_gateway.draining import Traffic
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.gates import gate_from_json
+from espo_gateway.live import Live
 from espo_gateway.logs import current
 from espo_gateway.metrics import Metrics
 from espo_gateway.rules import Gate
+from espo_gateway.scrape import GatewayCollector
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
 
@@ -41,9 +43,11 @@ class Gateway:
         self.keys = keys
         self.loopback = is_loopback(config.host)
         self.traffic = Traffic()
+        self.live = Live()
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
+        metrics.registry.register(GatewayCollector(self))
         self._gate_read = config.read_gate()
         if self._gate_read is not None:
             self.push_gate(self._gate_read)
@@ -53,14 +57,7 @@ class Gateway:
 
         A request under way keeps the gate it started with.
         """
-        self._enforce(self._gate(data))
-
-    def _gate(self, data: bytes) -> Gate:
-        return gate_from_json(data, has_critic=self.critic is not None)
-
-    def _enforce(self, gate: Gate) -> None:
-        self.gate = gate
-        self.metrics.gate_version.set(gate.version)
+        self.gate = gate_from_json(data, has_critic=self.critic is not None)
 
     def reload(self) -> None:
         """Read the key files again, and the gate's; all of it or, when it raises, nothing.
@@ -74,13 +71,10 @@ class Gateway:
             data = self.config.read_gate()
         except OSError as error:
             raise InvalidRequest(f"gate: cannot read it: {error.strerror}", param="gate") from error
-        changed = data is not None and data != self._gate_read
-        gate = self._gate(data) if changed and data is not None else None
-        self.keys = keys
+        if data is not None and data != self._gate_read:
+            self.push_gate(data)
+        self.keys, self._gate_read = keys, data
         self.pool.headers = keys.upstream_headers
-        self._gate_read = data
-        if gate is not None:
-            self._enforce(gate)
         log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
 
     def drain(self) -> None:
@@ -91,5 +85,6 @@ class Gateway:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
+        self.live.ended(session)
         if (entry := current.get()) is not None:
             entry.count(session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -32,10 +33,20 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
                 f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
                 'leave that out, or send "espo": {"mode": "off"}'
             )
+        gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
     gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)
+    began = partial(gateway.metrics.first_token, request)
     sessions = [
-        Session(gate, planned.control, planned.asked, single, chat=planned.chat, policy=policy)
+        Session(
+            gate,
+            planned.control,
+            planned.asked,
+            single,
+            chat=planned.chat,
+            policy=policy,
+            began=began,
+        )
         for single in planned.singles
     ]
     gateway.sessions.update(sessions)

@@ -21,8 +21,8 @@ from espo_gateway.session import Session
 
 REQUEST_ID = "X-Request-Id"
 _SANE = re.compile(r"[\x21-\x7e]{1,128}")
-#: Asked every few seconds by machines.
-_QUIET = frozenset({"/health", "/ready", "/metrics"})
+#: Asked every few seconds, by machines and by the live page.
+_QUIET = frozenset({"/health", "/ready", "/metrics", "/espo/live"})
 
 log = logging.getLogger("espo_gateway.access")
 #: For aiohttp's server.

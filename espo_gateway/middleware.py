@@ -15,6 +15,7 @@ from espo_gateway.bodies import receive
 from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.gateway import Gateway
 from espo_gateway.logs import REQUEST_ID, Entry, current
+from espo_gateway.metrics import ARRIVED
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def observing(gateway: Gateway) -> Middleware:
         generates = route.startswith("/v1/")
         status = "499"  # nginx's word for a client that left
         if generates:
+            request[ARRIVED] = entry.started
             metrics.in_flight.inc()
         try:
             response = await _answered(gateway, request, handler, entry)
