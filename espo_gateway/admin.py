@@ -1,4 +1,4 @@
-"""The gateway's own routes under /espo, for whoever runs it."""
+"""The gateway's own routes under /espo, for whoever runs it; `auth` says who may."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from espo_gateway.page import page_routes
 
 
 def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
-    """Reading and pushing the gate, and the page that shows the gateway live."""
+    """The gate, read and pushed; the files, read anew; the page that shows the gateway live."""
 
     async def get_gate(request: web.Request) -> web.Response:
         return web.Response(body=gate_to_json(gateway.gate), content_type="application/json")
@@ -19,6 +19,11 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
     async def put_gate(request: web.Request) -> web.Response:
         gateway.push_gate(await request.read())
         return await get_gate(request)
+
+    async def reload(request: web.Request) -> web.Response:
+        gateway.reload()
+        counts = {"api_keys": len(gateway.keys.api), "gate_version": gateway.gate.version}
+        return web.json_response(counts)
 
     async def live(request: web.Request) -> web.Response:
         data = msgspec.json.encode(gateway.live.snapshot(gateway))
@@ -28,6 +33,7 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
     return [
         web.get("/espo/gate", get_gate),
         web.put("/espo/gate", put_gate),
+        web.post("/espo/reload", reload),
         web.get("/espo/live", live),
         *page_routes(),
     ]

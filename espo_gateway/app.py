@@ -7,29 +7,31 @@ async with running(Config(upstreams=("http://127.0.0.1:8000",), port=0)) as gate
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 
 from espo_gateway.admin import admin_routes
+from espo_gateway.auth import read_keys
 from espo_gateway.config import Config
 from espo_gateway.critic import CriticServer, ValueServer
-from espo_gateway.errors import GatewayError
 from espo_gateway.gateway import Gateway
 from espo_gateway.generation import generate
-from espo_gateway.metrics import ARRIVED, Metrics
+from espo_gateway.logs import http_log
+from espo_gateway.metrics import Metrics
+from espo_gateway.middleware import identify, observing
+from espo_gateway.openapi import description
 from espo_gateway.passthrough import pass_through
 from espo_gateway.upstream import UpstreamPool
 from espo_gateway.wire import Limits
 
-log = logging.getLogger(__name__)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+#: Methods that are passed through; CONNECT and TRACE speak of connections, not of models.
+_PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, too
+#: Seconds that handlers have to clean up when they are broken off.
+_CLEAN_UP = 0.5
 
 
 def application(gateway: Gateway) -> web.Application:
@@ -39,10 +41,16 @@ def application(gateway: Gateway) -> web.Application:
         return await generate(gateway, request)
 
     async def other(request: web.Request) -> web.StreamResponse:
-        return await pass_through(gateway.pool, request)
+        return await pass_through(gateway, request)
 
     async def health(request: web.Request) -> web.Response:
-        return await _health(gateway)
+        return web.json_response({"status": "ok"})
+
+    async def ready(request: web.Request) -> web.Response:
+        return await _ready(gateway)
+
+    async def openapi(request: web.Request) -> web.Response:
+        return web.json_response(description())
 
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(
@@ -51,68 +59,25 @@ def application(gateway: Gateway) -> web.Application:
         )
 
     app = web.Application(
-        middlewares=[_observing(gateway)], client_max_size=gateway.config.max_request_bytes
+        middlewares=[observing(gateway)], client_max_size=gateway.config.max_request_bytes
     )
+    app.on_response_prepare.append(identify)
     app.add_routes(
         [
             web.post("/v1/completions", generation),
             web.post("/v1/chat/completions", generation),
-            web.route("*", "/v1/{path:.*}", other),
+            *(web.route(method, "/v1/{path:.*}", other) for method in _PASSED),
             *admin_routes(gateway),
             web.get("/health", health),
+            web.get("/ready", ready),
             web.get("/metrics", metrics),
+            web.get("/openapi.json", openapi),
         ]
     )
     return app
 
 
-def _observing(gateway: Gateway) -> Any:
-    """Count every request; tell every error in OpenAI's shape."""
-    metrics = gateway.metrics
-
-    @web.middleware
-    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not request.path.startswith("/v1/"):
-            return await _answered(gateway, request, handler)
-        resource = request.match_info.route.resource
-        endpoint = resource.canonical if resource is not None else "unknown"
-        started = request[ARRIVED] = time.monotonic()
-        status = "499"  # nginx's word for a client that left
-        metrics.in_flight.inc()
-        try:
-            response = await _answered(gateway, request, handler)
-            status = str(response.status)
-            return response
-        except (asyncio.CancelledError, ConnectionResetError):
-            metrics.cancelled.inc()
-            raise
-        finally:
-            metrics.in_flight.dec()
-            metrics.requests.labels(endpoint, status).inc()
-            metrics.seconds.labels(endpoint).observe(time.monotonic() - started)
-
-    return observe
-
-
-async def _answered(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except GatewayError as error:
-        gateway.metrics.count_error(error)
-        return web.json_response(error.body(), status=error.status, headers=error.headers)
-    except web.HTTPException as error:
-        refused = GatewayError(f"{error.reason}: {request.method} {request.path}")
-        refused.status, refused.type = error.status, "invalid_request_error"
-        return web.json_response(refused.body(), status=error.status)
-    except ConnectionResetError:
-        raise
-    except Exception:
-        log.exception("%s %s failed", request.method, request.path)
-        failed = GatewayError("the gateway failed; its log says how")
-        return web.json_response(failed.body(), status=500)
-
-
-async def _health(gateway: Gateway) -> web.Response:
+async def _ready(gateway: Gateway) -> web.Response:
     pool = gateway.pool
     critic = gateway.critic if isinstance(gateway.critic, CriticServer) else None
     answering, valued = await asyncio.gather(
@@ -122,14 +87,17 @@ async def _health(gateway: Gateway) -> web.Response:
         {"url": server.url, "answers": answers, "in_flight": server.in_flight}
         for server, answers in zip(pool.servers, answering, strict=True)
     ]
-    healthy = any(answering)
     body: dict[str, Any] = {"upstreams": servers}
     if critic is not None:
         body["critic"] = {"url": critic.url, "answers": valued}
-    # Without the critic's values nothing stops, but everything is served.
-    problem = "" if valued or critic is None else "; the critic does not answer"
-    body["status"] = ("ok" if healthy else "no upstream answers") + problem
-    return web.json_response(body, status=200 if healthy else 503)
+    if gateway.traffic.draining:
+        body["status"] = "draining"
+    else:
+        # Without the critic's values nothing stops, but everything is served.
+        problem = "" if valued or critic is None else "; the critic does not answer"
+        body["status"] = ("ok" if any(answering) else "no upstream answers") + problem
+    ready = any(answering) and not gateway.traffic.draining
+    return web.json_response(body, status=200 if ready else 503)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -151,11 +119,14 @@ async def running(
 ) -> AsyncIterator[Gateway]:
     """A gateway that serves until the block is left; `gateway.url` says where.
 
+    Requests under way then have the drain timeout to finish, and new ones are refused.
+
     Args:
         critic: in the place of the configured one.
 
-    Raises InvalidRequest for a bad gate and OSError for a taken port.
+    Raises InvalidRequest for a bad gate or key file and OSError for a taken port.
     """
+    keys = read_keys(config)
     async with AsyncExitStack() as stack:
         pool = UpstreamPool(
             list(config.upstreams),
@@ -170,6 +141,7 @@ async def running(
             breaker_failures=config.breaker_failures,
             breaker_timeout=config.breaker_timeout,
             affinity=config.affinity,
+            headers=keys.upstream_headers,
         )
         await stack.enter_async_context(pool)
         metrics = Metrics()
@@ -179,14 +151,17 @@ async def running(
                     config.critic, timeout=config.critic_timeout, registry=metrics.registry
                 )
             )
-        gateway = Gateway(pool, config, metrics, critic=critic)
+        gateway = Gateway(pool, config, metrics, keys, critic=critic)
         sock = sock or listen(config.host, config.port)
         runner = web.AppRunner(
             application(gateway),
             # Else a client's departure goes unnoticed, and its tokens are generated to the end.
             handler_cancellation=True,
             access_log=None,
-            shutdown_timeout=config.drain_timeout,
+            logger=http_log,
+            # Also how long the next request's head may take, since a connection was opened.
+            keepalive_timeout=config.request_timeout,
+            shutdown_timeout=_CLEAN_UP,
         )
         await runner.setup()
         try:
@@ -195,4 +170,7 @@ async def running(
             gateway.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             yield gateway
         finally:
+            # Still listening: who asks now is told that another gateway must serve it.
+            gateway.drain()
+            await gateway.traffic.over(config.drain_timeout)
             await runner.cleanup()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -52,8 +53,8 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 class Config:
     """Every setting; times in seconds.
 
-    gate: a gate's JSON, or None for one that never stops; on the command line and in the file the
-        name of a file.
+    gate: a gate's JSON, or the path of a file of it, which is read again on a reload; None for one
+        that never stops.
     """
 
     upstreams: tuple[str, ...]
@@ -78,7 +79,7 @@ class Config:
     request_timeout: Positive = 60.0
     drain_timeout: NotNegative = 600.0
 
-    gate: bytes | None = None
+    gate: bytes | Path | None = None
     target_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     warmup: Annotated[int, Field(ge=2)] = 512
     window: Annotated[int, Field(ge=1)] = 64
@@ -106,6 +107,13 @@ class Config:
         for name, url in [*(("upstream", url) for url in self.upstreams), ("critic", critic_url)]:
             if url is not None and not re.match(r"https?://[^/]", url):
                 raise ValueError(f"{name}: a server must be like http://host:port, not {url!r}")
+            if url is not None and urlsplit(url).username is not None:
+                # It would stand in every log line and in /ready.
+                raise ValueError(f"{name}: no key in the URL, please; use upstream_key_file")
+
+    def read_gate(self) -> bytes | None:
+        """The gate's JSON. Raises OSError."""
+        return self.gate.read_bytes() if isinstance(self.gate, Path) else self.gate
 
 
 #: Group, metavar and help of each field that is a flag.
@@ -233,7 +241,8 @@ def parse(
     try:
         given = {**_from_file(path), **_from_environment(environment), **flags}
         if "gate" in given:
-            given["gate"] = Path(given["gate"]).read_bytes()
+            given["gate"] = Path(given["gate"])
+            given["gate"].read_bytes()  # one that is not there is known at once
         if "upstreams" not in given:
             raise ValueError("--upstream URL is needed, or upstreams in the environment or file")
         return TypeAdapter(Config).validate_python(given)

@@ -3,6 +3,9 @@
 GatewayError
  ├─ InvalidRequest          400  the client's request, or a pushed gate, is at fault
  ├─ TooManyRequests         429  the gateway serves as many as it may, and its queue is full
+ │   └─ TooSlow, TooLarge   408, 413
+ ├─ Unauthorized            401  no key, or a wrong one
+ ├─ Forbidden               403  administration that is not enabled
  ├─ Draining                503  the gateway is about to end
  └─ UpstreamError           502
      ├─ UpstreamStatusError  as the server said it: its status and body, handed on unchanged
@@ -20,11 +23,14 @@ from typing import Any
 class GatewayError(Exception):
     """Base of all errors a client is told of.
 
-    status: the HTTP status. param: the request field at fault, if one is. headers: the answer's.
+    status: the HTTP status. code: OpenAI's word for it, if it has one. headers: of the answer.
+    param: the request field at fault, if one is.
     """
 
     status = 500
     type = "internal_error"
+    code: str | None = None
+    headers: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -36,7 +42,8 @@ class GatewayError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-        self.headers = dict(headers or {})
+        if headers is not None:
+            self.headers = dict(headers)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error shape, which every OpenAI client can read."""
@@ -45,7 +52,7 @@ class GatewayError(Exception):
                 "message": self.message,
                 "type": self.type,
                 "param": self.param,
-                "code": self.status,
+                "code": self.code or self.status,
             }
         }
 
@@ -64,11 +71,43 @@ class TooManyRequests(GatewayError):
     type = "too_many_requests"
 
 
+class TooSlow(InvalidRequest):
+    """The client took too long to send its request."""
+
+    status = 408
+    headers: Mapping[str, str] = {"Connection": "close"}
+
+
+class TooLarge(InvalidRequest):
+    """The body is larger than the gateway takes."""
+
+    status = 413
+    headers: Mapping[str, str] = {"Connection": "close"}
+
+
+class Unauthorized(GatewayError):
+    """No key, or one that does not open this route."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    # Makes a browser ask: the key is the password, the user name is anything.
+    headers: Mapping[str, str] = {"WWW-Authenticate": 'Basic realm="espo_gateway", charset="UTF-8"'}
+
+
+class Forbidden(GatewayError):
+    """The route is not enabled here; the message says how to enable it."""
+
+    status = 403
+    type = "permission_error"
+
+
 class Draining(GatewayError):
-    """The gateway ends and takes no new requests; another one, or its successor, will."""
+    """The gateway ends when its running requests have; another one must be asked."""
 
     status = 503
-    type = "draining"
+    type = "unavailable"
+    headers: Mapping[str, str] = {"Connection": "close", "Retry-After": "1"}
 
 
 class UpstreamError(GatewayError):

@@ -91,7 +91,7 @@ def gate_to_json(gate: Gate) -> bytes:
 def _checked(cls: type[T], data: bytes, where: str) -> T:
     try:
         plain = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"not valid JSON: {error}") from error
     _check_names(cls, plain, where)
     try:

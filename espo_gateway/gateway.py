@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+
 from espo_gateway.admission import Admission
+from espo_gateway.auth import Keys, is_loopback, read_keys
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
+from espo_gateway.draining import Traffic
+from espo_gateway.errors import InvalidRequest
 from espo_gateway.gates import gate_from_json
 from espo_gateway.live import Live
+from espo_gateway.logs import current
 from espo_gateway.metrics import Metrics
 from espo_gateway.rules import Gate
 from espo_gateway.scrape import GatewayCollector
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
+
+log = logging.getLogger(__name__)
+
+_NO_KEYS = Keys()
 
 
 class Gateway:
@@ -22,6 +32,7 @@ class Gateway:
         pool: UpstreamPool,
         config: Config,
         metrics: Metrics,
+        keys: Keys = _NO_KEYS,
         *,
         critic: ValueServer | None = None,
     ) -> None:
@@ -30,14 +41,18 @@ class Gateway:
         self.url = ""
         self.critic = critic
         self.metrics = metrics
+        self.keys = keys
+        self.loopback = is_loopback(config.host)
+        self.traffic = Traffic()
         self.live = Live()
         self.admission = Admission(config.max_in_flight, config.max_queue)
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
         metrics.registry.register(GatewayCollector(self))
-        if config.gate is not None:
-            self.push_gate(config.gate)
+        self._gate_read = config.read_gate()
+        if self._gate_read is not None:
+            self.push_gate(self._gate_read)
 
     def push_gate(self, data: bytes) -> None:
         """Put a gate in force for the requests that come; raises InvalidRequest.
@@ -46,8 +61,32 @@ class Gateway:
         """
         self.gate = gate_from_json(data, has_critic=self.critic is not None)
 
+    def reload(self) -> None:
+        """Read the key files again, and the gate's; all of it or, when it raises, nothing.
+
+        A gate pushed since then stays in force unless the file has changed.
+
+        Raises InvalidRequest naming the setting.
+        """
+        keys = read_keys(self.config)
+        try:
+            data = self.config.read_gate()
+        except OSError as error:
+            raise InvalidRequest(f"gate: cannot read it: {error.strerror}", param="gate") from error
+        if data is not None and data != self._gate_read:
+            self.push_gate(data)
+        self.keys, self._gate_read = keys, data
+        self.pool.headers = keys.upstream_headers
+        log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
+
+    def drain(self) -> None:
+        """Refuse new requests; `traffic.over` waits for those under way."""
+        self.traffic.drain()
+
     def finished(self, session: Session) -> None:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
         self.live.ended(session)
+        if (entry := current.get()) is not None:
+            entry.count(session)

@@ -10,10 +10,11 @@ import msgspec
 from aiohttp import web
 
 from espo_gateway.answer import Answer, merged, total_usage
+from espo_gateway.bodies import decode
 from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.events import EventStream, event
 from espo_gateway.gateway import Gateway
-from espo_gateway.passthrough import forwarded_headers, pass_marked
+from espo_gateway.passthrough import forwarded_headers, generation_headers, pass_marked
 from espo_gateway.relay import Sink, follow
 from espo_gateway.request import Plan, plan
 from espo_gateway.session import Policy, Session
@@ -24,11 +25,7 @@ _encode = msgspec.json.Encoder().encode
 async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse:
     """Serve /v1/completions or /v1/chat/completions. Raises the kinds of GatewayError."""
     data = await request.read()
-    try:
-        body = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
-    planned = plan(body, chat=request.path.endswith("/chat/completions"))
+    planned = plan(decode(request, data), chat=request.path.endswith("/chat/completions"))
     async with gateway.admission.slot():
         return await _admitted(gateway, request, planned)
 
@@ -42,7 +39,7 @@ async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> we
                 'leave that out, or send "espo": {"mode": "off"}'
             )
         gateway.metrics.count_unmonitored(planned.unmonitored)
-        return await pass_marked(gateway.pool, request, planned)
+        return await pass_marked(gateway, request, planned)
     gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)
     began = partial(gateway.metrics.first_token, request)
     sessions = [
@@ -74,9 +71,18 @@ async def _follow_all(
     sinks: Sequence[Sink],
 ) -> None:
     """Follow every choice; the first that fails ends the others."""
-    headers = forwarded_headers(request, json=True)
+    headers = forwarded_headers(gateway.keys, request, json=True)
+    several = len(sessions) > 1
     follows = [
-        follow(gateway.pool, planned.path, headers, single, session, sink, gateway.critic)
+        follow(
+            gateway.pool,
+            planned.path,
+            generation_headers(headers, single.body, single.index if several else None),
+            single,
+            session,
+            sink,
+            gateway.critic,
+        )
         for single, session, sink in zip(planned.singles, sessions, sinks, strict=True)
     ]
     if len(follows) == 1:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
+from multidict import CIMultiDict, MultiMapping
 
 from espo_gateway.affinity import affinity_key
+from espo_gateway.auth import Keys
+from espo_gateway.errors import InvalidRequest
 from espo_gateway.events import event_stream
-from espo_gateway.request import Plan
+from espo_gateway.gateway import Gateway
+from espo_gateway.logs import REQUEST_ID, current
+from espo_gateway.request import Body, Plan
 from espo_gateway.signals import decode_chunk
 from espo_gateway.sse import SSEParser
-from espo_gateway.upstream import UpstreamPool
+
+_CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
 
 #: Headers that belong to one connection (RFC 9110, 7.6.1), not to the message.
 _HOP_BY_HOP = frozenset(
     {
         "connection",
         "keep-alive",
+        "proxy-connection",
         "proxy-authenticate",
         "proxy-authorization",
         "te",
@@ -27,28 +35,92 @@ _HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-_NOT_FORWARDED = _HOP_BY_HOP | {"host", "content-length", "accept-encoding", "expect"}
+#: Written anew for the upstream, or said by nobody: a client must not pass itself off as a proxy.
+_NOT_FORWARDED = _HOP_BY_HOP | {
+    "accept-encoding",
+    "content-encoding",  # the body has been decoded
+    "content-length",
+    "expect",
+    "forwarded",
+    "host",
+    "x-real-ip",
+    "x-request-id",
+}
 
 
-def forwarded_headers(request: web.Request, *, json: bool = False) -> dict[str, str]:
+def forwarded_headers(keys: Keys, request: web.Request, *, json: bool = False) -> CIMultiDict[str]:
     """The client's headers for the upstream; `json` when the gateway writes the body anew."""
-    skipped = _NOT_FORWARDED | {"content-type"} if json else _NOT_FORWARDED
-    headers = {k: v for k, v in request.headers.items() if k.lower() not in skipped}
+    skipped = _NOT_FORWARDED | _connection_headers(request.headers)
+    if json:
+        skipped |= {"content-type"}
+    if not keys.pass_clients:
+        skipped |= {"authorization"}
+    headers = CIMultiDict(
+        (name, value)
+        for name, value in request.headers.items()
+        if name.lower() not in skipped and not name.lower().startswith("x-forwarded-")
+    )
+    headers.update(keys.upstream_headers)
     headers["Accept-Encoding"] = "identity"
     if json:
         headers["Content-Type"] = "application/json"
+    if (entry := current.get()) is not None:
+        headers[REQUEST_ID] = entry.request_id
     return headers
 
 
-async def pass_through(pool: UpstreamPool, request: web.Request) -> web.StreamResponse:
-    """Any request and its answer, byte by byte. Raises UpstreamError."""
-    data = await request.read() if request.can_read_body else None
-    async with pool.open(
-        request.method, request.path_qs, headers=forwarded_headers(request), data=data
-    ) as upstream:
+def generation_headers(
+    headers: CIMultiDict[str], body: Body, index: int | None = None
+) -> CIMultiDict[str]:
+    """Of one upstream request for a generation; with the choice's index where there are several.
+
+    A `request_id` of the body stays the server's name for it: vLLM would prefer the header.
+    """
+    entry = current.get()
+    if entry is None:
+        return headers
+    headers = headers.copy()
+    if not entry.given and body.get("request_id") is not None:
+        del headers[REQUEST_ID]
+    elif index is not None:
+        headers[REQUEST_ID] = f"{entry.request_id}-{index}"
+    return headers
+
+
+def _connection_headers(headers: MultiMapping[str]) -> frozenset[str]:
+    """Those that the sender names as meant for this connection only."""
+    named = ",".join(headers.getall("Connection", []))
+    return frozenset(name.strip().lower() for name in named.split(","))
+
+
+def upstream_path(request: web.Request) -> str:
+    """Path and query for the upstream, as the client wrote them.
+
+    Raises InvalidRequest for a path that some server could read as one outside /v1/, where vLLM's
+    own administration is.
+    """
+    decoded = request.rel_url.raw_path
+    for _ in range(3):  # as often as a chain of servers could
+        decoded = unquote(decoded)
+    # Some servers take a backslash for a slash, and ignore what follows a semicolon.
+    segments = [part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")]
+    inner = segments[2:-1] if segments[-1] == "" else segments[2:]
+    plain = {"", ".", ".."}.isdisjoint(inner) and _CONTROL.isdisjoint(decoded)
+    if segments[:2] != ["", "v1"] or not plain:
+        raise InvalidRequest("the path must be a plain one under /v1/")
+    return request.rel_url.raw_path_qs
+
+
+async def pass_through(gateway: Gateway, request: web.Request) -> web.StreamResponse:
+    """Any request and its answer, byte by byte. Raises InvalidRequest or UpstreamError."""
+    path = upstream_path(request)
+    data = await request.read() if request.body_exists else None
+    headers = forwarded_headers(gateway.keys, request)
+    async with gateway.pool.open(request.method, path, headers=headers, data=data) as upstream:
         response = web.StreamResponse(status=upstream.status)
+        skipped = _HOP_BY_HOP | _connection_headers(upstream.headers)
         for name, value in upstream.headers.items():
-            if name.lower() not in _HOP_BY_HOP:
+            if name.lower() not in skipped:
                 response.headers.add(name, value)
         await response.prepare(request)
         while received := await upstream.read():
@@ -57,15 +129,16 @@ async def pass_through(pool: UpstreamPool, request: web.Request) -> web.StreamRe
         return response
 
 
-async def pass_marked(
-    pool: UpstreamPool, request: web.Request, planned: Plan
-) -> web.StreamResponse:
+async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
     """A generation nobody monitors: every choice says so, in `espo`. Raises UpstreamError."""
     mark = {"mode": "off", "stopped": False, "reason": planned.unmonitored}
     data = msgspec.json.encode(planned.body)
-    headers = forwarded_headers(request, json=True)
-    key = affinity_key(pool.affinity, headers, planned.body)
-    async with pool.open("POST", planned.path, headers=headers, data=data, key=key) as upstream:
+    headers = forwarded_headers(gateway.keys, request, json=True)
+    headers = generation_headers(headers, planned.body)
+    key = affinity_key(gateway.pool.affinity, headers, planned.body)
+    async with gateway.pool.open(
+        "POST", planned.path, headers=headers, data=data, key=key
+    ) as upstream:
         if upstream.content_type != "text/event-stream":
             body = await upstream.body()
             if upstream.status == 200:

@@ -54,6 +54,7 @@ class UpstreamPool:
             for so many seconds.
         affinity: for `affinity.affinity_key`; the pool itself only knows keys.
         clock: the breakers', in seconds, monotonic.
+        headers: of the pool's own requests; may be changed while it runs.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class UpstreamPool:
         breaker_timeout: float = 10.0,
         affinity: Affinity = "none",
         clock: Callable[[], float] = time.monotonic,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        self._headers = dict(headers or {})
         self.servers = [
             Upstream(url, Breaker(breaker_failures, breaker_timeout, clock)) for url in urls
         ]
@@ -80,11 +83,24 @@ class UpstreamPool:
         self._session: aiohttp.ClientSession | None = None
         self._stack = AsyncExitStack()
 
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of the pool's own requests."""
+        return self._headers
+
+    @headers.setter
+    def headers(self, headers: Mapping[str, str]) -> None:
+        self._headers = dict(headers)
+        if self._session is not None:
+            self._session.headers.clear()
+            self._session.headers.update(headers)
+
     async def __aenter__(self) -> UpstreamPool:
         self._session = aiohttp.ClientSession(
             # The servers do their own queueing; a limit here would hide it.
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
         )
         await self._stack.enter_async_context(self._session)
         await self._stack.enter_async_context(

@@ -48,7 +48,7 @@ class Server:
     log_path: Path = Path("server.log")
     start_timeout: float = 600.0
     samples: bool = False  # it generates tokens, and hangs when it makes none
-    lives: str = "/health"  # the gateway's own /health speaks for the servers behind it, too
+    ready: str = "/health"  # answers 200 once it can serve
     process: ServerProcess | None = None
     starts: int = 0
     restarts: int = 0  # in a row; the loop forgets them once a step is done
@@ -64,7 +64,7 @@ class Server:
         self.process = await ServerProcess.start(
             self.command,
             log_path=self.log_path.with_suffix(f"{suffix}.log"),
-            ready_url=f"{self.url}{self.lives}",
+            ready_url=f"{self.url}{self.ready}",
             env=self.env,
             name=self.name,
             timeout=self.start_timeout,
@@ -96,7 +96,7 @@ class Server:
         """Whether it lives and answers."""
         if self.process is not None and not self.process.alive:
             return False
-        return await answers(f"{self.url}{self.lives}")
+        return await answers(f"{self.url}/health")
 
     async def until_down(self, hang_timeout: float) -> str:
         """Wait until it has died or hangs; what happened, in words."""
@@ -123,7 +123,7 @@ class Server:
                 alive = sign is not None and (sign != last or not sign.busy)
                 last = sign
             else:
-                alive = await answers(f"{self.url}{self.lives}")
+                alive = await answers(f"{self.url}/health")
             if alive:
                 since = loop.time()
 
@@ -372,10 +372,12 @@ def _servers(
             *("--unmonitored", "refuse"),
             *(argument for policy in policies for argument in ("--upstream", policy.url)),
             *(("--critic", critic.url) if critic else ()),
+            # A run that ends wants no rollout any more, and has given its last one up.
+            *("--drain-timeout", "0"),
         ],
         log_path=log_folder / "gateway.log",
         start_timeout=60.0,
-        lives="/metrics",
+        ready="/ready",
     )
     return Servers(policies, critic, gateway, recipe)
 

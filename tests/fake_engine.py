@@ -18,6 +18,7 @@ class Handler(BaseHTTPRequestHandler):
             tokens += 5
         bodies = {
             "/health": "",
+            "/ready": "",
             "/metrics": f"vllm:generation_tokens_total {tokens}\nvllm:num_requests_running 1\n",
             "/v1/models": '{"data": [{"id": "fake"}]}',
         }

@@ -377,18 +377,18 @@ async def test_other_endpoints_are_passed_through() -> None:
         assert status == 404
 
 
-async def test_health_tells_which_upstreams_answer() -> None:
+async def test_ready_tells_which_upstreams_answer() -> None:
     async with (
         FakeServer(FAILING) as one,
         FakeServer(FAILING) as two,
         gateway_for(one, two) as gateway,
     ):
-        health = json.loads(await get_text(gateway.url + "/health"))
-        assert [upstream["answers"] for upstream in health["upstreams"]] == [True, True]
+        ready = json.loads(await get_text(gateway.url + "/ready"))
+        assert [upstream["answers"] for upstream in ready["upstreams"]] == [True, True]
         await two.stop()
-        health = json.loads(await get_text(gateway.url + "/health"))
-        assert health["status"] == "ok"
-        assert [upstream["answers"] for upstream in health["upstreams"]] == [True, False]
+        ready = json.loads(await get_text(gateway.url + "/ready"))
+        assert ready["status"] == "ok"
+        assert [upstream["answers"] for upstream in ready["upstreams"]] == [True, False]
         await one.stop()
         status, _ = await post(gateway.url + COMPLETIONS, completion_body())
         assert status == 503

@@ -464,15 +464,15 @@ async def test_a_critic_with_several_policies() -> None:
         answers = await asyncio.gather(*(post(url, completion_body()) for _ in range(8)))
         assert {answer["choices"][0]["espo"]["cut"] for _, answer in answers} == {9}
         assert min(len(one.bodies), len(two.bodies)) > 0
-        health = json.loads(await get_text(gateway.url + "/health"))
-        assert health["critic"] == {"url": critic.url, "answers": True}
+        ready = json.loads(await get_text(gateway.url + "/ready"))
+        assert ready["critic"] == {"url": critic.url, "answers": True}
         await one.stop()
         _, answer = await post(url, completion_body())
         assert answer["choices"][0]["espo"]["cut"] == 9
         await critic.stop()
-        health = json.loads(await get_text(gateway.url + "/health"))
-        assert health["critic"]["answers"] is False
-        assert health["status"] == "ok; the critic does not answer"
+        ready = json.loads(await get_text(gateway.url + "/ready"))
+        assert ready["critic"]["answers"] is False
+        assert ready["status"] == "ok; the critic does not answer"
         # Nothing stops, but everything is served.
         status, answer = await post(url, completion_body())
         assert (status, answer["choices"][0]["espo"]["cut"]) == (200, None)

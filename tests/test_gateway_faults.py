@@ -356,6 +356,7 @@ async def test_the_command(number: signal.Signals, tmp_path: Path) -> None:
             "--upstream", server.url, "--port", "0", "--gate", str(tmp_path / "gate.json")
         )
         try:
+            server.release(2)  # of what is asked at the start
             url, logged = await listening(process)
             assert "serves fake" in logged
             # As started in production: a dropped connection must end the generation.

@@ -1,0 +1,227 @@
+"""What stands behind a gateway, found out before it serves: models, logprobs, keys.
+
+`check_servers` logs what it finds and raises when the gateway could not work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import aiohttp
+
+from espo_gateway.auth import Keys, is_loopback
+from espo_gateway.config import Config
+from espo_gateway.critic import CriticServer
+from espo_gateway.errors import UpstreamError, said
+
+log = logging.getLogger(__name__)
+
+#: Seconds for one question; a server that is busy or stuck does not hold up the start for long.
+_PATIENCE = 10.0
+#: Logprobs of one prompt at two temperatures that differ by less are the same, up to rounding.
+_ROUNDING = 0.02
+#: A top logprob this near 0 tells nothing: it hardly moves with the temperature.
+_CERTAIN = -0.1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one question to a server. data: its JSON, None when it is none."""
+
+    status: int
+    data: Any
+
+    @property
+    def words(self) -> str:
+        error = self.data.get("error", self.data) if isinstance(self.data, dict) else None
+        message = error.get("message", error) if isinstance(error, dict) else error
+        return f"HTTP {self.status}" + (f": {str(message)[:200]}" if message else "")
+
+
+class Probe(NamedTuple):
+    """mode: "raw", or "processed" by temperature and the like; β depends on it. why: or why not."""
+
+    mode: Literal["raw", "processed", "none", "unknown"]
+    why: str = ""
+
+
+async def check_servers(config: Config, keys: Keys) -> None:
+    """Log what the servers serve; wait for them as long as configured.
+
+    Raises TimeoutError when waiting was asked for and one still does not answer, UpstreamError when
+    one refuses the key, gives no logprobs and those are insisted on, or is a critic that is none.
+    """
+    deadline = time.monotonic() + config.wait
+    servers = [_base(url) for url in config.upstreams]
+    critic = _base(config.critic) if config.critic is not None else None
+    urls = [*servers, *([] if critic is None else [critic])]
+    timeout = aiohttp.ClientTimeout(total=_PATIENCE, sock_connect=2.0)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        while True:
+            asked = (_ask(session, url + "/v1/models", keys.upstream_headers) for url in urls)
+            answers = dict(zip(urls, await asyncio.gather(*asked), strict=True))
+            silent = [url for url, answer in answers.items() if answer is None]
+            if not silent or time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(0.5)
+        if silent and config.wait:
+            raise TimeoutError(f"no answer within {config.wait:g} s from {', '.join(silent)}")
+        for url in silent:
+            log.warning("%s does not answer yet", url)
+        found = {url: answer for url, answer in answers.items() if answer is not None}
+        answering = [url for url in servers if url in found]
+        await asyncio.gather(
+            *(_check_upstream(session, url, found[url], config, keys) for url in answering)
+        )
+    served = {frozenset(_names(found[url])) for url in answering}
+    if len(served - {frozenset()}) > 1:
+        log.warning("the servers serve different models, and a request may go to any of them")
+    if critic is not None and critic in found:
+        log.info("%s serves %s", critic, ", ".join(_names(found[critic])) or "unknown")
+        await check_critic(critic, config.critic_timeout)
+
+
+async def _check_upstream(
+    session: aiohttp.ClientSession, url: str, listed: Answer, config: Config, keys: Keys
+) -> None:
+    if listed.status in (401, 403):
+        if keys.pass_clients:
+            log.info("%s wants a key; clients must send theirs. It is not looked at further", url)
+            return
+        told = "refuses the upstream key" if keys.upstream else "wants a key, and there is none"
+        raise UpstreamError(f"{url} {told}: {listed.words}; see --upstream-key-file")
+    models = _models(listed)
+    names = ", ".join(_names(listed)) or "unknown"
+    lengths = {m["max_model_len"] for m in models if isinstance(m.get("max_model_len"), int)}
+    length = f" (max_model_len {', '.join(map(str, sorted(lengths)))})" if lengths else ""
+    probe = Probe("unknown", "it lists no model")
+    if models:
+        probe = await _probe(session, url, str(models[0]["id"]), keys)
+    why = f" ({probe.why})" if probe.why else ""
+    log.info("%s serves %s%s, logprobs %s%s", url, names, length, probe.mode, why)
+    if probe.mode == "none":
+        problem = f"{url} gives no logprobs, without which nothing can be stopped ({probe.why})"
+        if config.unmonitored == "refuse":
+            raise UpstreamError(f"{problem}; unmonitored=refuse would refuse every request")
+        log.warning("%s", problem)
+
+
+async def _probe(session: aiohttp.ClientSession, url: str, model: str, keys: Keys) -> Probe:
+    """What a server's logprobs are, from the first token of one prompt at two temperatures."""
+    tops: list[float] = []
+    for temperature in (1.0, 2.0):
+        body: dict[str, Any] = {
+            "model": model,
+            "prompt": "The",
+            "max_tokens": 1,
+            "temperature": temperature,
+            "seed": 0,
+            "logprobs": 1,
+        }
+        answer = await _ask(session, url + "/v1/completions", keys.upstream_headers, body)
+        if answer is not None and answer.status in (404, 405):
+            # It may serve chats only.
+            del body["prompt"]
+            body |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
+            body |= {"top_logprobs": 2}
+            answer = await _ask(session, url + "/v1/chat/completions", keys.upstream_headers, body)
+        if answer is None:
+            return Probe("unknown", f"no answer to a short completion within {_PATIENCE:g} s")
+        if answer.status != 200:
+            refused = 400 <= answer.status < 500 and answer.status != 429
+            return Probe("none" if refused else "unknown", answer.words)
+        top = _top_logprob(answer.data)
+        if top is None:
+            return Probe("none", "its answer to logprobs=1 has none")
+        tops.append(top)
+    if abs(tops[0] - tops[1]) > _ROUNDING:
+        return Probe("processed")
+    if min(tops) > _CERTAIN:
+        return Probe("unknown", "it is too certain of the probe's answer to tell")
+    return Probe("raw")
+
+
+def _top_logprob(answer: Any) -> float | None:
+    """The largest logprob of the first token, in either API's shape."""
+    try:
+        logprobs = answer["choices"][0]["logprobs"]
+        if "content" in logprobs:
+            tops = [entry["logprob"] for entry in logprobs["content"][0]["top_logprobs"]]
+        else:
+            tops = list(logprobs["top_logprobs"][0].values())
+        top = max(float(value) for value in tops if value is not None)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    return top if math.isfinite(top) else None
+
+
+async def check_critic(url: str, timeout: float) -> None:  # noqa: ASYNC109 (of its requests)
+    """Ask for one value. Raises UpstreamError: a wrong address would else be met by every token."""
+    async with CriticServer(url, timeout=timeout) as critic:
+        try:
+            await critic.value([0], [])
+        except UpstreamError as error:
+            raise UpstreamError(
+                f"--critic {url} gives no values: {error}; start it with "
+                "`python -m espo_gateway.vllm_plugin MODEL --critic`"
+            ) from error
+
+
+async def _ask(
+    session: aiohttp.ClientSession,
+    url: str,
+    headers: Mapping[str, str],
+    body: Mapping[str, Any] | None = None,
+) -> Answer | None:
+    """None when nothing answers, or a proxy that has lost its server does."""
+    method = "GET" if body is None else "POST"
+    try:
+        async with session.request(method, url, headers=headers, json=body) as response:
+            if body is None and response.status in (502, 503, 504):
+                return None
+            try:
+                return Answer(response.status, await response.json(content_type=None))
+            except ValueError:
+                return Answer(response.status, None)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        log.debug("%s: %s", url, said(error))
+        return None
+
+
+def _base(url: str) -> str:
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _models(listed: Answer) -> list[dict[str, Any]]:
+    data = listed.data.get("data") if isinstance(listed.data, dict) else None
+    models = data if isinstance(data, list) else []
+    return [model for model in models if isinstance(model, dict) and "id" in model]
+
+
+def _names(listed: Answer) -> list[str]:
+    return [str(model["id"]) for model in _models(listed)]
+
+
+def summary(config: Config, keys: Keys) -> list[str]:
+    """How the gateway is set up, in lines for the log."""
+    if keys.admin is not None:
+        administration = "with the admin key"
+    elif not is_loopback(config.host):
+        administration = "off (--admin-key-file turns it on)"
+    else:
+        administration = "from this machine" + (" with an API key" if keys.api else ", without key")
+    upstream = "the gateway's own" if keys.upstream else "none"
+    if keys.pass_clients:
+        upstream = "the clients'"
+    return [
+        f"limits: {config.max_in_flight} requests in flight and {config.max_queue} waiting, bodies "
+        f"of {config.max_request_bytes} bytes, {config.request_timeout:g} s to send a request",
+        f"keys: {len(keys.api) or 'no'} API keys; administration {administration}; "
+        f"servers see {upstream}",
+    ]
