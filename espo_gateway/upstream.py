@@ -193,7 +193,7 @@ class UpstreamPool:
                         if asked <= LONGEST_WAIT or self._untried(tried):
                             response.close()
                             log.info("%s answered %d; trying again", server.url, response.status)
-                            raise _TryAgain(asked)
+                            raise _TryAgain(min(asked, LONGEST_WAIT))
                     return flight, response
                 except BaseException as error:
                     if isinstance(error, UpstreamError):
@@ -292,5 +292,5 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

@@ -309,7 +309,7 @@ async def test_an_overloaded_server_is_left_for_another_however_long_it_asks_to_
             assert pool.servers[0].failures == 0
 
 
-@pytest.mark.parametrize("retry_after", ["3600", "Fri, 31 Dec 9999 23:59:59 GMT"])
+@pytest.mark.parametrize("retry_after", ["3600", "inf", "Fri, 31 Dec 9999 23:59:59 GMT"])
 async def test_a_wait_that_is_too_long_is_the_clients(retry_after: str) -> None:
     async with Server(Script([], status=429)) as server, pool_of(server) as pool:
         server.retry_after = retry_after
@@ -318,7 +318,7 @@ async def test_a_wait_that_is_too_long_is_the_clients(retry_after: str) -> None:
         assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize("retry_after", ["0.1", "soon", "Fri, 31 Dec 1999 23:59:59 GMT", "-1"])
+@pytest.mark.parametrize("retry_after", ["0.1", "soon", "nan", "Mon, 01 Jan 0001 00:00:00 -0000", "Fri, 31 Dec 1999 23:59:59 GMT", "-1"])
 async def test_a_short_wait_is_waited_for(retry_after: str) -> None:
     async with Server() as server, pool_of(server) as pool:
         server.queue.append(Script([], status=429))
