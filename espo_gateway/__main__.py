@@ -76,7 +76,7 @@ async def check_servers(config: Config) -> None:
     """
     deadline = time.monotonic() + config.wait
     urls = [*config.upstreams, *([] if config.critic is None else [config.critic])]
-    async with UpstreamPool(urls, connect_timeout=2.0) as pool:
+    async with UpstreamPool(urls) as pool:
         while True:
             answering = await pool.probe_all()
             silent = [s.url for s, a in zip(pool.servers, answering, strict=True) if not a]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from espo_gateway.session import Output
+
 Chunk = dict[str, Any]
 
 _COMPLETION: Chunk = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
@@ -23,6 +25,21 @@ class Answer:
         self._message: Chunk | None = dict(_MESSAGE) if chat else None
         # Joined at the end: adding to a string copies it.
         self._texts: dict[str, list[str]] = {}
+
+    flowing = True
+
+    def put(self, outputs: list[Output]) -> None:
+        """Take what is ready."""
+        for output in outputs:
+            if isinstance(output, tuple):
+                template, text = output
+                self._texts.setdefault(template.field, []).append(text)
+            else:
+                self.add(output)
+
+    async def deliver(self, outputs: list[Output]) -> None:
+        """The same; there is always room."""
+        self.put(outputs)
 
     def add(self, chunk: Chunk) -> None:
         """Take the next chunk."""

@@ -25,6 +25,7 @@ from espo_gateway.generation import generate
 from espo_gateway.metrics import Metrics
 from espo_gateway.passthrough import pass_through
 from espo_gateway.upstream import UpstreamPool
+from espo_gateway.wire import Limits
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +159,12 @@ async def running(
     async with AsyncExitStack() as stack:
         pool = UpstreamPool(
             list(config.upstreams),
-            connect_timeout=config.connect_timeout,
-            first_token_timeout=config.first_token_timeout,
-            idle_timeout=config.idle_timeout,
+            limits=Limits(
+                config.connect_timeout,
+                config.first_token_timeout,
+                config.idle_timeout,
+                config.total_timeout,
+            ),
             attempts=config.attempts,
             health_interval=config.health_interval,
             breaker_failures=config.breaker_failures,

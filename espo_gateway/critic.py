@@ -20,9 +20,9 @@ from prometheus_client import CollectorRegistry
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError
 from espo_gateway.metrics import CriticMetrics
 from espo_gateway.pooling import ROUTE, pooled_values, pooling_body
-from espo_gateway.reading import read_bytes
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
+from espo_gateway.wire import Limits
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Inquiry:
         """Put new questions, hand over the answers there are; waits only when too many are out."""
         session = self._session
         if session.questions and not (session.prompt_token_ids and session.token_ids):
-            raise UpstreamProtocolError(
+            session.give_up(
                 "the critic reads token ids and the upstream does not send them "
                 "(return_token_ids): use vLLM, or another value than 'critic'"
             )
@@ -123,7 +123,7 @@ class CriticServer:
         self, url: str, *, timeout: float = 60.0, registry: CollectorRegistry | None = None
     ) -> None:
         self._timeout = timeout
-        self._pool = UpstreamPool([url], first_token_timeout=timeout, idle_timeout=timeout)
+        self._pool = UpstreamPool([url], limits=Limits(first=timeout, idle=timeout))
         self.url = self._pool.servers[0].url
         self._model: _Model | None = None
         #: questions not yet sent: the prefix each asks about
@@ -243,7 +243,7 @@ class CriticServer:
     async def _request(self, model: str, prefixes: list[list[int]]) -> list[float]:
         data = msgspec.json.encode(pooling_body(model, prefixes))
         async with self._pool.open("POST", ROUTE, headers=_HEADERS, data=data) as response:
-            body = b"".join([received async for received in read_bytes(response)])
+            body = await response.body()
             try:
                 if response.status == 200:
                     return pooled_values(msgspec.json.decode(body), len(prefixes))

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import asyncio
+from collections.abc import Sequence
 
 import msgspec
 from aiohttp import web
 
 from espo_gateway.answer import Answer, merged, total_usage
 from espo_gateway.errors import GatewayError, InvalidRequest
+from espo_gateway.events import EventStream, event
 from espo_gateway.gateway import Gateway
 from espo_gateway.passthrough import forwarded_headers, pass_marked
-from espo_gateway.relay import follow, interleave
+from espo_gateway.relay import Sink, follow
 from espo_gateway.request import Plan, plan
-from espo_gateway.session import Chunk, Session
+from espo_gateway.session import Policy, Session
 
 _encode = msgspec.json.Encoder().encode
 
 
 async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse:
+    """Serve /v1/completions or /v1/chat/completions. Raises the kinds of GatewayError."""
     data = await request.read()
     try:
         body = msgspec.json.decode(data)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
     planned = plan(body, chat=request.path.endswith("/chat/completions"))
+    refuse = gateway.config.unmonitored == "refuse"
+    if refuse and planned.unmonitored is not None and planned.control.mode != "off":
+        raise InvalidRequest(
+            f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
+            'leave that out, or send "espo": {"mode": "off"}'
+        )
     async with gateway.admission.slot():
-        return await _admitted(gateway, request, planned)
+        return await _admitted(gateway, request, planned, refuse)
 
 
-async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
+async def _admitted(
+    gateway: Gateway, request: web.Request, planned: Plan, refuse: bool
+) -> web.StreamResponse:
     if planned.unmonitored is not None:
         return await pass_marked(gateway.pool, request, planned)
-    gate = gateway.gate
+    gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)
     sessions = [
-        Session(gate, planned.control, planned.asked, single, chat=planned.chat)
+        Session(gate, planned.control, planned.asked, single, chat=planned.chat, policy=policy)
         for single in planned.singles
     ]
     gateway.sessions.update(sessions)
@@ -47,25 +57,35 @@ async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> we
             gateway.finished(session)
 
 
-def _chunks(
-    gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
-) -> AsyncGenerator[list[Chunk], None]:
+async def _follow_all(
+    gateway: Gateway,
+    request: web.Request,
+    planned: Plan,
+    sessions: list[Session],
+    sinks: Sequence[Sink],
+) -> None:
+    """Follow every choice; the first that fails ends the others."""
     headers = forwarded_headers(request, json=True)
-    streams = [
-        follow(gateway.pool, planned.path, headers, single, session, gateway.critic)
-        for single, session in zip(planned.singles, sessions, strict=True)
+    follows = [
+        follow(gateway.pool, planned.path, headers, single, session, sink, gateway.critic)
+        for single, session, sink in zip(planned.singles, sessions, sinks, strict=True)
     ]
-    return interleave(streams)
+    if len(follows) == 1:
+        await follows[0]
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in follows:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _answer(
     gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
 ) -> web.StreamResponse:
     answers = [Answer(chat=planned.chat) for _ in sessions]
-    async with aclosing(_chunks(gateway, request, planned, sessions)) as batches:
-        async for chunks in batches:
-            for chunk in chunks:
-                answers[chunk["choices"][0]["index"]].add(chunk)
+    await _follow_all(gateway, request, planned, sessions, answers)
     usage = total_usage([(session.prompt, session.usage) for session in sessions])
     answer = merged(answers, usage, chat=planned.chat)
     return web.Response(body=_encode(answer), content_type="application/json")
@@ -74,41 +94,16 @@ async def _answer(
 async def _stream(
     gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
 ) -> web.StreamResponse:
-    response: web.StreamResponse | None = None
-    first: Chunk = {}
+    stream = EventStream(request)
     try:
-        async with aclosing(_chunks(gateway, request, planned, sessions)) as batches:
-            async for chunks in batches:
-                if response is None:
-                    # Not before the upstream has answered: its errors have a status of theirs.
-                    response = event_stream()
-                    await response.prepare(request)
-                    first = chunks[0]
-                if len(sessions) > 1:
-                    for chunk in chunks:
-                        chunk["id"], chunk["created"] = first["id"], first["created"]
-                await response.write(b"".join([_event(chunk) for chunk in chunks]))
-        assert response is not None
+        await _follow_all(gateway, request, planned, sessions, [stream] * len(sessions))
         end = b"data: [DONE]\n\n"
         if planned.asked.usage:
             usage = total_usage([(session.prompt, session.usage) for session in sessions])
-            end = _event(sessions[0].usage_chunk(usage)) + end
+            end = event(sessions[0].usage_chunk(usage)) + end
     except GatewayError as error:
-        if response is None:
+        if not stream.begun:
             raise
         gateway.metrics.count_error(error)
-        end = _event(error.body()) + b"data: [DONE]\n\n"
-    await response.write(end)
-    await response.write_eof()
-    return response
-
-
-def event_stream() -> web.StreamResponse:
-    """An answer of server-sent events."""
-    return web.StreamResponse(
-        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-    )
-
-
-def _event(chunk: Chunk) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
+        end = event(error.body()) + b"data: [DONE]\n\n"
+    return await stream.close(end)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from espo_gateway.affinity import affinity_key
-from espo_gateway.reading import read_bytes, read_events
+from espo_gateway.events import event_stream
 from espo_gateway.request import Plan
 from espo_gateway.signals import decode_chunk
+from espo_gateway.sse import SSEParser
 from espo_gateway.upstream import UpstreamPool
 
 #: Headers that belong to one connection (RFC 9110, 7.6.1), not to the message.
@@ -50,16 +50,9 @@ async def pass_through(pool: UpstreamPool, request: web.Request) -> web.StreamRe
         for name, value in upstream.headers.items():
             if name.lower() not in _HOP_BY_HOP:
                 response.headers.add(name, value)
-        started = False
-        async with aclosing(read_bytes(upstream)) as reads:
-            async for received in reads:
-                if not started:
-                    pool.begun(upstream)
-                    await response.prepare(request)
-                    started = True
-                await response.write(received)
-        if not started:
-            await response.prepare(request)
+        await response.prepare(request)
+        while received := await upstream.read():
+            await response.write(received)
         await response.write_eof()
         return response
 
@@ -74,22 +67,19 @@ async def pass_marked(
     key = affinity_key(pool.affinity, headers, planned.body)
     async with pool.open("POST", planned.path, headers=headers, data=data, key=key) as upstream:
         if upstream.content_type != "text/event-stream":
-            parts = [part async for part in read_bytes(upstream)]
-            body = b"".join(parts)
+            body = await upstream.body()
             if upstream.status == 200:
                 body = _marked(body, mark)
             return web.Response(
                 body=body, status=upstream.status, content_type=upstream.content_type
             )
-        response = web.StreamResponse(status=upstream.status)
-        response.content_type = "text/event-stream"
-        async with aclosing(read_events(upstream)) as reads:
-            async for events in reads:
-                if not response.prepared:
-                    pool.begun(upstream)
-                    await response.prepare(request)
-                lines = [b"data: " + _marked(event, mark) + b"\n\n" for event in events]
-                await response.write(b"".join(lines))
+        response, parser = event_stream(upstream.status), SSEParser()
+        while received := await upstream.read():
+            events = parser.feed(received)
+            if not response.prepared:
+                await response.prepare(request)
+            lines = [b"data: " + _marked(event, mark) + b"\n\n" for event in events]
+            await response.write(b"".join(lines))
         await response.write_eof()
         return response
 

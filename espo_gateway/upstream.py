@@ -1,4 +1,4 @@
-"""The pool of servers behind the gateway: choice, retries, timeouts.
+"""The pool of servers behind the gateway: choice and retries.
 
 Retries happen only while nothing of an answer has been given out. Leaving `UpstreamPool.open`
 closes the connection unless the answer was read to its end, and that is how a generation is
@@ -21,14 +21,9 @@ import tenacity
 
 from espo_gateway.affinity import Affinity, choose
 from espo_gateway.breaker import Breaker
-from espo_gateway.errors import (
-    UpstreamError,
-    UpstreamProtocolError,
-    UpstreamTimeout,
-    UpstreamUnavailable,
-    said,
-)
+from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamUnavailable
 from espo_gateway.health import Flight, Upstream, health_checks, probe, served_models
+from espo_gateway.wire import Limits, Reply, request
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +31,8 @@ log = logging.getLogger(__name__)
 RETRIED = frozenset({429, 502, 503, 504})
 #: Longest Retry-After of a server, in seconds, that is waited for here and not by the client.
 LONGEST_WAIT = 5.0
+
+DEFAULT_LIMITS = Limits()
 
 _BROKEN = RETRIED - {429}
 _BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=2.0)
@@ -52,9 +49,6 @@ class UpstreamPool:
     """Servers that are alike, with one client session; an async context manager.
 
     Args:
-        connect_timeout: seconds, for name, connection and TLS.
-        first_token_timeout: until an answer has begun: its headers, and a stream's first event.
-        idle_timeout: between any two reads from then on.
         attempts: how often one request is tried, over all servers.
         health_interval: seconds between two health checks of a server; 0 for none.
         breaker_failures, breaker_timeout: after so many failures in a row a server is left alone
@@ -67,9 +61,7 @@ class UpstreamPool:
         self,
         urls: list[str],
         *,
-        connect_timeout: float = 5.0,
-        first_token_timeout: float = 600.0,
-        idle_timeout: float = 600.0,
+        limits: Limits = DEFAULT_LIMITS,
         attempts: int = 3,
         health_interval: float = 0.0,
         breaker_failures: int = 5,
@@ -81,9 +73,7 @@ class UpstreamPool:
             Upstream(url, Breaker(breaker_failures, breaker_timeout, clock)) for url in urls
         ]
         self.affinity = affinity
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
-        self._first_token_timeout = first_token_timeout
-        self._idle_timeout = idle_timeout
+        self._limits = limits
         self._attempts = attempts
         self._health_interval = health_interval
         # By then a server that is back has been noticed.
@@ -96,8 +86,6 @@ class UpstreamPool:
             # The servers do their own queueing; a limit here would hide it.
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=self._timeout,
-            auto_decompress=False,
         )
         await self._stack.enter_async_context(self._session)
         await self._stack.enter_async_context(
@@ -117,7 +105,7 @@ class UpstreamPool:
         headers: Mapping[str, str],
         data: bytes | None = None,
         key: bytes | None = None,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Reply]:
         """Send a request to a server; the answer, of whatever status.
 
         A timeout, a lost connection or an error status that the block raises counts against the
@@ -130,10 +118,10 @@ class UpstreamPool:
             UpstreamUnavailable: no server could be reached, in all attempts.
             UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
-        flight, response = await self._send(method, path, headers, data, key)
+        flight, reply = await self._send(method, path, headers, data, key)
         try:
-            yield response
-            if _shows_work(method, response):
+            yield reply
+            if _shows_work(method, reply):
                 flight.succeeded()
         except UpstreamError as error:
             # A malformed answer may be the request's fault.
@@ -141,13 +129,9 @@ class UpstreamPool:
                 flight.failed()
             raise
         finally:
-            # close, not release: it drops the socket, and the server aborts the request.
-            response.close()
+            # Drops the socket, and the server aborts the request.
+            reply.close()
             flight.end()
-
-    def begun(self, response: aiohttp.ClientResponse) -> None:
-        """The first event of a stream has come: from now on the idle timeout holds."""
-        _limit_reads(response, self._idle_timeout)
 
     async def _send(
         self,
@@ -156,7 +140,7 @@ class UpstreamPool:
         headers: Mapping[str, str],
         data: bytes | None,
         key: bytes | None,
-    ) -> tuple[Flight, aiohttp.ClientResponse]:
+    ) -> tuple[Flight, Reply]:
         tried: set[Upstream] = set()
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -176,71 +160,33 @@ class UpstreamPool:
                 flight = server.start(again=bool(tried))
                 tried.add(server)
                 try:
-                    response = await self._request(server, method, path, headers, data)
+                    reply = await request(server.url, method, path, headers, data, self._limits)
                     # From here to the `yield` of `open` nothing waits: no departure gets between.
-                    if response.status in _BROKEN or (
+                    if reply.status in _BROKEN or (
                         # Of other endpoints it says little: they may have any fault of their own.
-                        response.status == 500 and path.endswith("/completions")
+                        reply.status == 500 and path.endswith("/completions")
                     ):
                         flight.failed()
-                    elif _shows_work(method, response):
+                    elif _shows_work(method, reply):
                         flight.answered()
                     if (
-                        response.status in RETRIED
+                        reply.status in RETRIED
                         and attempt.retry_state.attempt_number < self._attempts
                     ):
-                        asked = _retry_after(response.headers)
+                        asked = _retry_after(reply.headers)
                         if asked <= LONGEST_WAIT or self._untried(tried):
-                            response.close()
-                            log.info("%s answered %d; trying again", server.url, response.status)
+                            reply.close()
+                            log.info("%s answered %d; trying again", server.url, reply.status)
                             raise _TryAgain(min(asked, LONGEST_WAIT))
-                    return flight, response
+                    return flight, reply
                 except BaseException as error:
                     if isinstance(error, UpstreamError):
                         flight.failed()
+                    if isinstance(error, UpstreamUnavailable):
+                        error.headers["Retry-After"] = self._retry_after
                     flight.end()
                     raise
         raise AssertionError("tenacity raises after the last attempt")
-
-    async def _request(
-        self,
-        server: Upstream,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        data: bytes | None,
-    ) -> aiohttp.ClientResponse:
-        """An answer's headers, from this server. Raises UpstreamError."""
-        assert self._session is not None, "enter the pool first"
-        try:
-            async with asyncio.timeout(self._first_token_timeout) as limit:
-                response = await self._session.request(
-                    method, server.url + path, headers=headers, data=data, allow_redirects=False
-                )
-        except TimeoutError as error:
-            if isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise self._unavailable(server, "no connection in time") from error
-            raise UpstreamTimeout(
-                f"{server.url} did not begin to answer within {self._first_token_timeout:g} s"
-            ) from error
-        except aiohttp.ClientConnectionError as error:
-            raise self._unavailable(server, said(error)) from error
-        except aiohttp.ClientError as error:
-            raise UpstreamError(f"{server.url}: {said(error)}") from error
-        if response.content_type == "text/event-stream":
-            # A server may send a stream's headers long before its first token.
-            deadline = limit.when()
-            assert deadline is not None
-            left = deadline - asyncio.get_running_loop().time()
-            _limit_reads(response, max(left, 0.001))
-        else:
-            _limit_reads(response, self._idle_timeout)
-        return response
-
-    def _unavailable(self, server: Upstream, why: str) -> UpstreamUnavailable:
-        return UpstreamUnavailable(
-            f"{server.url}: {why}", headers={"Retry-After": self._retry_after}
-        )
 
     def _untried(self, tried: set[Upstream]) -> list[Upstream]:
         """The available servers that are not in `tried`."""
@@ -270,17 +216,9 @@ class UpstreamPool:
         return await asyncio.gather(*map(self.probe, self.servers))
 
 
-def _shows_work(method: str, response: aiohttp.ClientResponse) -> bool:
+def _shows_work(method: str, reply: Reply) -> bool:
     """Whether the server has done what it is there for: it may list its models and yet hang."""
-    return method == "POST" and response.status < 400
-
-
-def _limit_reads(response: aiohttp.ClientResponse, seconds: float) -> None:
-    """From now on no two reads may be further apart."""
-    protocol = None if response.connection is None else response.connection.protocol
-    if protocol is not None and protocol.read_timeout != seconds:
-        protocol.read_timeout = seconds
-        protocol.start_timeout()
+    return method == "POST" and reply.status < 400
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

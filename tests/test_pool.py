@@ -15,9 +15,9 @@ from gateway_helpers import FAILING, GOOD, completion_body, gateway_for, metric,
 from test_breaker import Clock
 
 from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from espo_gateway.reading import read_bytes
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.upstream import UpstreamPool
+from espo_gateway.wire import Limits
 
 COMPLETIONS = "/v1/completions"
 HEADERS = {"Content-Type": "application/json"}
@@ -60,10 +60,9 @@ async def pool_of(*servers: FakeServer, **settings: Any) -> AsyncIterator[Upstre
 
 async def ask(pool: UpstreamPool, data: bytes = BODY, **options: Any) -> int:
     """The status of a whole answer."""
-    async with pool.open("POST", COMPLETIONS, headers=HEADERS, data=data, **options) as response:
-        async for _ in read_bytes(response):
-            pool.begun(response)
-        return response.status
+    async with pool.open("POST", COMPLETIONS, headers=HEADERS, data=data, **options) as reply:
+        await reply.body()
+        return reply.status
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -223,7 +222,7 @@ async def test_the_list_of_models_does_not_show_that_a_server_works() -> None:
 async def test_a_server_that_breaks_off_counts_as_failing(fault: Any) -> None:
     """Though its headers were good; so one that hangs is found out."""
     script = Script([GOOD] * 4, fault=fault, after=2)
-    settings = {"idle_timeout": 0.02, "breaker_failures": 2}
+    settings = {"limits": Limits(idle=0.02), "breaker_failures": 2}
     async with Server(script) as server, pool_of(server, **settings) as pool:
         for _ in range(2):
             with pytest.raises(UpstreamTimeout if fault == "stall" else UpstreamUnavailable):
@@ -318,7 +317,10 @@ async def test_a_wait_that_is_too_long_is_the_clients(retry_after: str) -> None:
         assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize("retry_after", ["0.1", "soon", "nan", "Mon, 01 Jan 0001 00:00:00 -0000", "Fri, 31 Dec 1999 23:59:59 GMT", "-1"])
+PAST = ["Fri, 31 Dec 1999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 -0000", "-1"]
+
+
+@pytest.mark.parametrize("retry_after", ["0.1", "soon", "nan", *PAST])
 async def test_a_short_wait_is_waited_for(retry_after: str) -> None:
     async with Server() as server, pool_of(server) as pool:
         server.queue.append(Script([], status=429))
@@ -336,8 +338,8 @@ async def test_a_short_wait_is_waited_for(retry_after: str) -> None:
 @pytest.mark.parametrize("data", [BODY, WHOLE], ids=["headers come", "no headers"])
 async def test_an_answer_must_begin_in_time(data: bytes) -> None:
     """Also when headers come at once and tokens never; the idle timeout is not meant yet."""
-    settings = {"first_token_timeout": 0.1, "idle_timeout": 0.01}
-    async with Server(gated=True) as server, pool_of(server, **settings) as pool:
+    limits = Limits(first=0.1, idle=0.01)
+    async with Server(gated=True) as server, pool_of(server, limits=limits) as pool:
         started = asyncio.get_running_loop().time()
         with pytest.raises(UpstreamTimeout):
             await ask(pool, data)

@@ -1,0 +1,175 @@
+"""Plain chunks, which carry tokens and nothing else: read, and written again, at little cost.
+
+Nearly all chunks of a stream are plain. Only what the monitor needs of them is decoded, and the
+client's are made from the bytes of an earlier one with another text. Whatever is not plain by the
+strict types below takes the general way through `signals` and `session`, with the same result (but
+that a field which is null may be left out, or the other way round). Pure.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import msgspec
+
+Chunk = dict[str, Any]
+
+_encode = msgspec.json.Encoder().encode
+#: Stands for the text while a chunk is made into a template; in no server's answer.
+_MARK = secrets.token_hex(16)
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """Any field that is not listed makes a chunk not plain."""
+
+
+class _Top(msgspec.Struct, gc=False):
+    logprob: float
+
+
+class _Entry(msgspec.Struct, gc=False):
+    logprob: float
+    top_logprobs: list[_Top]
+
+
+class _ChatLogprobs(msgspec.Struct, gc=False):
+    content: list[_Entry]
+
+
+class _Delta(_Strict):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class _ChatChoice(_Strict):
+    index: int
+    delta: _Delta
+    logprobs: _ChatLogprobs
+    finish_reason: None = None
+    stop_reason: None = None
+    token_ids: None = None
+
+
+class _Logprobs(msgspec.Struct, gc=False):
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+
+
+class _Choice(_Strict):
+    index: int
+    text: str
+    logprobs: _Logprobs
+    finish_reason: None = None
+    stop_reason: None = None
+    token_ids: None = None
+    prompt_token_ids: None = None
+
+
+class _ChatChunk(_Strict):
+    choices: tuple[_ChatChoice]
+    usage: msgspec.Raw = msgspec.Raw()
+
+
+class _CompletionChunk(_Strict):
+    choices: tuple[_Choice]
+    usage: msgspec.Raw = msgspec.Raw()
+
+
+_decode_chat = msgspec.json.Decoder(_ChatChunk).decode
+_decode_completion = msgspec.json.Decoder(_CompletionChunk).decode
+#: What follows the head of a chunk: its id, its model and what else never changes.
+_CHOICES = b'"choices":'
+
+#: (logprob, largest logprob) of each token of a chunk
+Signals = list[tuple[float, float]]
+
+
+class Template:
+    """Reads the plain chunks of one stream, and writes the client's.
+
+    Made from a chunk that the general way has read: `template_of`.
+
+    field: the name of the text.
+    """
+
+    __slots__ = ("_after", "_before", "_chunk", "_head", "_size", "field")
+
+    def __init__(self, head: bytes, field: str) -> None:
+        self.field = field
+        self._head = head
+        self._size = len(head)
+        self._chunk: Chunk = {}
+        self._before = self._after = b""
+
+    def read(self, data: bytes) -> tuple[str, Signals] | None:
+        """An event's text and tokens; None when it differs in anything else from the template."""
+        if not data.startswith(self._head):
+            return None
+        try:
+            read = _completion if self.field == "text" else _chat
+            field, text, signals = read(b"{" + data[self._size :])
+        except msgspec.MsgspecError:
+            return None
+        return (text, signals) if field == self.field and signals else None
+
+    def write(self, chunk: Chunk) -> None:
+        """Take the chunk as the client gets it."""
+        self._chunk = chunk
+
+    def event(self, text: str) -> bytes:
+        """The client's chunk with this text, as an event."""
+        if not self._before:
+            choice = self._chunk["choices"][0]
+            place = choice if self.field == "text" else choice["delta"]
+            place[self.field] = _MARK
+            before, after = _encode(self._chunk).split(_encode(_MARK))
+            self._before, self._after = b"data: " + before, after + b"\n\n"
+        return self._before + _encode(text) + self._after
+
+
+def template_of(data: bytes, *, chat: bool) -> Template | None:
+    """A template like this event, if it is plain itself."""
+    size = data.find(_CHOICES)
+    if size < 1:
+        return None
+    try:
+        field, _, signals = (_chat if chat else _completion)(b"{" + data[size:])
+    except msgspec.MsgspecError:
+        return None
+    return Template(data[:size], field) if field and signals else None
+
+
+def _chat(data: bytes) -> tuple[str, str, Signals]:
+    """The name of the text ("" for none or several), it, and the tokens."""
+    choice = _decode_chat(data).choices[0]
+    delta = choice.delta
+    text, field = delta.content, "content"
+    if text is None:
+        text, field = delta.reasoning, "reasoning"
+        if text is None:
+            text, field = delta.reasoning_content, "reasoning_content"
+    elif delta.reasoning is not None or delta.reasoning_content is not None:
+        field = ""
+    signals = []
+    for entry in choice.logprobs.content:
+        largest = logprob = entry.logprob
+        tops = entry.top_logprobs
+        if not tops:
+            return "", "", []
+        for top in tops:
+            if top.logprob > largest:
+                largest = top.logprob
+        signals.append((logprob, largest))
+    return field if text is not None else "", text or "", signals
+
+
+def _completion(data: bytes) -> tuple[str, str, Signals]:
+    choice = _decode_completion(data).choices[0]
+    logprobs = choice.logprobs
+    sampled, tops = logprobs.token_logprobs, logprobs.top_logprobs
+    if len(tops) != len(sampled) or not all(tops):
+        return "", "", []
+    pairs = zip(sampled, tops, strict=True)
+    return "text", choice.text, [(x, max(x, *top.values())) for x, top in pairs]

@@ -1,0 +1,88 @@
+"""A script's tokens in vLLM's words: chunks, choices, logprobs, usage. Pure."""
+
+from __future__ import annotations
+
+import json
+
+from espo_gateway.testing.script import Body, Script, Token
+
+
+def event(chunk: Body) -> bytes:
+    return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+
+
+def limit(body: Body) -> int | None:
+    return body.get("max_completion_tokens") or body.get("max_tokens")
+
+
+def ending(body: Body, script: Script, sent: int) -> tuple[str, int | str | None]:
+    return ("length", None) if sent == limit(body) else (script.finish_reason, script.stop_reason)
+
+
+def head(chat: bool, *, stream: bool = False) -> Body:
+    kind = "chat.completion" if chat else "text_completion"
+    return {
+        "id": "chatcmpl-1" if chat else "cmpl-1",
+        "object": kind + ".chunk" if chat and stream else kind,
+        "created": 1,
+        "model": "fake",
+    }
+
+
+def usage_of(script: Script, completion: int) -> Body:
+    prompt = len(script.prompt_token_ids)
+    return {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+    }
+
+
+def choice_of(
+    body: Body, script: Script, tokens: list[Token], chat: bool, *, whole: bool = False
+) -> Body:
+    text = "".join(token.text for token in tokens)
+    choice: Body = {"index": 0, "logprobs": None, "finish_reason": None, "stop_reason": None}
+    if not chat:
+        choice["text"] = text
+    elif whole:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        choice["delta"] = {"content": text}
+    asked = body.get("logprobs")
+    if script.logprobs and (asked if chat else asked is not None):
+        choice["logprobs"] = (_chat_logprobs if chat else _completion_logprobs)(body, tokens)
+    if body.get("return_token_ids"):
+        choice["token_ids"] = [token.id for token in tokens]
+    return choice
+
+
+def _tops(token: Token) -> list[tuple[str, float | None]]:
+    """The sampled token, and the likeliest where it is another."""
+    sampled: list[tuple[str, float | None]] = [(token.text, token.logprob)]
+    return sampled if token.max_logprob is None else [*sampled, ("<top>", token.max_logprob)]
+
+
+def _completion_logprobs(body: Body, tokens: list[Token]) -> Body:
+    return {
+        "text_offset": [0] * len(tokens),
+        "token_logprobs": [token.logprob for token in tokens],
+        "tokens": [token.text for token in tokens],
+        "top_logprobs": [dict(_tops(token)[: body["logprobs"] + 1]) for token in tokens],
+    }
+
+
+def _chat_logprobs(body: Body, tokens: list[Token]) -> Body:
+    def entry(text: str, logprob: float | None) -> Body:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    top = body.get("top_logprobs") or 0
+    return {
+        "content": [
+            {
+                **entry(token.text, token.logprob),
+                "top_logprobs": [entry(*alternative) for alternative in _tops(token)[:top]],
+            }
+            for token in tokens
+        ]
+    }

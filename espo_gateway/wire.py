@@ -1,0 +1,304 @@
+"""One HTTP/1.1 request to a server and its answer, as it comes off the wire.
+
+A client of our own, for one reason: what arrives is handed on in the turn of the event loop that
+received it. With aiohttp's client each token wakes a task through a queue and a future, which
+costs more than watching it (`scripts/bench_gateway.py`). The parsing is httptools' (llhttp). Each
+request has a connection of its own, whose end is how a generation is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+from multidict import CIMultiDict
+
+from espo_gateway.errors import (
+    InvalidRequest,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    said,
+)
+
+#: Of an answer's head, and of a body that nobody reads yet.
+MAX_HEAD_BYTES, MAX_BUFFERED_BYTES = 64 * 2**10, 256 * 2**10
+
+_NOT_IN_HEAD = re.compile(r"[\r\n\0]")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long an answer may take, in seconds.
+
+    connect: until there is a connection. first: from then on until the body's first byte. idle:
+    between any two reads after that. total: altogether, 0 for no limit.
+    """
+
+    connect: float = 5.0
+    first: float = 600.0
+    idle: float = 600.0
+    total: float = 0.0
+
+
+async def request(
+    url: str,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    data: bytes | None,
+    limits: Limits,
+) -> Reply:
+    """Send a request; its answer once the head has come, of whatever status. `close` it.
+
+    Raises:
+        InvalidRequest: the path or a header would break out of the request's head.
+        UpstreamUnavailable: no connection, or it broke before the answer's head was there.
+        UpstreamTimeout: the head took too long.
+        UpstreamProtocolError: what came is no HTTP.
+    """
+    address = urlsplit(url)
+    lines = [
+        f"{method} {address.path}{path} HTTP/1.1",
+        f"Host: {address.netloc}",
+        "Connection: close",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
+    if data is not None:
+        lines.append(f"Content-Length: {len(data)}")
+    if " " in path or any(map(_NOT_IN_HEAD.search, lines)):
+        raise InvalidRequest("the path or a header has a character that cannot be sent on")
+    head = "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape")
+    loop = asyncio.get_running_loop()
+    tls = address.scheme == "https"
+    try:
+        async with asyncio.timeout(limits.connect):
+            transport, reply = await loop.create_connection(
+                lambda: Reply(url, limits, empty=method == "HEAD"),
+                address.hostname or "",
+                address.port or (443 if tls else 80),
+                ssl=tls or None,
+            )
+    except TimeoutError as error:
+        raise UpstreamUnavailable(f"{url}: no connection in time") from error
+    except OSError as error:
+        raise UpstreamUnavailable(f"{url}: {said(error)}") from error
+    try:
+        transport.write(head + (data or b""))
+        await reply.begun()
+    except BaseException:
+        reply.close()
+        raise
+    return reply
+
+
+class Reply(asyncio.Protocol):
+    """An answer. Read it piece by piece (`read`), or have it pushed (`push`).
+
+    status, headers: there once `request` has returned. Every error is told to whoever reads.
+    """
+
+    def __init__(self, url: str, limits: Limits, *, empty: bool) -> None:
+        self.status = 0
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self._url = url
+        self._limits = limits
+        self._empty = empty
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._receive: Callable[[bytes], bool] | None = None
+        self._pieces: list[bytes] = []  # of one read
+        self._buffered = bytearray()
+        self._paused = False
+        self._head_bytes = 0
+        self._head_done = self._complete = self._ended = False
+        self._error: Exception | None = None
+        self._begun = self._last = self._loop.time()
+        self._heard = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def content_type(self) -> str:
+        """Without its parameters, in lower case."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+    async def begun(self) -> None:
+        """Wait for the head."""
+        while not self._head_done:
+            self._raise_error()
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """What has arrived of the body, at least a byte; nothing at its end.
+
+        Raises UpstreamError: the connection broke, took too long, or carried nonsense.
+        """
+        while not self._buffered:
+            if self._ended:
+                self._raise_error()
+                return b""
+            await self._wait()
+        data = bytes(self._buffered)
+        self._buffered.clear()
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def body(self) -> bytes:
+        """All that is left of it. Raises as `read`."""
+        parts = []
+        while part := await self.read():
+            parts.append(part)
+        return b"".join(parts)
+
+    async def push(self, receive: Callable[[bytes], bool]) -> bool:
+        """Hand every piece of the body to `receive` as it arrives, until it says False.
+
+        Returns whether the body has come to its end. Raises as `read`, and what `receive` raises.
+        """
+        if self._buffered and not receive(await self.read()):
+            return False
+        self._receive = receive
+        try:
+            while self._receive is not None:
+                if self._ended:
+                    self._raise_error()
+                    return True
+                await self._wait()
+            self._raise_error()
+            return False
+        finally:
+            self._receive = None
+
+    def close(self) -> None:
+        """Drop the connection: the server aborts the request. Whatever is read next is an error."""
+        self._end(UpstreamUnavailable(f"{self._url}: closed"))
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end(self, error: Exception | None) -> None:
+        if not self._ended:
+            self._ended, self._error = True, error
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wake()
+
+    # -- asyncio's calls -----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(UpstreamProtocolError(f"{self._url} sent no valid HTTP: {said(error)}"))
+            return
+        if not self._head_done:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._fail(UpstreamProtocolError(f"{self._url} sent a head without end"))
+        elif self._pieces:
+            self._last = self._loop.time()
+            if not self._heard:
+                self._heard = True
+                self._look()
+            body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces.clear()
+            self._take(body)
+        if self._complete:
+            self._end(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        until_closed = not {"Content-Length", "Transfer-Encoding"} & self.headers.keys()
+        if self._head_done and until_closed and error is None:
+            self._end(None)
+        else:
+            broken = f"{self._url} broke off" + (f": {said(error)}" if error else "")
+            self._end(UpstreamUnavailable(broken))
+
+    def _take(self, body: bytes) -> None:
+        if self._receive is None:
+            self._buffered += body
+            if len(self._buffered) > MAX_BUFFERED_BYTES and not self._paused:
+                assert self._transport is not None
+                self._paused = True
+                self._transport.pause_reading()
+            self._wake()
+            return
+        try:
+            if self._receive(body):
+                return
+        except Exception as error:
+            self._fail(error)
+        self._receive = None
+        self._wake()
+
+    def _fail(self, error: Exception) -> None:
+        self._end(error)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _look(self) -> None:
+        """Whether it takes too long. One timer however many reads: one for each costs much."""
+        if self._timer is not None:
+            self._timer.cancel()
+        limits = self._limits
+        if self._heard:
+            silence, problem = limits.idle, f"sent nothing for {limits.idle:g} s"
+        else:
+            silence, problem = limits.first, f"sent no first token within {limits.first:g} s"
+        due = self._last + silence
+        if limits.total and self._begun + limits.total < due:
+            due, problem = self._begun + limits.total, f"took more than {limits.total:g} s"
+        if self._paused or self._loop.time() < due:
+            # Of a paused one it is not the server that is slow.
+            self._timer = self._loop.call_at(max(due, self._loop.time() + 0.05), self._look)
+        else:
+            self._fail(UpstreamTimeout(f"{self._url} {problem}"))
+
+    # -- httptools' calls ----------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+        if self.status < 200:  # "100 Continue" and the like; another head follows
+            self.headers.clear()
+            return
+        self._head_done = True
+        self._complete = self._empty
+        self._wake()
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        self._complete = self._head_done
