@@ -240,6 +240,14 @@ async def test_a_failure_counts_once_at_the_head_of_an_answer_or_within(script: 
         assert [upstream.failures for upstream in gateway.pool.servers] == [1]
 
 
+async def test_a_malformed_answer_may_be_the_requests_fault() -> None:
+    script = Script([GOOD] * 4, fault="garbage", after=2)
+    async with FakeServer(script) as server, gateway_for(server) as gateway:
+        status, _ = await post(gateway.url + COMPLETIONS, completion_body())
+        assert status == 502
+        assert [upstream.failures for upstream in gateway.pool.servers] == [0]
+
+
 async def test_a_client_that_leaves_is_no_failure() -> None:
     async with Server(gated=True) as server, pool_of(server, breaker_failures=1) as pool:
         for data in (BODY, WHOLE):
