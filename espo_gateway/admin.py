@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 from aiohttp import web
 
 from espo_gateway.gates import gate_to_json
 from espo_gateway.gateway import Gateway
+from espo_gateway.page import page_routes
 
 
 def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
-    """Reading and pushing the gate."""
+    """Reading and pushing the gate, and the page that shows the gateway live."""
 
     async def get_gate(request: web.Request) -> web.Response:
         return web.Response(body=gate_to_json(gateway.gate), content_type="application/json")
@@ -18,4 +20,14 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
         gateway.push_gate(await request.read())
         return await get_gate(request)
 
-    return [web.get("/espo/gate", get_gate), web.put("/espo/gate", put_gate)]
+    async def live(request: web.Request) -> web.Response:
+        data = msgspec.json.encode(gateway.live.snapshot(gateway))
+        headers = {"Cache-Control": "no-store"}
+        return web.Response(body=data, content_type="application/json", headers=headers)
+
+    return [
+        web.get("/espo/gate", get_gate),
+        web.put("/espo/gate", put_gate),
+        web.get("/espo/live", live),
+        *page_routes(),
+    ]

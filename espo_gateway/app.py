@@ -22,7 +22,7 @@ from espo_gateway.critic import CriticServer, ValueServer
 from espo_gateway.errors import GatewayError
 from espo_gateway.gateway import Gateway
 from espo_gateway.generation import generate
-from espo_gateway.metrics import Metrics
+from espo_gateway.metrics import ARRIVED, Metrics
 from espo_gateway.passthrough import pass_through
 from espo_gateway.upstream import UpstreamPool
 from espo_gateway.wire import Limits
@@ -76,7 +76,7 @@ def _observing(gateway: Gateway) -> Any:
             return await _answered(gateway, request, handler)
         resource = request.match_info.route.resource
         endpoint = resource.canonical if resource is not None else "unknown"
-        started = time.monotonic()
+        started = request[ARRIVED] = time.monotonic()
         status = "499"  # nginx's word for a client that left
         metrics.in_flight.inc()
         try:
@@ -172,7 +172,7 @@ async def running(
             affinity=config.affinity,
         )
         await stack.enter_async_context(pool)
-        metrics = Metrics(pool)
+        metrics = Metrics()
         if critic is None and config.critic is not None:
             critic = await stack.enter_async_context(
                 CriticServer(

@@ -6,8 +6,10 @@ from espo_gateway.admission import Admission
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
 from espo_gateway.gates import gate_from_json
+from espo_gateway.live import Live
 from espo_gateway.metrics import Metrics
 from espo_gateway.rules import Gate
+from espo_gateway.scrape import GatewayCollector
 from espo_gateway.session import Session
 from espo_gateway.upstream import UpstreamPool
 
@@ -29,9 +31,11 @@ class Gateway:
         self.critic = critic
         self.metrics = metrics
         self.admission = Admission(config.max_in_flight, config.max_queue)
+        self.live = Live()
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
+        metrics.registry.register(GatewayCollector(self))
         if config.gate is not None:
             self.push_gate(config.gate)
 
@@ -41,9 +45,9 @@ class Gateway:
         A request under way keeps the gate it started with.
         """
         self.gate = gate_from_json(data, has_critic=self.critic is not None)
-        self.metrics.gate_version.set(self.gate.version)
 
     def finished(self, session: Session) -> None:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
+        self.live.ended(session)

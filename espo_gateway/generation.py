@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -42,10 +43,20 @@ async def _admitted(
     gateway: Gateway, request: web.Request, planned: Plan, refuse: bool
 ) -> web.StreamResponse:
     if planned.unmonitored is not None:
+        gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway.pool, request, planned)
     gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)
+    began = partial(gateway.metrics.first_token, request)
     sessions = [
-        Session(gate, planned.control, planned.asked, single, chat=planned.chat, policy=policy)
+        Session(
+            gate,
+            planned.control,
+            planned.asked,
+            single,
+            chat=planned.chat,
+            policy=policy,
+            began=began,
+        )
         for single in planned.singles
     ]
     gateway.sessions.update(sessions)

@@ -217,6 +217,11 @@ class Watch:
             self.cut, self.z, self.threshold, self.value = token, z, threshold, value
         return Verdict.STOP
 
+    @property
+    def estimate(self) -> float | None:
+        """V at the last token; None where the rule has none, or a critic must be asked."""
+        return None if self._source in (None, "critic") else self._estimate()
+
     def _estimate(self) -> float:
         if self._source == "constant":
             return self.gate.constant

@@ -10,9 +10,11 @@ It keeps no chunk longer than it must: one that a critic's answer could still cu
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
@@ -24,6 +26,7 @@ from espo_gateway.signals import Signal, decode_chunk, read_signals
 from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
 
 Chunk = dict[str, Any]
+End = Literal["completed", "length", "early_stop", "aborted"]
 
 #: What a client gets: a chunk, or the text of a plain one.
 Output = Chunk | tuple[Template, str]
@@ -63,7 +66,10 @@ class _Held(NamedTuple):
 
 
 class Session:
-    """The monitor, the cut, the accounting and the record of one choice."""
+    """The monitor, the cut, the accounting and the record of one choice.
+
+    began: called when its first token comes.
+    """
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class Session:
         *,
         chat: bool,
         policy: Policy | None = None,
+        began: Callable[[], None] | None = None,
     ) -> None:
         self.gate = control.applied(gate)
         self.mode = control.mode
@@ -85,6 +92,9 @@ class Session:
         self.unmonitored: str | None = None
         self.index = single.index
         self.prompt = single.prompt
+        #: when it began, and when its first token came, by `time.monotonic`
+        self.started = time.monotonic()
+        self.first_token: float | None = None
         #: tokens the server has sent
         self.tokens = 0
         #: tokens of the prompt, None until known
@@ -95,6 +105,10 @@ class Session:
         #: decision tokens a critic must value, not yet put to it; and those not yet answered
         self.questions: list[int] = []
         self._unanswered: set[int] = set()
+        #: how many there were, and the last V that was answered
+        self.asked = 0
+        self._answered: float | None = None
+        self._began = began
         self._policy = policy or Policy()
         self._asked = asked
         self._chat = chat
@@ -220,12 +234,16 @@ class Session:
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
             watch = self._watch = self._watch or Watch(self.gate, self.prompt_tokens or 0)
+            self.first_token = time.monotonic()
+            if self._began is not None:
+                self._began()
         # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
         # before or after a decision would be a matter of timing. vLLM tells it with the token.
         last = watch.tokens + len(signals) if completed else None
         for _, _, logprob, max_logprob in signals:
             verdict = watch.push(logprob, max_logprob, last=watch.tokens + 1 == last)
             if verdict is Verdict.ASK:
+                self.asked += 1
                 self.questions.append(watch.tokens)
                 self._unanswered.add(watch.tokens)
             if self._trace is not None:
@@ -270,6 +288,7 @@ class Session:
         """A critic's V at a token it was asked for; None when it could not be had."""
         assert self._watch is not None
         self._unanswered.discard(token)
+        self._answered = self._answered if value is None else value
         self._watch.settle(token, value)
 
     # -- what the client gets ------------------------------------------------------------------
@@ -383,6 +402,28 @@ class Session:
     def usage_chunk(self, usage: Chunk | None) -> Chunk:
         """The chunk after the last, for a client that asked for usage."""
         return {**self._head, **self._tail, "choices": [], "usage": usage}
+
+    @property
+    def end(self) -> End:
+        """How it ended; "aborted" until it has, and when the client left or the server failed."""
+        if self._cut is not None:
+            return "early_stop"
+        reason = self._last["choices"][0].get("finish_reason") if self._last else None
+        if reason in _COMPLETED:
+            return "completed"
+        return "length" if reason == "length" else "aborted"
+
+    @property
+    def head(self) -> Chunk:
+        """`id` and `model` as the server tells them; empty before the first token."""
+        return self._head
+
+    @property
+    def value(self) -> float | None:
+        """V as the rule saw it last; None where the rule has none, or no critic has answered."""
+        if self._answered is not None or self._watch is None:
+            return self._answered
+        return self._watch.estimate
 
     @property
     def record(self) -> Chunk:

@@ -307,7 +307,7 @@ async def test_a_storm_of_faults(seed: int, unmonitored: str) -> None:
     storm = Storm([*requests, after])
     async with FakeServer(storm.script) as a, FakeServer(storm.script) as b:
         servers, tasks, files = [a, b], asyncio.all_tasks(), open_files()
-        async with gateway_for(
+        async with gateway_for(  # noqa: SIM117
             *servers,
             idle_timeout=IDLE,
             first_token_timeout=2 * IDLE,
