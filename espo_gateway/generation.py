@@ -26,18 +26,20 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
     """Serve /v1/completions or /v1/chat/completions. Raises the kinds of GatewayError."""
     data = await request.read()
     planned = plan(decode(request, data), chat=request.path.endswith("/chat/completions"))
-    async with gateway.admission.slot():
-        return await _admitted(gateway, request, planned)
-
-
-async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
     refuse = gateway.config.unmonitored == "refuse"
+    if refuse and planned.unmonitored is not None and planned.control.mode != "off":
+        raise InvalidRequest(
+            f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
+            'leave that out, or send "espo": {"mode": "off"}'
+        )
+    async with gateway.admission.slot():
+        return await _admitted(gateway, request, planned, refuse)
+
+
+async def _admitted(
+    gateway: Gateway, request: web.Request, planned: Plan, refuse: bool
+) -> web.StreamResponse:
     if planned.unmonitored is not None:
-        if refuse and planned.control.mode != "off":
-            raise InvalidRequest(
-                f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
-                'leave that out, or send "espo": {"mode": "off"}'
-            )
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
     gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)

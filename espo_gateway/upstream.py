@@ -1,4 +1,4 @@
-"""The pool of servers behind the gateway: choice, retries, timeouts.
+"""The pool of servers behind the gateway: choice and retries.
 
 Retries happen only while nothing of an answer has been given out. Leaving `UpstreamPool.open`
 closes the connection unless the answer was read to its end, and that is how a generation is
@@ -133,10 +133,10 @@ class UpstreamPool:
             UpstreamUnavailable: no server could be reached, in all attempts.
             UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
-        flight, response = await self._send(method, path, headers, data, key)
+        flight, reply = await self._send(method, path, headers, data, key)
         try:
-            yield response
-            if _shows_work(method, response):
+            yield reply
+            if _shows_work(method, reply):
                 flight.succeeded()
         except UpstreamError as error:
             # A malformed answer may be the request's fault.
@@ -145,7 +145,7 @@ class UpstreamPool:
             raise
         finally:
             # Drops the socket, and the server aborts the request.
-            response.close()
+            reply.close()
             flight.end()
 
     async def _send(
@@ -175,47 +175,33 @@ class UpstreamPool:
                 flight = server.start(again=bool(tried))
                 tried.add(server)
                 try:
-                    response = await self._request(server, method, path, headers, data)
+                    reply = await request(server.url, method, path, headers, data, self._limits)
                     # From here to the `yield` of `open` nothing waits: no departure gets between.
-                    if response.status in _BROKEN or (
+                    if reply.status in _BROKEN or (
                         # Of other endpoints it says little: they may have any fault of their own.
-                        response.status == 500 and path.endswith("/completions")
+                        reply.status == 500 and path.endswith("/completions")
                     ):
                         flight.failed()
-                    elif _shows_work(method, response):
+                    elif _shows_work(method, reply):
                         flight.answered()
                     if (
-                        response.status in RETRIED
+                        reply.status in RETRIED
                         and attempt.retry_state.attempt_number < self._attempts
                     ):
-                        asked = _retry_after(response.headers)
+                        asked = _retry_after(reply.headers)
                         if asked <= LONGEST_WAIT or self._untried(tried):
-                            response.close()
-                            log.info("%s answered %d; trying again", server.url, response.status)
-                            raise _TryAgain(asked)
-                    return flight, response
+                            reply.close()
+                            log.info("%s answered %d; trying again", server.url, reply.status)
+                            raise _TryAgain(min(asked, LONGEST_WAIT))
+                    return flight, reply
                 except BaseException as error:
                     if isinstance(error, UpstreamError):
                         flight.failed()
+                    if isinstance(error, UpstreamUnavailable):
+                        error.headers = {**error.headers, "Retry-After": self._retry_after}
                     flight.end()
                     raise
         raise AssertionError("tenacity raises after the last attempt")
-
-    async def _request(
-        self,
-        server: Upstream,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        data: bytes | None,
-    ) -> Reply:
-        """An answer's head, from this server. Raises UpstreamError."""
-        try:
-            return await request(server.url, method, path, headers, data, self._limits)
-        except UpstreamUnavailable as error:
-            raise UpstreamUnavailable(
-                error.message, headers={"Retry-After": self._retry_after}
-            ) from error
 
     def _untried(self, tried: set[Upstream]) -> list[Upstream]:
         """The available servers that are not in `tried`."""
@@ -259,5 +245,5 @@ def _retry_after(headers: Mapping[str, str]) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

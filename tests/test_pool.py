@@ -240,6 +240,14 @@ async def test_a_failure_counts_once_at_the_head_of_an_answer_or_within(script: 
         assert [upstream.failures for upstream in gateway.pool.servers] == [1]
 
 
+async def test_a_malformed_answer_may_be_the_requests_fault() -> None:
+    script = Script([GOOD] * 4, fault="garbage", after=2)
+    async with FakeServer(script) as server, gateway_for(server) as gateway:
+        status, _ = await post(gateway.url + COMPLETIONS, completion_body())
+        assert status == 502
+        assert [upstream.failures for upstream in gateway.pool.servers] == [0]
+
+
 async def test_a_client_that_leaves_is_no_failure() -> None:
     async with Server(gated=True) as server, pool_of(server, breaker_failures=1) as pool:
         for data in (BODY, WHOLE):
@@ -308,7 +316,7 @@ async def test_an_overloaded_server_is_left_for_another_however_long_it_asks_to_
             assert pool.servers[0].failures == 0
 
 
-@pytest.mark.parametrize("retry_after", ["3600", "Fri, 31 Dec 9999 23:59:59 GMT"])
+@pytest.mark.parametrize("retry_after", ["3600", "inf", "Fri, 31 Dec 9999 23:59:59 GMT"])
 async def test_a_wait_that_is_too_long_is_the_clients(retry_after: str) -> None:
     async with Server(Script([], status=429)) as server, pool_of(server) as pool:
         server.retry_after = retry_after
@@ -317,7 +325,10 @@ async def test_a_wait_that_is_too_long_is_the_clients(retry_after: str) -> None:
         assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize("retry_after", ["0.1", "soon", "Fri, 31 Dec 1999 23:59:59 GMT", "-1"])
+PAST = ["Fri, 31 Dec 1999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 -0000", "-1"]
+
+
+@pytest.mark.parametrize("retry_after", ["0.1", "soon", "nan", *PAST])
 async def test_a_short_wait_is_waited_for(retry_after: str) -> None:
     async with Server() as server, pool_of(server) as pool:
         server.queue.append(Script([], status=429))
