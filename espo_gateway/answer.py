@@ -44,6 +44,10 @@ class Answer:
             else:
                 self.choice[name] = value
 
+    def add_text(self, field: str, text: str) -> None:
+        """Take a plain chunk that came after one `add` was given."""
+        self._texts.setdefault(field, []).append(text)
+
     def _add_logprobs(self, logprobs: Chunk) -> None:
         known = self.choice["logprobs"]
         if known is None:

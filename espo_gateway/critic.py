@@ -57,7 +57,7 @@ class Inquiry:
         """Put new questions, hand over the answers there are; waits only when too many are out."""
         session = self._session
         if session.questions and not (session.prompt_token_ids and session.token_ids):
-            raise UpstreamProtocolError(
+            session.give_up(
                 "the critic reads token ids and the upstream does not send them "
                 "(return_token_ids): use vLLM, or another value than 'critic'"
             )

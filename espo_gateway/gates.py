@@ -25,7 +25,8 @@ class Control:
     """What a request asks of the monitor, in its body's `espo`; None: as the gate has it.
 
     mode: "enforce" cuts; "shadow" decides and reports but never cuts; "off" does not monitor.
-    trace: list z of every token in the record.
+    audit: a share in [0, 1] of such requests is generated to the end even if the rule stops it.
+    trace: list g, z, threshold and value of every token in the record.
     """
 
     mode: Mode = "enforce"
@@ -35,7 +36,12 @@ class Control:
     p_star: float | None = None
     hazard: float | None = None
     min_tokens: int | None = None
+    audit: float | None = None
     trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.audit is not None and not 0.0 <= self.audit <= 1.0:
+            raise ValueError(f"audit must lie in [0, 1], not {self.audit}")
 
     def applied(self, gate: Gate) -> Gate:
         """The gate with this request's constants. Raises InvalidRequest."""

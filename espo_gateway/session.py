@@ -1,30 +1,56 @@
 """One monitored choice: upstream chunks in, the client's chunks out, cut at the decision token.
 
-A `Session` does no I/O: `feed` it every chunk, send on what `drain` gives, and end with `finish`.
-When `ended` turns true nothing more is needed from the server and its request can be cancelled.
+A `Session` does no I/O: give `receive` every event, send on what `drain` gives, and end with
+`finish`. When `ended` turns true nothing more is needed from the server and its request can be
+cancelled.
 
 It keeps no chunk longer than it must: one that a critic's answer could still cut, and the last.
 """
 
 from __future__ import annotations
 
+import random
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
 from espo_gateway.monitor import RegretMonitor, surrogate_regret
+from espo_gateway.plain import Plain, Template, read_plain
 from espo_gateway.request import Asked, Single
 from espo_gateway.rules import Gate, Verdict, Watch
-from espo_gateway.signals import Signal, read_signals
+from espo_gateway.signals import Signal, decode_chunk, read_signals
 from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
 
 Chunk = dict[str, Any]
 
+#: What a client gets: a chunk, or the text of a plain one.
+Output = Chunk | tuple[Template, str]
+
+#: How much of an unreadable event an error quotes.
+_EXCERPT = 200
 _HEAD = ("id", "object", "created", "model")
+#: What watches a stream that cannot be monitored.
+NEVER = Gate()
 #: Finish reasons of a completion that ended by itself.
 _COMPLETED = ("stop", "tool_calls")
+#: Where a chat's delta may have its text.
+_TEXTS = ("content", "reasoning", "reasoning_content")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What holds for all requests of a gateway.
+
+    finish_reason: of a stopped choice; typed clients know no other word than "length" for "ended
+        before it was done".
+    refuse: an answer that cannot be monitored is an error; else it is served and says so.
+    """
+
+    finish_reason: str = "length"
+    refuse: bool = True
 
 
 class _Held(NamedTuple):
@@ -40,10 +66,23 @@ class Session:
     """The monitor, the cut, the accounting and the record of one choice."""
 
     def __init__(
-        self, gate: Gate, control: Control, asked: Asked, single: Single, *, chat: bool
+        self,
+        gate: Gate,
+        control: Control,
+        asked: Asked,
+        single: Single,
+        *,
+        chat: bool,
+        policy: Policy | None = None,
     ) -> None:
         self.gate = control.applied(gate)
-        self.control = control
+        self.mode = control.mode
+        #: drawn to be generated to the end even if it would be stopped
+        self.audited = control.audit is not None and random.random() < control.audit
+        if self.audited:
+            self.mode = "shadow"
+        #: why nothing was monitored, though it was asked for
+        self.unmonitored: str | None = None
         self.index = single.index
         self.prompt = single.prompt
         #: tokens the server has sent
@@ -56,6 +95,7 @@ class Session:
         #: decision tokens a critic must value, not yet put to it; and those not yet answered
         self.questions: list[int] = []
         self._unanswered: set[int] = set()
+        self._policy = policy or Policy()
         self._asked = asked
         self._chat = chat
         self._watch: Watch | None = None
@@ -68,6 +108,18 @@ class Session:
         self._held: deque[_Held] = deque()
         self._lag = HeldText(single.body)
         self._chat_echo = bool(chat and single.body.get("echo"))
+        #: plain chunks may be treated as such: whatever else a chunk tells is not for this client
+        self._plain = not (
+            asked.logprobs is not None
+            or asked.token_ids
+            or asked.continuous_usage
+            or self.wants_ids
+            or self._lag.holds
+            or self._chat_echo
+            or control.trace
+        )
+        self._template: Template | None = None
+        self._ready: list[Output] = []
         self._last: Chunk | None = None
         self._head: Chunk = {}
         self._usage: Chunk | None = None
@@ -75,13 +127,49 @@ class Session:
 
     # -- what the server sends -----------------------------------------------------------------
 
-    def feed(self, chunk: Chunk) -> None:
-        """Take the next chunk of the upstream's stream.
+    def receive(self, data: bytes) -> None:
+        """Take the next event of the upstream's stream, but for `[DONE]`.
 
         Raises:
-            UpstreamStatusError: the chunk is an error.
+            UpstreamStatusError: the event is an error.
             UpstreamProtocolError: it is malformed, or has tokens but no logprobs.
         """
+        plain = read_plain(data, chat=self._chat) if self._plain else None
+        template, watch = self._template, self._watch
+        if (
+            plain is None
+            or template is None
+            or watch is None
+            or watch.cut is not None
+            or self._held
+            or not template.fits(plain)
+        ):
+            self._feed(data, plain)
+            return
+        # A usage that is not the last would be wrong in the end.
+        self._usage = None
+        push = watch.push
+        for logprob, max_logprob in plain.signals:
+            push(logprob, max_logprob)
+        self.tokens = watch.tokens
+        if watch.cut is None or self.mode != "enforce":
+            self._ready.append((template, plain.text))
+        else:
+            chunk = self._decoded(data)
+            chunk.pop("usage", None)
+            choice = chunk["choices"][0]
+            self._hold(chunk, choice, read_signals(choice))
+
+    def _decoded(self, data: bytes) -> Chunk:
+        try:
+            return decode_chunk(data)
+        except ValueError as error:
+            raise UpstreamProtocolError(
+                f"the upstream sent no JSON object: {data[:_EXCERPT]!r}"
+            ) from error
+
+    def _feed(self, data: bytes, plain: Plain | None) -> None:
+        chunk = self._decoded(data)
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
@@ -106,6 +194,11 @@ class Session:
             self._collect_ids(chunk, choice)
         if was_cut:
             return  # beyond the cut: counted, not kept
+        if plain is not None:
+            self._template = Template(plain, chunk)
+        self._hold(chunk, choice, signals)
+
+    def _hold(self, chunk: Chunk, choice: Chunk, signals: list[Signal]) -> None:
         texts = [signal.text for signal in signals]
         lag = self._lag.before(_text(choice, self._chat), texts)
         self._held.append(_Held(chunk, texts, self.tokens, lag))
@@ -124,11 +217,11 @@ class Session:
         watch = self._watch
         if watch is None:
             if self.prompt_tokens is None and self.gate.needs_estimator:
-                raise UpstreamProtocolError(
+                self.give_up(
                     "the estimator needs the prompt's length and the upstream does not tell it "
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
-            watch = self._watch = Watch(self.gate, self.prompt_tokens or 0)
+            watch = self._watch = self._watch or Watch(self.gate, self.prompt_tokens or 0)
         # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
         # before or after a decision would be a matter of timing. vLLM tells it with the token.
         last = watch.tokens + len(signals) if completed else None
@@ -144,10 +237,26 @@ class Session:
     def _check_monitorable(self, choice: Chunk) -> None:
         told = choice.get("token_ids") or _text(choice, self._chat)
         if told and self.gate.rule != "none" and not self._chat_echo:
-            raise UpstreamProtocolError(
+            self.give_up(
                 "the upstream sends no logprobs though asked, so nothing can be monitored: "
                 'enable them there, or send "espo": {"mode": "off"}'
             )
+
+    def give_up(self, reason: str) -> None:
+        """Serve the rest unmonitored, or refuse to, as the policy has it.
+
+        Raises UpstreamProtocolError.
+        """
+        if self._policy.refuse:
+            raise UpstreamProtocolError(reason)
+        if self.unmonitored is None:
+            self.unmonitored = reason
+            self.mode = "off"
+            self.gate = NEVER
+            self._watch = Watch(NEVER, 0)
+            self._watch.tokens = self.tokens
+            self.questions.clear()
+            self._unanswered.clear()
 
     def _collect_ids(self, chunk: Chunk, choice: Chunk) -> None:
         # Completions tell the prompt's ids in the choice, chat at the top; both once.
@@ -171,7 +280,7 @@ class Session:
     def _cut(self) -> int | None:
         """Tokens kept, once it is certain that the choice is cut."""
         watch = self._watch
-        if watch is None or watch.cut is None or self.control.mode != "enforce":
+        if watch is None or watch.cut is None or self.mode != "enforce":
             return None
         return watch.cut if watch.settled else None
 
@@ -188,15 +297,15 @@ class Session:
         """Nothing that the server could still send belongs to the answer."""
         return self._last is not None and self._cut is not None
 
-    def drain(self) -> list[Chunk]:
-        """The chunks that are certain by now, stripped of what the client did not ask for."""
+    def drain(self) -> list[Output]:
+        """What is certain by now, stripped of what the client did not ask for."""
+        ready, self._ready = self._ready, []
         held = self._held
         if not held or self._unproven(held[-1].chunk):
-            return []
-        waits = self._unanswered and self.control.mode == "enforce"
+            return ready
+        waits = self._unanswered and self.mode == "enforce"
         limit = min(self._unanswered) if waits else None
         cut = self._cut
-        ready = []
         while held and (cut is not None or limit is None or held[0].end < limit):
             item = held.popleft()
             chunk = item.chunk
@@ -232,8 +341,7 @@ class Session:
         text = kept_text(_text(choice, self._chat), item.texts, kept, item.lag)
         _set_text(choice, self._chat, text)
         keep_tokens(choice, kept)
-        # Typed clients know no other word for "ended before it was done".
-        choice["finish_reason"] = "length"
+        choice["finish_reason"] = self._policy.finish_reason
         choice["stop_reason"] = "espo"
         if self._asked.continuous_usage and (usage := self.usage):
             item.chunk["usage"] = usage
@@ -247,7 +355,7 @@ class Session:
             choice.pop("token_ids", None)
 
     def finish(self) -> Chunk:
-        """The choice's last chunk, with the record. Call when the server is done or `ended`.
+        """The choice's last chunk, with the record. Call when the server is done, or when `ended`.
 
         Raises:
             UpstreamProtocolError: the server's stream ended before its choice did.
@@ -286,19 +394,22 @@ class Session:
         stopped = self._cut is not None
         record: Chunk = {
             "rule": gate.rule,
-            "mode": self.control.mode,
+            "mode": self.mode,
+            "audited": self.audited,
             "stopped": stopped,
             "cut": cut,
             "tokens": self.tokens,
             "overshoot": self.tokens - cut if stopped and cut is not None else 0,
             "missing": watch.missing if watch is not None else 0,
-            "z": watch.z if watch is not None else 0.0,
+            "z": watch.z if watch is not None and not self.unmonitored else None,
             "threshold": watch.threshold if watch is not None else None,
             "value": watch.value if watch is not None else None,
             "beta": gate.beta,
             "gate_version": gate.version,
             "weights_version": gate.weights_version,
         }
+        if self.unmonitored is not None:
+            record["reason"] = self.unmonitored
         if self._trace is not None:
             record["trace"] = self._zs[:cut] if stopped else self._zs
         return record
@@ -308,7 +419,7 @@ def _text(choice: Chunk, chat: bool) -> str:
     if not chat:
         return choice.get("text") or ""
     delta = choice.get("delta") or {}
-    return delta.get("content") or delta.get("reasoning") or ""
+    return next((delta[name] for name in _TEXTS if delta.get(name)), "")
 
 
 def _set_text(choice: Chunk, chat: bool, text: str) -> None:
@@ -316,9 +427,7 @@ def _set_text(choice: Chunk, chat: bool, text: str) -> None:
         choice["text"] = text
         return
     delta = choice.setdefault("delta", {})
-    if delta.get("content") or not delta.get("reasoning"):
-        # A delta of another kind (a tool call) has no text of its own to cut.
-        if text or "content" in delta:
-            delta["content"] = text
-    else:
-        delta["reasoning"] = text
+    name = next((name for name in _TEXTS if delta.get(name)), "content")
+    # A delta of another kind (a tool call) has no text of its own to cut.
+    if text or name in delta:
+        delta[name] = text

@@ -34,6 +34,19 @@ class SSEParser:
         Raises:
             UpstreamProtocolError: a line or an event is longer than the limit.
         """
+        if (
+            received[:6] == b"data: "
+            and received.endswith(b"\n\n")
+            and not (self._partial or self._data or self._after_cr)
+        ):
+            # What nearly every read brings: whole events of one line each.
+            events = received[6:-2].split(b"\n\ndata: ")
+            if (
+                received.count(b"\n") == 2 * len(events)
+                and b"\r" not in received
+                and len(received) <= self._limit
+            ):
+                return events
         if b"\r" in received or self._after_cr:
             received = self._plain_newlines(received)
         lines = received.split(b"\n")

@@ -26,6 +26,11 @@ class HeldText:
         self._longest = max((len(s) for s in stops if isinstance(s, str)), default=0) if held else 0
         self._lag = ""
 
+    @property
+    def holds(self) -> bool:
+        """Whether this server may hold text back."""
+        return self._longest > 0
+
     def before(self, text: str, tokens: list[str]) -> str | None:
         """Take a chunk's text and token strings; returns what was held back before it.
 

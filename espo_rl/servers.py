@@ -368,6 +368,8 @@ def _servers(
         f"http://127.0.0.1:{port}",
         [
             *(sys.executable, "-m", "espo_gateway", "--port", str(port)),
+            # A rollout without logprobs is of no use.
+            *("--unmonitored", "refuse"),
             *(argument for policy in policies for argument in ("--upstream", policy.url)),
             *(("--critic", critic.url) if critic else ()),
         ],

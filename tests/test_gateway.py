@@ -183,11 +183,24 @@ async def test_bad_numbers_never_stop(bad: Token, chat: bool) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("chat", [True, False])
-async def test_no_logprobs_at_all_is_an_error(chat: bool, stream: bool) -> None:
+async def test_without_logprobs_an_answer_is_served_and_says_so(chat: bool, stream: bool) -> None:
+    script = dataclasses.replace(FAILING, logprobs=False)
+    async with FakeServer(script) as server, gateway_for(server) as gateway:
+        choice = await generate(gateway.url, chat=chat, stream=stream)
+        assert choice["text"] == "a" * 6 + "b" * 10
+        assert choice["finish_reason"] == "stop"
+        assert choice["espo"]["mode"] == "off"
+        assert choice["espo"]["z"] is None
+        assert "sends no logprobs" in choice["espo"]["reason"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("chat", [True, False])
+async def test_without_logprobs_an_answer_is_refused(chat: bool, stream: bool) -> None:
     script = dataclasses.replace(FAILING, logprobs=False)
     body = (chat_body if chat else completion_body)(stream=stream)
     path = CHAT if chat else COMPLETIONS
-    async with FakeServer(script) as server, gateway_for(server) as gateway:
+    async with FakeServer(script) as server, gateway_for(server, unmonitored="refuse") as gateway:
         status, answer = await post(gateway.url + path, body)
         assert status == 502
         assert "no logprobs" in answer["error"]["message"]

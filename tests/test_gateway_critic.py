@@ -434,16 +434,22 @@ async def test_a_stream_that_waits_for_values_is_read_no_further() -> None:
         await server.until(lambda: server.aborted == 1)
 
 
-async def test_an_upstream_without_token_ids_is_an_error() -> None:
+@pytest.mark.parametrize("policy", ["pass", "refuse"])
+async def test_an_upstream_without_token_ids_cannot_be_monitored(policy: str) -> None:
     script = Script(FAILING.tokens, token_ids=False)
     async with (
         FakeServer(script) as server,
         FakeCritic(stop_at(0)) as critic,
-        gateway_with(server, critic) as gateway,
+        gateway_with(server, critic, unmonitored=policy) as gateway,
     ):
         status, answer = await post(gateway.url + COMPLETIONS, completion_body())
-        assert status == 502
-        assert "return_token_ids" in answer["error"]["message"]
+        if policy == "refuse":
+            assert status == 502
+            assert "return_token_ids" in answer["error"]["message"]
+        else:
+            [choice] = answer["choices"]
+            assert "return_token_ids" in choice["espo"]["reason"]
+            assert (choice["finish_reason"], choice["espo"]["tokens"]) == ("stop", 16)
         assert critic.questions == 0
 
 

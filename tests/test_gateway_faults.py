@@ -181,7 +181,7 @@ def test_a_malformed_chunk_is_the_upstreams_error(chunk: dict[str, Any]) -> None
     gate = gate_from_json(GATE, has_critic=False)
     session = Session(gate, planned.control, planned.asked, planned.singles[0], chat=False)
     with pytest.raises(UpstreamProtocolError):
-        session.feed(chunk)
+        session.receive(json.dumps(chunk).encode())
 
 
 @pytest.mark.parametrize("fault", ["reset", "garbage", "error", "eof"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -29,19 +30,22 @@ def session(gate: Gate, **control: Any) -> Session:
     return Session(gate, Control(**control), planned.asked, planned.singles[0], chat=False)
 
 
-def chunk(logprobs: list[float], finish: str | None = None) -> dict[str, Any]:
+def chunk(logprobs: list[float], finish: str | None = None) -> bytes:
     tokens = ["t"] * len(logprobs)
     tops = [{"t": logprob, "top": max(logprob, CALM)} for logprob in logprobs]
     told = {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": tops}
     choice = {"index": 0, "text": "".join(tokens), "finish_reason": finish}
-    return {"id": "c", "choices": [{**choice, "logprobs": told if logprobs else None}]}
+    head = {"id": "c", "object": "text_completion", "created": 1, "model": "m"}
+    return json.dumps(
+        {**head, "choices": [{**choice, "logprobs": told if logprobs else None}]}
+    ).encode()
 
 
-def played(chunks: list[dict[str, Any]], gate: Gate = GATE, **control: Any) -> Session:
+def played(chunks: list[bytes], gate: Gate = GATE, **control: Any) -> Session:
     """As `relay.follow` does it, up to the end of the stream or of the choice."""
     one = session(gate, **control)
     for told in chunks:
-        one.feed(told)
+        one.receive(told)
         one.drain()
         if one.ended:
             break
@@ -79,7 +83,7 @@ def test_an_end_told_in_a_chunk_of_its_own_comes_too_late() -> None:
     assert ending(played(chunks)) == ("length", 3, True)
     late = session(GATE)
     for told in chunks:
-        late.feed(told)
+        late.receive(told)
     late.drain()
     assert ending(late) == ("length", 3, True)
 
@@ -87,8 +91,8 @@ def test_an_end_told_in_a_chunk_of_its_own_comes_too_late() -> None:
 def test_a_critic_is_not_asked_about_the_token_that_completes() -> None:
     gate = Gate(rule="value-only", value="critic", min_tokens=2)
     one = session(gate)
-    one.feed(chunk([CALM] * 3))
-    one.feed(chunk([CALM] * 2, "stop"))
+    one.receive(chunk([CALM] * 3))
+    one.receive(chunk([CALM] * 2, "stop"))
     assert one.questions == [2, 3, 4]
     for token in (4, 3, 2):
         one.answer(token, 0.9)
