@@ -75,7 +75,7 @@ async def check_servers(config: Config) -> None:
     the critic answers but is none.
     """
     deadline = time.monotonic() + config.wait
-    urls = [*config.upstreams, *([] if config.critic is None else [config.critic])]
+    urls = [*config.upstreams, *([] if config.critic_url is None else [config.critic_url])]
     async with UpstreamPool(urls, connect_timeout=2.0) as pool:
         while True:
             answering = await pool.probe_all()
@@ -89,7 +89,7 @@ async def check_servers(config: Config) -> None:
             models = await pool.models(server)
             names = ", ".join(str(model.get("id")) for model in models or ()) or "unknown"
             log.info("%s serves %s", server.url, names)
-        critic = None if config.critic is None else pool.servers[-1].url
+        critic = None if config.critic_url is None else pool.servers[-1].url
     if silent and config.wait:
         raise TimeoutError(f"no answer within {config.wait:g} s from {', '.join(silent)}")
     for url in silent:

@@ -101,11 +101,27 @@ class Config:
     def __post_init__(self) -> None:
         if not self.upstreams:
             raise ValueError("upstreams: at least one is needed")
-        # A critic may also be a class of the user's own.
-        critic_url = self.critic if self.critic and not _DOTTED.fullmatch(self.critic) else None
-        for name, url in [*(("upstream", url) for url in self.upstreams), ("critic", critic_url)]:
+        servers = [*(("upstream", url) for url in self.upstreams), ("critic", self.critic_url)]
+        for name, url in servers:
             if url is not None and not re.match(r"https?://[^/]", url):
                 raise ValueError(f"{name}: a server must be like http://host:port, not {url!r}")
+        if self.target_share is None and self.state is not None:
+            raise ValueError("state: needs target_share, as only tuning has a state")
+        if self.target_share is not None and self.warmup <= self.window:
+            raise ValueError(
+                f"warmup: must be more than window ({self.window}): the first window sets the "
+                "statistics, the rest of the warm-up the threshold"
+            )
+
+    @property
+    def critic_class(self) -> str | None:
+        """The critic when it is a class of the user's own: package.module:Class."""
+        return self.critic if self.critic and _DOTTED.fullmatch(self.critic) else None
+
+    @property
+    def critic_url(self) -> str | None:
+        """The critic when it is a server."""
+        return None if self.critic_class else self.critic
 
 
 #: Group, metavar and help of each field that is a flag.
