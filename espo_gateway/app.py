@@ -193,3 +193,4 @@ async def running(
             yield gateway
         finally:
             await runner.cleanup()
+            await asyncio.to_thread(gateway.close)

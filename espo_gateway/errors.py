@@ -2,6 +2,7 @@
 
 GatewayError
  ├─ InvalidRequest          400  the client's request, or a pushed gate, is at fault
+ ├─ Conflict                409  the gateway's settings forbid it
  └─ UpstreamError           502
      ├─ UpstreamStatusError  as the server said it: its status and body, handed on unchanged
      ├─ UpstreamUnavailable 503  no connection, or lost before an answer
@@ -46,6 +47,13 @@ class InvalidRequest(GatewayError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class Conflict(GatewayError):
+    """What was asked for does not go with how the gateway was started; the message says how."""
+
+    status = 409
+    type = "conflict"
 
 
 class UpstreamError(GatewayError):

@@ -39,7 +39,15 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
         return await pass_marked(gateway.pool, request, planned)
     gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)
     sessions = [
-        Session(gate, planned.control, planned.asked, single, chat=planned.chat, policy=policy)
+        Session(
+            gate,
+            planned.control,
+            planned.asked,
+            single,
+            chat=planned.chat,
+            policy=policy,
+            watching=gateway.watching(),
+        )
         for single in planned.singles
     ]
     gateway.sessions.update(sessions)

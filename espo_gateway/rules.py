@@ -280,8 +280,13 @@ class Watch:
         """
         if self.cut is not None:
             return self._regret, self.z, self.threshold, self.value
-        value = self._known_value() if self._source in ("constant", "stream") else None
+        value = self.estimate
         return self._regret, self.z, self._rule.bound(self.gate, value or 0.0), value
+
+    @property
+    def estimate(self) -> float | None:
+        """V at the last token; None where the rule has none, or a critic must be asked."""
+        return None if self._source in (None, "critic") else self._known_value()
 
     def _crossed(self, score: float) -> bool:
         # Written out, as the call is most of its cost.

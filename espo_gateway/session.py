@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
@@ -24,6 +25,7 @@ from espo_gateway.signals import Signal, decode_chunk, read_signals
 from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
 
 Chunk = dict[str, Any]
+End = Literal["completed", "length", "early_stop", "aborted"]
 
 #: What a client gets: a chunk, or the text of a plain one.
 Output = Chunk | tuple[Template, str]
@@ -74,6 +76,7 @@ class Session:
         *,
         chat: bool,
         policy: Policy | None = None,
+        watching: Callable[[Gate, int], Watch] = Watch,
     ) -> None:
         self.gate = control.applied(gate)
         self.mode = control.mode
@@ -99,6 +102,8 @@ class Session:
         self._asked = asked
         self._chat = chat
         self._watch: Watch | None = None
+        self._watching = watching
+        self._model = single.body.get("model")
         self._trace = (
             RegretMonitor(self.gate.statistics, self.gate.monitor) if control.trace else None
         )
@@ -221,7 +226,7 @@ class Session:
                     "the estimator needs the prompt's length and the upstream does not tell it "
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
-            watch = self._watch = self._watch or Watch(self.gate, self.prompt_tokens or 0)
+            watch = self._watch = self._watch or self._watching(self.gate, self.prompt_tokens or 0)
         # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
         # before or after a decision would be a matter of timing. vLLM tells it with the token.
         last = watch.tokens + len(signals) if completed else None
@@ -385,6 +390,42 @@ class Session:
     def usage_chunk(self, usage: Chunk | None) -> Chunk:
         """The chunk after the last, for a client that asked for usage."""
         return {**self._head, **self._tail, "choices": [], "usage": usage}
+
+    @property
+    def end(self) -> End:
+        """How it ended; "aborted" until it has, and when the client left or the server failed."""
+        if self._cut is not None:
+            return "early_stop"
+        reason = self._last["choices"][0].get("finish_reason") if self._last else None
+        if reason in _COMPLETED:
+            return "completed"
+        return "length" if reason == "length" else "aborted"
+
+    @property
+    def head(self) -> Chunk:
+        """`id` and `model` as the server tells them; empty before the first token."""
+        return self._head
+
+    @property
+    def watch(self) -> Watch | None:
+        """What watches it; None before the first token."""
+        return self._watch
+
+    @property
+    def about(self) -> Chunk:
+        """What a recorded trace says beside its numbers."""
+        watch = self._watch
+        return {
+            "id": self._head.get("id"),
+            "index": self.index,
+            "model": self._head.get("model", self._model),
+            "gate_version": self.gate.version,
+            "rule": self.gate.rule,
+            "mode": self.mode,
+            "prompt_tokens": self.prompt_tokens,
+            "end": self.end,
+            "cut": watch.cut if watch is not None else None,
+        }
 
     @property
     def record(self) -> Chunk:
