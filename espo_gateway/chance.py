@@ -16,6 +16,7 @@ from espo_gateway.monitor import Array
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_DOUBLE, _BITS = struct.Struct("<d"), struct.Struct("<Q")
 
 
 class StreamChance:
@@ -26,9 +27,9 @@ class StreamChance:
     def __init__(self, seed: int) -> None:
         self._state = _seeded(seed)
 
-    def push(self, logprob: float) -> float:
+    def push(self, logprob: float, confidence: float | None = None) -> float:
         """Take the next token's logprob and return its draw, uniform in [0, 1)."""
-        (bits,) = struct.unpack("<Q", struct.pack("<d", logprob))
+        (bits,) = _BITS.unpack(_DOUBLE.pack(logprob))
         self._state = _mixed(self._state ^ bits)
         return _uniform(self._state)
 

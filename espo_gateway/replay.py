@@ -5,16 +5,13 @@ Equal to `rules.Watch` token for token, to the last bit. Pure.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.chance import stream_draws
 from espo_gateway.monitor import MISSING_LOGPROB, Array, smoothed_regret
-from espo_gateway.rules import THRESHOLDS, Gate, RuleName
-from espo_gateway.values import probabilities, sigmoid, stream_features
+from espo_gateway.rules import Gate, RuleName
+from espo_gateway.scores import RULES, THRESHOLD, Recorded, Threshold
+from espo_gateway.values import probabilities, stream_features
 
 Counts = NDArray[np.int64]
 
@@ -27,6 +24,7 @@ def first_stops(
     *,
     completed_at: Counts | None = None,
     values: Array | None = None,
+    confidences: Array | None = None,
 ) -> Counts:
     """The cut each rollout would have had under a gate, 0 for no stop.
 
@@ -38,18 +36,21 @@ def first_stops(
             exempt; 0 for the others. Shape [rollouts].
         values: V at each token where the caller has it, NaN for no answer; shape as `logprobs`.
             A critic's must be given.
+        confidences: of each token, NaN where missing; shape as `logprobs`. The confidence rule
+            needs them.
 
     Returns:
         tokens kept, shape [rollouts]: equal to `Watch.cut`.
 
     Raises:
-        ValueError: the gate asks a critic, and no `values` are given.
+        ValueError: the gate needs `values` or `confidences` that are not given.
     """
     if gate.rule == "none" or not logprobs.size:
         return np.zeros(len(logprobs), dtype=np.int64)
-    scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, values)
-    threshold = getattr(gate, THRESHOLDS[gate.rule])
-    crossed = scores > threshold if THRESHOLDS[gate.rule] == "beta" else scores < threshold
+    told = (values, confidences)
+    scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, *told)
+    name, threshold = _threshold(gate.rule)
+    crossed = threshold.crossed(scores, getattr(gate, name))
     return np.where(crossed.any(axis=1), crossed.argmax(axis=1) + 1, 0)
 
 
@@ -61,6 +62,7 @@ def stop_levels(
     *,
     completed_at: Counts | None = None,
     values: Array | None = None,
+    confidences: Array | None = None,
 ) -> Array:
     """How strict a gate would still have stopped each rollout, whatever its threshold is now.
 
@@ -72,27 +74,28 @@ def stop_levels(
     Returns:
         shape [rollouts], +inf where no threshold stops the rollout.
     """
-    if gate.rule == "none":
-        raise ValueError("rule 'none' has no threshold")
+    _, threshold = _threshold(gate.rule)
     if values is None and gate.rule == "value-gated" and gate.needs_critic:
         values = np.full(logprobs.shape, gate.epsilon)
-    scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, values)
-    levels = _levels(gate.rule, scores)
+    told = (values, confidences)
+    scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, *told)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = threshold.level(scores)
     return np.where(np.isnan(levels), np.inf, levels).min(axis=1, initial=np.inf)
 
 
 def level_of(rule: RuleName, threshold: float) -> float:
     """How loose a rule's threshold is, on a scale where higher always stops more.
 
-    -β, log p*/(1 - p*) or log hazard.
+    -β, log p*/(1 - p*), the confidence or log hazard.
     """
-    return float(_levels(rule, np.float64(threshold)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(_threshold(rule)[1].level(np.float64(threshold)))
 
 
 def threshold_at(rule: RuleName, level: float) -> float:
     """The inverse of `level_of`."""
-    name = THRESHOLDS[rule]
-    return -level if name == "beta" else math.exp(level) if name == "hazard" else sigmoid(level)
+    return _threshold(rule)[1].at(level)
 
 
 def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
@@ -102,14 +105,11 @@ def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
         return np.where(known[0] & known[1], np.maximum(max_logprobs - logprobs, 0.0), np.nan)
 
 
-def _levels(rule: RuleName, thresholds: Any) -> Any:
-    name = THRESHOLDS[rule]
-    if name == "beta":
-        return -thresholds
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if name == "hazard":
-            return np.log(thresholds)
-        return np.log(thresholds) - np.log1p(-thresholds)
+def _threshold(rule: RuleName) -> tuple[str, Threshold]:
+    name = RULES[rule].threshold
+    if name is None:
+        raise ValueError(f"rule {rule!r} has no threshold")
+    return name, THRESHOLD[name]
 
 
 def _scores(
@@ -119,19 +119,17 @@ def _scores(
     prompt_tokens: Array,
     completed_at: Counts | None,
     values: Array | None,
+    confidences: Array | None,
 ) -> Array:
     """What the rule compares with its threshold at each token, NaN where nothing is decided."""
     regrets = recorded_regrets(logprobs, max_logprobs)
     known = ~np.isnan(regrets)
-    if gate.rule == "random":
-        scores = stream_draws(gate.version, logprobs, known)
-    elif gate.rule == "regret-only":
-        scores = smoothed_regret(regrets, gate.statistics, gate.monitor)
-    else:
-        scores = values if values is not None else _values(gate, regrets, logprobs, prompt_tokens)
-        if gate.rule == "value-gated":
-            z = smoothed_regret(regrets, gate.statistics, gate.monitor)
-            scores = z / np.maximum(scores, gate.epsilon)
+    rule = RULES[gate.rule]
+    z = smoothed_regret(regrets, gate.statistics, gate.monitor)
+    told = rule.tracks(gate, Recorded(logprobs, known, confidences))
+    if rule.valued:
+        told = values if values is not None else _values(gate, regrets, logprobs, prompt_tokens)
+    scores = rule.scores(gate, z, z if told is None else told)
     known[:, : gate.min_tokens - 1] = False
     if completed_at is not None:
         rows = np.flatnonzero(completed_at)

@@ -145,10 +145,11 @@ class SuccessEstimator:
 
     def logit(self, features: Sequence[float]) -> float:
         """log P/(1-P) at one token."""
-        total = self.bias
-        for weight, feature in zip(self.weights, features, strict=True):
-            total += weight * feature
-        return total
+        w, f = self.weights, features
+        # Written out, as it is done for every token; added up in one order, that of `logits`.
+        total = self.bias + w[0] * f[0] + w[1] * f[1] + w[2] * f[2] + w[3] * f[3] + w[4] * f[4]
+        total = total + w[5] * f[5] + w[6] * f[6] + w[7] * f[7] + w[8] * f[8] + w[9] * f[9]
+        return total + w[10] * f[10] + w[11] * f[11]
 
     def logits(self, features: Array) -> Array:
         """The same for features of shape [..., len(FEATURES)]; added up in the same order."""

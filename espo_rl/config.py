@@ -199,6 +199,11 @@ class Stopping(Section):
                 f'threshold = "{self.threshold}" needs the value at every token, and a critic\'s '
                 'are not recorded: set threshold = "share" or "fixed"'
             )
+        if self.rule == "confidence":
+            raise ValueError(
+                'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '
+                'not record: set rule = "surprise", or try it on a gateway alone'
+            )
         if not self.beta_min < self.beta_max:
             raise ValueError(f"beta_min = {self.beta_min} must be below beta_max = {self.beta_max}")
         return self

@@ -26,6 +26,7 @@ def test_overrides_take_toml_values_and_bare_words():
         ("nosuch.key=1", ["nosuch", "no such key", "rollout"]),
         ("rollout.n=0", ["rollout.n", "greater than or equal to 1"]),
         ("stopping.rule=luck", ["stopping.rule", "value-gated"]),
+        ("stopping.rule=confidence", ["stopping", "surprise"]),
         ("stopping.audit_share=0", ["stopping", "audit_share"]),
         ("ppo.minibatches=10000", ["ppo.minibatches", "rollouts"]),
         ("task.kind=dataset", ["task", "train"]),

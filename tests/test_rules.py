@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.monitor import MonitorConfig, RegretStatistics, pad
+from espo_gateway.monitor import (
+    MonitorConfig,
+    RegretMonitor,
+    RegretStatistics,
+    pad,
+    surrogate_regret,
+)
 from espo_gateway.replay import first_stops, level_of, stop_levels, threshold_at
 from espo_gateway.rules import THRESHOLDS, Gate, RuleName, Verdict, Watch
 from espo_gateway.values import FEATURES, StreamStatistics, SuccessEstimator, stream_features
@@ -41,6 +47,11 @@ def gates(estimator, version=0):
         *(Gate(rule="value-only", p_star=0.7, min_tokens=2, **value, **common) for value in values),
         Gate(rule="regret-only", beta=0.4, min_tokens=1, **common),
         Gate(rule="success-probability", p_star=0.4, **common),
+        Gate(rule="surprise", beta=0.9, min_tokens=2, **common),
+        *(
+            Gate(rule="confidence", confidence=0.8, confidence_window=window, **common)
+            for window in (1, 5, 100)
+        ),
         Gate(rule="random", hazard=0.2, **common),
     ]
 
@@ -53,11 +64,13 @@ def matrices(rows):
     ]
 
 
-def live_cut(gate, row, prompt_tokens, *, completed=False, values=()):
+def live_cut(gate, row, prompt_tokens, *, completed=False, values=(), confidences=()):
     """What `Watch` decides on one stream, a critic answering at once."""
     watch = Watch(gate, prompt_tokens)
     for t, pair in enumerate(row):
-        verdict = watch.push(*pair, last=completed and t == len(row) - 1)
+        told = None if not confidences or math.isnan(confidences[t]) else confidences[t]
+        last = completed and t == len(row) - 1
+        verdict = watch.push(*pair, last=last, confidence=told)
         if verdict is Verdict.ASK:
             verdict = watch.settle(t + 1, None if math.isnan(values[t]) else values[t])
         assert (verdict is Verdict.STOP) == (watch.cut == t + 1)
@@ -70,16 +83,21 @@ def live_cut(gate, row, prompt_tokens, *, completed=False, values=()):
     st.integers(1, 500),
     st.lists(st.booleans(), min_size=5, max_size=5),
     st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), min_size=25, max_size=25),
+    st.lists(st.one_of(st.floats(0, 3), st.just(math.nan)), min_size=25, max_size=25),
 )
 def test_replay_equals_the_live_decision_token_for_token(
-    rows, estimator, prompt_tokens, completed, answers
+    rows, estimator, prompt_tokens, completed, answers, confidences
 ):
     lengths = [len(row) for row in rows]
     ends = np.array([n if done else 0 for n, done in zip(lengths, completed, strict=False)])
-    values = np.array([answers[: max(lengths)]] * len(rows))
+    values, sure = (
+        np.array([numbers[: max(lengths)]] * len(rows)) for numbers in (answers, confidences)
+    )
     for gate in gates(estimator, version=prompt_tokens):
         live = [
-            live_cut(gate, row, prompt_tokens, completed=done, values=answers)
+            live_cut(
+                gate, row, prompt_tokens, completed=done, values=answers, confidences=confidences
+            )
             for row, done in zip(rows, completed, strict=False)
         ]
         replayed = first_stops(
@@ -88,6 +106,7 @@ def test_replay_equals_the_live_decision_token_for_token(
             np.full(len(rows), prompt_tokens),
             completed_at=ends,
             values=values if gate.needs_critic else None,
+            confidences=sure,
         )
         assert replayed.tolist() == live
 
@@ -98,9 +117,10 @@ def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator,
     ends = np.array([len(row) * done for row in rows])
     for gate in gates(estimator)[1:]:
         values = np.full(matrices(rows)[0].shape, 0.5) if gate.needs_critic else None
-        replay = {"completed_at": ends, "values": values}
+        sure = np.resize([0.3, 2.0, math.nan, 1.1], matrices(rows)[0].shape)
+        replay = {"completed_at": ends, "values": values, "confidences": sure}
         levels = stop_levels(gate, *matrices(rows), prompts, **replay)
-        threshold = share if THRESHOLDS[gate.rule] != "beta" else 5 * share
+        threshold = share if THRESHOLDS[gate.rule] in ("p_star", "hazard") else 5 * share
         level = level_of(gate.rule, threshold)
         assert threshold_at(gate.rule, level) == pytest.approx(threshold)
         looser = dataclasses.replace(gate, **{THRESHOLDS[gate.rule]: threshold})
@@ -113,6 +133,10 @@ def test_a_higher_level_is_a_looser_threshold():
     assert level_of("regret-only", 2.0) > level_of("value-gated", 3.0)
     assert level_of("value-only", 0.1) > level_of("success-probability", 0.05)
     assert level_of("random", 0.1) > level_of("random", 0.05)
+    assert level_of("surprise", 1.0) > level_of("surprise", 2.0)
+    assert level_of("confidence", 2.0) > level_of("confidence", 1.0)
+    with pytest.raises(ValueError, match="'none' has no threshold"):
+        level_of("none", 1.0)
 
 
 def test_a_critics_unknown_values_give_the_strictest_level_possible():
@@ -212,6 +236,29 @@ def test_the_cut_waits_for_an_earlier_unsettled_token():
     assert (watch.cut, watch.settled) == (1, True)
 
 
+@given(streams, estimators)
+def test_a_look_tells_what_the_last_token_was_compared_with(rows, estimator):
+    for gate in gates(estimator):
+        watch, monitor = Watch(gate, 3), RegretMonitor(gate.statistics, gate.monitor)
+        for pair in rows[0]:
+            if watch.push(*pair) is Verdict.ASK:
+                assert watch.look()[3] is None
+            g = surrogate_regret(*pair)
+            z = monitor.push(g)
+            if watch.cut is not None:
+                assert watch.look() == (g, z, watch.threshold, watch.value)
+                break
+            regret, shown, threshold, value = watch.look()
+            assert (regret, shown) == (g, z)
+            assert (value is None) == (gate.source in (None, "critic"))
+            if gate.rule == "value-gated":
+                assert threshold == gate.beta * max(value or 0.0, gate.epsilon)
+            elif gate.rule == "none":
+                assert threshold is None
+            else:
+                assert threshold == getattr(gate, THRESHOLDS[gate.rule])
+
+
 def test_no_rule_stops_before_min_tokens():
     watch = Watch(Gate(rule="regret-only", beta=0.1, min_tokens=7, **GATE), 1)
     for _ in range(20):
@@ -246,6 +293,9 @@ def test_stream_features_equal_the_live_statistics(rows, prompt_tokens):
         ("p_star", 1.0),
         ("hazard", -0.1),
         ("hazard", 1.1),
+        ("confidence", 0.0),
+        ("confidence_window", 0),
+        ("confidence_top_k", 0),
         ("min_tokens", 0),
         ("rule", "luck"),
         ("value", "oracle"),
@@ -272,3 +322,16 @@ def test_only_a_rule_that_compares_values_asks_a_critic(rule):
     estimator = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
     gate = Gate(rule=rule, value="critic", estimator=estimator)
     assert gate.needs_critic == (rule in ("value-gated", "value-only"))
+
+
+@given(st.lists(st.floats(-9, 0), min_size=1, max_size=40), st.floats(0, 0.95), st.floats(0.1, 4))
+def test_surprise_is_the_smoothed_negative_logprob(logprobs, smoothing, beta):
+    monitor = MonitorConfig(smoothing=smoothing)
+    watch = Watch(Gate(rule="surprise", beta=beta, monitor=monitor, min_tokens=1), 1)
+    mean, expected = 0.0, None
+    for t, logprob in enumerate(logprobs, 1):
+        mean = smoothing * mean - (1 - smoothing) * logprob
+        if expected is None and mean > beta + 1e-12:
+            expected = t
+        watch.push(logprob, 0.0)
+    assert watch.cut == expected

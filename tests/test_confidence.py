@@ -1,0 +1,122 @@
+"""DeepConf's rule: a token's confidence, its mean over a window, the stop below a threshold."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espo_gateway.replay import first_stops
+from espo_gateway.rules import Gate, Verdict, Watch
+from espo_gateway.scores import token_confidence
+
+SURE, UNSURE = 12.0, 2.0
+
+
+def watch(**fields: float) -> Watch:
+    return Watch(Gate(rule="confidence", confidence=5.0, **fields), 1)  # type: ignore[arg-type]
+
+
+def push(stream: Watch, confidence: float | None) -> Verdict:
+    return stream.push(-0.1, -0.1, confidence=confidence)
+
+
+@given(
+    st.lists(st.one_of(st.floats(0, 20), st.none()), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 10),
+)
+def test_it_stops_where_the_windowed_mean_falls_below(
+    stream: list[float | None], window: int, min_tokens: int
+) -> None:
+    one = watch(confidence_window=window, min_tokens=min_tokens)
+    known: list[float] = []
+    for t, confidence in enumerate(stream, 1):
+        verdict = push(one, confidence)
+        if confidence is None:
+            assert verdict is Verdict.GO  # no evidence, no decision
+            continue
+        known.append(confidence)
+        mean = math.fsum(known[-window:]) / len(known[-window:])
+        if abs(mean - 5.0) < 1e-9:
+            return
+        assert (verdict is Verdict.STOP) == (mean < 5.0 and t >= min_tokens)
+        if verdict is Verdict.STOP:
+            assert (one.cut, one.threshold) == (t, 5.0)
+            return
+
+
+def test_an_old_doubt_is_forgotten_with_its_window() -> None:
+    one = watch(confidence_window=4, min_tokens=8)
+    for confidence in [UNSURE] * 4 + [SURE] * 4 + [UNSURE] * 2:
+        assert push(one, confidence) is Verdict.GO
+    assert push(one, UNSURE) is Verdict.STOP
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_a_missing_confidence_changes_nothing(missing: float | None) -> None:
+    with_gaps, without = watch(confidence_window=3), watch(confidence_window=3)
+    for confidence in (SURE, 6.0, 6.0):
+        push(with_gaps, confidence)
+        push(with_gaps, missing)
+        push(without, confidence)
+    assert push(with_gaps, 4.0) is push(without, 4.0) is Verdict.GO
+    assert push(with_gaps, missing) is Verdict.GO
+    assert push(with_gaps, 4.0) is push(without, 4.0) is Verdict.STOP
+
+
+def test_rounding_does_not_build_up_over_a_long_stream() -> None:
+    rng = np.random.default_rng(0)
+    confidences = rng.uniform(0, 30, 200_000)
+    gate = Gate(rule="confidence", confidence=1e-9, confidence_window=100)
+    one = Watch(gate, 1)
+    for confidence in confidences.tolist():
+        push(one, confidence)
+    track = one._track
+    assert track is not None
+    last = track.push(-0.1, 7.0)
+    assert last == pytest.approx(np.mean([*confidences[-99:], 7.0]), rel=1e-9)
+
+
+def test_memory_is_bounded_by_the_window() -> None:
+    one = watch(confidence_window=64)
+    for _ in range(100):
+        push(one, SURE)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(20_000):
+        push(one, SURE)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 8_192
+
+
+def test_a_replay_needs_the_recorded_confidences() -> None:
+    rows = np.full((1, 3), -0.1)
+    with pytest.raises(ValueError, match="needs the recorded confidences"):
+        first_stops(Gate(rule="confidence"), rows, rows, np.ones(1))
+
+
+def test_a_gate_says_how_many_alternatives_it_reads() -> None:
+    assert Gate(rule="confidence", confidence_top_k=7).top_logprobs == 7
+    assert Gate(rule="regret-only", confidence_top_k=7).top_logprobs == 1
+
+
+@given(st.lists(st.floats(-30, 0), min_size=1, max_size=25), st.integers(1, 20))
+def test_confidence_is_the_mean_negative_logprob_of_the_likeliest(
+    alternatives: list[float], top_k: int
+) -> None:
+    told = token_confidence(alternatives, top_k)
+    if len(alternatives) < top_k:
+        assert told is None
+    else:
+        assert told == pytest.approx(-np.mean(np.sort(alternatives)[::-1][:top_k]))
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, -9999.0, math.inf])
+def test_an_unreadable_alternative_leaves_no_confidence(bad: float | None) -> None:
+    assert token_confidence([-0.1, bad, -3.0], 2) is None
