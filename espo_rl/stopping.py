@@ -20,11 +20,11 @@ import numpy as np
 from espo_gateway.monitor import MonitorConfig, RegretStatistics, smoothed_regret
 from espo_gateway.replay import level_of, stop_levels, threshold_at
 from espo_gateway.rules import THRESHOLDS, Gate, value_source
+from espo_gateway.thresholds import AuditThreshold, Outcomes, ShareThreshold
 from espo_gateway.values import SuccessEstimator
 from espo_rl import estimator
 from espo_rl.config import Stopping
 from espo_rl.estimator import Array, Examples, KnownRollouts
-from espo_rl.thresholds import AuditThreshold, Outcomes, ShareThreshold
 from espo_rl.types import EndReason, Rollout
 
 _NAMES = {"beta": "β", "p_star": "p*", "hazard": "hazard"}

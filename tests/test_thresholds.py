@@ -13,7 +13,7 @@ from scipy.stats import beta as beta_distribution
 from scipy.stats import norm
 
 from espo_gateway.replay import level_of, threshold_at
-from espo_rl.thresholds import AuditThreshold, Outcomes, ShareThreshold, upper_bound
+from espo_gateway.thresholds import AuditThreshold, Outcomes, ShareThreshold, upper_bound
 
 LOW, HIGH = level_of("value-only", 1e-6), 0.0
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv
+
+from espo_gateway.extras import needed
 
 Array = NDArray[np.float64]
 
@@ -38,6 +39,13 @@ class Outcomes:
     levels: NDArray[np.float32]
     correct: NDArray[np.bool_]
     weights: NDArray[np.float32]
+
+
+def steered(
+    level: float, share: float, target: float, step: float, bounds: tuple[float, float]
+) -> float:
+    """Row 6: β ← clip(β + η·(share stopped - target)), of any rule's level."""
+    return _clipped(level - step * (share - target), *bounds)
 
 
 class ShareThreshold:
@@ -92,8 +100,7 @@ class ShareThreshold:
         """
         if self.level is not None:
             if stop_share is not None and self._step:
-                error = stop_share - self._target
-                self.level = _clipped(self.level - self._step * error, *self._range)
+                self.level = steered(self.level, stop_share, self._target, self._step, self._range)
                 self.reason = f"{stop_share:.0%} stopped, {self._target:.0%} wished"
             return
         if outcomes is not None and outcomes.levels.size:
@@ -198,7 +205,11 @@ class AuditThreshold:
 
 
 def upper_bound(false: Array, known: Array, confidence: float) -> Array:
-    """One-sided Clopper-Pearson bound of a share, for counts that need not be whole numbers."""
+    """One-sided Clopper-Pearson bound of a share, for counts that need not be whole numbers.
+
+    Raises ImportError without SciPy.
+    """
+    betaincinv = needed("scipy.special").betaincinv
     rest = known - false
     some = rest > 1e-9
     return np.where(some, betaincinv(false + 1.0, np.where(some, rest, 1.0), confidence), 1.0)
