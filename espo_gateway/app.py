@@ -24,6 +24,7 @@ from espo_gateway.logs import http_log
 from espo_gateway.metrics import Metrics
 from espo_gateway.middleware import identify, observing
 from espo_gateway.openapi import description
+from espo_gateway.own_critic import OwnCritic, load_critic
 from espo_gateway.passthrough import pass_through
 from espo_gateway.upstream import UpstreamPool
 from espo_gateway.wire import Limits
@@ -146,10 +147,14 @@ async def running(
         await stack.enter_async_context(pool)
         metrics = Metrics()
         if critic is None and config.critic is not None:
+            options: dict[str, Any] = {
+                "timeout": config.critic_timeout,
+                "registry": metrics.registry,
+            }
             critic = await stack.enter_async_context(
-                CriticServer(
-                    config.critic, timeout=config.critic_timeout, registry=metrics.registry
-                )
+                CriticServer(config.critic, **options)
+                if config.critic_class is None
+                else OwnCritic(load_critic(config.critic), name=config.critic, **options)
             )
         gateway = Gateway(pool, config, metrics, keys, critic=critic)
         sock = sock or listen(config.host, config.port)

@@ -21,8 +21,9 @@ moment it has failed. Put it in front of one or more vLLM servers and point clie
 
   python -m espo_gateway --upstream http://127.0.0.1:8000
 
-So it stops nothing. Give it a gate:
+So it stops nothing. Let it find out by itself when to, or give it a gate:
 
+  python -m espo_gateway --upstream http://127.0.0.1:8000 --target-share 0.1
   python -m espo_gateway --upstream http://127.0.0.1:8000 --gate gate.json
 """
 _EPILOG = """\
@@ -30,8 +31,11 @@ Every flag is also a key of the TOML file (max_in_flight = 64) and an environmen
 (ESPO_GATEWAY_MAX_IN_FLIGHT=64). Flags win over the environment, the environment over the file.
 Keys are read from the file, from the environment, or from files of their own, never from flags:
 ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
+
+`python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
 _PREFIX = "ESPO_GATEWAY_"
+_DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 #: Where a field stands in the help.
 _SERVERS, _LISTENING, _STOPPING, _SECURITY, _LOGS = (
@@ -76,6 +80,12 @@ class Config:
     drain_timeout: NotNegative = 600.0
 
     gate: bytes | Path | None = None
+    target_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    warmup: Annotated[int, Field(ge=2)] = 512
+    window: Annotated[int, Field(ge=1)] = 64
+    state: Path | None = None
+    record: Path | None = None
+    record_megabytes: Positive = 1024.0
     unmonitored: Literal["pass", "refuse"] = "pass"
     finish_reason: str = "length"
 
@@ -92,12 +102,30 @@ class Config:
     def __post_init__(self) -> None:
         if not self.upstreams:
             raise ValueError("upstreams: at least one is needed")
-        for name, url in [*(("upstream", url) for url in self.upstreams), ("critic", self.critic)]:
+        servers = [*(("upstream", url) for url in self.upstreams), ("critic", self.critic_url)]
+        for name, url in servers:
             if url is not None and not re.match(r"https?://[^/]", url):
                 raise ValueError(f"{name}: a server must be like http://host:port, not {url!r}")
             if url is not None and urlsplit(url).username is not None:
                 # It would stand in every log line and in /ready.
                 raise ValueError(f"{name}: no key in the URL, please; use upstream_key_file")
+        if self.target_share is None and self.state is not None:
+            raise ValueError("state: needs target_share, as only tuning has a state")
+        if self.target_share is not None and self.warmup <= self.window:
+            raise ValueError(
+                f"warmup: must be more than window ({self.window}): the first window sets the "
+                "statistics, the rest of the warm-up the threshold"
+            )
+
+    @property
+    def critic_class(self) -> str | None:
+        """The critic when it is a class of the user's own: package.module:Class."""
+        return self.critic if self.critic and _DOTTED.fullmatch(self.critic) else None
+
+    @property
+    def critic_url(self) -> str | None:
+        """The critic when it is a server."""
+        return None if self.critic_class else self.critic
 
     def read_gate(self) -> bytes | None:
         """The gate's JSON. Raises OSError."""
@@ -115,7 +143,7 @@ _FLAGS: dict[str, tuple[str, str, str]] = {
         _SERVERS,
         "URL",
         "for gates with value 'critic': a vLLM server of the critic (start it with `python -m "
-        "espo_gateway.vllm_plugin MODEL --critic`)",
+        "espo_gateway.vllm_plugin MODEL --critic`), or your own class, as package.module:Class",
     ),
     "affinity": (
         _SERVERS,
@@ -169,6 +197,33 @@ _FLAGS: dict[str, tuple[str, str, str]] = {
         "on SIGTERM running requests may take this long to finish; a second one ends them at once",
     ),
     "gate": (_STOPPING, "FILE", "the gate to start with, as JSON"),
+    "target_share": (
+        _STOPPING,
+        "SHARE",
+        "stop about this share of the requests: the gateway keeps the statistics and the "
+        "threshold by itself (rule regret-only, or the gate's)",
+    ),
+    "warmup": (
+        _STOPPING,
+        "N",
+        "with --target-share: finished requests to learn from before any is stopped",
+    ),
+    "window": (
+        _STOPPING,
+        "N",
+        "with --target-share: finished requests between two updates",
+    ),
+    "state": (
+        _STOPPING,
+        "FILE",
+        "with --target-share: where to keep what was learned, and to take it up from",
+    ),
+    "record": (
+        _STOPPING,
+        "FILE",
+        "append a trace of every finished request, numbers only, as JSON lines for `calibrate`",
+    ),
+    "record_megabytes": (_STOPPING, "MB", "stop recording when the file is this large"),
     "unmonitored": (
         _STOPPING,
         "HOW",

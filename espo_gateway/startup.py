@@ -59,7 +59,7 @@ async def check_servers(config: Config, keys: Keys) -> None:
     """
     deadline = time.monotonic() + config.wait
     servers = [_base(url) for url in config.upstreams]
-    critic = _base(config.critic) if config.critic is not None else None
+    critic = _base(config.critic_url) if config.critic_url is not None else None
     urls = [*servers, *([] if critic is None else [critic])]
     timeout = aiohttp.ClientTimeout(total=_PATIENCE, sock_connect=2.0)
     async with aiohttp.ClientSession(timeout=timeout) as session:
