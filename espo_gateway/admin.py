@@ -30,10 +30,15 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
         headers = {"Cache-Control": "no-store"}
         return web.Response(body=data, content_type="application/json", headers=headers)
 
+    async def statistics(request: web.Request) -> web.Response:
+        gate = msgspec.to_builtins(gateway.gate)
+        return web.json_response({"gate": gate, **gateway.observers.report()})
+
     return [
         web.get("/espo/gate", get_gate),
         web.put("/espo/gate", put_gate),
         web.post("/espo/reload", reload),
         web.get("/espo/live", live),
         *page_routes(),
+        web.get("/espo/statistics", statistics),
     ]

@@ -7,6 +7,7 @@ GatewayError
  ├─ Unauthorized            401  no key, or a wrong one
  ├─ Forbidden               403  administration that is not enabled
  ├─ Draining                503  the gateway is about to end
+ ├─ Conflict                409  the gateway's settings forbid it
  └─ UpstreamError           502
      ├─ UpstreamStatusError  as the server said it: its status and body, handed on unchanged
      ├─ UpstreamUnavailable 503  no connection, or lost before an answer
@@ -108,6 +109,13 @@ class Draining(GatewayError):
     status = 503
     type = "unavailable"
     headers: Mapping[str, str] = {"Connection": "close", "Retry-After": "1"}
+
+
+class Conflict(GatewayError):
+    """What was asked for does not go with how the gateway was started; the message says how."""
+
+    status = 409
+    type = "conflict"
 
 
 class UpstreamError(GatewayError):

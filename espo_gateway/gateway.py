@@ -9,11 +9,12 @@ from espo_gateway.auth import Keys, is_loopback, read_keys
 from espo_gateway.config import Config
 from espo_gateway.critic import ValueServer
 from espo_gateway.draining import Traffic
-from espo_gateway.errors import InvalidRequest
+from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.gates import gate_from_json
 from espo_gateway.live import Live
 from espo_gateway.logs import current
 from espo_gateway.metrics import Metrics
+from espo_gateway.observed import Observers
 from espo_gateway.rules import Gate
 from espo_gateway.scrape import GatewayCollector
 from espo_gateway.session import Session
@@ -52,13 +53,22 @@ class Gateway:
         metrics.registry.register(GatewayCollector(self))
         self._gate_read = config.read_gate()
         if self._gate_read is not None:
-            self.push_gate(self._gate_read)
+            self.gate = gate_from_json(self._gate_read, has_critic=critic is not None)
+        #: tuning and recording
+        self.observers = Observers(config, self.gate, has_critic=critic is not None)
+        if self.observers.tuning is not None:
+            self.gate = self.observers.tuning.gate
 
     def push_gate(self, data: bytes) -> None:
-        """Put a gate in force for the requests that come; raises InvalidRequest.
+        """Put a gate in force for the requests that come; raises InvalidRequest or Conflict.
 
         A request under way keeps the gate it started with.
         """
+        if self.observers.tuning is not None:
+            raise Conflict(
+                "this gateway finds its gate by itself (--target-share); start it without that to "
+                "push one, or with --gate to choose the rule and its constants"
+            )
         self.gate = gate_from_json(data, has_critic=self.critic is not None)
 
     def reload(self) -> None:
@@ -88,5 +98,8 @@ class Gateway:
         self.sessions.discard(session)
         self.metrics.count(session)
         self.live.ended(session)
-        if (entry := current.get()) is not None:
+        entry = current.get()
+        if entry is not None:
             entry.count(session)
+        if gate := self.observers.finished(session, entry.request_id if entry else None):
+            self.gate = gate

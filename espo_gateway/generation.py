@@ -53,6 +53,7 @@ async def _admitted(
             chat=planned.chat,
             policy=policy,
             began=began,
+            watching=gateway.observers.watching(),
         )
         for single in planned.singles
     ]

@@ -57,11 +57,15 @@ class RegretStatistics:
         seen = regrets[np.isfinite(regrets)]
         if seen.size == 0:
             return self
+        return self.moved(float(seen.mean()), float(seen.var()))
+
+    def moved(self, mean: float, variance: float) -> RegretStatistics:
+        """The statistics after a batch of that mean and variance."""
         decay = self.decay if self.batches else 0.0
         return replace(
             self,
-            mean=decay * self.mean + (1.0 - decay) * float(seen.mean()),
-            variance=decay * self.variance + (1.0 - decay) * float(seen.var()),
+            mean=decay * self.mean + (1.0 - decay) * mean,
+            variance=decay * self.variance + (1.0 - decay) * variance,
             batches=self.batches + 1,
         )
 

@@ -68,7 +68,7 @@ class _Held(NamedTuple):
 class Session:
     """The monitor, the cut, the accounting and the record of one choice.
 
-    began: called when its first token comes.
+    began: called when its first token comes. watching: makes what watches it.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Session:
         chat: bool,
         policy: Policy | None = None,
         began: Callable[[], None] | None = None,
+        watching: Callable[[Gate, int], Watch] = Watch,
     ) -> None:
         self.gate = control.applied(gate)
         self.mode = control.mode
@@ -113,6 +114,8 @@ class Session:
         self._asked = asked
         self._chat = chat
         self._watch: Watch | None = None
+        self._watching = watching
+        self._model = single.body.get("model")
         self._trace = (
             RegretMonitor(self.gate.statistics, self.gate.monitor) if control.trace else None
         )
@@ -233,7 +236,7 @@ class Session:
                     "the estimator needs the prompt's length and the upstream does not tell it "
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
-            watch = self._watch = self._watch or Watch(self.gate, self.prompt_tokens or 0)
+            watch = self._watch = self._watch or self._watching(self.gate, self.prompt_tokens or 0)
             self.first_token = time.monotonic()
             if self._began is not None:
                 self._began()
@@ -424,6 +427,27 @@ class Session:
         if self._answered is not None or self._watch is None:
             return self._answered
         return self._watch.estimate
+
+    @property
+    def watch(self) -> Watch | None:
+        """What watches it; None before the first token."""
+        return self._watch
+
+    @property
+    def about(self) -> Chunk:
+        """What a recorded trace says beside its numbers."""
+        watch = self._watch
+        return {
+            "id": self._head.get("id"),
+            "index": self.index,
+            "model": self._head.get("model", self._model),
+            "gate_version": self.gate.version,
+            "rule": self.gate.rule,
+            "mode": self.mode,
+            "prompt_tokens": self.prompt_tokens,
+            "end": self.end,
+            "cut": watch.cut if watch is not None else None,
+        }
 
     @property
     def record(self) -> Chunk:

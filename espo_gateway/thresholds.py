@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,12 @@ def steered(
 ) -> float:
     """Row 6: β ← clip(β + η·(share stopped - target)), of any rule's level."""
     return _clipped(level - step * (share - target), *bounds)
+
+
+def share_level(levels: NDArray[Any], target: float, bounds: tuple[float, float]) -> float:
+    """The level that stops about a share of the rollouts whose own levels are given."""
+    # A rollout is stopped by what is above its level, so the quantile stops the wished share.
+    return _clipped(float(np.quantile(levels, target, method="nearest")), *bounds)
 
 
 class ShareThreshold:
@@ -107,9 +114,7 @@ class ShareThreshold:
             self._full.append(outcomes.levels)
         if ready and self._full:
             levels = np.concatenate(self._full)
-            # A rollout is stopped by what is above its level, so this stops the wished share.
-            quantile = np.quantile(levels, self._target, method="nearest")
-            self.level = _clipped(float(quantile), *self._range)
+            self.level = share_level(levels, self._target, self._range)
             self.reason = f"would have stopped {self._target:.0%} of {levels.size} full rollouts"
             self._full.clear()
         elif ready:

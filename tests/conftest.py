@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 from models import random_checkpoint
 
 from espo_gateway.supervisor import ServerProcess, free_port
+
+# No test is about time, and a busy machine is slow.
+settings.register_profile("espo", deadline=None)
+settings.load_profile("espo")
 
 # A suite in the background (nohup, some CIs) inherits that Ctrl-C is ignored, and so would the
 # processes whose Ctrl-C it tests.

@@ -1,0 +1,136 @@
+"""Traces of finished choices, appended to a file as JSON lines: numbers only, never text.
+
+A line has `request` (the id in the X-Request-Id header), `id` (the answer's), `index`, `model`,
+`gate_version`, `rule`, `mode`, `prompt_tokens`, `logprobs`, `max_logprobs` (null where missing),
+`confidences` (where the rule has them), `end` ("completed", "length", "early_stop", "aborted") and
+`cut` (where the rule stopped it, or in shadow mode would have). `calibrate` reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import msgspec
+
+from espo_gateway.errors import InvalidRequest, said
+
+log = logging.getLogger(__name__)
+
+#: Numbers that may wait for the disk; what is more than that is dropped.
+MAX_WAITING = 2**23
+
+
+class Trace:
+    """The numbers of one stream, 8 bytes each; NaN where missing."""
+
+    __slots__ = ("confidences", "logprobs", "max_logprobs")
+
+    def __init__(self, *, confidences: bool) -> None:
+        self.logprobs = array("d")
+        self.max_logprobs = array("d")
+        self.confidences = array("d") if confidences else None
+
+    def push(
+        self, logprob: float | None, max_logprob: float | None, confidence: float | None
+    ) -> None:
+        """Take the next token's."""
+        self.logprobs.append(math.nan if logprob is None else logprob)
+        self.max_logprobs.append(math.nan if max_logprob is None else max_logprob)
+        if self.confidences is not None:
+            self.confidences.append(math.nan if confidence is None else confidence)
+
+    def columns(self, tokens: int | None) -> dict[str, array[float]]:
+        """The first that many tokens."""
+        columns = {"logprobs": self.logprobs, "max_logprobs": self.max_logprobs}
+        if self.confidences is not None:
+            columns["confidences"] = self.confidences
+        return {name: numbers[:tokens] for name, numbers in columns.items()}
+
+
+class Recorder:
+    """Appends traces by a thread of its own. Raises InvalidRequest when the file cannot be opened.
+
+    written: traces so far. problem: why it records no more, or None.
+    """
+
+    def __init__(self, path: Path, megabytes: float) -> None:
+        self.path = path
+        self.written = 0
+        self.problem: str | None = None
+        self._limit = megabytes * 1e6
+        self._lock = Lock()
+        self._waiting = 0
+        self._dropped = 0
+        try:
+            # Unbuffered: a line is one write, whole in the file or the error known.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise InvalidRequest(
+                f"record: cannot append to {path}: {error.strerror}", param="record"
+            ) from error
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="espo-record")
+
+    def write(self, about: dict[str, Any], columns: dict[str, array[float]]) -> None:
+        """Append a trace soon, unless recording has ended."""
+        if self.problem is not None:
+            return
+        size = sum(map(len, columns.values()))
+        if self._waiting + size > MAX_WAITING:
+            if not self._dropped:
+                log.warning("record: %s is too slow, traces are dropped", self.path)
+            self._dropped += 1
+            return
+        with self._lock:
+            self._waiting += size
+        self._writer.submit(self._append, about, columns, size)
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        self._writer.shutdown(wait=True)
+        self._file.close()
+        if self._dropped:
+            log.warning("record: %d traces were dropped", self._dropped)
+
+    def report(self) -> dict[str, object]:
+        """Where it stands, for people."""
+        return {
+            "file": str(self.path),
+            "written": self.written,
+            "dropped": self._dropped,
+            "problem": self.problem,
+        }
+
+    def _append(self, about: dict[str, Any], columns: dict[str, array[float]], size: int) -> None:
+        try:
+            if self.problem is None:
+                # msgspec writes NaN and infinities as null.
+                numbers = {name: column.tolist() for name, column in columns.items()}
+                self._write(msgspec.json.encode({**about, **numbers}) + b"\n")
+        except Exception as error:
+            self.problem = f"cannot write: {said(error)}"
+            log.error("record: %s: %s; recording no more", self.path, self.problem)
+        finally:
+            with self._lock:
+                self._waiting -= size
+
+    def _write(self, line: bytes) -> None:
+        start = self._file.seek(0, 2)
+        if start + len(line) > self._limit:
+            self.problem = f"the file is at its limit of {self._limit / 1e6:g} MB"
+            log.warning("record: %s: %s; recording no more", self.path, self.problem)
+            return
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("the disk is full")
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(start)  # half a line would spoil the file
+            raise
+        self.written += 1
