@@ -1,7 +1,7 @@
 """`python -m espo_gateway`: checks its servers, serves until SIGTERM or SIGINT, exits with 0.
 
 The first signal lets running requests finish, a second one does not. SIGHUP reads the key files and
-the gate's again.
+the gate's again. `python -m espo_gateway calibrate` finds a gate from recorded traces.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 
-from espo_gateway import logs
+from espo_gateway import calibrate, logs
 from espo_gateway.app import listen, running
 from espo_gateway.auth import read_keys
 from espo_gateway.config import Config, parse
@@ -25,7 +25,11 @@ log = logging.getLogger("espo_gateway")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Exits with 0 after a signal, 1 with a message when it cannot start."""
-    config = parse(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["calibrate"]:
+        calibrate.main(given[1:])
+        return
+    config = parse(given)
     logs.configure(config.log_level, config.log_format)
     try:
         _run(serve(config))

@@ -74,6 +74,33 @@ def stop_levels(
     Returns:
         shape [rollouts], +inf where no threshold stops the rollout.
     """
+    levels = token_levels(
+        gate,
+        logprobs,
+        max_logprobs,
+        prompt_tokens,
+        completed_at=completed_at,
+        values=values,
+        confidences=confidences,
+    )
+    return levels.min(axis=1, initial=np.inf)
+
+
+def token_levels(
+    gate: Gate,
+    logprobs: Array,
+    max_logprobs: Array,
+    prompt_tokens: Array,
+    *,
+    completed_at: Counts | None = None,
+    values: Array | None = None,
+    confidences: Array | None = None,
+) -> Array:
+    """The same for each token: a gate cuts at the first whose level its own is above.
+
+    Returns:
+        shape [rollouts, tokens].
+    """
     _, threshold = _threshold(gate.rule)
     if values is None and gate.rule == "value-gated" and gate.needs_critic:
         values = np.full(logprobs.shape, gate.epsilon)
@@ -81,7 +108,7 @@ def stop_levels(
     scores = _scores(gate, logprobs, max_logprobs, prompt_tokens, completed_at, *told)
     with np.errstate(divide="ignore", invalid="ignore"):
         levels = threshold.level(scores)
-    return np.where(np.isnan(levels), np.inf, levels).min(axis=1, initial=np.inf)
+    return np.where(np.isnan(levels), np.inf, levels)
 
 
 def level_of(rule: RuleName, threshold: float) -> float:

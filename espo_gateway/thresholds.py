@@ -140,7 +140,8 @@ class AuditThreshold:
     nearly one test; tests/test_thresholds.py shows by simulation that the confidence holds.
 
     level: in force; None when no candidate holds. bound: the upper bound of the false share there
-    (or the smallest of any candidate). known: the effective number of outcomes it rests on.
+    (or the smallest of any candidate). known: the effective number of outcomes it rests on;
+    false: of these, the ones that would have been right.
     """
 
     def __init__(
@@ -152,13 +153,14 @@ class AuditThreshold:
         self.level: float | None = None
         self.bound: float | None = None
         self.known: float | None = None
+        self.false: float | None = None
         self.reason = "no outcomes known yet"
         self._limit = limit
         self._confidence = confidence
         self._range = low, high
         self._evidence: deque[Outcomes | None] = deque(maxlen=window)
         #: outcomes that it takes to hold the bound without a single false one
-        self._needed = math.log1p(-confidence) / math.log1p(-limit)
+        self.needed = math.log1p(-confidence) / math.log1p(-limit)
 
     def update(
         self,
@@ -185,6 +187,7 @@ class AuditThreshold:
         best = int(holding[-1]) if holding.size else int(upper.argmin())
         self.level = float(candidates[best]) if holding.size else None
         self.bound, self.known = float(upper[best]), float(known[best])
+        self.false = float(false[best])
         if self.level is not None:
             self.reason = (
                 f"at most {self.bound:.1%} false positives with {self._confidence:.0%} confidence "
@@ -202,7 +205,7 @@ class AuditThreshold:
         low, high = self._range
         levels = np.sort(np.concatenate([np.empty(0), *(batch.levels for batch in batches)]))
         levels = levels[levels < high]
-        ranks = [math.ceil(self._needed)]
+        ranks = [math.ceil(self.needed)]
         while ranks[-1] < levels.size:
             ranks.append(math.ceil(ranks[-1] * _RATIO))
         chosen = [float(levels[rank]) for rank in ranks if rank < levels.size]
