@@ -605,8 +605,9 @@ async def test_a_stopped_command_leaves_no_process_and_goes_on(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        # Five samples of six tokens; once the next is asked for, two problems are on disk.
-        server.release(5 * 6)
+        # Two tokens for the gateway's start, and five samples of six; once the next is asked for,
+        # two problems are on disk.
+        server.release(2 + 5 * 6)
         await server.until(lambda: len(asked(server)) == 6)
         family = psutil.Process(started.pid).children(recursive=True)
         assert len(family) >= 2  # the gateway and its guard
