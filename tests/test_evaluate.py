@@ -302,10 +302,15 @@ async def test_the_command_leaves_results_and_a_table(
     assert sorted(json.loads(line)["index"] for line in lines) == [0, 1, 2]
 
 
+def asked(server: FakeServer) -> list[dict[str, Any]]:
+    """The samples' requests; the gateway's own, as it starts, are of one token."""
+    return [body for body in server.bodies if body.get("max_tokens") != 1]
+
+
 async def test_the_same_command_asks_nothing_again(arguments: list[str], tmp_path: Path) -> None:
     await run(arguments, answering(ANSWERS))
     first = results(tmp_path)["results"]
-    assert (await run(arguments, answering(ANSWERS))).bodies == []
+    assert asked(await run(arguments, answering(ANSWERS))) == []
     assert results(tmp_path)["results"] == first
 
 
@@ -318,7 +323,7 @@ async def test_failed_samples_are_shown_and_asked_again(
     assert "1 samples failed and are counted nowhere" in capsys.readouterr().out
     assert results(tmp_path)["results"]["sums"]["errors"] == 1
     server = await run(arguments, answering(ANSWERS))
-    assert list(map(place, server.bodies)) == [(0, 1)]
+    assert list(map(place, asked(server))) == [(0, 1)]
     sums = results(tmp_path)["results"]["sums"]
     assert (sums["samples"], sums["errors"]) == (6, 0)
     assert sums["avg@2"]["value"] == pytest.approx(0.5)
@@ -331,8 +336,8 @@ async def test_more_problems_go_on_with_those_there(arguments: list[str], tmp_pa
     await run([*arguments, "--limit", "2"], answering(ANSWERS))
     assert results(tmp_path)["results"]["sums"]["problems"] == 2
     server = await run(arguments, answering(ANSWERS))
-    assert sorted(map(place, server.bodies)) == [(2, 0), (2, 1)]
-    assert (await run([*arguments, "--limit", "1"], answering(ANSWERS))).bodies == []
+    assert sorted(map(place, asked(server))) == [(2, 0), (2, 1)]
+    assert asked(await run([*arguments, "--limit", "1"], answering(ANSWERS))) == []
     assert results(tmp_path)["results"]["sums"]["problems"] == 1
 
 
@@ -344,7 +349,7 @@ async def test_half_a_line_is_forgotten(arguments: list[str], tmp_path: Path) ->
     cut = json.loads(lines[-1])["index"]
     path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
     server = await run(arguments, answering(ANSWERS))
-    assert sorted(map(place, server.bodies)) == [(cut, 0), (cut, 1)]
+    assert sorted(map(place, asked(server))) == [(cut, 0), (cut, 1)]
     assert results(tmp_path)["results"] == first
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -600,9 +605,10 @@ async def test_a_stopped_command_leaves_no_process_and_goes_on(
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        # Five samples of six tokens; once the next is asked for, two problems are on disk.
-        server.release(5 * 6)
-        await server.until(lambda: len(server.bodies) == 6)
+        # Two tokens for the gateway's start, and five samples of six; once the next is asked for,
+        # two problems are on disk.
+        server.release(2 + 5 * 6)
+        await server.until(lambda: len(asked(server)) == 6)
         family = psutil.Process(started.pid).children(recursive=True)
         assert len(family) >= 2  # the gateway and its guard
         started.send_signal(how)
@@ -618,7 +624,7 @@ async def test_a_stopped_command_leaves_no_process_and_goes_on(
     with path.open("a") as file:
         file.write('{"index": 2, "samples": [{"en')
     again = await run(arguments, answering(ANSWERS))
-    assert sorted(map(place, again.bodies)) == [(2, 0), (2, 1)]
+    assert sorted(map(place, asked(again))) == [(2, 0), (2, 1)]
     sums = results(tmp_path)["results"]["sums"]
     assert (sums["samples"], sums["avg@2"]["value"]) == (6, pytest.approx(0.5))
 
