@@ -19,6 +19,9 @@ from espo_gateway.values import SuccessEstimator
 Mode = Literal["enforce", "shadow", "off"]
 T = TypeVar("T")
 
+#: Fields of a gate that a request may have of its own.
+_CONSTANTS = ("beta", "epsilon", "constant", "p_star", "confidence", "hazard", "min_tokens")
+
 
 @dataclass(frozen=True)
 class Control:
@@ -34,6 +37,7 @@ class Control:
     epsilon: float | None = None
     constant: float | None = None
     p_star: float | None = None
+    confidence: float | None = None
     hazard: float | None = None
     min_tokens: int | None = None
     audit: float | None = None
@@ -45,11 +49,7 @@ class Control:
 
     def applied(self, gate: Gate) -> Gate:
         """The gate with this request's constants. Raises InvalidRequest."""
-        changes = {
-            name: value
-            for name in ("beta", "epsilon", "constant", "p_star", "hazard", "min_tokens")
-            if (value := getattr(self, name)) is not None
-        }
+        changes = {name: value for name in _CONSTANTS if (value := getattr(self, name)) is not None}
         if not changes:
             return gate
         try:

@@ -50,7 +50,12 @@ async def follow(
     Raises the kinds of `UpstreamError`.
     """
     chat = path.endswith("/chat/completions")
-    body = upstream_body(single, chat=chat, token_ids=session.wants_ids)
+    body = upstream_body(
+        single,
+        chat=chat,
+        token_ids=session.wants_ids,
+        alternatives=session.gate.top_logprobs,
+    )
     key = affinity_key(pool.affinity, headers, single.body)
     inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
     try:

@@ -155,11 +155,13 @@ def _length(body: Body, prompt: object) -> int | None:
     return len(prompt) if exact and isinstance(prompt, list) else None
 
 
-def upstream_body(single: Single, *, chat: bool, token_ids: bool) -> Body:
+def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: int = 1) -> Body:
     """The single request as it goes upstream: a stream that carries what the monitor reads.
 
     Nothing else is touched, so the server samples what it would have sampled without us. A value
     it would refuse is left for it to refuse.
+
+    alternatives: logprobs a token that the rule reads.
     """
     body = dict(single.body)
     options: Body = {**(body.get("stream_options") or {}), "include_usage": True}
@@ -173,9 +175,14 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool) -> Body:
         if body.get("logprobs") or not top:
             body["logprobs"] = True
             # With 1 vLLM sends the sampled token only, and g would always be 0.
-            body["top_logprobs"] = top if type(top) is int and (top >= 2 or top < 0) else 2
-    elif body.get("logprobs") is None or body["logprobs"] == 0:
-        body["logprobs"] = 1
+            body["top_logprobs"] = _at_least(max(alternatives, 2), top)
+    elif body.get("logprobs") is None or type(body["logprobs"]) is int:
+        body["logprobs"] = _at_least(alternatives, body.get("logprobs"))
     if token_ids:
         body["return_token_ids"] = True
     return body
+
+
+def _at_least(count: int, asked: object) -> int:
+    """Alternatives to ask for; a negative number is all of them."""
+    return asked if type(asked) is int and (asked >= count or asked < 0) else count

@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
-from espo_gateway.monitor import RegretMonitor, surrogate_regret
 from espo_gateway.plain import Template, template_of
 from espo_gateway.request import Asked, Single
-from espo_gateway.rules import Gate, Verdict, Watch
+from espo_gateway.rules import Follower, Gate, Verdict, Watch
+from espo_gateway.scores import RULES
 from espo_gateway.signals import Signal, decode_chunk, read_signals
 from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
 
@@ -40,6 +40,8 @@ NEVER = Gate()
 _COMPLETED = ("stop", "tool_calls")
 #: Where a chat's delta may have its text.
 _TEXTS = ("content", "reasoning", "reasoning_content")
+#: What a trace tells of each token.
+_TRACED = ("g", "z", "threshold", "value")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
 
 
@@ -116,10 +118,10 @@ class Session:
         self._watch: Watch | None = None
         self._watching = watching
         self._model = single.body.get("model")
-        self._trace = (
-            RegretMonitor(self.gate.statistics, self.gate.monitor) if control.trace else None
-        )
-        self._zs: list[float] = []
+        self._trace: list[Chunk] | None = [] if control.trace else None
+        self._tracer: Follower | None = None
+        #: alternatives a token whose logprobs make up its confidence
+        self._top_k = self.gate.top_logprobs if self.gate.top_logprobs > 1 else 0
         #: whether a critic will be asked, who reads token ids
         self.wants_ids = self.gate.needs_critic
         self._held: deque[_Held] = deque()
@@ -134,6 +136,7 @@ class Session:
             or self._lag.holds
             or self._chat_echo
             or control.trace
+            or self._top_k
         )
         self._template: Template | None = None
         self._ready: list[Output] = []
@@ -172,7 +175,7 @@ class Session:
             chunk = self._decoded(data)
             chunk.pop("usage", None)
             choice = chunk["choices"][0]
-            self._hold(chunk, choice, read_signals(choice))
+            self._hold(chunk, choice, read_signals(choice, self._top_k))
 
     def _decoded(self, data: bytes) -> Chunk:
         try:
@@ -196,7 +199,7 @@ class Session:
             return
         try:
             choice = choices[0]
-            signals = read_signals(choice)
+            signals = read_signals(choice, self._top_k)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
         was_cut = self._cut is not None
@@ -237,20 +240,26 @@ class Session:
                     "(stream_options.continuous_usage_stats): send token ids, or use another rule"
                 )
             watch = self._watch = self._watch or self._watching(self.gate, self.prompt_tokens or 0)
+            if self._trace is not None:
+                self._tracer = Follower(self.gate, self.prompt_tokens or 0)
             self.first_token = time.monotonic()
             if self._began is not None:
                 self._began()
         # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
         # before or after a decision would be a matter of timing. vLLM tells it with the token.
         last = watch.tokens + len(signals) if completed else None
-        for _, _, logprob, max_logprob in signals:
-            verdict = watch.push(logprob, max_logprob, last=watch.tokens + 1 == last)
+        for _, _, logprob, max_logprob, confidence in signals:
+            verdict = watch.push(
+                logprob, max_logprob, last=watch.tokens + 1 == last, confidence=confidence
+            )
             if verdict is Verdict.ASK:
                 self.asked += 1
                 self.questions.append(watch.tokens)
                 self._unanswered.add(watch.tokens)
-            if self._trace is not None:
-                self._zs.append(self._trace.push(surrogate_regret(logprob, max_logprob)))
+            if self._trace is not None and self._tracer is not None:
+                self._tracer.push(logprob, max_logprob, confidence=confidence)
+                look = zip(_TRACED, self._tracer.look(), strict=True)
+                self._trace.append(dict(look))
         self.tokens = watch.tokens
 
     def _check_monitorable(self, choice: Chunk) -> None:
@@ -293,6 +302,9 @@ class Session:
         self._unanswered.discard(token)
         self._answered = self._answered if value is None else value
         self._watch.settle(token, value)
+        if self._trace is not None and value is not None:
+            bound = RULES[self.gate.rule].bound(self.gate, value)
+            self._trace[token - 1].update(value=value, threshold=bound)
 
     # -- what the client gets ------------------------------------------------------------------
 
@@ -474,7 +486,7 @@ class Session:
         if self.unmonitored is not None:
             record["reason"] = self.unmonitored
         if self._trace is not None:
-            record["trace"] = self._zs[:cut] if stopped else self._zs
+            record["trace"] = self._trace[:cut] if stopped else self._trace
         return record
 
 

@@ -7,10 +7,12 @@ logprob entries count tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
+
+from espo_gateway.scores import token_confidence
 
 
 class Signal(NamedTuple):
@@ -19,12 +21,14 @@ class Signal(NamedTuple):
     token_id: None unless token ids were asked for. text: as the server writes the token beside its
     logprob; empty when it is part of a character. logprob, max_logprob: natural logarithms, None
     when missing; a placeholder like -9999 is kept, `surrogate_regret` knows it.
+    confidence: of the position (`token_confidence`), None unless it was asked for and is known.
     """
 
     token_id: int | None
     text: str
     logprob: float | None
     max_logprob: float | None
+    confidence: float | None = None
 
 
 def decode_chunk(data: bytes) -> dict[str, Any]:
@@ -39,47 +43,56 @@ def decode_chunk(data: bytes) -> dict[str, Any]:
     return chunk
 
 
-def read_signals(choice: dict[str, Any]) -> list[Signal]:
-    """The tokens of one chunk's choice, of either API. Raises ValueError on a malformed one."""
+def read_signals(choice: dict[str, Any], top_k: int = 0) -> list[Signal]:
+    """The tokens of one chunk's choice, of either API. Raises ValueError on a malformed one.
+
+    top_k: alternatives that make up a position's confidence; 0 for none.
+    """
     logprobs = choice.get("logprobs")
     if logprobs is None:
         return []
     try:
         if "token_logprobs" in logprobs:
-            return _completion_signals(logprobs, choice.get("token_ids"))
-        return _chat_signals(logprobs.get("content") or [], choice.get("token_ids"))
+            return _completion_signals(logprobs, choice.get("token_ids"), top_k)
+        return _chat_signals(logprobs.get("content") or [], choice.get("token_ids"), top_k)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"malformed logprobs: {error!r}") from error
 
 
-def _completion_signals(logprobs: dict[str, Any], ids: list[int] | None) -> list[Signal]:
+def _completion_signals(
+    logprobs: dict[str, Any], ids: list[int] | None, top_k: int
+) -> list[Signal]:
     sampled = logprobs["token_logprobs"] or ()
     count = len(sampled)
     texts = _sized(logprobs.get("tokens"), count, "")
     tops = _sized(logprobs.get("top_logprobs"), count, None)
     token_ids = _sized(ids, count, None)
     return [
-        Signal(token_ids[i], texts[i], x, None if top is None else _largest(x, top.values()))
+        Signal(token_ids[i], texts[i], x, *_position(x, (top or {}).values(), top_k))
         for i, (x, top) in enumerate(zip(sampled, tops, strict=True))
     ]
 
 
-def _chat_signals(content: list[dict[str, Any]], ids: list[int] | None) -> list[Signal]:
-    token_ids = _sized(ids, len(content), None)
-    return [
-        Signal(
-            token_ids[i],
-            entry["token"],
-            x := entry.get("logprob"),
-            _largest(x, [top.get("logprob") for top in entry.get("top_logprobs") or ()]),
-        )
-        for i, entry in enumerate(content)
-    ]
+def _chat_signals(content: list[dict[str, Any]], ids: list[int] | None, top_k: int) -> list[Signal]:
+    signals = []
+    for token_id, entry in zip(_sized(ids, len(content), None), content, strict=True):
+        logprob = entry.get("logprob")
+        tops = [top.get("logprob") for top in entry.get("top_logprobs") or ()]
+        signals.append(Signal(token_id, entry["token"], logprob, *_position(logprob, tops, top_k)))
+    return signals
 
 
 def _sized(values: list[Any] | None, count: int, default: Any) -> list[Any]:
     # An optional list of another length cannot be told to tokens.
     return values if values is not None and len(values) == count else [default] * count
+
+
+def _position(
+    logprob: float | None, alternatives: Collection[float | None], top_k: int
+) -> tuple[float | None, float | None]:
+    """The largest logprob and the confidence at a position."""
+    confidence = token_confidence([*alternatives], top_k) if top_k else None
+    return _largest(logprob, alternatives), confidence
 
 
 def _largest(logprob: float | None, alternatives: Iterable[float | None]) -> float | None:

@@ -79,19 +79,18 @@ def keep_tokens(choice: Choice, kept: int) -> None:
 def strip_logprobs(choice: Choice, alternatives: int) -> None:
     """Leave only the `alternatives` a token that the client asked for, in place.
 
-    The monitor needs one alternative more than a client may have asked for (-1: all).
+    The monitor may need more alternatives than a client has asked for (-1: all).
     """
     logprobs = choice.get("logprobs")
     if logprobs is None or alternatives < 0:
         return
     if "content" in logprobs:
-        if alternatives < 2:
-            for entry in logprobs["content"] or ():
-                del (entry.get("top_logprobs") or [])[alternatives:]
-    elif alternatives < 1 and logprobs.get("top_logprobs"):
+        for entry in logprobs["content"] or ():
+            del (entry.get("top_logprobs") or [])[alternatives:]
+    elif logprobs.get("top_logprobs"):
         # The sampled token comes first, and its string may also be an alternative's.
         logprobs["top_logprobs"] = [
-            {token: logprob} if top is not None else None
+            _likeliest(token, logprob, top, alternatives) if top is not None else None
             for token, logprob, top in zip(
                 logprobs["tokens"],
                 logprobs["token_logprobs"],
@@ -99,3 +98,15 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
                 strict=False,
             )
         ]
+
+
+def _likeliest(token: str, logprob: Any, top: Choice, alternatives: int) -> Choice:
+    """The sampled token, and as many others as it takes to show the likeliest `alternatives`."""
+    if len(top) <= alternatives:
+        return top
+    others = [(name, value) for name, value in top.items() if name != token]
+    shown = others[:alternatives]
+    last = shown[-1][1] if shown else None
+    if None not in (logprob, last) and logprob >= last:
+        shown.pop()  # the sampled token is one of them
+    return {token: logprob, **dict(shown)}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.rules import Gate, Verdict, Watch
+from espo_gateway.rules import Follower, Gate, Verdict, Watch
 from espo_gateway.scores import RULES
 from espo_gateway.thresholds import share_level, steered
 
@@ -27,7 +27,7 @@ STEP, BETA_MIN, BETA_MAX = 0.1, 0.05, 50.0
 Phase = Literal["statistics", "threshold", "steering"]
 
 
-class Evidence(Watch):
+class Evidence(Follower):
     """What one stream tells: the sums of its regrets, and its highest score under a gate.
 
     It stops nothing. A critic is not asked: V = ε stands in, so that the score is as high as it

@@ -140,7 +140,9 @@ async def test_shadow_generates_on_and_says_where_it_would_have_cut() -> None:
         0,
     )
     assert len(record["trace"]) == 16
-    assert record["trace"][7] == record["z"]
+    at_cut, after = record["trace"][7], record["trace"][8]
+    assert at_cut == {"g": 7.9, "z": record["z"], "threshold": 1.0, "value": None}
+    assert after["z"] > at_cut["z"]
 
 
 async def test_trace_of_a_cut_choice_ends_with_the_cut() -> None:

@@ -98,6 +98,30 @@ async def test_answers_equal_the_bare_servers(
     assert _rounded(answers[0]) == _rounded(answers[1])
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("asked", [None, 0, 1, 3])
+async def test_a_client_does_not_see_what_the_confidence_rule_reads(
+    vllm_server: Server, path: str, asked: int | None
+) -> None:
+    body = body_for(vllm_server, path, max_tokens=24, temperature=1.0, seed=3)
+    if asked is not None:
+        body |= {"logprobs": True, "top_logprobs": asked} if path == CHAT else {"logprobs": asked}
+    gate = b'{"rule": "confidence", "confidence": 0.001, "confidence_top_k": 8}'
+    async with gateway_for(vllm_server, gate) as gateway:
+        sent = {**body, "espo": {"trace": True}}
+        answers = [await post(url + path, body) for url in (vllm_server.url, gateway.url)]
+        status, traced = await post(gateway.url + path, sent)
+        stopping = {**body, "espo": {"confidence": 100.0}}
+        _, stopped = await post(gateway.url + path, stopping)
+    assert status == 200
+    trace = traced["choices"][0]["espo"]["trace"]
+    assert [token["threshold"] for token in trace] == [0.001] * 24
+    plain = [json.loads(json.dumps(told), object_hook=comparable) for _, told in answers]
+    assert _rounded(plain[0]) == _rounded(plain[1])
+    # Each token had its eight alternatives, or the rule could not have decided at the first.
+    assert stopped["choices"][0]["espo"]["cut"] == 4
+
+
 def _rounded(value: Any) -> Any:
     """Logprobs depend on the batch in their last bits."""
     if isinstance(value, dict):

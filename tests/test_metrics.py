@@ -155,8 +155,11 @@ async def test_critic_calls_asked_and_avoided() -> None:
         gateway_for(server, gate=json.dumps(gate).encode(), critic=critic.url) as gateway,
     ):
         _, answer = await post(gateway.url + COMPLETIONS, completion_body(espo={"trace": True}))
-        z = answer["choices"][0]["espo"]["trace"]
-        asked = sum(x > 4.0 * 0.1 for x in z)
+        trace = answer["choices"][0]["espo"]["trace"]
+        asked = sum(token["z"] > 4.0 * 0.1 for token in trace)
+        # What was asked about is told with its answer, the rest with the least threshold.
+        assert [token["value"] for token in trace].count(0.5) == asked
+        assert {token["threshold"] for token in trace} == {4.0 * 0.1, 4.0 * 0.5}
         seen = await settled(gateway)
         assert 0 < asked < 20
         assert seen["espo_gateway_critic_tokens_total{outcome=asked}"] == asked

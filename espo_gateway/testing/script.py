@@ -13,6 +13,7 @@ Fault = Literal["reset", "no-body", "stall", "garbage", "error", "eof", "half", 
 
 class Token(NamedTuple):
     """A token to stream. max_logprob: None for the sampled one's; logprob: None sends null.
+    others: logprobs of further alternatives.
 
     Either may be NaN or infinite: it is sent as Python servers write it, which is not JSON.
     """
@@ -21,6 +22,7 @@ class Token(NamedTuple):
     logprob: float | None = -0.1
     max_logprob: float | None = None
     id: int = 0
+    others: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def choice_of(
 def _tops(token: Token) -> list[tuple[str, float | None]]:
     """The sampled token, and the likeliest where it is another."""
     sampled: list[tuple[str, float | None]] = [(token.text, token.logprob)]
-    return sampled if token.max_logprob is None else [*sampled, ("<top>", token.max_logprob)]
+    if token.max_logprob is not None:
+        sampled.append(("<top>", token.max_logprob))
+    return [*sampled, *((f"<other{i}>", logprob) for i, logprob in enumerate(token.others))]
 
 
 def _completion_logprobs(body: Body, tokens: list[Token]) -> Body:
