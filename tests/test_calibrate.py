@@ -185,18 +185,19 @@ def test_spared_traces_stand_for_the_cut_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", ["success-probability", "regret-only"])
 def test_the_bound_holds_on_others_as_often_as_it_says(tmp_path: Path, rule: str) -> None:
     held, stopped = [], []
-    for seed in range(16):
-        traces = recorded(tmp_path, simulate(500, 100 + seed, harmless=0.3))
+    for seed in range(10):
+        traces = recorded(tmp_path, simulate(500, 2000 + seed, harmless=0.3))
         flags = ("--rule", rule, "--false-positives", 0.1, "--confidence", 0.9)
         try:
             gate = calibrated(tmp_path, traces, *flags)
         except SystemExit:
             continue  # too little evidence, and it says so
-        share, false = judged(gate, 200 + seed, harmless=0.3)
+        # Many, as else the share would be uncertain itself.
+        share, false = judged(gate, 200 + seed, 12_000, harmless=0.3)
         held.append(false <= 0.1)
         stopped.append(share)
-    assert len(held) >= 8
-    assert np.mean(held) >= 0.8  # 0.9 is promised; 16 seeds tell no more
+    assert len(held) >= 6
+    assert np.mean(held) >= 0.8  # 0.9 is promised; so few seeds tell no more
     assert np.mean(stopped) > 0.1
 
 

@@ -115,7 +115,8 @@ async def test_a_client_does_not_see_what_the_confidence_rule_reads(
         _, stopped = await post(gateway.url + path, stopping)
     assert status == 200
     trace = traced["choices"][0]["espo"]["trace"]
-    assert [token["threshold"] for token in trace] == [0.001] * 24
+    assert [token["threshold"] for token in trace] == [0.001] * len(trace)
+    assert len(trace) == traced["choices"][0]["espo"]["tokens"] > 4
     plain = [json.loads(json.dumps(told), object_hook=comparable) for _, told in answers]
     assert _rounded(plain[0]) == _rounded(plain[1])
     # Each token had its eight alternatives, or the rule could not have decided at the first.
