@@ -116,6 +116,21 @@ def description() -> Schema:
                     admin=True,
                 )
             },
+            "/espo/statistics": {
+                "get": _operation(
+                    "What tuning has learnt, and what was recorded; null where that is off.",
+                    {
+                        "type": "object",
+                        "required": ["gate", "tuning", "recording"],
+                        "properties": {
+                            "gate": _ref("Gate"),
+                            "tuning": {"type": ["object", "null"]},
+                            "recording": {"type": ["object", "null"]},
+                        },
+                    },
+                    admin=True,
+                )
+            },
             "/health": {"get": _open("The process lives.", _ref("Health"))},
             "/ready": {"get": _ready()},
             "/metrics": {"get": _operation("For Prometheus.", None)},

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from gateway_helpers import BAD, GOOD, completion_body, gateway_for, get_text, post
 
+from espo_gateway.config import Config
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.gateway import Gateway
 from espo_gateway.monitor import MonitorConfig
@@ -180,6 +181,21 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
 def test_a_rule_without_beta_is_refused_by_name(rule: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"{rule!r} has no β to tune.*regret-only"):
         tuned(rule)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_share": 0.1, "warmup": 64}, r"warmup: must be more than window \(64\)"),
+        ({"state": Path("state.json")}, "state: needs target_share"),
+        ({"target_share": 1.5}, "target_share"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(("http://127.0.0.1:1",), **settings)
 
 
 # -- in a gateway ----------------------------------------------------------------------------------
