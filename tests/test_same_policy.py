@@ -76,7 +76,7 @@ async def test_a_run_outlives_its_servers(
     run.until("HALTED")
     family = psutil.Process(run.process.pid).children(recursive=True)
     engines = [one for one in family if "EngineCore" in one.name() or "EngineCore" in title(one)]
-    gateways = [one for one in family if "espo_gateway" in one.cmdline()[-6:]]
+    gateways = [one for one in family if one.cmdline()[1:3] == ["-m", "espo_gateway"]]
     assert engines
     assert gateways
     for process in [*engines, *gateways]:
