@@ -10,9 +10,9 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 
-from espo_gateway import calibrate, logs
+from espo_gateway import calibrate, event_loop, logs
 from espo_gateway.app import listen, running
 from espo_gateway.auth import read_keys
 from espo_gateway.config import Config, parse
@@ -32,18 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(given)
     logs.configure(config.log_level, config.log_format)
     try:
-        _run(serve(config))
+        event_loop.run(serve(config))
     except (GatewayError, OSError, TimeoutError) as error:
         sys.exit(f"espo_gateway: {error}")
-
-
-def _run(coroutine: Coroutine[None, None, None]) -> None:
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(coroutine)
-    else:
-        uvloop.run(coroutine)
 
 
 async def serve(config: Config) -> None:

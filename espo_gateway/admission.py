@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from espo_gateway.errors import Draining, TooManyRequests
+from espo_gateway.errors import TooManyRequests
 
 #: Weight of the latest request in the running mean of durations.
 _LATEST = 0.1
@@ -22,7 +22,7 @@ class Admission:
         async with admission.slot():
             ...
 
-    in_flight, queued: now. refused: how many were sent away. draining: whether all new ones are.
+    in_flight, queued: now. refused: how many were sent away.
     clock: seconds, monotonic.
     """
 
@@ -34,7 +34,6 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.in_flight = self.refused = 0
-        self.draining = False
         self._max_in_flight, self._max_queue = max_in_flight, max_queue
         self._clock = clock
         self._duration = 0.0  # running mean, seconds
@@ -45,13 +44,9 @@ class Admission:
     def queued(self) -> int:
         return len(self._queue)
 
-    def drain(self) -> None:
-        """Take no new ones; those that are served or queued stay."""
-        self.draining = True
-
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """A place among those served, waited for. Raises TooManyRequests or Draining at once."""
+        """A place among those served, waited for. Raises TooManyRequests at once."""
         await self._enter()
         started = self._clock()
         try:
@@ -62,12 +57,6 @@ class Admission:
             self._leave()
 
     async def _enter(self) -> None:
-        if self.draining:
-            self.refused += 1
-            raise Draining(
-                "the gateway is shutting down; try again",
-                headers={"Connection": "close", "Retry-After": "1"},
-            )
         if self.in_flight < self._max_in_flight:  # then nobody waits, either
             self.in_flight += 1
             return

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from espo_gateway.session import Output
-
-Chunk = dict[str, Any]
+from espo_gateway.session import Chunk, Output
 
 _COMPLETION: Chunk = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
 _CHAT: Chunk = {"logprobs": None, "finish_reason": None, "stop_reason": None}
@@ -19,14 +15,15 @@ class Answer:
     Lists and texts grow, any other field keeps the last value it was sent with.
     """
 
+    #: It can always take more.
+    flowing = True
+
     def __init__(self, *, chat: bool) -> None:
         self.head: Chunk = {}
         self.choice: Chunk = dict(_CHAT if chat else _COMPLETION)
         self._message: Chunk | None = dict(_MESSAGE) if chat else None
         # Joined at the end: adding to a string copies it.
         self._texts: dict[str, list[str]] = {}
-
-    flowing = True
 
     def put(self, outputs: list[Output]) -> None:
         """Take what is ready."""
@@ -38,7 +35,7 @@ class Answer:
                 self.add(output)
 
     async def deliver(self, outputs: list[Output]) -> None:
-        """The same; there is always room."""
+        """The same."""
         self.put(outputs)
 
     def add(self, chunk: Chunk) -> None:

@@ -154,13 +154,12 @@ class _Reader:
     """The traces, read as often as needed; tells on a terminal how far it is."""
 
     def __init__(self, paths: list[Path], outcome: str, known: Known | None) -> None:
-        self._options = {"outcome": outcome, "known": known}
-        self._paths = paths
+        self._paths, self._outcome, self._outcomes = paths, outcome, known
         self.traces = self.tokens = self.cut = self.known = self.right = 0
 
     def read(self) -> Iterator[Chunk]:
         done = 0
-        for chunk in read_chunks(self._paths, **self._options):  # type: ignore[arg-type]
+        for chunk in read_chunks(self._paths, outcome=self._outcome, known=self._outcomes):
             yield chunk
             done += len(chunk.keys)
             if sys.stderr.isatty():

@@ -118,10 +118,7 @@ def learn(read: Read, base: Gate, *, folds: int) -> Fit:
                 examples[k].append(_known(chunk, rows).examples())
     if not count:
         raise CalibrationError("no trace has a single token with its logprobs")
-    mean = total / count
-    statistics = RegretStatistics(decay=base.statistics.decay).moved(
-        mean, max(squares / count - mean * mean, 0.0)
-    )
+    statistics = RegretStatistics(decay=base.statistics.decay).moved_by(count, total, squares)
     gate = dataclasses.replace(base, version=base.version + 1, statistics=statistics)
     if not estimates:
         return Fit(gate)

@@ -45,6 +45,22 @@ class ValueServer(Protocol):
         """V after the prompt and these sampled tokens. Any exception means: no answer."""
 
 
+class FailureLog:
+    """Questions without a value, told to the log now and then. name: of the critic."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._untold, self._next = 0, 0.0
+
+    def tell(self, problem: str, questions: int = 1) -> None:
+        """Take note of that many."""
+        self._untold += questions
+        now = time.monotonic()
+        if self._untold and now >= self._next:
+            log.warning("%s: %s; %d questions without a value", self._name, problem, self._untold)
+            self._untold, self._next = 0, now + LOG_INTERVAL
+
+
 class Inquiry:
     """The questions of one session; their answers may come late and out of order."""
 
@@ -130,7 +146,7 @@ class CriticServer:
         self._waiting: dict[asyncio.Future[float], list[int]] = {}
         self._requests: set[asyncio.Task[None]] = set()
         self._woken = self._failing = False
-        self._unreported, self._next_report = 0, 0.0
+        self._failures = FailureLog("critic")
         self._metrics = CriticMetrics(registry)
         self._metrics.waiting.set_function(lambda: len(self._waiting))
 
@@ -161,18 +177,11 @@ class CriticServer:
             # Not now: what others ask in this turn of the event loop joins the same request.
             self._woken = True
             loop.call_soon(self._send)
-        asked, outcome = time.monotonic(), "dropped"
         try:
-            value = await answer
-            outcome = "answered"
-            self._metrics.seconds.observe(time.monotonic() - asked)
-            return value
-        except UpstreamError:
-            outcome = "failed"
-            raise
+            with self._metrics.question():
+                return await answer
         finally:
             self._waiting.pop(answer, None)
-            self._metrics.questions.labels(outcome).inc()
 
     def _send(self) -> None:
         """Send what waits, as far as requests may be under way."""
@@ -254,12 +263,10 @@ class CriticServer:
 
     def _fail(self, answers: Iterable[asyncio.Future[float]], problem: str) -> None:
         """End questions without a value; the log hears of it now and then."""
+        unanswered = 0
         for answer in answers:
             if not answer.done():
                 # One each: an exception raised in many tasks collects the tracebacks of all.
                 answer.set_exception(UpstreamError(problem))
-                self._unreported += 1
-        now = time.monotonic()
-        if self._unreported and now >= self._next_report:
-            log.warning("critic: %s; %d questions without a value", problem, self._unreported)
-            self._unreported, self._next_report = 0, now + LOG_INTERVAL
+                unanswered += 1
+        self._failures.tell(problem, unanswered)

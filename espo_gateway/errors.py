@@ -2,8 +2,8 @@
 
 GatewayError
  ├─ InvalidRequest          400  the client's request, or a pushed gate, is at fault
- ├─ TooManyRequests         429  the gateway serves as many as it may, and its queue is full
  │   └─ TooSlow, TooLarge   408, 413
+ ├─ TooManyRequests         429  the gateway serves as many as it may, and its queue is full
  ├─ Unauthorized            401  no key, or a wrong one
  ├─ Forbidden               403  administration that is not enabled
  ├─ Draining                503  the gateway is about to end
@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+#: How much of an unreadable answer an error quotes.
+EXCERPT = 200
 
 
 class GatewayError(Exception):

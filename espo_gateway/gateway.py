@@ -17,7 +17,7 @@ from espo_gateway.metrics import Metrics
 from espo_gateway.observed import Observers
 from espo_gateway.rules import Gate
 from espo_gateway.scrape import GatewayCollector
-from espo_gateway.session import Session
+from espo_gateway.session import Policy, Session
 from espo_gateway.upstream import UpstreamPool
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Gateway:
         self.metrics = metrics
         self.keys = keys
         self.loopback = is_loopback(config.host)
+        self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
         self.traffic = Traffic()
         self.live = Live()
         self.admission = Admission(config.max_in_flight, config.max_queue)

@@ -17,7 +17,7 @@ from espo_gateway.gateway import Gateway
 from espo_gateway.passthrough import forwarded_headers, generation_headers, pass_marked
 from espo_gateway.relay import Sink, follow
 from espo_gateway.request import Plan, plan
-from espo_gateway.session import Policy, Session
+from espo_gateway.session import Session
 
 _encode = msgspec.json.Encoder().encode
 
@@ -26,23 +26,21 @@ async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse
     """Serve /v1/completions or /v1/chat/completions. Raises the kinds of GatewayError."""
     data = await request.read()
     planned = plan(decode(request, data), chat=request.path.endswith("/chat/completions"))
-    refuse = gateway.config.unmonitored == "refuse"
-    if refuse and planned.unmonitored is not None and planned.control.mode != "off":
+    unmonitored = planned.unmonitored is not None and planned.control.mode != "off"
+    if unmonitored and gateway.policy.refuse:
         raise InvalidRequest(
             f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
             'leave that out, or send "espo": {"mode": "off"}'
         )
     async with gateway.admission.slot():
-        return await _admitted(gateway, request, planned, refuse)
+        return await _admitted(gateway, request, planned)
 
 
-async def _admitted(
-    gateway: Gateway, request: web.Request, planned: Plan, refuse: bool
-) -> web.StreamResponse:
+async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
-    gate, policy = gateway.gate, Policy(gateway.config.finish_reason, refuse)
+    gate = gateway.gate
     began = partial(gateway.metrics.first_token, request)
     sessions = [
         Session(
@@ -51,7 +49,7 @@ async def _admitted(
             planned.asked,
             single,
             chat=planned.chat,
-            policy=policy,
+            policy=gateway.policy,
             began=began,
             watching=gateway.observers.watching(),
         )

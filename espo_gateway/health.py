@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 _PROBE = aiohttp.ClientTimeout(total=5.0)
 
 
+def base_url(url: str) -> str:
+    """A server's address, whether or not it was given with the /v1 of OpenAI's clients."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 class Upstream:
     """One server. All attributes are to be read by anyone, and written by the pool alone.
 
@@ -33,7 +38,7 @@ class Upstream:
     __slots__ = ("breaker", "failures", "healthy", "in_flight", "requests", "retries", "url")
 
     def __init__(self, url: str, breaker: Breaker) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = base_url(url)
         self.breaker = breaker
         self.healthy = True
         self.in_flight = self.requests = self.failures = self.retries = 0

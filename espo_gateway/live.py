@@ -78,7 +78,7 @@ class Live:
             "totals": totals,
             "tokens_per_second": self._rate(now, totals["tokens"]),
             "servers": server_states(gateway.pool),
-            "queued": queued(gateway),
+            "queued": gateway.admission.queued,
         }
 
     def _rate(self, now: float, tokens: float) -> float | None:
@@ -158,15 +158,10 @@ def server_states(pool: UpstreamPool) -> list[Json]:
     return [
         {
             "url": re.sub(r"//[^/]*@", "//", server.url),
-            "healthy": bool(getattr(server, "healthy", True)),
-            "breaker": getattr(getattr(server, "breaker", None), "state", "closed"),
+            "healthy": server.healthy,
+            "breaker": server.breaker.state,
             "in_flight": server.in_flight,
-            "retries": getattr(server, "retries", 0),
+            "retries": server.retries,
         }
         for server in pool.servers
     ]
-
-
-def queued(gateway: Gateway) -> int:
-    """Requests that wait for others to finish."""
-    return getattr(getattr(gateway, "admission", None), "queued", 0)

@@ -10,6 +10,8 @@ import logging
 import platform
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 from aiohttp import web
@@ -223,7 +225,7 @@ def _version() -> str:
 
 
 class CriticMetrics:
-    """Counters of one critic server; found nowhere without a registry."""
+    """Counters of one critic; found nowhere without a registry."""
 
     def __init__(self, registry: CollectorRegistry | None) -> None:
         self.questions = Counter(
@@ -247,3 +249,17 @@ class CriticMetrics:
         self.waiting = Gauge(
             "espo_gateway_critic_questions_waiting", "Questions not yet sent", registry=registry
         )
+
+    @contextmanager
+    def question(self) -> Iterator[None]:
+        """Count one question and time it; an UpstreamError within is a failure to answer."""
+        asked, outcome = time.monotonic(), "dropped"
+        try:
+            yield
+            outcome = "answered"
+            self.seconds.observe(time.monotonic() - asked)
+        except UpstreamError:
+            outcome = "failed"
+            raise
+        finally:
+            self.questions.labels(outcome).inc()

@@ -69,6 +69,11 @@ class RegretStatistics:
             batches=self.batches + 1,
         )
 
+    def moved_by(self, count: int, total: float, squares: float) -> RegretStatistics:
+        """The statistics after a batch of so many g, given their sum and that of their squares."""
+        mean = total / count
+        return self.moved(mean, max(squares / count - mean * mean, 0.0))
+
 
 @dataclass(frozen=True)
 class MonitorConfig:
@@ -90,7 +95,8 @@ class MonitorConfig:
 class RegretMonitor:
     """Follows one stream: `push` each token's g, read `z`.
 
-    A missing g leaves z as it was: no evidence, no change.
+    A missing g leaves z as it was: no evidence, no change. `rules.Watch` has this written out, for
+    speed, and is tested to equal it.
     """
 
     __slots__ = ("_clip", "_inverse_deviation", "_mean", "_smoothing", "z")

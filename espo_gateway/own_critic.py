@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from importlib import import_module
@@ -24,7 +23,7 @@ from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
-from espo_gateway.critic import LOG_INTERVAL, ValueServer
+from espo_gateway.critic import FailureLog, ValueServer
 from espo_gateway.errors import InvalidRequest, UpstreamError, said
 from espo_gateway.metrics import CriticMetrics
 
@@ -89,7 +88,7 @@ class OwnCritic:
         self._places = asyncio.Semaphore(CALLS)
         self._failing = self._trying = False
         self._waiting = 0
-        self._unreported, self._next_report = 0, 0.0
+        self._failures = FailureLog(f"critic {name}")
         self._stack = AsyncExitStack()
         self._metrics = CriticMetrics(registry)
         self._metrics.waiting.set_function(lambda: self._waiting)
@@ -113,17 +112,8 @@ class OwnCritic:
 
     async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         """V after the prompt and these sampled tokens. Raises UpstreamError: there is none."""
-        asked, outcome = time.monotonic(), "dropped"
-        try:
-            value = await self._bounded(prompt_token_ids, token_ids)
-            outcome = "answered"
-            self._metrics.seconds.observe(time.monotonic() - asked)
-            return value
-        except UpstreamError:
-            outcome = "failed"
-            raise
-        finally:
-            self._metrics.questions.labels(outcome).inc()
+        with self._metrics.question():
+            return await self._bounded(prompt_token_ids, token_ids)
 
     async def _bounded(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         if self._failing and self._trying:
@@ -155,11 +145,5 @@ class OwnCritic:
                 self._trying = False
 
     def _failed(self, problem: str) -> UpstreamError:
-        self._unreported += 1
-        now = time.monotonic()
-        if now >= self._next_report:
-            log.warning(
-                "critic %s: %s; %d questions without a value", self._name, problem, self._unreported
-            )
-            self._unreported, self._next_report = 0, now + LOG_INTERVAL
+        self._failures.tell(problem)
         return UpstreamError(f"{self._name}: {problem}")

@@ -9,16 +9,18 @@ import msgspec
 
 from espo_gateway.affinity import affinity_key
 from espo_gateway.critic import Inquiry, ValueServer
-from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamStatusError
+from espo_gateway.errors import (
+    EXCERPT,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamStatusError,
+)
 from espo_gateway.request import Single, upstream_body
 from espo_gateway.session import Output, Session
 from espo_gateway.signals import decode_chunk
 from espo_gateway.sse import SSEParser
 from espo_gateway.upstream import UpstreamPool
 from espo_gateway.wire import Reply
-
-#: How much of an unreadable answer an error quotes.
-_EXCERPT = 200
 
 
 class Sink(Protocol):
@@ -132,12 +134,12 @@ async def check_stream(reply: Reply) -> None:
     if reply.status == 200:
         raise UpstreamProtocolError(
             f"the upstream answered a streaming request with {reply.content_type}: "
-            f"{data[:_EXCERPT]!r}"
+            f"{data[:EXCERPT]!r}"
         )
     try:
         answer: object = decode_chunk(data)
     except ValueError:
-        answer = data[:_EXCERPT].decode(errors="replace")
+        answer = data[:EXCERPT].decode(errors="replace")
     retry_after = reply.headers.get("Retry-After")
     raise UpstreamStatusError(
         reply.status, answer, {"Retry-After": retry_after} if retry_after else None

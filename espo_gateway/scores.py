@@ -141,9 +141,8 @@ class ValueGated(Rule):
         return gate.beta * max(told, gate.epsilon)
 
 
-class ValueOnly(Rule):
-    threshold = "p_star"
-    valued = True
+class Told(Rule):
+    """Compares what it is told alone, whatever z is."""
 
     def floor(self, gate: Gate) -> float:
         return -math.inf
@@ -153,26 +152,18 @@ class ValueOnly(Rule):
 
     def scores(self, gate: Gate, z: Array, told: Array) -> Array:
         return told
+
+
+class ValueOnly(Told):
+    threshold = "p_star"
+    valued = True
 
 
 class SuccessProbability(ValueOnly):
     source = "stream"
 
 
-class Tracked(Rule):
-    """Compares its track's number alone."""
-
-    def floor(self, gate: Gate) -> float:
-        return -math.inf
-
-    def score(self, gate: Gate, z: float, told: float) -> float:
-        return told
-
-    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
-        return told
-
-
-class Surprise(Tracked):
+class Surprise(Told):
     threshold = "beta"
 
     def track(self, gate: Gate) -> Track:
@@ -183,7 +174,7 @@ class Surprise(Tracked):
         return moving_average(surprises, gate.monitor.smoothing)
 
 
-class Confidence(Tracked):
+class Confidence(Told):
     threshold = "confidence"
 
     def track(self, gate: Gate) -> Track:
@@ -202,7 +193,7 @@ class Confidence(Tracked):
         return gate.confidence_top_k
 
 
-class Random(Tracked):
+class Random(Told):
     threshold = "hazard"
 
     def track(self, gate: Gate) -> Track:

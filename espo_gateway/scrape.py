@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from espo_gateway.live import queued, server_states
+from espo_gateway.live import server_states
 
 if TYPE_CHECKING:
     from espo_gateway.gateway import Gateway
@@ -36,7 +36,7 @@ class GatewayCollector(Collector):
         yield rule
         for name, text, number in (
             ("choices_in_flight", "Monitored choices under way", len(gateway.sessions)),
-            ("requests_queued", "Requests waiting for others to finish", queued(gateway)),
+            ("requests_queued", "Requests waiting for others to finish", gateway.admission.queued),
             ("gate_version", "Version of the gate in force", gate.version),
             ("gate_beta", "beta of the gate in force", gate.beta),
             ("gate_epsilon", "epsilon of the gate in force", gate.epsilon),

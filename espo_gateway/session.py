@@ -16,14 +16,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from espo_gateway.errors import UpstreamProtocolError, UpstreamStatusError
+from espo_gateway.errors import EXCERPT, UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.gates import Control
 from espo_gateway.plain import Template, template_of
 from espo_gateway.request import Asked, Single
 from espo_gateway.rules import Follower, Gate, Verdict, Watch
 from espo_gateway.scores import RULES
 from espo_gateway.signals import Signal, decode_chunk, read_signals
-from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
+from espo_gateway.trimming import (
+    HeldText,
+    keep_tokens,
+    kept_text,
+    set_text,
+    strip_logprobs,
+    text_of,
+)
 
 Chunk = dict[str, Any]
 End = Literal["completed", "length", "early_stop", "aborted"]
@@ -31,15 +38,11 @@ End = Literal["completed", "length", "early_stop", "aborted"]
 #: What a client gets: a chunk, or the text of a plain one.
 Output = Chunk | tuple[Template, str]
 
-#: How much of an unreadable event an error quotes.
-_EXCERPT = 200
 _HEAD = ("id", "object", "created", "model")
 #: What watches a stream that cannot be monitored.
 NEVER = Gate()
 #: Finish reasons of a completion that ended by itself.
 _COMPLETED = ("stop", "tool_calls")
-#: Where a chat's delta may have its text.
-_TEXTS = ("content", "reasoning", "reasoning_content")
 #: What a trace tells of each token.
 _TRACED = ("g", "z", "threshold", "value")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
@@ -182,7 +185,7 @@ class Session:
             return decode_chunk(data)
         except ValueError as error:
             raise UpstreamProtocolError(
-                f"the upstream sent no JSON object: {data[:_EXCERPT]!r}"
+                f"the upstream sent no JSON object: {data[:EXCERPT]!r}"
             ) from error
 
     def _feed(self, data: bytes) -> None:
@@ -218,7 +221,7 @@ class Session:
 
     def _hold(self, chunk: Chunk, choice: Chunk, signals: list[Signal]) -> None:
         texts = [signal.text for signal in signals]
-        lag = self._lag.before(_text(choice, self._chat), texts)
+        lag = self._lag.before(text_of(choice, chat=self._chat), texts)
         self._held.append(_Held(chunk, texts, self.tokens, lag))
 
     def _take_rest(self, chunk: Chunk, choices: object) -> None:
@@ -263,7 +266,7 @@ class Session:
         self.tokens = watch.tokens
 
     def _check_monitorable(self, choice: Chunk) -> None:
-        told = choice.get("token_ids") or _text(choice, self._chat)
+        told = choice.get("token_ids") or text_of(choice, chat=self._chat)
         if told and self.gate.rule != "none" and not self._chat_echo:
             self.give_up(
                 "the upstream sends no logprobs though asked, so nothing can be monitored: "
@@ -342,9 +345,7 @@ class Session:
             item = held.popleft()
             chunk = item.chunk
             if not self._head:
-                self._head = {
-                    name: chunk.get(name) for name in ("id", "object", "created", "model")
-                }
+                self._head = {name: chunk.get(name) for name in _HEAD}
             choice = chunk["choices"][0]
             if cut is not None and item.end >= cut:
                 self._end_at(cut, item, choice)
@@ -370,8 +371,8 @@ class Session:
     def _end_at(self, cut: int, item: _Held, choice: Chunk) -> None:
         """End the choice at token `cut`, which lies in this chunk."""
         kept = len(item.texts) - (item.end - cut)
-        text = kept_text(_text(choice, self._chat), item.texts, kept, item.lag)
-        _set_text(choice, self._chat, text)
+        text = kept_text(text_of(choice, chat=self._chat), item.texts, kept, item.lag)
+        set_text(choice, text, chat=self._chat)
         keep_tokens(choice, kept)
         choice["finish_reason"] = self._policy.finish_reason
         choice["stop_reason"] = "espo"
@@ -488,21 +489,3 @@ class Session:
         if self._trace is not None:
             record["trace"] = self._trace[:cut] if stopped else self._trace
         return record
-
-
-def _text(choice: Chunk, chat: bool) -> str:
-    if not chat:
-        return choice.get("text") or ""
-    delta = choice.get("delta") or {}
-    return next((delta[name] for name in _TEXTS if delta.get(name)), "")
-
-
-def _set_text(choice: Chunk, chat: bool, text: str) -> None:
-    if not chat:
-        choice["text"] = text
-        return
-    delta = choice.setdefault("delta", {})
-    name = next((name for name in _TEXTS if delta.get(name)), "content")
-    # A delta of another kind (a tool call) has no text of its own to cut.
-    if text or name in delta:
-        delta[name] = text

@@ -19,6 +19,7 @@ from espo_gateway.auth import Keys, is_loopback
 from espo_gateway.config import Config
 from espo_gateway.critic import CriticServer
 from espo_gateway.errors import UpstreamError, said
+from espo_gateway.health import base_url
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ async def check_servers(config: Config, keys: Keys) -> None:
     one refuses the key, gives no logprobs and those are insisted on, or is a critic that is none.
     """
     deadline = time.monotonic() + config.wait
-    servers = [_base(url) for url in config.upstreams]
-    critic = _base(config.critic_url) if config.critic_url is not None else None
+    servers = [base_url(url) for url in config.upstreams]
+    critic = base_url(config.critic_url) if config.critic_url is not None else None
     urls = [*servers, *([] if critic is None else [critic])]
     timeout = aiohttp.ClientTimeout(total=_PATIENCE, sock_connect=2.0)
     async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -192,10 +193,6 @@ async def _ask(
     except (aiohttp.ClientError, TimeoutError) as error:
         log.debug("%s: %s", url, said(error))
         return None
-
-
-def _base(url: str) -> str:
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def _models(listed: Answer) -> list[dict[str, Any]]:

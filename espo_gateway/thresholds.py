@@ -101,9 +101,9 @@ class ShareThreshold:
 
         Args:
             outcomes: None when its levels are not known.
-            rehearsal: the same rollouts under the next batch's gate; only audits look at it.
             stop_share: share of its rollouts that were stopped; None when stopping was off.
             ready: the warm-up is over, so there is nothing more to wait for.
+            rehearsal: the same rollouts under the next batch's gate; only audits look at it.
         """
         if self.level is not None:
             if stop_share is not None and self._step:

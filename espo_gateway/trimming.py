@@ -10,6 +10,9 @@ from typing import Any
 
 Choice = dict[str, Any]
 
+#: Where a chat's delta may have its text.
+_TEXTS = ("content", "reasoning", "reasoning_content")
+
 
 class HeldText:
     """Text the server holds back, as its end might become a stop string.
@@ -63,6 +66,26 @@ def kept_text(text: str, tokens: list[str], kept: int, lag: str | None) -> str:
         if i < kept:
             end = position
     return text[:end] if position == len(text) else text
+
+
+def text_of(choice: Choice, *, chat: bool) -> str:
+    """The text of a chunk's choice."""
+    if not chat:
+        return choice.get("text") or ""
+    delta = choice.get("delta") or {}
+    return next((delta[name] for name in _TEXTS if delta.get(name)), "")
+
+
+def set_text(choice: Choice, text: str, *, chat: bool) -> None:
+    """Put another text in its place."""
+    if not chat:
+        choice["text"] = text
+        return
+    delta = choice.setdefault("delta", {})
+    name = next((name for name in _TEXTS if delta.get(name)), "content")
+    # A delta of another kind (a tool call) has no text of its own to cut.
+    if text or name in delta:
+        delta[name] = text
 
 
 def keep_tokens(choice: Choice, kept: int) -> None:

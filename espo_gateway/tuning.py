@@ -169,9 +169,9 @@ class Tuning:
         window = self.window
         changes: dict[str, Any] = {}
         if window.count:
-            mean = window.total / window.count
-            variance = max(window.squares / window.count - mean * mean, 0.0)
-            changes["statistics"] = self.judging.statistics.moved(mean, variance)
+            changes["statistics"] = self.judging.statistics.moved_by(
+                window.count, window.total, window.squares
+            )
         if self.phase == "statistics":
             self.phase = "threshold"
         elif window.judged:

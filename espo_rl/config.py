@@ -348,8 +348,7 @@ class Recipe(Section):
     @property
     def asks_critic(self) -> bool:
         """Whether the gate takes V from a critic server."""
-        rules = ("value-gated", "value-only")
-        return self.stopping.rule in rules and self.stopping.value == "critic"
+        return value_source(self.stopping.rule, self.stopping.value) == "critic"
 
     @property
     def needs_critic(self) -> bool:

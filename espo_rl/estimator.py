@@ -11,13 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.estimator import Examples, KnownOutcomes, fit
+from espo_gateway.estimator import KnownOutcomes
 from espo_gateway.monitor import Array, pad
 from espo_gateway.replay import recorded_regrets
 from espo_gateway.values import stream_features
 from espo_rl.types import EndReason, Rollout
-
-__all__ = ["Array", "Examples", "KnownRollouts", "features", "fit", "regrets", "weights"]
 
 
 def with_outcome(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -30,7 +28,7 @@ def weights(rollouts: Sequence[Rollout], audit_share: float) -> Array:
     return np.array([1.0 / audit_share if rollout.stopped else 1.0 for rollout in rollouts])
 
 
-def regrets(rollouts: Sequence[Rollout]) -> Array:
+def regrets_of(rollouts: Sequence[Rollout]) -> Array:
     """g of every token, [rollouts, tokens], NaN where missing or past the end."""
     return recorded_regrets(
         pad([rollout.logprobs for rollout in rollouts]),
@@ -40,7 +38,7 @@ def regrets(rollouts: Sequence[Rollout]) -> Array:
 
 def features(rollouts: Sequence[Rollout]) -> tuple[Array, NDArray[np.bool_]]:
     """Features [rollouts, tokens, features] and which of the [rollouts, tokens] are real tokens."""
-    recorded = regrets(rollouts)
+    recorded = regrets_of(rollouts)
     surprises = -pad([rollout.logprobs for rollout in rollouts])
     prompts = np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=float)
     return stream_features(recorded, surprises, prompts), ~np.isnan(recorded)

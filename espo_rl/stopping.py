@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from espo_gateway.monitor import MonitorConfig, RegretStatistics, smoothed_regret
+from espo_gateway import estimator
+from espo_gateway.monitor import Array, MonitorConfig, RegretStatistics, smoothed_regret
 from espo_gateway.replay import level_of, stop_levels, threshold_at
 from espo_gateway.rules import THRESHOLDS, Gate, value_source
 from espo_gateway.thresholds import AuditThreshold, Outcomes, ShareThreshold
 from espo_gateway.values import SuccessEstimator
-from espo_rl import estimator
 from espo_rl.config import Stopping
-from espo_rl.estimator import Array, Examples, KnownRollouts
+from espo_rl.estimator import KnownRollouts, regrets_of
 from espo_rl.types import EndReason, Rollout
 
 _NAMES = {"beta": "β", "p_star": "p*", "hazard": "hazard"}
@@ -111,7 +111,7 @@ class StopController:
         explained = config.warmup == "explained-variance" and self._source != "critic"
         self._estimates = self._source == "stream" or (explained and config.rule != "none")
         self._threshold = None if config.rule == "none" else make_threshold(config)
-        self._recent: deque[Examples] = deque(maxlen=config.window)
+        self._recent: deque[estimator.Examples] = deque(maxlen=config.window)
         self._rng = rng
 
     # -- before a batch ------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class StopController:
             return
         was_on = self.on
         known = KnownRollouts(usable, self.config.audit_share)
-        regrets = estimator.regrets(usable)
+        regrets = regrets_of(usable)
         updated = self.statistics.updated(regrets)
         # The first batch had no statistics in force: its own stand in.
         in_force = self.statistics if self.statistics.batches else updated

@@ -12,7 +12,6 @@ the same rate from one fake vLLM, in turns, in an order that changes from repeti
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import pstats
@@ -31,6 +30,7 @@ from benchmark import servers, throughput
 from benchmark.load import BenchmarkError, chat_request, run_round
 from benchmark.report import Case, report_of, show
 
+from espo_gateway import event_loop
 from espo_gateway.supervisor import ServerStartError
 
 #: What is measured: through which server, and whether the client streams and asks for logprobs.
@@ -49,11 +49,7 @@ CASES = {
 def main() -> None:
     arguments = parse()
     try:
-        import uvloop as runner
-    except ImportError:
-        runner = asyncio  # type: ignore[assignment]
-    try:
-        report = runner.run(measure(arguments))
+        report = event_loop.run(measure(arguments))
     except (BenchmarkError, ServerStartError) as error:
         sys.exit(f"bench_gateway: {error}")
     show(report)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import gateway_helpers
 import pytest
 import pytest_asyncio
 from hypothesis import settings
@@ -25,6 +28,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: seed of the weights that the servers start with
 BASE_SEED = 0
+
+
+@pytest.fixture(autouse=True)
+def _no_command_left() -> Iterator[None]:
+    """A test that fails, or runs out of time, leaves no gateway behind."""
+    yield
+    while gateway_helpers.STARTED:
+        process = gateway_helpers.STARTED.pop()
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ def halting_save(self: CheckpointStore, at: int, state: Any, save_models: Any) -
 
 match place:
     case "rollout":
-        Batch.put = halting_put  # type: ignore[method-assign]
+        Batch.put = halting_put
     case "update":
-        PpoTrainer.update = halting_update  # type: ignore[method-assign]
+        PpoTrainer.update = halting_update
     case "sync":
-        WeightPublisher.verify = halting_verify  # type: ignore[method-assign]
+        WeightPublisher.verify = halting_verify
     case "save":
-        CheckpointStore.save = halting_save  # type: ignore[method-assign]
+        CheckpointStore.save = halting_save
     case _:
         sys.exit(f"no place {place!r}")
 sys.exit(run.main())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -97,3 +100,29 @@ async def raw_request(
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     await writer.drain()
     return reader, writer
+
+
+#: By `start`, in this test.
+STARTED: list[asyncio.subprocess.Process] = []
+
+
+async def start(*arguments: str) -> asyncio.subprocess.Process:
+    """The gateway's command; what a test leaves running, a fixture of all tests ends."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "espo_gateway", *arguments),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    STARTED.append(process)
+    return process
+
+
+async def listening(process: asyncio.subprocess.Process) -> tuple[str, str]:
+    """The URL it serves, and what it has logged until then."""
+    assert process.stderr is not None
+    logged = ""
+    while line := (await process.stderr.readline()).decode():
+        logged += line
+        if found := re.search(r"listening on (http://\S+),", line):
+            return found[1], logged
+    raise AssertionError(logged)

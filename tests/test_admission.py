@@ -25,7 +25,7 @@ from openai import InternalServerError, RateLimitError
 from test_breaker import Clock
 
 from espo_gateway.admission import Admission
-from espo_gateway.errors import Draining, TooManyRequests
+from espo_gateway.errors import TooManyRequests
 from espo_gateway.gateway import Gateway
 from espo_gateway.testing import FakeServer
 
@@ -130,19 +130,6 @@ async def test_both_leave_at_once() -> None:
     assert (second.served, third.served) == (False, True)
     await third.go()
     assert counts(admission) == (0, 0, 0)
-
-
-async def test_draining_refuses_new_ones_and_serves_those_in_line() -> None:
-    admission = Admission(1, 2)
-    made = await visitors(admission, 2)
-    admission.drain()
-    with pytest.raises(Draining) as caught:
-        await (await visitors(admission, 1))[0].task
-    assert caught.value.headers == {"Connection": "close", "Retry-After": "1"}
-    for visitor in made:
-        await visitor.go()
-    assert [visitor.served for visitor in made] == [True, True]
-    assert counts(admission) == (0, 0, 1)
 
 
 async def test_a_failure_within_gives_the_slot_back() -> None:
@@ -326,7 +313,7 @@ async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
         await server.until(lambda: server.running == 1)
         taken.append(asyncio.create_task(post(url, completion_body())))
         await queued(gateway, 1)
-        gateway.admission.drain()
+        gateway.drain()
         with pytest.raises(InternalServerError) as caught:
             await client_of(gateway.url).completions.create(**completion_body())
         assert caught.value.status_code == 503

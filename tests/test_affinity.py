@@ -22,7 +22,7 @@ from espo_gateway.affinity import (
 @dataclass(frozen=True)
 class Server:
     url: str
-    in_flight: int = 0  # type: ignore[misc]
+    in_flight: int = 0
 
 
 keys = st.binary(min_size=1, max_size=16)

@@ -25,7 +25,7 @@ SURE, UNSURE = 12.0, 2.0
 
 
 def watch(**fields: float) -> Watch:
-    return Watch(Gate(rule="confidence", confidence=5.0, **fields), 1)  # type: ignore[arg-type]
+    return Watch(Gate(rule="confidence", confidence=5.0, **fields), 1)
 
 
 def push(stream: Watch, confidence: float | None) -> Verdict:

@@ -16,11 +16,12 @@ from gateway_helpers import (
     completion_body,
     gateway_for,
     get_text,
+    listening,
     post,
     post_stream,
     raw_request,
+    start,
 )
-from test_gateway_faults import listening, start
 
 from espo_gateway.app import running
 from espo_gateway.config import Config

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from simulated import LENGTH, SLIP, censored, simulate
 
+from espo_gateway import estimator
 from espo_gateway.rules import Gate
 from espo_gateway.values import SuccessEstimator, sigmoid
-from espo_rl import estimator
-from espo_rl.estimator import KnownRollouts
+from espo_rl.estimator import KnownRollouts, features
 from espo_rl.types import EndReason
 
 
@@ -31,8 +31,8 @@ def true_probabilities(rollouts):
 
 def calibration_error(fitted, rollouts):
     """Mean |P - truth| over tokens."""
-    features, real = estimator.features(rollouts)
-    probabilities = np.vectorize(sigmoid)(fitted.logits(features))
+    found, real = features(rollouts)
+    probabilities = np.vectorize(sigmoid)(fitted.logits(found))
     return np.abs(probabilities - true_probabilities(rollouts))[real].mean()
 
 

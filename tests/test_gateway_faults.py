@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
-import re
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,12 @@ from gateway_helpers import (
     client_of,
     completion_body,
     gateway_for,
+    listening,
     metric,
     post,
     post_stream,
     raw_request,
+    start,
 )
 from openai import APIError, InternalServerError
 
@@ -263,7 +262,7 @@ async def test_a_critic_cuts_at_the_token_it_was_asked_for(
         gateway_for(server, gate=gate, critic=critic) as gateway,
     ):
         request = asyncio.create_task(
-            (post_stream if stream else post)(gateway.url + path, make(stream=stream))  # type: ignore[operator]
+            (post_stream if stream else post)(gateway.url + path, make(stream=stream))
         )
         if late:  # every answer comes after the server's last token
             server.release(16)
@@ -324,28 +323,6 @@ async def test_a_departed_client_also_ends_its_questions() -> None:
 
 
 # -- the process -------------------------------------------------------------------------------
-
-
-async def start(*arguments: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "espo_gateway",
-        *arguments,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-
-
-async def listening(process: asyncio.subprocess.Process) -> tuple[str, str]:
-    """The URL it serves, and what it has logged until then."""
-    assert process.stderr is not None
-    logged = ""
-    while line := (await process.stderr.readline()).decode():
-        logged += line
-        if found := re.search(r"listening on (http://\S+),", line):
-            return found[1], logged
-    raise AssertionError(logged)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

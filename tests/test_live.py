@@ -23,6 +23,7 @@ from espo_gateway import live
 from espo_gateway.gateway import Gateway
 from espo_gateway.savings import WINDOW, Savings
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.upstream import UpstreamPool
 
 COMPLETIONS = "/v1/completions"
 ENDLESS = Script([GOOD] * 10_000)
@@ -229,10 +230,9 @@ async def test_nothing_is_remembered_for_nobody() -> None:
 
 
 def test_passwords_of_servers_are_not_told() -> None:
-    class Pool:
-        servers = (type("Server", (), {"url": "http://u:secret@host:1/x@y", "in_flight": 2})(),)
-
-    [state] = live.server_states(Pool())  # type: ignore[arg-type]
+    pool = UpstreamPool(["http://u:secret@host:1/x@y"])
+    pool.servers[0].in_flight = 2
+    [state] = live.server_states(pool)
     assert (state["url"], state["in_flight"]) == ("http://host:1/x@y", 2)
 
 

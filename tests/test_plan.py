@@ -419,8 +419,7 @@ class TestFit:
 
     def test_a_rough_estimate_only_warns(self, recipe_with: Callable[..., Recipe]) -> None:
         sure, all_of_it = (
-            make_plan(recipe_with(), LAPTOP).fit.demand(sure=sure)[1]  # type: ignore[union-attr]
-            for sure in (True, False)
+            make_plan(recipe_with(), LAPTOP).fit.demand(sure=sure)[1] for sure in (True, False)
         )
         assert sure < all_of_it
         plan = make_plan(recipe_with(), Machine(2, (sure + all_of_it) / 2))

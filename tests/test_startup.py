@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gateway_helpers import GOOD
-from test_gateway_faults import listening, start
+from gateway_helpers import GOOD, listening, start
 
 from espo_gateway.auth import read_keys
 from espo_gateway.config import Config

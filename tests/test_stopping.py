@@ -13,11 +13,11 @@ import pytest
 from pydantic import ValidationError
 from simulated import censored, cuts, simulate
 
+from espo_gateway import estimator
 from espo_gateway.gates import gate_from_json, gate_to_json
 from espo_gateway.monitor import RegretStatistics, pad, smoothed_regret
 from espo_gateway.replay import level_of, recorded_regrets
 from espo_gateway.rules import THRESHOLDS, Gate, RuleName
-from espo_rl import estimator
 from espo_rl.config import Stopping
 from espo_rl.stopping import StopController, WarmUp
 from espo_rl.types import EndReason

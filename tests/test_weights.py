@@ -99,7 +99,7 @@ class Recorder:
         self.seen[request.path] = await request.json() if request.can_read_body else None
         if behaviour := self.behaviour.get(request.path):
             answer = behaviour(request)
-            return await answer if asyncio.iscoroutine(answer) else answer  # type: ignore[return-value]
+            return await answer if asyncio.iscoroutine(answer) else answer
         entry = {str(token): {"logprob": self.probe_logprob} for token in range(32)}
         prefixes = (await request.json())["input"] if request.path == "/pooling" else []
         answers: dict[str, object] = {

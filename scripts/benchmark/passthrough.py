@@ -11,6 +11,8 @@ import asyncio
 import aiohttp
 from aiohttp import web
 
+from espo_gateway import event_loop
+
 
 async def serve(port: int, upstream: str) -> None:
     session = aiohttp.ClientSession(
@@ -44,8 +46,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream", required=True)
     arguments = parser.parse_args()
-    try:
-        import uvloop as runner
-    except ImportError:
-        runner = asyncio  # type: ignore[assignment]
-    runner.run(serve(arguments.port, arguments.upstream))
+    event_loop.run(serve(arguments.port, arguments.upstream))

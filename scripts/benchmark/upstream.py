@@ -16,6 +16,8 @@ import random
 import struct
 from typing import Any
 
+from espo_gateway import event_loop
+
 PROMPT_TOKENS = 57
 #: Different tokens sent; enough that no proxy profits from their repetition.
 VARIETY = 4096
@@ -204,8 +206,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=8.0)
     arguments = parser.parse_args()
-    try:
-        import uvloop as runner
-    except ImportError:
-        runner = asyncio  # type: ignore[assignment]
-    runner.run(serve(arguments.port, arguments.step_ms / 1000))
+    event_loop.run(serve(arguments.port, arguments.step_ms / 1000))
