@@ -41,10 +41,11 @@ def observing(gateway: Gateway) -> Middleware:
             response = await _answered(gateway, request, handler, entry)
             status = str(response.status)
             return response
-        except (asyncio.CancelledError, ConnectionResetError):
+        except (asyncio.CancelledError, ConnectionResetError) as error:
             if generates:
                 metrics.cancelled.inc()
-            raise
+            # Which of the two it is is chance; aiohttp logs the second as a failure of ours.
+            raise asyncio.CancelledError from error
         finally:
             if generates:
                 metrics.in_flight.dec()

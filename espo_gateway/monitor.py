@@ -133,13 +133,18 @@ def smoothed_regret(regrets: Array, statistics: RegretStatistics, config: Monito
 
 def moving_average(rows: Array, decay: float) -> Array:
     """Exponential moving average along axis 1 from 0, shape kept; a NaN leaves it unchanged."""
-    out = np.empty_like(rows)
+    # Laid out by token, so that each step reads and writes one run of memory. A missing number is a
+    # step that keeps all and adds nothing, which leaves the average as it was, to the last bit.
+    tokens = np.ascontiguousarray(rows.T)
+    missing = np.isnan(tokens)
+    keep = np.where(missing, 1.0, decay)
+    out = np.where(missing, 0.0, (1.0 - decay) * tokens)
     current = np.zeros(len(rows))
-    for t in range(rows.shape[1]):
-        moved = decay * current + (1.0 - decay) * rows[:, t]
-        current = np.where(np.isnan(moved), current, moved)
-        out[:, t] = current
-    return out
+    for kept, moved in zip(keep, out, strict=True):
+        np.multiply(kept, current, out=kept)
+        np.add(kept, moved, out=moved)
+        current = moved
+    return out.T
 
 
 def pad(rows: Sequence[Sequence[float] | Array]) -> Array:

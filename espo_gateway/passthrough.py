@@ -11,8 +11,8 @@ from multidict import CIMultiDict, MultiMapping
 
 from espo_gateway.affinity import affinity_key
 from espo_gateway.auth import Keys
-from espo_gateway.errors import InvalidRequest
-from espo_gateway.events import event_stream
+from espo_gateway.errors import GatewayError, InvalidRequest
+from espo_gateway.events import event, event_stream
 from espo_gateway.gateway import Gateway
 from espo_gateway.logs import REQUEST_ID, current
 from espo_gateway.request import Body, Plan
@@ -143,18 +143,23 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
             body = await upstream.body()
             if upstream.status == 200:
                 body = _marked(body, mark)
-            return web.Response(
+            response = web.Response(
                 body=body, status=upstream.status, content_type=upstream.content_type
             )
-        response, parser = event_stream(upstream.status), SSEParser()
-        while received := await upstream.read():
-            events = parser.feed(received)
-            if not response.prepared:
-                await response.prepare(request)
-            lines = [b"data: " + _marked(event, mark) + b"\n\n" for event in events]
-            await response.write(b"".join(lines))
-        await response.write_eof()
-        return response
+            if (wait := upstream.headers.get("Retry-After")) is not None:
+                response.headers["Retry-After"] = wait
+            return response
+        stream, parser = event_stream(upstream.status), SSEParser()
+        await stream.prepare(request)
+        try:
+            while received := await upstream.read():
+                told = (_marked(data, mark) for data in parser.feed(received))
+                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in told))
+        except GatewayError as error:
+            gateway.metrics.count_error(error)
+            await stream.write(event(error.body()) + b"data: [DONE]\n\n")
+        await stream.write_eof()
+        return stream
 
 
 def _marked(data: bytes, mark: dict[str, Any]) -> bytes:

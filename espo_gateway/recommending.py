@@ -81,20 +81,37 @@ def level_for_bound(
     Raises:
         CalibrationError: no threshold holds the bound; says how many more outcomes would do.
     """
-    known = int(sample.known.sum())
     if sample.cut.any() and not sample.spared.any():
         raise CalibrationError(
             f"{sample.cut.sum()} of {sample.cut.size} traces were cut and none of those that a "
             "rule would have cut was spared, so nothing is known of false positives: record with "
             '"espo": {"mode": "shadow"} or {"audit": 0.1} in the requests'
         )
+    return bounded_level(
+        sample.outcomes(sample.levels),
+        None if sample.rehearsed is None else sample.outcomes(sample.rehearsed),
+        gate,
+        false_positives=false_positives,
+        confidence=confidence,
+    )
+
+
+def bounded_level(
+    outcomes: Outcomes,
+    rehearsal: Outcomes | None,
+    gate: Gate,
+    *,
+    false_positives: float,
+    confidence: float,
+) -> tuple[float, str]:
+    """`level_for_bound` of rollouts whose outcome is known; rehearsal: by the final estimator."""
     low, high = _range(gate)
     audit = AuditThreshold(
         limit=false_positives, confidence=confidence, window=1, low=low, high=high
     )
-    rehearsal = None if sample.rehearsed is None else sample.outcomes(sample.rehearsed)
-    audit.update(sample.outcomes(sample.levels), None, ready=True, rehearsal=rehearsal)
+    audit.update(outcomes, None, ready=True, rehearsal=rehearsal)
     if audit.level is None:
+        known = outcomes.levels.size
         raise CalibrationError(
             f"{known} outcomes are known, and no threshold keeps false positives under "
             f"{false_positives:.1%} with {confidence:.0%} confidence: "

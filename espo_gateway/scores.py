@@ -80,11 +80,12 @@ class Rule:
     """A stop rule, here the one that never stops.
 
     threshold: the field of `Gate` that its score is compared with. valued: it needs V.
-    source: where V comes from whatever the gate says.
+    compares_z: it looks at z. source: where V comes from whatever the gate says.
     """
 
     threshold: ClassVar[str | None] = None
     valued: ClassVar[bool] = False
+    compares_z: ClassVar[bool] = True
     source: ClassVar[Literal["stream"] | None] = None
 
     def floor(self, gate: Gate) -> float:
@@ -143,6 +144,8 @@ class ValueGated(Rule):
 
 class Told(Rule):
     """Compares what it is told alone, whatever z is."""
+
+    compares_z = False
 
     def floor(self, gate: Gate) -> float:
         return -math.inf

@@ -19,6 +19,7 @@ from espo_gateway.auth import Keys, is_loopback
 from espo_gateway.config import Config
 from espo_gateway.critic import CriticServer
 from espo_gateway.errors import UpstreamError, said
+from espo_gateway.gates import gate_from_json
 from espo_gateway.health import base_url
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ async def check_servers(config: Config, keys: Keys) -> None:
     Raises TimeoutError when waiting was asked for and one still does not answer, UpstreamError when
     one refuses the key, gives no logprobs and those are insisted on, or is a critic that is none.
     """
+    gate = gate_from_json(config.read_gate() or b"{}", has_critic=True)
+    alternatives = max(1, gate.top_logprobs)
     deadline = time.monotonic() + config.wait
     servers = [base_url(url) for url in config.upstreams]
     critic = base_url(config.critic_url) if config.critic_url is not None else None
@@ -78,7 +81,10 @@ async def check_servers(config: Config, keys: Keys) -> None:
         found = {url: answer for url, answer in answers.items() if answer is not None}
         answering = [url for url in servers if url in found]
         await asyncio.gather(
-            *(_check_upstream(session, url, found[url], config, keys) for url in answering)
+            *(
+                _check_upstream(session, url, found[url], config, keys, alternatives)
+                for url in answering
+            )
         )
     served = {frozenset(_names(found[url])) for url in answering}
     if len(served - {frozenset()}) > 1:
@@ -89,7 +95,12 @@ async def check_servers(config: Config, keys: Keys) -> None:
 
 
 async def _check_upstream(
-    session: aiohttp.ClientSession, url: str, listed: Answer, config: Config, keys: Keys
+    session: aiohttp.ClientSession,
+    url: str,
+    listed: Answer,
+    config: Config,
+    keys: Keys,
+    alternatives: int,
 ) -> None:
     if listed.status in (401, 403):
         if keys.pass_clients:
@@ -103,7 +114,7 @@ async def _check_upstream(
     length = f" (max_model_len {', '.join(map(str, sorted(lengths)))})" if lengths else ""
     probe = Probe("unknown", "it lists no model")
     if models:
-        probe = await _probe(session, url, str(models[0]["id"]), keys)
+        probe = await _probe(session, url, str(models[0]["id"]), keys, alternatives)
     why = f" ({probe.why})" if probe.why else ""
     log.info("%s serves %s%s, logprobs %s%s", url, names, length, probe.mode, why)
     if probe.mode == "none":
@@ -113,8 +124,13 @@ async def _check_upstream(
         log.warning("%s", problem)
 
 
-async def _probe(session: aiohttp.ClientSession, url: str, model: str, keys: Keys) -> Probe:
-    """What a server's logprobs are, from the first token of one prompt at two temperatures."""
+async def _probe(
+    session: aiohttp.ClientSession, url: str, model: str, keys: Keys, alternatives: int
+) -> Probe:
+    """What a server's logprobs are, from the first token of one prompt at two temperatures.
+
+    alternatives: how many logprobs a token the rule reads; a server may give fewer.
+    """
     tops: list[float] = []
     for temperature in (1.0, 2.0):
         body: dict[str, Any] = {
@@ -123,14 +139,14 @@ async def _probe(session: aiohttp.ClientSession, url: str, model: str, keys: Key
             "max_tokens": 1,
             "temperature": temperature,
             "seed": 0,
-            "logprobs": 1,
+            "logprobs": alternatives,
         }
         answer = await _ask(session, url + "/v1/completions", keys.upstream_headers, body)
         if answer is not None and answer.status in (404, 405):
             # It may serve chats only.
             del body["prompt"]
             body |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
-            body |= {"top_logprobs": 2}
+            body |= {"top_logprobs": max(2, alternatives)}
             answer = await _ask(session, url + "/v1/chat/completions", keys.upstream_headers, body)
         if answer is None:
             return Probe("unknown", f"no answer to a short completion within {_PATIENCE:g} s")
@@ -139,7 +155,7 @@ async def _probe(session: aiohttp.ClientSession, url: str, model: str, keys: Key
             return Probe("none" if refused else "unknown", answer.words)
         top = _top_logprob(answer.data)
         if top is None:
-            return Probe("none", "its answer to logprobs=1 has none")
+            return Probe("none", "its answer has none")
         tops.append(top)
     if abs(tops[0] - tops[1]) > _ROUNDING:
         return Probe("processed")

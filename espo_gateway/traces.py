@@ -6,6 +6,7 @@ right. One that was stopped in word only (an audit, shadow mode) is whole.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +39,8 @@ class TraceError(ValueError):
 class Trace(NamedTuple):
     """One choice. key: traces of one prompt or request have the same. correct: None: unknown.
 
-    cut: generated no further than the cut. spared: the rule would have cut it.
+    cut: generated no further than the cut. spared: the rule would have cut it. values: a critic's V
+    of each token.
     """
 
     key: str
@@ -50,6 +52,7 @@ class Trace(NamedTuple):
     cut: bool
     spared: bool
     correct: bool | None
+    values: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Chunk:
     cut: NDArray[np.bool_]
     spared: NDArray[np.bool_]
     correct: Array
+    values: Array | None = None
 
 
 def read_chunks(paths: Iterable[Path], *, outcome: str, known: Known | None) -> Iterator[Chunk]:
@@ -187,54 +191,73 @@ def _read_parquet(path: Path, outcome: str) -> Iterator[Trace]:
             absent = sorted({*columns} - {*file.schema_arrow.names})
             if absent:
                 raise TraceError(f"{path}: no column {absent[0]!r}; is it a dump of rollouts?")
+            if "values" in file.schema_arrow.names:
+                columns.append("values")
             for batch in file.iter_batches(batch_size=_TRACES, columns=columns):
-                for row in batch.to_pylist():
-                    if row["end"] != "error":
-                        yield _rollout(row, outcome, str(path))
+                yield from _rollouts(batch, outcome, str(path))
     except OSError as error:
         raise TraceError(f"{path}: {error}") from error
     except needed("pyarrow", "train").ArrowException as error:
         raise TraceError(f"{path} is no Parquet file, or damaged: {error}") from error
 
 
-def _rollout(row: dict[str, Any], outcome: str, where: str) -> Trace:
-    stopped = row["end"] == "early_stop"
-    cut = stopped and not row["audited"]
-    tokens = row["kept"] if cut else None
-    return Trace(
-        key=row["problem_id"],
-        logprobs=np.array(row["logprobs"][:tokens], np.float64),
-        max_logprobs=np.array(row["max_logprobs"][:tokens], np.float64),
-        confidences=None,
-        prompt_tokens=len(row["prompt_ids"]),
-        completed=row["end"] != "length" and not cut,
-        cut=cut,
-        spared=stopped and not cut,
-        correct=None if cut else _outcome(row[outcome], outcome, where),
-    )
+def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
+    names = [name for name in ("logprobs", "max_logprobs", "values") if name in batch.schema.names]
+    numbers = {name: _lists(batch.column(name)) for name in names}
+    prompts = batch.column("prompt_ids").value_lengths().to_pylist()
+    told = batch.select(["problem_id", "end", "kept", "audited", outcome]).to_pylist()
+    for number, row in enumerate(told):
+        if row["end"] == "error":
+            continue
+        stopped = row["end"] == "early_stop"
+        cut = stopped and not row["audited"]
+        tokens = row["kept"] if cut else None
+        rows = {name: column[number][:tokens] for name, column in numbers.items()}
+        if len({*map(len, rows.values())}) > 1:
+            raise TraceError(f"{where}: {' and '.join(rows)} differ in length in a row")
+        yield Trace(
+            key=row["problem_id"],
+            confidences=None,
+            prompt_tokens=prompts[number],
+            completed=row["end"] != "length" and not cut,
+            cut=cut,
+            spared=stopped and not cut,
+            correct=None if cut else _outcome(row[outcome], outcome, where),
+            **rows,
+        )
+
+
+def _lists(column: Any) -> list[Array]:
+    """A column of lists as arrays, without a Python number for each of theirs."""
+    offsets = column.offsets.to_numpy()
+    numbers = column.values.to_numpy(zero_copy_only=False)
+    return [numbers[start:end] for start, end in itertools.pairwise(offsets)]
 
 
 def _chunk(traces: list[Trace]) -> Chunk:
     lengths = np.array([len(trace.logprobs) for trace in traces], dtype=np.int64)
     completed = np.array([trace.completed for trace in traces])
-    confidences = None
-    if any(trace.confidences is not None for trace in traces):
-        none = np.empty(0)
-        rows = [none if trace.confidences is None else trace.confidences for trace in traces]
-        confidences = np.full((len(traces), lengths.max()), np.nan)
-        known = pad(rows)
-        confidences[:, : known.shape[1]] = known
     prompts = [math.nan if t.prompt_tokens is None else t.prompt_tokens for t in traces]
     correct = [math.nan if t.correct is None else float(t.correct) for t in traces]
     return Chunk(
         keys=np.array([zlib.crc32(trace.key.encode()) for trace in traces], dtype=np.uint32),
         logprobs=pad([trace.logprobs for trace in traces]),
         max_logprobs=pad([trace.max_logprobs for trace in traces]),
-        confidences=confidences,
+        confidences=_padded([trace.confidences for trace in traces], lengths.max()),
         prompt_tokens=np.array(prompts, dtype=np.float64),
         lengths=lengths,
         completed_at=np.where(completed, lengths, 0),
         cut=np.array([trace.cut for trace in traces]),
         spared=np.array([trace.spared for trace in traces]),
         correct=np.array(correct),
+        values=_padded([trace.values for trace in traces], lengths.max()),
     )
+
+
+def _padded(rows: list[Array | None], longest: int) -> Array | None:
+    if all(row is None for row in rows):
+        return None
+    out = np.full((len(rows), longest), np.nan)
+    known = pad([np.empty(0) if row is None else row for row in rows])
+    out[:, : known.shape[1]] = known
+    return out

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from espo_gateway.monitor import Array, moving_average
 
@@ -107,27 +109,26 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
     Returns:
         shape [rollouts, tokens, len(FEATURES)].
     """
+    # By token in memory, as `moving_average` works, and each feature in one piece.
+    regrets, surprises = np.asfortranarray(regrets), np.asfortranarray(surprises)
     missing = np.isnan(regrets) | np.isnan(surprises)
     regrets, surprises = (np.where(missing, np.nan, x) for x in (regrets, surprises))
     regret, surprise = (np.where(missing, 0.0, x) for x in (regrets, surprises))
-    ones = np.ones_like(regret)
-    return np.stack(
-        [
-            ones * np.sqrt(prompt_tokens)[:, None],
-            np.sqrt(np.cumsum(ones, axis=1)),
-            moving_average(regrets, _FAST),
-            moving_average(regrets, _SLOW),
-            np.sqrt(np.cumsum(regret, axis=1)),
-            np.maximum.accumulate(regret, axis=1),
-            np.sqrt(np.cumsum(regret > 1.0, axis=1)),
-            np.sqrt(np.cumsum(regret > 3.0, axis=1)),
-            moving_average(surprises, _FAST),
-            moving_average(surprises, _SLOW),
-            np.sqrt(np.cumsum(surprise, axis=1)),
-            np.maximum.accumulate(surprise, axis=1),
-        ],
-        axis=-1,
-    )
+    rollouts, tokens = regret.shape
+    out = np.empty((len(FEATURES), tokens, rollouts)).transpose(2, 1, 0)
+    out[..., 0] = np.sqrt(prompt_tokens)[:, None]
+    out[..., 1] = np.sqrt(np.arange(1.0, tokens + 1.0))
+    out[..., 2] = moving_average(regrets, _FAST)
+    out[..., 3] = moving_average(regrets, _SLOW)
+    out[..., 4] = np.sqrt(np.cumsum(regret, axis=1))
+    out[..., 5] = np.maximum.accumulate(regret, axis=1)
+    out[..., 6] = np.sqrt(np.cumsum(regret > 1.0, axis=1))
+    out[..., 7] = np.sqrt(np.cumsum(regret > 3.0, axis=1))
+    out[..., 8] = moving_average(surprises, _FAST)
+    out[..., 9] = moving_average(surprises, _SLOW)
+    out[..., 10] = np.sqrt(np.cumsum(surprise, axis=1))
+    out[..., 11] = np.maximum.accumulate(surprise, axis=1)
+    return out
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,35 @@ class SuccessEstimator:
 
     def logits(self, features: Array) -> Array:
         """The same for features of shape [..., len(FEATURES)]; added up in the same order."""
-        total = np.full(features.shape[:-1], self.bias)
+        total = np.full_like(features[..., 0], self.bias, dtype=float)
         for k, weight in enumerate(self.weights):
             total += weight * features[..., k]
         return total
 
 
+def logits_by(
+    estimators: Sequence[SuccessEstimator], which: NDArray[np.integer[Any]], features: Array
+) -> Array:
+    """`SuccessEstimator.logits`, each rollout's by an estimator of its own.
+
+    Args:
+        which: index of each rollout's estimator, [rollouts].
+        features: [rollouts, tokens, len(FEATURES)].
+    """
+    weights = np.array([estimator.weights for estimator in estimators])[which]
+    total = np.full_like(features[..., 0], 0.0)
+    total += np.array([estimator.bias for estimator in estimators])[which][:, None]
+    for k in range(features.shape[-1]):
+        total += weights[:, k, None] * features[..., k]
+    return total
+
+
 def probabilities(logits: Array) -> Array:
     """`sigmoid` of an array of any shape, equal to the last bit."""
-    return np.vectorize(sigmoid, otypes=[float])(logits)
+    exponents = -np.maximum(logits, -700.0)
+    # `math.exp` of each: numpy's own rounds differently on some processors.
+    powers = np.fromiter(map(math.exp, exponents.ravel("F").tolist()), float, exponents.size)
+    return 1.0 / (1.0 + powers.reshape(exponents.shape, order="F"))
 
 
 def sigmoid(logit: float) -> float:

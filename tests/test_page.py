@@ -376,7 +376,7 @@ async def test_numbers_as_people_read_them(browser: Browser) -> None:
                 const { count, round, percent, duration } = await import('./format.js');
                 return [
                     [0, 999, 1000, 12345, 999499, 999500, 4560000, null].map(count),
-                    [5000, 2500, 10, 500].map(round),
+                    [5000, 2500, 10, 500, 100000, 250000].map(round),
                     [0, 0.0123, 0.05, 0.256, 1, null].map(percent),
                     [5, 99, 3600, 7500, 1e6].map(duration),
                 ].map((all) => all.map((one) => one.replaceAll('\\u202f', ' ')));
@@ -384,7 +384,7 @@ async def test_numbers_as_people_read_them(browser: Browser) -> None:
         )
         assert said == [
             ["0", "999", "1.00 k", "12.3 k", "999 k", "1.00 M", "4.56 M", "–"],
-            ["5 k", "2.5 k", "10", "500"],
+            ["5 k", "2.5 k", "10", "500", "100 k", "250 k"],
             ["0 %", "1.2 %", "5 %", "26 %", "100 %", "–"],
             ["5 s", "99 s", "60 min", "2 h 5 min", "11 days"],
         ]

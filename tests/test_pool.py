@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -365,6 +366,20 @@ async def test_a_generation_that_does_not_begin_is_an_error(fields: dict[str, An
         status, answer = await post(gateway.url + COMPLETIONS, completion_body(**fields))
         assert (status, answer["error"]["type"]) == (504, "upstream_timeout")
         await server.until(lambda: server.running == 0)
+
+
+async def test_an_unmonitored_stream_that_stalls_ends_in_words() -> None:
+    script = Script([GOOD] * 4, fault="stall", after=1)
+    body = completion_body(stream=True, use_beam_search=True)
+    async with (
+        FakeServer(script) as server,
+        gateway_for(server, idle_timeout=0.02) as gateway,
+        aiohttp.ClientSession() as session,
+        session.post(gateway.url + COMPLETIONS, json=body) as response,
+    ):
+        *_, told, done, end = (await response.text()).split("\n\n")
+        assert json.loads(told.removeprefix("data: "))["error"]["type"] == "upstream_timeout"
+        assert (done, end) == ("data: [DONE]", "")
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 2}])

@@ -23,6 +23,17 @@ async def test_raw_logprobs(vllm_server: VllmServer, caplog: pytest.LogCaptureFi
     assert f"{vllm_server.url} serves policy (max_model_len 512), logprobs raw" in caplog.text
 
 
+async def test_a_rule_that_reads_more_logprobs_than_the_server_gives(
+    vllm_server: VllmServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = b'{"rule": "confidence", "confidence": 1.0, "confidence_top_k": %d}'
+    await check_servers(Config((vllm_server.url,), gate=gate % 20), Keys())
+    assert "gives no logprobs" not in caplog.text
+    await check_servers(Config((vllm_server.url,), gate=gate % 21), Keys())
+    assert "gives no logprobs" in caplog.text
+    assert "greater than max allowed: 20" in caplog.text
+
+
 async def test_a_request_has_its_id_at_the_server(vllm_server: VllmServer) -> None:
     async with gateway_for(vllm_server, gate=None) as gateway:
         url = gateway.url + "/v1/completions"

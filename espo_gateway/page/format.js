@@ -20,7 +20,7 @@ export function count(number) {
 
 /** The same without zeros at its end. */
 export function round(number) {
-  return count(number).replace(/\.?0+(?=\u202f)/, "");
+  return count(number).replace(/(\.\d*?)0+(?=\u202f)/, "$1").replace(/\.(?=\u202f)/, "");
 }
 
 /** A share of 1 in percent. */

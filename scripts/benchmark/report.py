@@ -157,5 +157,6 @@ def show(report: dict[str, Any]) -> None:
             f"vLLM: {told['gateway_median']:.0f} tokens/s through the gateway, monitored, against "
             f"{told['direct_median']:.0f} directly without logprobs; ratio "
             f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f} in "
-            f"{len(ratios)} pairs)"
+            f"{len(ratios)} pairs). Streamed with logprobs, directly: "
+            f"{told['streamed_median']:.0f}"
         )

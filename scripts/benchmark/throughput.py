@@ -1,4 +1,8 @@
-"""Tokens a second of a real vLLM: through the gateway, monitored, against directly without."""
+"""Tokens a second of a real vLLM: through the gateway, monitored, against directly without.
+
+And directly, but streamed with logprobs as the gateway asks for them: what of the difference is
+vLLM's own.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,11 @@ REQUESTS, TOKENS, PAIRS = 64, 200, 7
 
 @dataclass
 class Ratio:
-    """Tokens a second of each pair of rounds."""
+    """Tokens a second of each group of rounds."""
 
     direct: list[float] = field(default_factory=list)
     gateway: list[float] = field(default_factory=list)
+    streamed: list[float] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
@@ -40,9 +45,11 @@ class Ratio:
         return {
             "direct": self.direct,
             "gateway": self.gateway,
+            "streamed": self.streamed,
             "ratios": self.ratios,
             "direct_median": statistics.median(self.direct),
             "gateway_median": statistics.median(self.gateway),
+            "streamed_median": statistics.median(self.streamed),
             "requests_at_once": REQUESTS,
             "tokens_per_request": TOKENS,
         }
@@ -53,7 +60,7 @@ async def measure(
 ) -> Ratio:
     """Alternating rounds; url None starts a vLLM of a tiny random model."""
     pairs = 3 if quick else PAIRS
-    task = progress.add_task("vLLM starting", total=2 * pairs)
+    task = progress.add_task("vLLM starting", total=3 * pairs)
     progress.refresh()
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
@@ -63,12 +70,17 @@ async def measure(
         proxy = await servers.start_gateway(folder, url, gate)
         stack.push_async_callback(proxy.process.stop)
         result = Ratio()
-        sides = [("direct", url, result.direct), ("gateway", proxy.url, result.gateway)]
+        sides = [
+            ("direct", url, result.direct),
+            ("gateway", proxy.url, result.gateway),
+            ("streamed", url, result.streamed),
+        ]
         for pair in range(-1, pairs):
-            # Each goes first as often as the other.
-            for name, base, rates in sides if pair % 2 else reversed(sides):
+            # Each goes first as often as the others.
+            turn = pair % len(sides)
+            for name, base, rates in [*sides[turn:], *sides[:turn]]:
                 progress.update(task, description=f"vLLM {name}", refresh=True)
-                rate = await _round(base, str(model), seed=pair)
+                rate = await _round(base, str(model), seed=pair, stream=name == "streamed")
                 if pair >= 0:  # the first is a warm-up
                     rates.append(rate)
                     progress.advance(task)
@@ -93,8 +105,8 @@ async def _serve(stack: AsyncExitStack, folder: Path) -> tuple[str, str]:
     return f"http://127.0.0.1:{port}", "policy"
 
 
-async def _round(url: str, model: str, *, seed: int) -> float:
-    """Tokens a second of many requests at once, none of which streams."""
+async def _round(url: str, model: str, *, seed: int, stream: bool) -> float:
+    """Tokens a second of many requests at once; streamed ones with logprobs, and unread."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def request(index: int) -> int:
@@ -106,8 +118,14 @@ async def _round(url: str, model: str, *, seed: int) -> float:
                 "temperature": 1.0,
                 "seed": 1000 * seed + index,
             }
+            if stream:
+                body |= {"stream": True, "logprobs": True, "top_logprobs": 2}
             async with session.post(url + "/v1/chat/completions", json=body) as response:
                 response.raise_for_status()
+                if stream:
+                    async for _ in response.content.iter_any():
+                        pass
+                    return TOKENS
                 return (await response.json())["usage"]["completion_tokens"]
 
         began = time.perf_counter()
