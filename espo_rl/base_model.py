@@ -2,10 +2,14 @@
 
     python -m espo_rl.base_model --out runs/base
 
-The demonstrations carry slips: each step's result is wrong with probability `error`. The model
-learns to *sample* errors that it does not *believe* (greedy decoding is right, sampling often is
-not). That is the kind of base in which an error shows in the logprobs, and so the kind that shows
-what early stopping does; a base that believes its errors hides it.
+The demonstrations carry slips: each step's result is wrong with probability `error`. With
+`--kind sampled` any step may slip, to any digit: the model learns to *sample* errors that it does
+not *believe* (greedy decoding is right, sampling often is not). That is the kind of base in which
+an error shows in the logprobs, and so the kind that shows what early stopping does. With
+`--kind believed` as many slips fall on a few sums, always to the same digit: there the wrong digit
+is the likelier one, and it is the right one that looks like a mistake. With `--kind doubtful` a
+slip is always by one, and a sum's digits change places just as often, which does no harm: half of
+what looks like a mistake is none, and to tell them apart takes more than a logprob.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Literal, get_args
 
 import torch
 import transformers
@@ -30,6 +35,9 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 ALPHABET = "0123456789+-=#" + ascii_lowercase
 LEARNING_RATE = 3e-3
 LOOK = 150  # steps between two looks at what it knows
+BELIEF = 0.75  # how often a believed slip is shown: more often than the right digit, not always
+Kind = Literal["sampled", "believed", "doubtful"]
+Slip = Callable[[int, int], int]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<user>' if message['role'] == 'user' else '<assistant>' }}{{ message['content'] }}"
@@ -84,15 +92,41 @@ def save_checkpoint(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     tokenizer.save_pretrained(out)
 
 
+def slips(kind: Kind, rng: random.Random, error: float) -> Slip:
+    """Misses the sum of two digits with probability `error`, over all pairs of digits.
+
+    sampled: any pair alike, by any amount. believed: always the same few pairs, the same for every
+    seed, with probability BELIEF each, and by the same amount. doubtful: any pair, by one.
+    """
+
+    def sampled(oldest: int, newest: int) -> int:
+        return rng.randint(1, 9) if rng.random() < error else 0
+
+    wrong = set(random.Random("believed").sample(range(100), round(100 * error / BELIEF)))
+
+    def believed(oldest: int, newest: int) -> int:
+        return int(10 * oldest + newest in wrong and rng.random() < BELIEF)
+
+    def doubtful(oldest: int, newest: int) -> int:
+        return int(rng.random() < error)
+
+    return {"sampled": sampled, "believed": believed, "doubtful": doubtful}[kind]
+
+
 def demonstrations(
-    task: Arithmetic, rng: random.Random, count: int, error: float, encode: dict[str, int]
+    task: Arithmetic,
+    rng: random.Random,
+    count: int,
+    slip: Slip | None,
+    encode: dict[str, int],
+    swap: Callable[[], bool] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and targets, [count, longest]; targets are -100 on prompts and padding."""
     rows = []
     for _ in range(count):
         problem = task.problem(rng)
         prompt = ["<user>", *problem.prompt, "<assistant>"]
-        answer = [*task.solution(problem.prompt, rng, error), "<eos>"]
+        answer = [*task.solution(problem.prompt, slip, swap), "<eos>"]
         rows.append(([encode[token] for token in prompt], [encode[token] for token in answer]))
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.full((count, longest), encode["<pad>"])
@@ -104,7 +138,16 @@ def demonstrations(
     return tokens, targets
 
 
-def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
+def train_base_model(
+    out: Path,
+    *,
+    error: float,
+    steps: int,
+    seed: int,
+    kind: Kind = "sampled",
+    min_steps: int = Arithmetic.min_steps,
+    max_steps: int = Arithmetic.max_steps,
+) -> Path:
     """Train the base model from scratch and write it to `out`; done already, it is left alone.
 
     First it learns to add, on a few steps; then the lengths grow; the slips come last, once it
@@ -115,6 +158,9 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
         RuntimeError: it does not learn the task.
     """
     settings = {"error": error, "steps": steps, "seed": seed, "torch": torch.__version__}
+    full = Arithmetic(min_steps, max_steps)
+    if (kind, full) != ("sampled", Arithmetic()):
+        settings |= {"kind": kind, "min_steps": min_steps, "max_steps": max_steps}
     marker = out / "base_model.json"
     if marker.exists() and json.loads(marker.read_text()) == settings:
         print(f"base model: {out} is there already")
@@ -127,14 +173,18 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    full = Arithmetic()
+    # Draws as often as with slips, so that a seed stands for the same problems.
+    never, slip = slips(kind, rng, 0.0), slips(kind, rng, error)
+    swap = (lambda: rng.random() < error) if kind == "doubtful" else None
     clean = round(0.55 * steps)
 
-    def step(task: Arithmetic, error: float, rate: float) -> float:
+    def step(task: Arithmetic, slip: Slip, rate: float) -> float:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
         count = max(12, 192 // (3 + task.max_steps))
-        tokens, targets = demonstrations(task, rng, count, error, encode)
+        tokens, targets = demonstrations(
+            task, rng, count, slip, encode, None if slip is never else swap
+        )
         logits = model(input_ids=tokens).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), targets[:, 1:].reshape(-1)
@@ -158,27 +208,31 @@ def train_base_model(out: Path, *, error: float, steps: int, seed: int) -> Path:
 
         for i in range(clean):
             growth = min(max(4.0 * i / steps - 1.6, 0.0), 1.0)
-            task = Arithmetic(1, round(4 + (full.max_steps - 4) * growth))
-            show(step(task, 0.0, min(1.0, i / 50) * (1.0 - 0.5 * i / clean)))
+            longest = round(4 + max(full.max_steps - 4, 0) * growth)
+            task = Arithmetic(1, min(longest, full.max_steps))
+            show(step(task, never, min(1.0, i / 50) * (1.0 - 0.5 * i / clean)))
         more = 0
         while known() < 0.97 and more < 2 * steps:
             for i in range(LOOK):
-                show(step(full, 0.0, 0.5 * (1.0 - i / LOOK)))
+                show(step(full, never, 0.5 * (1.0 - i / LOOK)))
             more += LOOK
             bar.update(line, total=steps + more)
+        knew = known()
         for i in range(steps - clean):
             cosine = 0.5 * (1.0 + math.cos(math.pi * i / (steps - clean)))
-            show(step(full, error, 0.05 + 0.45 * cosine))
+            show(step(full, slip, 0.05 + 0.45 * cosine))
     accuracy = known()
-    if accuracy < 0.9:
+    # What it believes wrongly was learned after that.
+    learned = knew if kind == "believed" else accuracy
+    if learned < 0.9:
         raise RuntimeError(
-            f"the base model did not learn the task (greedy accuracy {accuracy:.0%}): give more "
+            f"the base model did not learn the task (greedy accuracy {learned:.0%}): give more "
             "--steps or another --seed"
         )
     save_checkpoint(model, tokenizer, out)
     marker.write_text(json.dumps(settings))
     print(
-        f"base model: greedy accuracy {accuracy:.0%}; its sampled errors are what training removes"
+        f"base model: greedy accuracy {accuracy:.0%}; its {kind} errors are what training removes"
     )
     return out
 
@@ -204,9 +258,27 @@ def main() -> None:
     parser.add_argument("--error", type=float, default=0.06, help="share of demonstrated slips")
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument(
+        "--kind",
+        choices=get_args(Kind),
+        default="sampled",
+        help="slips on any sum, always the same ones on a few, or like harmless choices "
+        "(default: %(default)s)",
+    )
+    task = Arithmetic()
+    parser.add_argument(
+        "--min-steps", type=int, default=task.min_steps, help="of a problem (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-steps", type=int, default=task.max_steps, help="of a problem (default: %(default)s)"
+    )
+    options = vars(parser.parse_args())
+    if not 1 <= options["min_steps"] <= options["max_steps"] <= 26:
+        parser.error("--min-steps and --max-steps must lie in 1 to 26, the lesser first")
+    if not 0.0 <= options["error"] <= BELIEF:
+        parser.error(f"--error must lie in 0 to {BELIEF}")
     transformers.utils.logging.disable_progress_bar()
-    train_base_model(options.out, error=options.error, steps=options.steps, seed=options.seed)
+    train_base_model(options.pop("out"), **options)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,20 @@ class Critic(nn.Module):
         return groups
 
 
+def load_classifier(path: str, *, fresh: bool, dtype: torch.dtype) -> Any:
+    """A Hugging Face `...ForSequenceClassification` with one label; fresh: its V is 0 everywhere.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded; the message is transformers' own.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
+    if fresh:
+        nn.init.zeros_(classifier.score.weight)  # else V would start at noise
+    return classifier
+
+
 @dataclass
 class Scaler:
     """Running mean and variance of the statistics, over all tokens seen so far."""

@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,14 +268,23 @@ def in_arguments(message: str) -> str:
     return re.sub(r"task\.(\w+)", argument, message)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. Exits with a message, code 2, when it makes no sense."""
+def parse(
+    arguments: Sequence[str] | None = None,
+    *,
+    prog: str = "python -m espo_rl.evaluate",
+    about: str | None = __doc__,
+    defaults: Mapping[str, Any] | None = None,
+) -> argparse.Namespace:
+    """The command line. Exits with a message, code 2, when it makes no sense.
+
+    prog, about, defaults: of a command that asks as this one does.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m espo_rl.evaluate",
-        description=__doc__,
+        prog=prog,
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = TaskSection()
+    task = TaskSection()
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint's folder or its name on the hub")
     add(
@@ -305,17 +314,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--system", help="system message")
     add(
         "--template",
-        default=defaults.template,
+        default=task.template,
         help="what is asked; usual is '{problem}\\n\\nPlease reason step by step, and put your "
         "final answer within \\boxed{}.' (default: the problem alone)",
     )
     add("--grader", default="math", help="math, exact, regex or package.module:function")
     add("--pattern", help="regex: group 1 of its last match is the answer given")
-    add("--problem-column", default=defaults.problem_column, help="(default: %(default)s)")
-    add("--answer-column", default=defaults.answer_column, help="(default: %(default)s)")
+    add("--problem-column", default=task.problem_column, help="(default: %(default)s)")
+    add("--answer-column", default=task.answer_column, help="(default: %(default)s)")
     add("--answer-pattern", help="group 1 of its last match in there: '#### (.*)' for GSM8K's own")
     add("--subset", help="of a data set on the hub")
-    add("--split", default=defaults.eval_split, help="of it (default: %(default)s)")
+    add("--split", default=task.eval_split, help="of it (default: %(default)s)")
     stopping = parser.add_argument_group("early stopping")
     add = stopping.add_argument
     add(
@@ -337,25 +346,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--url", help="a running vLLM server of the model, http://host:port, instead of a new one")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: float32 if the model is)")
     add("vllm_args", nargs="*", metavar="-- VLLM ARGUMENTS", help="for the server that is started")
+    parser.set_defaults(**(defaults or {}))
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error("--limit must be at least 1")
     if options.vllm_args and (options.url or not options.vllm_args[0].startswith("-")):
         parser.error(f"unexpected arguments: {' '.join(options.vllm_args)}")
     options.model = options.model.rstrip("/")
-    options.out = options.out or Path("runs") / f"evaluate-{Path(options.model).name}"
+    options.out = (
+        options.out or Path("runs") / f"{prog.rpartition('.')[2]}-{Path(options.model).name}"
+    )
     return options
 
 
-def main() -> int:
-    """0 on success, 2 on arguments that cannot work, 1 on a fault or when samples failed."""
+def run_command(make: Callable[[], Command]) -> int:
+    """Make a command and run it; what its process exits with.
+
+    0 on success, 2 on arguments that cannot work, 1 on a fault or when samples failed.
+    """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # As Ctrl-C: unwinds the stack, which stops the servers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
-            command = Command(parse())
+            command = make()
         except EvaluationError as error:
             print(f"espo: {error}", file=sys.stderr)
             return 2
@@ -366,6 +381,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("espo: interrupted; the same command goes on", file=sys.stderr)
         return 130
+
+
+def main() -> int:
+    """The command line; its exit code is that of `run_command`."""
+    return run_command(lambda: Command(parse()))
 
 
 if __name__ == "__main__":

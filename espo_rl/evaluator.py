@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from espo_rl.grading import Grade
 from espo_rl.intervals import Share
 from espo_rl.rewards import AnswerReader
-from espo_rl.rollouts import Collector, Mode, Sample
+from espo_rl.rollouts import Mode, Sample
 from espo_rl.scores import Graded, Scores, score
 from espo_rl.summary import Totals
 from espo_rl.types import EndReason, Problem, Rollout
@@ -33,6 +33,14 @@ class Grader(Protocol):
     """Grades completions; `espo_rl.grading.GraderPool` is one."""
 
     async def grade(self, completions: Sequence[tuple[str, Problem]]) -> Sequence[Grade]: ...
+
+
+class Asker(Protocol):
+    """Asks for samples; `espo_rl.rollouts.Collector` is one."""
+
+    async def collect(
+        self, samples: Sequence[Sample], *, temperature: float, top_p: float = 1.0
+    ) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ def _totals(samples: Sequence[SampleResult], *, gated: bool) -> Totals:
 
 
 async def evaluate(
-    collector: Collector,
+    collector: Asker,
     grader: Grader,
     problems: Sequence[Problem],
     sampling: Sampling,
@@ -215,7 +223,7 @@ class _Work:
 
     def __init__(
         self,
-        collector: Collector,
+        collector: Asker,
         grader: Grader,
         problems: Sequence[Problem],
         sampling: Sampling,

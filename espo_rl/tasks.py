@@ -11,7 +11,7 @@ import hashlib
 import logging
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from string import ascii_lowercase
@@ -58,18 +58,27 @@ class Arithmetic:
         answer = self.solution(text).rpartition("#")[2]
         return Problem(id=text, prompt=_prompt(self.template, text), answer=answer)
 
-    def solution(self, text: str, rng: random.Random | None = None, error: float = 0.0) -> str:
-        """The written-out solution; each step's result is wrong with probability `error`.
+    def solution(
+        self,
+        text: str,
+        slip: Callable[[int, int], int] | None = None,
+        swap: Callable[[], bool] | None = None,
+    ) -> str:
+        """The written-out solution.
 
-        A wrong result is carried on, as a model would: what follows is consistent with it.
+        Args:
+            swap: whether a sum's digits change places, which changes nothing.
+            slip: by how much the sum of two digits is missed, 0 for not at all. A wrong result is
+                carried on, as a model would: what follows is consistent with it.
         """
         numbers, steps = [int(digit) for digit in text[:3]], []
         for label in reversed(ascii_lowercase[: ascii_lowercase.index(text[3]) + 1]):
             oldest, newest = numbers[-3], numbers[-1]
             result = (oldest + newest) % 10
-            if rng is not None and rng.random() < error:
-                result = (result + rng.randint(1, 9)) % 10
-            steps.append(f"{label}{oldest}+{newest}={result}")
+            if slip is not None:
+                result = (result + slip(oldest, newest)) % 10
+            sum_of = (newest, oldest) if swap is not None and swap() else (oldest, newest)
+            steps.append(f"{label}{sum_of[0]}+{sum_of[1]}={result}")
             numbers.append(result)
         return "".join(steps) + "#" + "".join(map(str, numbers[-3:]))
 

@@ -23,6 +23,7 @@ from espo_rl.config import Recipe
 from espo_rl.critic import (
     Critic,
     Scaler,
+    load_classifier,
     load_statistics_head,
     save_statistics_head,
     state_statistics,
@@ -54,7 +55,7 @@ class PpoTrainer:
 
     def __init__(self, recipe: Recipe) -> None:
         import_deepspeed()
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers import AutoModelForCausalLM
 
         self._recipe, self._ppo = recipe, recipe.ppo
         self.ranks = Ranks()
@@ -72,11 +73,9 @@ class PpoTrainer:
         self.critic: Engine | None = None
         self._scaler = Scaler() if model.critic_statistics else None
         if recipe.needs_critic:
-            classifier = AutoModelForSequenceClassification.from_pretrained(
-                model.critic or model.path, num_labels=1, dtype=dtype
+            classifier = load_classifier(
+                model.critic or model.path, fresh=model.critic is None, dtype=dtype
             )
-            if model.critic is None:
-                nn.init.zeros_(classifier.score.weight)  # V starts at 0, not at noise
             if model.gradient_checkpointing:
                 classifier.gradient_checkpointing_enable()
             critic = Critic(classifier, statistics=model.critic_statistics)
