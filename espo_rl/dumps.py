@@ -9,7 +9,7 @@ decides as it did live.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from espo_gateway.rules import Gate
 from espo_rl.config import Recipe
+from espo_rl.files import written_whole
 from espo_rl.logs import LogError, log_errors
 from espo_rl.summary import versions
 from espo_rl.types import EndReason, Problem, Rollout
@@ -82,14 +83,12 @@ class RolloutDumps:
         if not self._wanted:
             return
         final = self.folder / _name(step)
-        scratch = final.with_suffix(".tmp")
-        about = {**self._about, "espo.gate": _GATE.dump_json(gate).decode()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(_table(step, rollouts, about), scratch, compression="zstd")
-            scratch.rename(final)
+            table = rollouts_table(step, rollouts, gate, self._about)
+            with written_whole(final) as scratch:
+                pq.write_table(table, scratch, compression="zstd")
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise LogError(
                 f"cannot write {final}: {error.strerror or error}; free space, or set "
                 "logs.rollouts=false and go on with --resume auto"
@@ -133,7 +132,10 @@ def _name(step: int) -> str:
     return f"step-{step:08d}.parquet"
 
 
-def _table(step: int, rollouts: Sequence[Rollout], about: dict[str, str]) -> pa.Table:
+def rollouts_table(
+    step: int, rollouts: Sequence[Rollout], gate: Gate, about: Mapping[str, str]
+) -> pa.Table:
+    """What a step's file holds. about: notes on where they come from."""
     columns = []
     for field in SCHEMA:
         name = field.name
@@ -149,7 +151,8 @@ def _table(step: int, rollouts: Sequence[Rollout], about: dict[str, str]) -> pa.
         elif field.type == _LOGPROBS:
             values = [np.asarray(value, np.float64) for value in values]
         columns.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(about))
+    notes = {**about, "espo.gate": _GATE.dump_json(gate).decode()}
+    return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(notes))
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

@@ -19,6 +19,7 @@ from rich.console import Console
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.metrics import Metric, grouped
 from espo_rl.progress import RunProgress
+from espo_rl.summary import nulls
 
 
 class LogError(RuntimeError):
@@ -60,12 +61,8 @@ class JsonLines:
             self._file: TextIO = path.open("a")
 
     def write(self, step: int, row: Mapping[str, Metric]) -> None:
-        clean = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
         with log_errors(self._path):
-            self._file.write(json.dumps({"step": step, **clean}) + "\n")
+            self._file.write(json.dumps({"step": step, **nulls(row)}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -74,25 +71,52 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Events for TensorBoard: the numbers."""
+    """Events for TensorBoard: the numbers. Accuracy against tokens is a run of its own,
+    `by_tokens`, whose steps are tokens sampled so far."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
+        self._make = SummaryWriter
+        self._by_tokens: SummaryWriter | None = None
+        # Of a resumed run it is known with the first step.
+        self._total: int | None = None if start else 0
         with log_errors(folder):
             self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        numbers = _numbers(row)
         with log_errors(self._folder):
-            for name, value in _numbers(row).items():
+            for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+            self._write_by_tokens(numbers)
             # Events are written by a thread: only this shows that it could.
             self._writer.flush()
+
+    def _write_by_tokens(self, numbers: Mapping[str, float]) -> None:
+        if "rollout/tokens_total" in numbers:
+            self._total = int(numbers["rollout/tokens_total"])
+        accuracies = {
+            name: value
+            for name, value in numbers.items()
+            if name == "rollout/accuracy" or name.startswith("evaluation/avg@")
+        }
+        if not accuracies or self._total is None:
+            return
+        if self._by_tokens is None:
+            # What an older log has of later steps goes: all after the tokens before this one.
+            before = self._total - int(numbers.get("rollout/tokens", 0))
+            self._by_tokens = self._make(str(self._folder / "by_tokens"), purge_step=before + 1)
+        for name, value in accuracies.items():
+            self._by_tokens.add_scalar(name, value, self._total)
+        self._by_tokens.flush()
 
     def close(self) -> None:
         with log_errors(self._folder):
             self._writer.close()
+            if self._by_tokens is not None:
+                self._by_tokens.close()
 
 
 class WeightsAndBiases:
@@ -249,11 +273,16 @@ def step_line(step: int, steps: int, row: Mapping[str, Metric]) -> str:
     )
 
 
-def _numbers(row: Mapping[str, Metric]) -> dict[str, float]:
-    """The finite numbers of a row, truths as 0 and 1."""
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row, truths as 0 and 1; of an estimate also its interval's ends."""
+    flat = dict(row)
+    for name, value in row.items():
+        if isinstance(value, dict):
+            low, high = value.get("interval") or (None, None)
+            flat |= {name: value.get("value"), f"{name}/low": low, f"{name}/high": high}
     return {
         name: float(value)
-        for name, value in row.items()
+        for name, value in flat.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
 

@@ -95,6 +95,7 @@ def test_numbers_of_a_batch() -> None:
     assert (numbers["tokens"], numbers["overshoot"]) == (103, 3)
     # 10 + 20 + 40 + 24, and 6 with the 20 more that the audited one had.
     assert numbers["tokens_without_stopping"] == 120.0
+    assert numbers["length_without_stopping"] == 120.0 / 5
     assert numbers["tokens_saved_share"] == pytest.approx(1 - 103 / 120)
     assert (numbers["audited"], numbers["audited_correct"]) == (1, 1)
     assert numbers["false_positive_rate"] == 1.0
@@ -196,6 +197,39 @@ def test_tensorboard_gets_the_finite_numbers(tmp_path: Path) -> None:
         "ppo/kl",
         "stopping/on",
     }
+
+
+def test_tensorboard_gets_evaluations_and_accuracy_by_tokens(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "logs.tensorboard=true")
+
+    def row(total: int, accuracy: float) -> dict[str, Any]:
+        return {"tokens": 10, "tokens_total": total, "accuracy": accuracy}
+
+    def run(start: int, *accuracies: float) -> None:
+        log = RunLog(recipe, Console(file=io.StringIO()))
+        log.start = start
+        with log:
+            if not start:
+                average = {"value": 0.25, "interval": [0.125, 0.5]}
+                log.write(0, evaluation={"avg@1": average, "maj@1": {"value": None}})
+            for step, accuracy in enumerate(accuracies, start + 1):
+                log.step(step, rollout=row(10 * step, accuracy), stopping={})
+
+    run(0, 0.25, 0.5, 0.75)
+    run(2, 1.0)  # the third step again
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, value in {"": 0.25, "/low": 0.125, "/high": 0.5}.items():
+        assert [(e.step, e.value) for e in events.Scalars("evaluation/avg@1" + name)] == [
+            (0, value)
+        ]
+    assert "evaluation/maj@1" not in events.Tags()["scalars"]
+    by_tokens = EventAccumulator(str(tmp_path / "tensorboard" / "by_tokens"))
+    by_tokens.Reload()
+    assert [(e.step, e.value) for e in by_tokens.Scalars("evaluation/avg@1")] == [(0, 0.25)]
+    accuracy = [(e.step, e.value) for e in by_tokens.Scalars("rollout/accuracy")]
+    assert accuracy == [(10, 0.25), (20, 0.5), (30, 1.0)]
 
 
 def test_a_kill_loses_no_event(tmp_path: Path) -> None:
