@@ -312,6 +312,7 @@ class Evaluation(Section):
     samples: Count = 1
     temperature: Annotated[float, Field(ge=0)] = 1.0
     every: Annotated[int, Field(ge=0)] = 0
+    greedy: bool = False  # before and after training, at temperature 0 too
 
 
 class Checkpoints(Section):

@@ -96,8 +96,7 @@ class Loop:
                 await self.start(stack)
                 # The server holds the base model; after a resume that is not the policy.
                 await self.attempt(self.sync)
-            if "before" not in self.summary.accuracy:
-                self.summary.accuracy["before"] = (await self.evaluate()).scores.average
+            await self.evaluate_policy("before")
             self.stepping = True
             while self.step < recipe.run.steps:
                 await self.train_step()
@@ -105,7 +104,7 @@ class Loop:
                 if self.interrupted.is_set():
                     raise Interrupted
             self.stepping = False
-            self.summary.accuracy["after"] = (await self.evaluate()).scores.average
+            await self.evaluate_policy("after")
             self.trainer.save_models(recipe.run.output)
             self.tokenizer.save_pretrained(recipe.run.output / "actor")
             path = self.summary.write(recipe.run.output / "summary.json")
@@ -172,6 +171,7 @@ class Loop:
         self.log.step(
             self.step,
             rollout=sampled
+            | self.summary.token_metrics()
             | {"resampled": batch.resampled, "dropped": len(batch.usable) - trained},
             stopping=gate_metrics(gate) | self.stopping.metrics(),
             ppo=update,
@@ -362,13 +362,21 @@ class Loop:
         batch.tokens += new
         return batch.tokens
 
-    async def evaluate(self) -> Report:
+    async def evaluate_policy(self, when: str) -> None:
+        """For the summary, which a resumed run may know already."""
+        wanted = {when: False} | ({f"greedy_{when}": True} if self.recipe.evaluation.greedy else {})
+        for name, greedy in wanted.items():
+            if name not in self.summary.accuracy:
+                report = await self.evaluate(greedy=greedy)
+                self.summary.accuracy[name] = report.scores.average
+
+    async def evaluate(self, *, greedy: bool = False) -> Report:
         """Accuracy on held-out problems, without stopping; logged as of the present step."""
         config = self.recipe.evaluation
         problems = self.task.held_out(config.problems)
         sampling = Sampling(
-            k=config.samples,
-            temperature=config.temperature,
+            k=1 if greedy else config.samples,
+            temperature=0.0 if greedy else config.temperature,
             concurrency=self.recipe.rollout.concurrency,
         )
         done: dict[int, ProblemResult] = {}
@@ -378,7 +386,7 @@ class Loop:
             try:
                 with (
                     self.timed("evaluate"),
-                    self.log.phase("evaluating", len(problems) * config.samples) as advance,
+                    self.log.phase("evaluating", len(problems) * sampling.k) as advance,
                 ):
                     report = await evaluate(
                         self.collector,
@@ -398,7 +406,7 @@ class Loop:
             if fault is None or not await self.heal(fault):
                 break
         await self.servers.new_tokens()  # none of a batch
-        self.log.write(self.step, evaluation=as_dict(report))
+        self.log.write(self.step, **{"greedy" if greedy else "evaluation": as_dict(report)})
         return report
 
     # -- faults --------------------------------------------------------------------------------

@@ -31,12 +31,18 @@ METRICS = {
     "rollout/truncated_share": "share cut off by rollout.max_tokens",
     "rollout/stop_share": "share that the stop rule stopped",
     "rollout/length": "mean tokens of the training samples",
+    "rollout/length_max": "tokens of the longest training sample",
+    "rollout/believed_errors": "share of wrong answers without a doubtful token: none of their "
+    "tokens was over e times less likely than the best",
+    "rollout/length_without_stopping": "estimate, from the audits: the same had none been stopped",
     "rollout/length_completed": "mean tokens of those that ended by themselves",
     "rollout/length_truncated": "mean tokens of those cut off by rollout.max_tokens",
     "rollout/length_stopped": "mean tokens up to the stop",
     "rollout/tokens": "tokens the servers sampled",
     "rollout/tokens_without_stopping": "estimate, from the audits: tokens of the same rollouts in "
     "full",
+    "rollout/tokens_total": "tokens sampled since the run's start",
+    "rollout/tokens_total_without_stopping": "estimate, from all audits so far: the same in full",
     "rollout/tokens_saved_share": "estimate: share of those that was not sampled",
     "rollout/overshoot": "tokens sampled between a decision and its abort",
     "rollout/audited": "stopped rollouts generated to their end all the same",
@@ -69,6 +75,7 @@ METRICS = {
     "sync/parity": "largest |Δ logprob| of the probe after the weights reached the server",
     "sync/restarts": "servers restarted so far",
     "evaluation/*": "accuracy and the like on held-out problems, with rows of their own",
+    "greedy/*": "the same at temperature 0, before and after training (evaluation.greedy)",
     "seconds/*": "time spent in a phase of the step",
 }
 
@@ -125,7 +132,10 @@ def rollout_metrics(
         "truncated_share": shares["truncated"],
         "stop_share": shares["stopped"],
         "length": _mean([rollout.kept for rollout in usable]),
+        "length_max": max((rollout.kept for rollout in usable), default=math.nan),
+        "length_without_stopping": _ratio(without, len(usable)),
         **lengths,
+        "believed_errors": _believed_errors(known, weight),
         "tokens": tokens,
         "tokens_without_stopping": without,
         "tokens_saved_share": 1.0 - _ratio(tokens, without),
@@ -150,6 +160,19 @@ def gate_metrics(gate: Gate) -> dict[str, Metric]:
         "p_star": gate.p_star,
         "hazard": gate.hazard,
     }
+
+
+def _believed_errors(rollouts: Sequence[Rollout], weight: np.ndarray) -> float:
+    """Weighted share of the wrong ones whose surrogate regret (row 1) never passed 1."""
+    wrong = np.array([not rollout.correct for rollout in rollouts], dtype=bool)
+    believed = np.array([_largest_regret(rollout) <= 1.0 for rollout in rollouts], dtype=bool)
+    return _ratio(float(weight[wrong & believed].sum()), float(weight[wrong].sum()))
+
+
+def _largest_regret(rollout: Rollout) -> float:
+    regret = np.subtract(rollout.max_logprobs, rollout.logprobs)
+    known = regret[np.isfinite(regret)]
+    return float(known.max()) if known.size else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

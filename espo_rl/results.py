@@ -21,6 +21,7 @@ import msgspec
 from rich.table import Table
 
 from espo_rl.evaluator import EvaluationError, ProblemResult, Report
+from espo_rl.files import written_whole
 from espo_rl.intervals import ProblemMean, Share
 from espo_rl.types import Problem
 
@@ -130,9 +131,8 @@ class ResultsFile:
 
 def write_json(path: Path, content: Any) -> None:
     """Write it whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

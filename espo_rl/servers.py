@@ -48,7 +48,6 @@ class Server:
     log_path: Path = Path("server.log")
     start_timeout: float = 600.0
     samples: bool = False  # it generates tokens, and hangs when it makes none
-    ready: str = "/health"  # answers 200 once it can serve
     process: ServerProcess | None = None
     starts: int = 0
     restarts: int = 0  # in a row; the loop forgets them once a step is done
@@ -64,7 +63,7 @@ class Server:
         self.process = await ServerProcess.start(
             self.command,
             log_path=self.log_path.with_suffix(f"{suffix}.log"),
-            ready_url=f"{self.url}{self.ready}",
+            ready_url=f"{self.url}/health",
             env=self.env,
             name=self.name,
             timeout=self.start_timeout,
@@ -377,7 +376,6 @@ def _servers(
         ],
         log_path=log_folder / "gateway.log",
         start_timeout=60.0,
-        ready="/ready",
     )
     return Servers(policies, critic, gateway, recipe)
 

@@ -105,6 +105,11 @@ class Summary:
         if rule != "none" and stopping.explained_variance is not None:
             self._explained.append(stopping.explained_variance)
 
+    def token_metrics(self) -> dict[str, float]:
+        """Tokens of the run so far, for the group `rollout`."""
+        without, _ = self.totals.tokens_without_stopping()
+        return {"tokens_total": self.totals.tokens, "tokens_total_without_stopping": without}
+
     @property
     def bound(self) -> str | None:
         """Whether the audits of the whole run show that stopping.false_positives was kept.
@@ -129,15 +134,15 @@ class Summary:
         totals = self.totals
         without, half_width = totals.tokens_without_stopping()
         false_positives = Share(totals.audited_correct, totals.audited)
-        before, after = (
-            self.accuracy.get(when, ProblemMean.of([])) for when in ("before", "after")
-        )
-        return _nulls(
+        greedy = [when for when in ("greedy_before", "greedy_after") if when in self.accuracy]
+        accuracy = {
+            when: self.accuracy.get(when, ProblemMean.of([]))
+            for when in ("before", "after", *greedy)
+        }
+        return nulls(
             {
-                "accuracy_before": before.value,
-                "accuracy_before_interval": before.interval,
-                "accuracy_after": after.value,
-                "accuracy_after_interval": after.interval,
+                **{f"accuracy_{when}": mean.value for when, mean in accuracy.items()},
+                **{f"accuracy_{when}_interval": mean.interval for when, mean in accuracy.items()},
                 "tokens_generated": totals.tokens,
                 "tokens_without_stopping": without,
                 "tokens_without_stopping_half_width": half_width,
@@ -196,6 +201,11 @@ class Summary:
             "rule": rule,
             "accuracy before": self.accuracy.get("before", unknown),
             "accuracy after": self.accuracy.get("after", unknown),
+            **{
+                f"greedy {when}": self.accuracy[f"greedy_{when}"]
+                for when in ("before", "after")
+                if f"greedy_{when}" in self.accuracy
+            },
             "rollouts stopped": Share(totals.stopped, totals.gated),
             "false positives (audit)": Share(totals.audited_correct, totals.audited),
             **self._bound_line(),
@@ -240,10 +250,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _nulls(value: Any) -> Any:
+def nulls(value: Any) -> Any:
     """NaN is no JSON."""
     if isinstance(value, dict):
-        return {key: _nulls(entry) for key, entry in value.items()}
+        return {key: nulls(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_nulls(entry) for entry in value]
+        return [nulls(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test suite, real vLLM and DeepSpeed included (about ten minutes on two cores).
+# The whole test suite, real vLLM and DeepSpeed included (about 25 minutes on two cores).
 #
 #   scripts/test.sh [pytest arguments]           e.g. scripts/test.sh -m 'not vllm and not slow'
 set -euo pipefail

@@ -15,7 +15,7 @@ import pytest
 from espo_gateway.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
 from espo_rl.config import Recipe, load_recipe
-from espo_rl.servers import Server, ServerError, Servers, served_model
+from espo_rl.servers import Server, ServerError, Servers, _servers, served_model
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 
@@ -186,3 +186,15 @@ async def test_a_policy_server_that_is_not_there_is_named() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ServerError, match=url):
         await served_model(url)
+
+
+async def test_the_gateway_starts_also_while_the_policy_server_is_down(tmp_path: Path) -> None:
+    """Both may fall at once, and the gateway be missed first."""
+    url = f"http://127.0.0.1:{free_port()}"
+    made = _servers(recipe(policy_urls=[url]), "none", tmp_path, None)
+    await made.gateway.start(lambda _: None)
+    try:
+        assert made.gateway.process is not None
+        assert made.gateway.process.alive
+    finally:
+        await made.gateway.stop()

@@ -259,6 +259,10 @@ def test_the_interval_of_the_saving_is_that_of_the_tokens() -> None:
     summary = summary_of(simulated(rng, 400, 0.2)[0])
     tokens = summary.totals.tokens
     without, half_width = summary.totals.tokens_without_stopping()
+    assert summary.token_metrics() == {
+        "tokens_total": summary.totals.tokens,
+        "tokens_total_without_stopping": without,
+    }
     ends = [1 - tokens / (without - half_width), 1 - tokens / (without + half_width)]
     (line,) = (row for row in summary.text().splitlines() if row.startswith("tokens saved"))
     saved, plus_minus = (float(word.rstrip("%,")) / 100 for word in line.split()[2:5:2])

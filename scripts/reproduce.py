@@ -1,0 +1,86 @@
+"""The paper's comparison, at the scale of this machine: every method, several seeds, one command.
+
+  python scripts/reproduce.py                                  all of it, or what is left of it
+  python scripts/reproduce.py --only ppo espo --seeds 1        a part
+  python scripts/reproduce.py scripts/studies/mine.toml        a study of your own
+  python scripts/reproduce.py --results-only                   tables and plots of what is done
+
+Runs one training run after another and goes on where it was interrupted. Writes into the study's
+output folder: results.json, results.md, and the plots as PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from study.design import Study, StudyError, load_study
+from study.plots import draw_all
+from study.results import results_of
+from study.runner import Stopped, run_study
+from study.table import markdown
+
+from espo_rl.summary import nulls
+
+STUDIES = Path(__file__).parent / "studies"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", nargs="?", type=Path, default=STUDIES / "arithmetic.toml")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", default=[], help="these methods")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of each method")
+    parser.add_argument(
+        "--first-seed", type=int, metavar="S", help="tune on one set of seeds, report on another"
+    )
+    parser.add_argument("--output", type=Path, help="folder (default: the study's)")
+    parser.add_argument(
+        "--set", nargs="+", metavar="section.key=value", default=[], help="for every run"
+    )
+    parser.add_argument("--results-only", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    try:
+        study = study_of(options)
+        failed = [] if options.results_only else run_study(study)
+    except StudyError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print("reproduce: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    write(study)
+    return 1 if failed else 0
+
+
+def study_of(options: argparse.Namespace) -> Study:
+    """The file with the command line's changes. Raises StudyError."""
+    changes = {"output": options.output, "first_seed": options.first_seed}
+    study = load_study(options.study, **changes)
+    if options.only:
+        study = study.only(options.only)
+    if options.seeds is not None:
+        study = study.with_seeds(options.seeds)
+    return study.model_copy(update={"settings": [*study.settings, *options.set]})
+
+
+def write(study: Study) -> None:
+    """results.json, results.md and the plots; the tables are printed, too."""
+    results = results_of(study)
+    study.output.mkdir(parents=True, exist_ok=True)
+    (study.output / "results.json").write_text(json.dumps(nulls(results), indent=1) + "\n")
+    told = markdown(results)
+    (study.output / "results.md").write_text(told + "\n")
+    print(told)
+    if results["runs"]:
+        draw_all(study, study.output / "plots")
+    print(f"\nresults.json, results.md and plots: {study.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

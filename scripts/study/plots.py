@@ -1,0 +1,169 @@
+"""The paper's plots, of a study: one line a method, its band the 95 % interval over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from study.design import Study
+from study.results import curves_of, spread
+from study.runner import summary_of
+
+#: Okabe and Ito's colours, told apart also by the colour-blind; the dashes tell the rest.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_DASHES = ("-", "--", "-.", ":")
+#: Steps that a noisy curve is averaged over.
+_WINDOW = 5
+
+Curves = dict[str, list[float]]
+Draw = Callable[[Axes, list[Curves], dict[str, object]], None]
+
+
+def draw_all(study: Study, folder: Path) -> list[Path]:
+    """Write every plot as PNG; their paths."""
+    curves: dict[str, list[Curves]] = {}
+    for run in study.runs():
+        if summary_of(run) is not None:
+            curves.setdefault(run.name, []).append(curves_of(run.folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
+        for name, (title, x, y, draw) in PLOTS.items():
+            figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+            axes = figure.add_subplot()
+            axes.set(title=title, xlabel=x, ylabel=y)
+            axes.grid(alpha=0.25)
+            for (method, runs), style in zip(curves.items(), _styles(), strict=False):
+                draw(axes, runs, {**style, "label": study.methods[method].title})
+            if axes.get_legend_handles_labels()[1]:
+                figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=130)
+    return paths
+
+
+def _styles() -> Iterator[dict[str, object]]:
+    for number, colour in enumerate(cycle(_COLOURS)):
+        dash = _DASHES[(number // len(_COLOURS) + number) % len(_DASHES)]
+        yield {"color": colour, "linestyle": dash, "linewidth": 1.8}
+
+
+def _line(axes: Axes, x: np.ndarray, runs: list[np.ndarray], style: dict[str, object]) -> None:
+    """Mean and band; x: shape [points], runs: [points] each."""
+    points = [spread(values) for values in zip(*runs, strict=True)]
+    mean, low, high = (
+        np.array([getattr(p, name) for p in points]) for name in ("mean", "low", "high")
+    )
+    if not np.isfinite(mean).any():
+        return
+    axes.plot(x, mean, **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _by_step(name: str, smooth: int = 1) -> Draw:
+    def draw(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+        steps = min(len(run["step"]) for run in runs)
+        values = [_smoothed(run[name][:steps], smooth) for run in runs]
+        _line(axes, np.array(runs[0]["step"][:steps]), values, style)
+
+    return draw
+
+
+def _smoothed(values: list[float], window: int) -> np.ndarray:
+    """Trailing mean over what is known of the last `window` steps."""
+    found = []
+    for end in range(1, len(values) + 1):
+        known = [v for v in values[max(0, end - window) : end] if np.isfinite(v)]
+        found.append(float(np.mean(known)) if known else np.nan)
+    return np.array(found)
+
+
+def _accuracy(by: str) -> Draw:
+    def draw(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+        points = min(len(run["evaluated_step"]) for run in runs)
+        x = np.mean([run[by][:points] for run in runs], axis=0)
+        values = [np.array(run["evaluated_accuracy"][:points]) for run in runs]
+        _line(axes, x / (1e3 if by == "evaluated_tokens" else 1), values, style | {"marker": "o"})
+
+    return draw
+
+
+def _saved(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+    steps = min(len(run["step"]) for run in runs)
+    saved = [
+        np.cumsum(np.array(run["tokens_full"][:steps]) - np.array(run["tokens"][:steps])) / 1e3
+        for run in runs
+    ]
+    _line(axes, np.array(runs[0]["step"][:steps]), saved, style)
+
+
+def _lengths(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+    _by_step("length", _WINDOW)(axes, runs, style)
+    steps = min(len(run["step"]) for run in runs)
+    full = [
+        np.array(run["tokens_full"]) / np.array(run["tokens"]) * np.array(run["length"])
+        for run in runs
+    ]
+    values = np.mean([_smoothed(run[:steps].tolist(), _WINDOW) for run in full], axis=0)
+    stopped = any(share > 0 for run in runs for share in run["stop_share"])
+    if stopped:
+        thin = style | {"linewidth": 0.7, "label": None}
+        axes.plot(runs[0]["step"][:steps], values, **thin)
+
+
+def _false_positives(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+    steps = min(len(run["step"]) for run in runs)
+    right = np.sum([np.cumsum(run["audited_correct"][:steps]) for run in runs], axis=0)
+    audited = np.sum([np.cumsum(run["audited"][:steps]) for run in runs], axis=0)
+    if audited[-1] == 0:
+        return
+    share = np.divide(right, audited, out=np.full(steps, np.nan), where=audited >= 10)
+    axes.plot(runs[0]["step"][:steps], share, **style)
+
+
+#: name: title, x, y, what draws a method's line
+PLOTS: dict[str, tuple[str, str, str, Draw]] = {
+    "accuracy-by-step": (
+        "Accuracy on held-out problems",
+        "step",
+        "accuracy, sampled",
+        _accuracy("evaluated_step"),
+    ),
+    "accuracy-by-tokens": (
+        "Accuracy against tokens generated",
+        "thousand tokens generated",
+        "accuracy, sampled",
+        _accuracy("evaluated_tokens"),
+    ),
+    "tokens-saved": (
+        "Tokens saved, cumulative (estimated from audits)",
+        "step",
+        "thousand tokens",
+        _saved,
+    ),
+    "length": (
+        "Response length; thin: what it would have been",
+        "step",
+        "tokens",
+        _lengths,
+    ),
+    "entropy": ("Entropy of the policy", "step", "nats a token", _by_step("entropy", _WINDOW)),
+    "false-positives": (
+        "False positives of all audits so far",
+        "step",
+        "share of stopped rollouts",
+        _false_positives,
+    ),
+    "explained-variance": (
+        "Variance of the outcome that the critic explains",
+        "step",
+        "explained variance",
+        _by_step("critic_explained_variance", _WINDOW),
+    ),
+}

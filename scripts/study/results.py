@@ -1,0 +1,203 @@
+"""What the runs of a study came to: each run, each method, each method against the baseline.
+
+All intervals are 95 %, Student's t over seeds; comparisons are paired by seed, as equal seeds mean
+equal problems in equal order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from benchmark.report import processor_name
+from scipy.special import stdtrit
+
+from espo_rl.intervals import Share
+from espo_rl.run_folder import number, read_run
+from espo_rl.summary import versions
+from study.design import Run, Study
+from study.runner import summary_of
+
+#: Steps at the end of a run whose mean is "at the end".
+LAST = 5
+#: Of a run, as the Markdown table and the comparison need them.
+MEASURES = (
+    "accuracy",
+    "accuracy_greedy",
+    "tokens",
+    "length",
+    "length_full",
+    "stop_share",
+    "entropy",
+    "believed_errors",
+    "critic_explained_variance",
+    "gate_explained_variance",
+    "rollout_seconds",
+    "update_seconds",
+    "step_seconds",
+    "longest",
+)
+#: Compared as ratios; the others as differences.
+RATIOS = ("tokens", "length", "rollout_seconds", "update_seconds", "step_seconds", "longest")
+
+
+class Spread(NamedTuple):
+    """A mean over `n` seeds with its interval; NaN where it is not known."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and 95 % interval by Student's t; without NaNs."""
+    known = [value for value in values if math.isfinite(value)]
+    if len(known) < 2:
+        return Spread(known[0] if known else math.nan, math.nan, math.nan, len(known))
+    mean, error = float(np.mean(known)), float(np.std(known, ddof=1)) / math.sqrt(len(known))
+    half = float(stdtrit(len(known) - 1, 0.975)) * error
+    return Spread(mean, mean - half, mean + half, len(known))
+
+
+def curves_of(folder: Path) -> dict[str, list[float]]:
+    """A run's numbers by step; shape [steps] each, NaN where unknown. Evaluations apart."""
+    run = read_run(folder)
+    curves = {
+        name: run.column(key)
+        for name, key in {
+            "step": "step",
+            "tokens": "rollout/tokens",
+            "tokens_full": "rollout/tokens_without_stopping",
+            "length": "rollout/length",
+            "longest": "rollout/length_max",
+            "stop_share": "rollout/stop_share",
+            "training_accuracy": "rollout/accuracy",
+            "audited": "rollout/audited",
+            "audited_correct": "rollout/audited_correct",
+            "believed_errors": "rollout/believed_errors",
+            "entropy": "ppo/entropy",
+            "critic_explained_variance": "ppo/critic_explained_variance",
+            "gate_explained_variance": "stopping/explained_variance",
+            "threshold": "stopping/threshold",
+            "rollout_seconds": "seconds/rollout",
+            "update_seconds": "seconds/update",
+            "step_seconds": "seconds/step",
+        }.items()
+    }
+    cumulative = np.cumsum(curves["tokens"])
+    at = {0: 0.0} | dict(zip(curves["step"], cumulative.tolist(), strict=True))
+    # A step whose stopped rollouts had no audit tells nothing of their full length.
+    full = np.array(curves["tokens_full"])
+    mean_full = np.divide(full, curves["tokens"]) if len(full) else full
+    unknown = ~np.isfinite(full)
+    if unknown.any() and not unknown.all():
+        full[unknown] = np.array(curves["tokens"])[unknown] * np.nanmean(mean_full)
+    curves["tokens_full"] = full.tolist()
+    # A resumed run may have evaluated a step twice; the later one counts.
+    evaluated = {
+        row["step"]: row[key]["value"]
+        for row in run.evaluations
+        for key in row
+        if key.startswith("evaluation/avg@")
+    }
+    curves["evaluated_step"] = [float(step) for step in evaluated]
+    curves["evaluated_tokens"] = [at.get(step, math.nan) for step in evaluated]
+    curves["evaluated_accuracy"] = list(evaluated.values())
+    return curves
+
+
+def result_of(run: Run) -> dict[str, Any] | None:
+    """A finished run's measures; None for one that is not done."""
+    summary = summary_of(run)
+    if summary is None:
+        return None
+    curves = curves_of(run.folder)
+
+    def mean(name: str, last: int = 0) -> float:
+        values = [value for value in curves[name][-last:] if math.isfinite(value)]
+        return float(np.mean(values)) if values else math.nan
+
+    rollouts = len(curves["step"])
+    tokens = float(np.sum(curves["tokens"]))
+    per_rollout = mean("tokens") / mean("length") if rollouts else math.nan
+    return {
+        "method": run.name,
+        "seed": run.seed,
+        "folder": str(run.folder),
+        "accuracy": summary["accuracy_after"],
+        "accuracy_before": summary["accuracy_before"],
+        "accuracy_greedy": number(summary.get("accuracy_greedy_after")),
+        "tokens": tokens,
+        "tokens_full": float(np.sum(curves["tokens_full"])),
+        "length": mean("length"),
+        "length_full": mean("tokens_full") / per_rollout,
+        "stop_share": mean("stop_share"),
+        "audited": int(np.nansum(curves["audited"])),
+        "audited_correct": int(np.nansum(curves["audited_correct"])),
+        "entropy": mean("entropy", LAST),
+        "believed_errors": mean("believed_errors", LAST),
+        "critic_explained_variance": mean("critic_explained_variance", 4 * LAST),
+        "gate_explained_variance": mean("gate_explained_variance", 4 * LAST),
+        "rollout_seconds": mean("rollout_seconds"),
+        "update_seconds": mean("update_seconds"),
+        "step_seconds": mean("step_seconds"),
+        "longest": mean("longest"),
+        "restarts": summary["restarts"],
+        "errors": summary["errors"],
+    }
+
+
+def results_of(study: Study) -> dict[str, Any]:
+    """What results.json holds, NaN where a number is unknown."""
+    runs = [result for run in study.runs() if (result := result_of(run)) is not None]
+    methods: dict[str, Any] = {}
+    for name, method in study.methods.items():
+        own = {run["seed"]: run for run in runs if run["method"] == name}
+        base = {run["seed"]: run for run in runs if run["method"] == study.baseline}
+        paired = [(own[seed], base[seed]) for seed in own if seed in base]
+        false = Share(
+            sum(run["audited_correct"] for run in own.values()),
+            sum(run["audited"] for run in own.values()),
+        )
+        methods[name] = {
+            "title": method.title,
+            "seeds": sorted(own),
+            **{m: spread([run[m] for run in own.values()])._asdict() for m in MEASURES},
+            "false_positives": {
+                "value": false.value,
+                "low": false.interval[0],
+                "high": false.interval[1],
+                "audited": false.trials,
+            },
+            "against_baseline": {
+                m: spread([_compared(m, one[m], other[m]) for one, other in paired])._asdict()
+                for m in MEASURES
+            },
+            "paper": method.paper and method.paper.model_dump(),
+        }
+    return {
+        "recipe": study.recipe,
+        "baseline": study.baseline,
+        "settings": study.settings,
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "system": platform.platform(),
+            "processor": processor_name(),
+        },
+        "versions": versions(),
+        "methods": methods,
+        "runs": runs,
+        "missing": [str(run.folder) for run in study.runs() if summary_of(run) is None],
+    }
+
+
+def _compared(measure: str, one: float, other: float) -> float:
+    if measure in RATIOS:
+        return one / other if other else math.nan
+    return one - other

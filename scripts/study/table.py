@@ -1,0 +1,93 @@
+"""results.json as Markdown: the comparison, what changed against the baseline, the paper's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Say = Callable[[float], str]
+
+_PERCENT: Say = "{:.1%}".format
+_COUNT: Say = "{:,.0f}".format
+_DECIMAL: Say = "{:.2f}".format
+_SMALL: Say = "{:.3f}".format
+
+_COLUMNS: dict[str, tuple[str, Say]] = {
+    "accuracy": ("accuracy, T = 1", _PERCENT),
+    "accuracy_greedy": ("greedy", _PERCENT),
+    "tokens": ("tokens generated", _COUNT),
+    "length": ("mean length", "{:.1f}".format),
+    "stop_share": ("stopped", _PERCENT),
+    "entropy": ("entropy, end", _SMALL),
+    "believed_errors": ("believed errors, end", _PERCENT),
+    "critic_explained_variance": ("explained by critic", _DECIMAL),
+    "rollout_seconds": ("rollout s/step", _DECIMAL),
+    "update_seconds": ("update s/step", _DECIMAL),
+}
+_AGAINST: dict[str, tuple[str, Say]] = {
+    "accuracy": ("accuracy, points", lambda value: f"{100 * value:+.1f}"),
+    "accuracy_greedy": ("greedy, points", lambda value: f"{100 * value:+.1f}"),
+    "tokens": ("tokens", lambda value: f"{value - 1:+.1%}"),
+    "length": ("length", lambda value: f"{value - 1:+.1%}"),
+    "longest": ("longest rollout", lambda value: f"{value - 1:+.1%}"),
+    "rollout_seconds": ("rollout time", lambda value: f"{value - 1:+.1%}"),
+    "step_seconds": ("step time", lambda value: f"{value - 1:+.1%}"),
+}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables, one after another."""
+    methods, base = results["methods"], results["baseline"]
+    rows = []
+    for method in methods.values():
+        false = method["false_positives"]
+        said = "–"
+        if false["audited"]:
+            said = f"{false['value']:.1%} [{false['low']:.1%}, {false['high']:.1%}]"
+        cells = [_cell(method[name], say) for name, (_, say) in _COLUMNS.items()]
+        rows.append([method["title"], str(len(method["seeds"])), *cells, said])
+    heads = ["method", "seeds", *(head for head, _ in _COLUMNS.values()), "false positives"]
+    others = {name: method for name, method in methods.items() if name != base}
+    against = [
+        [m["title"], *(_cell(m["against_baseline"][n], say) for n, (_, say) in _AGAINST.items())]
+        for m in others.values()
+    ]
+    paper = [
+        [m["title"], f"{p['accuracy']:.1f}", f"{p['length']:.0f}", _million(p["tokens"])]
+        for m in methods.values()
+        if (p := m["paper"])
+    ]
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    return "\n\n".join(
+        [
+            f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
+            "false positives are the audited rollouts of all seeds, with Wilson's.",
+            _table(heads, rows),
+            f"Against {methods[base]['title']}, paired by seed:",
+            _table(["method", *(head for head, _ in _AGAINST.values())], against),
+            "The paper's own, 7B (accuracy on AIME24, %):",
+            _table(["method", "accuracy", "mean length", "tokens generated"], paper),
+            f"{machine['cores']} cores, {machine['processor']}; {versions}.",
+            *([f"Not done: {', '.join(results['missing'])}"] if results["missing"] else []),
+        ]
+    )
+
+
+def _million(tokens: float | None) -> str:
+    return "–" if tokens is None else f"{tokens:.1f} M"
+
+
+def _cell(known: dict[str, float], say: Say) -> str:
+    if not math.isfinite(known["mean"]):
+        return "–"
+    text = say(known["mean"])
+    if math.isfinite(known["low"]):
+        text += f" [{say(known['low'])}, {say(known['high'])}]"
+    return text
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
