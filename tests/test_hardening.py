@@ -445,7 +445,34 @@ async def test_a_body_that_never_ends_is_a_408() -> None:
 # -- answers that break ------------------------------------------------------------------------
 
 
+class Breaks(Fake):
+    """Breaks off in the middle of an answer that is no generation."""
+
+    def _add_routes(self, app: web.Application) -> None:
+        app.router.add_post("/v1/responses", self._half)
+
+    async def _half(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "100"})
+        await response.prepare(request)
+        await response.write(b'{"output": "ha')
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+
 async def test_an_answer_that_breaks_is_cut_off_not_mixed_with_an_error() -> None:
+    async with Breaks() as server, gateway_for(server) as gateway:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(gateway.url + "/v1/responses", json={}) as response,
+        ):
+            assert response.status == 200
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        assert gateway.traffic.count == 0
+
+
+async def test_an_unmonitored_stream_that_breaks_ends_with_an_error_event() -> None:
     script = Script([GOOD] * 100, fault="reset", after=3)
     async with FakeServer(script) as server, gateway_for(server) as gateway:
         body = completion_body(stream=True, espo={"mode": "off"})
@@ -454,8 +481,11 @@ async def test_an_answer_that_breaks_is_cut_off_not_mixed_with_an_error() -> Non
             session.post(gateway.url + COMPLETIONS, json=body) as response,
         ):
             assert response.status == 200
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await response.read()
+            *events, end, rest = (await response.read()).split(b"\n\n")
+    assert (end, rest) == (b"data: [DONE]", b"")
+    *tokens, error = (json.loads(event.removeprefix(b"data: ")) for event in events)
+    assert [token["choices"][0]["text"] for token in tokens] == [GOOD.text] * 3
+    assert "broke off" in error["error"]["message"]
 
 
 async def test_a_departed_client_is_not_an_error(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_calls_of_rank_0_are_made_on_all_ranks() -> None:
 def test_nobody_waits_for_the_dead(code: str, leader_ends: int, message: str) -> None:
     leader, follower = two_ranks(code)
     assert leader[0] == leader_ends, leader[2]
-    assert follower[0] == 1
+    # Gloo may abort the process when its peer goes while it ends itself; the reason is told by then.
+    assert follower[0] in (1, -signal.SIGABRT), follower[2]
     assert "followed" not in follower[1]
     assert message in follower[2]
 

@@ -191,12 +191,12 @@ signal.signal(signal.SIGINT, lambda *_: (Path(sys.argv[1]) / "saved").touch() or
 os.kill({os.getpid()}, signal.SIGTERM)
 signal.pause()
 """
-    trainer = Trainer(monkeypatch, waits)
+    trainer, before = Trainer(monkeypatch, waits), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped):
         run_study(study_of(tmp_path))
     assert (tmp_path / "ppo" / "seed-0" / "saved").exists()
     assert len(trainer.commands) == 1
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_preparations_are_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
