@@ -43,7 +43,7 @@ def first_stops(
         completed_at: length in tokens of each rollout that ended by itself, whose last token is
             exempt; 0 for the others. Shape [rollouts].
         values: V at each token where the caller has it, NaN for no answer; shape as `logprobs`.
-            A critic's must be given.
+            A critic's must be given (`Gate.success` of what it says).
         confidences: of each token, NaN where missing; shape as `logprobs`. The confidence rule
             needs them.
 

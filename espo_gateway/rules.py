@@ -45,7 +45,10 @@ class Gate:
         "confidence" when the mean of the last `confidence_window` tokens' confidence over
         `confidence_top_k` alternatives is below `confidence` (`scores.token_confidence`); "random"
         stops at each token with probability `hazard`.
-    value: where V comes from: a constant, the stream's statistics, or a critic server.
+    value: where V, the chance of success, comes from: a constant, the stream's statistics, or a
+        critic server.
+    critic_wrong, critic_right: what the critic says of a wrong and of a right answer; V lies
+        between them as it does between 0 and 1.
     min_tokens: no stop before this many tokens; a prompt is never skipped outright.
     """
 
@@ -58,6 +61,8 @@ class Gate:
     epsilon: float = 0.2
     value: ValueName = "constant"
     constant: float = 1.0
+    critic_wrong: float = 0.0
+    critic_right: float = 1.0
     estimator: SuccessEstimator | None = None
     p_star: float = 0.05
     confidence: float = 1.0
@@ -78,6 +83,11 @@ class Gate:
         for name in ("beta", "epsilon", "confidence"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not self.critic_wrong < self.critic_right:
+            raise ValueError(
+                f"critic_wrong must be below critic_right, not {self.critic_wrong} and "
+                f"{self.critic_right}"
+            )
         if not 0.0 < self.p_star < 1.0:
             raise ValueError(f"p_star must lie between 0 and 1, not {self.p_star}")
         if not 0.0 <= self.hazard <= 1.0:
@@ -102,6 +112,10 @@ class Gate:
     def needs_critic(self) -> bool:
         """Whether a critic server is asked, who reads token ids."""
         return self.source == "critic"
+
+    def success(self, said: float) -> float:
+        """V of what a critic says, who may leave [critic_wrong, critic_right]."""
+        return (said - self.critic_wrong) / (self.critic_right - self.critic_wrong)
 
     @property
     def top_logprobs(self) -> int:

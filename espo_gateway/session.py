@@ -299,9 +299,10 @@ class Session:
                     del place["prompt_token_ids"]
         self.token_ids += choice.get("token_ids") or ()
 
-    def answer(self, token: int, value: float | None) -> None:
-        """A critic's V at a token it was asked for; None when it could not be had."""
+    def answer(self, token: int, said: float | None) -> None:
+        """What a critic says of a token it was asked for; None when it could not be had."""
         assert self._watch is not None
+        value = None if said is None else self.gate.success(said)
         self._unanswered.discard(token)
         self._answered = self._answered if value is None else value
         self._watch.settle(token, value)

@@ -250,6 +250,15 @@ class Ppo(Section):
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
     overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
 
+    @model_validator(mode="after")
+    def _rewards(self) -> Ppo:
+        if not self.wrong_reward < self.right_reward:
+            raise ValueError(
+                f"wrong_reward = {self.wrong_reward} must be below right_reward = "
+                f"{self.right_reward}"
+            )
+        return self
+
 
 class DeepSpeed(Section):
     """DeepSpeed's own settings; `extra` is laid over its JSON config, section by section."""

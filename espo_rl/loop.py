@@ -59,7 +59,10 @@ class Loop:
         self.batch: Batch | None = None  # drawn for the next step, perhaps collected
         self.summary = Summary(recipe)
         self.stopping = StopController(
-            recipe.stopping, recipe.run.steps, random.Random(recipe.run.seed)
+            recipe.stopping,
+            recipe.run.steps,
+            random.Random(recipe.run.seed),
+            worth=(recipe.ppo.wrong_reward, recipe.ppo.right_reward),
         )
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep

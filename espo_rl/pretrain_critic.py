@@ -164,10 +164,10 @@ def _write_values(
     critic: Critic,
     settings: Settings,
 ) -> None:
-    """The held-out rows of each file with a column `values`: V after each token, [tokens].
+    """The held-out rows of each file with a column `values`: after each token, [tokens].
 
-    Index t is what a gate knows when it decides at token t. By the tokens alone, as a critic server
-    gives it.
+    Index t is the chance of success that a gate knows when it decides at token t. By the tokens
+    alone, as a critic server gives it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (file, rollouts) in enumerate(recorded.items()):
@@ -178,8 +178,11 @@ def _write_values(
         values: list[list[float]] = [[] for _ in full]
         whole = usable([full[i] for i in there]) if there else []
         for i, of in zip(there, values_of(critic, whole, settings), strict=True):
-            values[i] = of[1:].tolist()
-        table = table.take(rows).append_column("values", pa.array(values, pa.list_(pa.float64())))
+            chances = (of[1:] - settings.wrong) / (settings.right - settings.wrong)
+            values[i] = chances.tolist()
+        table = table.take(pa.array(rows, pa.int64())).append_column(
+            "values", pa.array(values, pa.list_(pa.float64()))
+        )
         name = (
             file.name
             if len({path.name for path in recorded}) == len(recorded)

@@ -98,7 +98,15 @@ class StopController:
     z_quantiles: 50, 90 and 99 % quantiles of z over the tokens of the last batch.
     """
 
-    def __init__(self, config: Stopping, total_steps: int, rng: random.Random) -> None:
+    def __init__(
+        self,
+        config: Stopping,
+        total_steps: int,
+        rng: random.Random,
+        *,
+        worth: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        """worth: what a wrong and a right answer are worth in the critic's returns."""
         self.config = config
         self.statistics = RegretStatistics(decay=config.decay)
         self.estimator: SuccessEstimator | None = None
@@ -113,6 +121,7 @@ class StopController:
         self._threshold = None if config.rule == "none" else make_threshold(config)
         self._recent: deque[estimator.Examples] = deque(maxlen=config.window)
         self._rng = rng
+        self._worth = worth
 
     # -- before a batch ------------------------------------------------------------------------
 
@@ -197,6 +206,8 @@ class StopController:
             epsilon=config.epsilon,
             value=config.value,
             constant=config.constant,
+            critic_wrong=self._worth[0],
+            critic_right=self._worth[1],
             estimator=self.estimator,
             min_tokens=config.min_tokens,
         )

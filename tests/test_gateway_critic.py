@@ -71,9 +71,9 @@ def ask(server: CriticServer, *prefixes: list[int]) -> list[asyncio.Task[float]]
 
 @asynccontextmanager
 async def gateway_with(
-    server: FakeServer, critic: FakeCritic, **settings: Any
+    server: FakeServer, critic: FakeCritic, gate: bytes = GATE, **settings: Any
 ) -> AsyncIterator[Gateway]:
-    async with gateway_for(server, gate=GATE, critic=critic.url, **settings) as gateway:
+    async with gateway_for(server, gate=gate, critic=critic.url, **settings) as gateway:
         yield gateway
 
 
@@ -293,6 +293,21 @@ async def test_the_cut_is_where_the_critic_says(stream: bool) -> None:
         asked = [prefix for request in critic.requests for prefix in request]
         assert asked[:3] == [[*PROMPT, *range(token)] for token in (8, 9, 10)]
         assert await metric(gateway, "espo_gateway_critic_questions_total") >= len(asked)
+
+
+async def test_what_a_critic_says_is_read_in_its_own_unit() -> None:
+    """-1 for a wrong answer and 1 for a right one: 0 is a chance of one half."""
+    gate = json.dumps({**json.loads(GATE), "critic_wrong": -1.0, "critic_right": 1.0}).encode()
+    async with (
+        FakeServer(FAILING) as server,
+        FakeCritic(lambda prefix: 0.0) as critic,
+        gateway_with(server, critic, gate=gate) as gateway,
+    ):
+        body = completion_body(espo={"mode": "shadow", "trace": True})
+        _, answer = await post(gateway.url + COMPLETIONS, body)
+        record = answer["choices"][0]["espo"]
+        assert record["value"] == 0.5
+        assert {one["value"] for one in record["trace"]} == {None, 0.5}
 
 
 async def test_only_tokens_that_could_stop_are_asked_about() -> None:

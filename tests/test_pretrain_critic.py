@@ -95,7 +95,8 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch,
         column = pq.read_table(file)["values"].to_pylist()
         for rollout, row in zip(rollouts, column, strict=True):
             expected = loaded.values(rollout.prompt_ids + rollout.token_ids)
-            assert row == pytest.approx(expected[len(rollout.prompt_ids) :], abs=1e-5)
+            chances = [(value + 1.0) / 2.0 for value in expected[len(rollout.prompt_ids) :]]
+            assert row == pytest.approx(chances, abs=1e-5)
             assert len(row) == len(rollout.token_ids)
             full, there = full + 1, there | {rollout.problem.id}
     assert full == report["rollouts"]["held_out"] == 2 * len(there)

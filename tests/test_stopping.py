@@ -365,6 +365,13 @@ def test_settings_that_cannot_work_say_what_to_change(settings, message):
         Stopping(**settings)
 
 
+def test_a_critic_is_read_in_the_unit_of_its_returns():
+    config = Stopping(rule="value-gated", value="critic", warmup="none")
+    gate = StopController(config, 10, random.Random(0), worth=(-1.0, 2.0)).gate("step-0")
+    assert [gate.success(said) for said in (-1.0, 0.5, 2.0)] == [0.0, 0.5, 1.0]
+    assert gate_from_json(gate_to_json(gate), has_critic=True) == gate
+
+
 def test_random_and_fixed_rules_need_no_audits():
     for settings in ({"rule": "random"}, {"rule": "regret-only", "threshold": "fixed"}):
         assert Stopping(audit_share=0.0, **settings).audit_share == 0.0
