@@ -116,7 +116,7 @@ def test_calls_of_rank_0_are_made_on_all_ranks() -> None:
 def test_nobody_waits_for_the_dead(code: str, leader_ends: int, message: str) -> None:
     leader, follower = two_ranks(code)
     assert leader[0] == leader_ends, leader[2]
-    # Gloo may abort the process when its peer goes while it ends itself; the reason is told by then.
+    # Gloo may abort a process that ends when its peer has gone; by then the reason is told.
     assert follower[0] in (1, -signal.SIGABRT), follower[2]
     assert "followed" not in follower[1]
     assert message in follower[2]
