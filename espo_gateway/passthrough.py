@@ -18,6 +18,7 @@ from espo_gateway.logs import REQUEST_ID, current
 from espo_gateway.request import Body, Plan
 from espo_gateway.signals import decode_chunk
 from espo_gateway.sse import SSEParser
+from espo_gateway.wire import Reply
 
 _CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
 
@@ -136,30 +137,38 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
     headers = forwarded_headers(gateway.keys, request, json=True)
     headers = generation_headers(headers, planned.body)
     key = affinity_key(gateway.pool.affinity, headers, planned.body)
-    async with gateway.pool.open(
-        "POST", planned.path, headers=headers, data=data, key=key
-    ) as upstream:
-        if upstream.content_type != "text/event-stream":
-            body = await upstream.body()
-            if upstream.status == 200:
-                body = _marked(body, mark)
-            response = web.Response(
-                body=body, status=upstream.status, content_type=upstream.content_type
-            )
-            if (wait := upstream.headers.get("Retry-After")) is not None:
-                response.headers["Retry-After"] = wait
-            return response
-        stream, parser = event_stream(upstream.status), SSEParser()
-        await stream.prepare(request)
-        try:
-            while received := await upstream.read():
+    stream, parser = event_stream(), SSEParser()
+    # Around `open`, which must see that the server failed.
+    try:
+        async with gateway.pool.open(
+            "POST", planned.path, headers=headers, data=data, key=key
+        ) as upstream:
+            if upstream.content_type != "text/event-stream":
+                return await _marked_whole(upstream, mark)
+            received = await upstream.read()
+            stream.set_status(upstream.status)
+            await stream.prepare(request)
+            while received:
                 told = (_marked(data, mark) for data in parser.feed(received))
                 await stream.write(b"".join(b"data: " + data + b"\n\n" for data in told))
-        except GatewayError as error:
-            gateway.metrics.count_error(error)
-            await stream.write(event(error.body()) + b"data: [DONE]\n\n")
-        await stream.write_eof()
-        return stream
+                received = await upstream.read()
+    except GatewayError as error:
+        if not stream.prepared:
+            raise
+        gateway.metrics.count_error(error)
+        await stream.write(event(error.body()) + b"data: [DONE]\n\n")
+    await stream.write_eof()
+    return stream
+
+
+async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:
+    body = await upstream.body()
+    if upstream.status == 200:
+        body = _marked(body, mark)
+    response = web.Response(body=body, status=upstream.status, content_type=upstream.content_type)
+    if (wait := upstream.headers.get("Retry-After")) is not None:
+        response.headers["Retry-After"] = wait
+    return response
 
 
 def _marked(data: bytes, mark: dict[str, Any]) -> bytes:

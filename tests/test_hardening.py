@@ -488,6 +488,23 @@ async def test_an_unmonitored_stream_that_breaks_ends_with_an_error_event() -> N
     assert "broke off" in error["error"]["message"]
 
 
+@pytest.mark.parametrize(("fault", "after", "status"), [("reset", 3, 200), ("no-body", 0, 502)])
+async def test_an_unmonitored_stream_that_breaks_counts_against_its_server(
+    fault: Any, after: int, status: int
+) -> None:
+    script = Script([GOOD] * 100, fault=fault, after=after)
+    async with FakeServer(script) as server, gateway_for(server, attempts=1) as gateway:
+        body = completion_body(stream=True, espo={"mode": "off"})
+        for _ in range(2):
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(gateway.url + COMPLETIONS, json=body) as response,
+            ):
+                assert response.status == status
+                await response.read()
+        assert gateway.pool.servers[0].breaker.failures == 2
+
+
 async def test_a_departed_client_is_not_an_error(caplog: pytest.LogCaptureFixture) -> None:
     async with FakeServer(LONG, gated=True) as server, gateway_for(server) as gateway:
         address = urlsplit(gateway.url)
