@@ -488,7 +488,7 @@ async def test_an_unmonitored_stream_that_breaks_ends_with_an_error_event() -> N
     assert "broke off" in error["error"]["message"]
 
 
-@pytest.mark.parametrize(("fault", "after", "status"), [("reset", 3, 200), ("no-body", 0, 502)])
+@pytest.mark.parametrize(("fault", "after", "status"), [("reset", 3, 200), ("no-body", 0, 503)])
 async def test_an_unmonitored_stream_that_breaks_counts_against_its_server(
     fault: Any, after: int, status: int
 ) -> None:
