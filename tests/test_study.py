@@ -20,7 +20,7 @@ from study import runner  # noqa: E402
 from study.design import Preparation, Run, Study, StudyError, load_study  # noqa: E402
 from study.plots import PLOTS, draw_all  # noqa: E402
 from study.results import curves_of, results_of, spread  # noqa: E402
-from study.runner import Stopped, check, run_study  # noqa: E402
+from study.runner import Stopped, check, run_study, stop_share  # noqa: E402
 from study.table import markdown  # noqa: E402
 
 METHODS = {
@@ -137,10 +137,17 @@ class Trainer:
         monkeypatch.setattr(runner, "POLL", 0.01)
 
 
+# Off in the warm-up, and again in step 3: its share there is none, and counts.
 SUCCEEDS = """
 import json, sys
 from pathlib import Path
-(Path(sys.argv[1]) / "summary.json").write_text(json.dumps({"stop_rate": 0.3}))
+steps = enumerate([(False, 0.0), (True, 0.5), (False, 0.0), (True, 0.4)], 1)
+rows = [
+    {"step": step, "rollout/tokens": 9, "stopping/on": on, "rollout/stop_share": share}
+    for step, (on, share) in steps
+]
+(Path(sys.argv[1]) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+(Path(sys.argv[1]) / "summary.json").write_text("{}")
 """
 
 
@@ -156,6 +163,16 @@ def test_what_is_done_is_not_done_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "espo" / "seed-1" / "summary.json").unlink()
     assert run_study(study) == []
     assert len(trainer.commands) == 8
+
+
+def test_a_share_that_cannot_be_matched_is_told(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    espo = next(run for run in study.runs() if run.name == "espo")
+    with pytest.raises(StudyError, match="is not done"):
+        stop_share(espo)
+    finish(espo, tokens=10, accuracy=0.5)
+    with pytest.raises(StudyError, match="stopped nothing"):
+        stop_share(espo)
 
 
 def test_other_settings_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

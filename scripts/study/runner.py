@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +27,7 @@ from rich.progress import (
 
 from espo_gateway.supervisor import die_with_guard
 from espo_rl.config import RecipeError, load_recipe
+from espo_rl.run_folder import read_run
 from study.design import Run, Study, StudyError
 
 #: Seconds between two looks at a run's metrics.
@@ -89,6 +91,18 @@ def about(run: Run) -> dict[str, Any]:
     return {"recipe": run.study.recipe, "settings": run.settings, "rate_of": run.method.rate_of}
 
 
+def stop_share(run: Run) -> float:
+    """Of a finished run's rollouts, from the first step that was gated: a rule that is off for some
+    steps after that stops none in them. Raises StudyError."""
+    if summary_of(run) is None:
+        raise StudyError(f"{run.folder} is not done, whose share of stopped rollouts it needs")
+    steps = read_run(run.folder)
+    gated = np.flatnonzero(np.array(steps.column("stopping/on")) == 1.0)
+    if not gated.size:
+        raise StudyError(f"{run.folder} stopped nothing, so there is no share to match: see its log")
+    return float(np.mean(steps.column("rollout/stop_share")[gated[0] :]))
+
+
 def prepare(command: list[str]) -> None:
     """Run this Python with a command's arguments, in sight."""
     Console(stderr=True).print("preparing: python " + " ".join(command), style="bold")
@@ -100,10 +114,7 @@ def train(run: Run, look: Callable[[], None]) -> None:
     """One run to its end. Raises StudyError when it fails, Stopped after a signal."""
     settings = run.settings
     if (other := run.rate_from) is not None:
-        summary = summary_of(other)
-        if summary is None or not summary["stop_rate"]:
-            raise StudyError(f"the share of stopped rollouts of {other.folder} is not known")
-        settings = [*settings, f"stopping.target_share={summary['stop_rate']:.4f}"]
+        settings = [*settings, f"stopping.target_share={stop_share(other):.4f}"]
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "settings.json").write_text(json.dumps(about(run)))
     command = [sys.executable, "-m", "espo_rl.run", run.study.recipe, *settings, "--resume", "auto"]
