@@ -81,12 +81,7 @@ def level_for_bound(
     Raises:
         CalibrationError: no threshold holds the bound; says how many more outcomes would do.
     """
-    if sample.cut.any() and not sample.spared.any():
-        raise CalibrationError(
-            f"{sample.cut.sum()} of {sample.cut.size} traces were cut and none of those that a "
-            "rule would have cut was spared, so nothing is known of false positives: record with "
-            '"espo": {"mode": "shadow"} or {"audit": 0.1} in the requests'
-        )
+    check_spared(int(sample.cut.sum()), int(sample.spared.sum()), sample.cut.size)
     return bounded_level(
         sample.outcomes(sample.levels),
         None if sample.rehearsed is None else sample.outcomes(sample.rehearsed),
@@ -146,6 +141,18 @@ def _missing(audit: AuditThreshold, known: int, limit: float, confidence: float)
         f"the best one stops {stopped:.0f} of them, with at most {audit.bound:.1%} false; about "
         f"{max(more, 1):,} more outcomes are needed"
     )
+
+
+def check_spared(cut: int, spared: int, traces: int) -> None:
+    """Raises CalibrationError when the traces that rules cut are known by none: what is left is no
+    fair sample."""
+    if cut and not spared:
+        raise CalibrationError(
+            f"{cut} of {traces} traces were cut and none of those that a rule would have cut was "
+            "spared, so nothing is known of false positives: record with "
+            '"espo": {"mode": "shadow"} or {"audit": 0.1} in the requests, or train with '
+            "stopping.audit_share above 0"
+        )
 
 
 def spared_weight(cut: int, spared: int) -> float:

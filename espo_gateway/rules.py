@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from espo_gateway.monitor import MISSING_LOGPROB, MonitorConfig, RegretStatistics
 from espo_gateway.scores import RULES, THRESHOLD, RuleName
@@ -113,8 +113,8 @@ class Gate:
         """Whether a critic server is asked, who reads token ids."""
         return self.source == "critic"
 
-    def success(self, said: float) -> float:
-        """V of what a critic says, who may leave [critic_wrong, critic_right]."""
+    def success(self, said: Any) -> Any:
+        """V of what a critic says, a number or an array; it may leave [0, 1] as V does."""
         return (said - self.critic_wrong) / (self.critic_right - self.critic_wrong)
 
     @property

@@ -120,7 +120,11 @@ def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0)
     for name, number in np.ndindex(*whole.shape):
         estimate = Estimate.of(float(whole[name, number]), drawn[name, :, number])
         out[name, number, 1:] = estimate.low, estimate.high
-    return Curve(*out)
+    found = Curve(*out)
+    # Where none was seen a resampling sees none either: the exact bound, of prompts.
+    for k in np.flatnonzero(found.false[:, 0] == 0.0):
+        found.false[k, 2] = 1.0 - 0.025 ** (1.0 / np.count_nonzero(sums[:, 0, k]))
+    return found
 
 
 def _rates(totals: Array, sums: Array) -> Array:

@@ -47,15 +47,18 @@ def recorded_files(paths: Sequence[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        found = rollout_files(path, "step-*.parquet")
+        found = rollout_files(path)
         if not found:
-            raise PretrainError(f"{path}: no rollouts (step-*.parquet) there")
+            raise PretrainError(f"{path}: no rollouts (*.parquet) there")
         files += found
     return files
 
 
-def load_critic(model: str, *, statistics: bool, seed: int) -> Critic:
+def load_critic(model: str, *, statistics: bool, seed: int) -> tuple[Critic, Any]:
     """As the trainer makes one: V is 0 at the start unless the checkpoint is a critic already.
+
+    Returns:
+        the critic, and the tokenizer beside it.
 
     Raises:
         PretrainError: the model cannot be loaded.
@@ -65,10 +68,12 @@ def load_critic(model: str, *, statistics: bool, seed: int) -> Critic:
         config = transformers.AutoConfig.from_pretrained(model)
         fresh = not any("SequenceClassification" in name for name in config.architectures or ())
         classifier = load_classifier(model, fresh=fresh, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        # vLLM wants one, though a critic is asked with token ids.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, RuntimeError) as error:
         raise PretrainError(f"--model {model} cannot be loaded: {error}") from error
     critic = Critic(classifier, statistics=statistics)
-    return critic.to("cuda" if torch.cuda.is_available() else "cpu")
+    return critic.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def pretrain(options: argparse.Namespace, console: Console) -> None:
@@ -92,10 +97,8 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     files = recorded_files(options.rollouts)
     recorded = {file: read_rollouts(file)[0] for file in files}
     parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
-    critic, scaler = (
-        load_critic(options.model, statistics=options.statistics, seed=options.seed),
-        Scaler(),
-    )
+    critic, tokenizer = load_critic(options.model, statistics=options.statistics, seed=options.seed)
+    scaler = Scaler()
 
     with progress_bar(console=console) as bar:
         line = bar.add_task("fitting the critic", total=settings.epochs)
@@ -121,7 +124,7 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
             name: {where: asdict(one) for where, one in of.items()} for name, of in found.items()
         },
     }
-    _write(output, critic, scaler, about, options.model)
+    _write(output, critic, scaler, about, tokenizer)
     if options.values is not None:
         held_out = {one.problem.id for one in parts.held_out}
         _write_values(options.values, recorded, held_out, critic, settings)
@@ -138,14 +141,15 @@ def _measured(
     return qualities(values, outcomes, right=settings.right, wrong=settings.wrong)
 
 
-def _write(output: Path, critic: Critic, scaler: Scaler, about: dict[str, Any], model: str) -> None:
+def _write(
+    output: Path, critic: Critic, scaler: Scaler, about: dict[str, Any], tokenizer: Any
+) -> None:
     """Whole or not at all."""
     scratch = output.with_name(output.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         critic.classifier.save_pretrained(scratch)
-        # vLLM wants one, though a critic is asked with token ids.
-        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         if critic.statistics is not None:
             head = {name: one.cpu() for name, one in critic.statistics.state_dict().items()}
             save_statistics_head(scratch, head, scaler)
@@ -164,22 +168,21 @@ def _write_values(
     critic: Critic,
     settings: Settings,
 ) -> None:
-    """The held-out rows of each file with a column `values`: after each token, [tokens].
+    """The held-out rows of each file with a column `values`: V after each token, [tokens].
 
-    Index t is the chance of success that a gate knows when it decides at token t. By the tokens
-    alone, as a critic server gives it.
+    Index t is what a gate knows when it decides at token t. By the tokens alone, as a critic server
+    gives it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (file, rollouts) in enumerate(recorded.items()):
         table = pq.read_table(file)
         rows = [i for i, one in enumerate(rollouts) if one.problem.id in held_out]
         full = [rollouts[i] for i in rows]
-        there = [i for i, one in enumerate(full) if one.token_ids]
         values: list[list[float]] = [[] for _ in full]
-        whole = usable([full[i] for i in there]) if there else []
+        there = [i for i, one in enumerate(full) if usable([one])]
+        whole = usable(full)
         for i, of in zip(there, values_of(critic, whole, settings), strict=True):
-            chances = (of[1:] - settings.wrong) / (settings.right - settings.wrong)
-            values[i] = chances.tolist()
+            values[i] = of[1:].tolist()
         table = table.take(pa.array(rows, pa.int64())).append_column(
             "values", pa.array(values, pa.list_(pa.float64()))
         )
@@ -217,7 +220,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="ROLLOUTS",
-        help="folders of runs or of rollouts, or step-*.parquet files",
+        help="folders of runs or of rollouts, or Parquet files",
     )
     add("--model", required=True, help="what the critic starts from: the policy, or any other size")
     add("--output", required=True, type=Path, help="the critic's folder")

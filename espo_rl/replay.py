@@ -34,10 +34,9 @@ from espo_gateway.scores import RULES
 from espo_gateway.thresholds import Outcomes
 from espo_gateway.traces import Chunk, Known, TraceError, read_chunks, read_outcomes
 from espo_rl.detection import Curve, Estimate, Judged, area, curve, difficulty
-from espo_rl.files import rollout_files
+from espo_rl.files import rollout_files, write_json
 from espo_rl.progress import progress_bar
 from espo_rl.replaying import Judgement, Replayed, fitted, fitted_elsewhere, grid_of, replayed
-from espo_rl.results import write_json
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Curve))
 
@@ -77,7 +76,7 @@ def files_in(path: Path) -> list[Path]:
     """A file, or the Parquet files of a run's folder or of its rollouts. Raises TraceError."""
     if not path.exists():
         raise TraceError(f"no file or folder {path}")
-    if files := rollout_files(path, "*.parquet"):
+    if files := rollout_files(path):
         return files
     raise TraceError(
         f"{path} holds no rollouts (*.parquet, or rollouts/*.parquet); a run writes them with "
@@ -136,13 +135,14 @@ def recommend(
     assert field is not None
     if field == "hazard":
         return {"threshold": None, "reason": "chance is here to compare with"}
-    outcomes = Outcomes(
-        judgement.levels.astype(np.float32), judged.correct, judged.weights.astype(np.float32)
+    outcomes, rehearsal = (
+        Outcomes(levels.astype(np.float32), judged.correct, judged.weights.astype(np.float32))
+        for levels in (judgement.levels, judgement.rehearsed)
     )
     try:
         level, reason = bounded_level(
             outcomes,
-            None,
+            rehearsal,
             gate,
             false_positives=options.false_positives,
             confidence=options.confidence,
@@ -160,7 +160,7 @@ def recommend(
     return {
         "threshold": float(grid[place]),
         "field": field,
-        "reason": reason.partition(": ")[2],  # before it stands the threshold between two of these
+        "reason": reason,
         "grid_place": place,
         "gate": json.loads(gate_to_json(chosen)),
         **{name: _triple(getattr(found, name)[place]) for name in _FIELDS},
@@ -252,8 +252,13 @@ def _triple(numbers: Any) -> list[float | None]:
 def learnt_from(options: argparse.Namespace, source: Source, known: Known | None) -> Fit:
     """The estimators, of this run by folds of prompts or of another run."""
     if options.fit_on is None:
-        return fitted(source.read, options.folds)
-    return fitted_elsewhere(Source(options.fit_on, options.outcome, known).read)
+        learnt = fitted(source.read, options.folds)
+    else:
+        learnt = fitted_elsewhere(Source(options.fit_on, options.outcome, known).read)
+    wrong, right = options.critic_worth
+    return dataclasses.replace(
+        learnt, gate=dataclasses.replace(learnt.gate, critic_wrong=wrong, critic_right=right)
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -327,7 +332,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="OTHER",
-        help="fit the success estimator on another run: tells how calibration travels",
+        help="take regret statistics and success estimator of another run: tells how they travel",
+    )
+    add(
+        "--critic-worth",
+        type=float,
+        nargs=2,
+        metavar=("WRONG", "RIGHT"),
+        default=(-1.0, 1.0),
+        help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
     )
     add("--false-positives", type=float, default=0.05, help="bound (default: %(default)s)")
     add("--confidence", type=float, default=0.9, help="of that bound (default: %(default)s)")
@@ -339,6 +352,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("false_positives", "confidence"):
         if not 0.0 < getattr(options, name) < 1.0:
             parser.error(f"--{name.replace('_', '-')} must lie between 0 and 1")
+    if not options.critic_worth[0] < options.critic_worth[1]:
+        parser.error("--critic-worth must be two numbers, the lesser first")
     for name, least in (("folds", 2), ("bootstrap", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}")

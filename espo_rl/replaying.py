@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from espo_gateway.calibration import UNFITTED, Fit, Read, learn
 from espo_gateway.monitor import Array
-from espo_gateway.recommending import CalibrationError, spared_weight
+from espo_gateway.recommending import CalibrationError, check_spared, spared_weight
 from espo_gateway.replay import Replay, crossings
 from espo_gateway.rules import Gate
 from espo_gateway.scores import RULES
@@ -32,6 +32,7 @@ GRIDS: Mapping[str, Array] = {
     "confidence": np.geomspace(1e-3, 1e3, _POINTS),
     "hazard": np.geomspace(1e-6, 0.5, _POINTS),
 }
+_NO_LIMITS = np.empty(0)
 BASE = Gate(rule="success-probability", estimator=UNFITTED)
 
 
@@ -41,11 +42,13 @@ class Judgement:
 
     cuts: tokens kept under each of the rule's grid, 0 for no stop, [rollouts, thresholds].
     levels: how strict a gate still stops each rollout, [rollouts].
+    rehearsed: the same by the gate's own estimator, which has seen these rollouts.
     """
 
     gate: Gate
     cuts: NDArray[np.int32]
     levels: Array
+    rehearsed: Array
 
 
 @dataclass
@@ -64,7 +67,6 @@ def gates(learnt: Fit, chunk: Chunk) -> dict[str, Gate]:
     """The rules that a chunk's columns allow, by the name of their row."""
     gate = learnt.gate
     made: dict[str, dict[str, Any]] = {
-        "value-gated (constant)": {"rule": "value-gated", "value": "constant"},
         "value-gated (stream)": {"rule": "value-gated", "value": "stream"},
         "regret-only": {"rule": "regret-only"},
         "success-probability": {"rule": "success-probability"},
@@ -103,13 +105,14 @@ def replayed(read: Read, learnt: Fit) -> Replayed:
 
     Raises:
         CalibrationError: no rollout was generated to its end and has an outcome, all have the same
-            one, or columns that only some of them have.
+            one, of those that were cut none was audited, or only some have a column.
     """
     columns: dict[str, list[NDArray[Any]]] = {}
-    parts: dict[str, list[tuple[NDArray[np.int32], Array]]] = {}
+    parts: dict[str, list[tuple[NDArray[np.int32], Array, Array]]] = {}
     made: dict[str, Gate] = {}
-    cut = spared = left_out = 0
+    cut = spared = traces = left_out = 0
     for chunk in read():
+        traces += chunk.cut.size
         cut += int(chunk.cut.sum())
         spared += int(chunk.spared.sum())
         rows = ~chunk.cut & ~np.isnan(chunk.correct)
@@ -127,8 +130,9 @@ def replayed(read: Read, learnt: Fit) -> Replayed:
                 "replay them apart"
             )
         made = there
-        for name, cuts, levels in judge(chunk, learnt, made):
-            parts.setdefault(name, []).append((cuts, levels))
+        for name, found in judge(chunk, learnt, made):
+            parts.setdefault(name, []).append(found)
+    check_spared(cut, spared, traces)
     if not made:
         raise CalibrationError(
             "no rollout was generated to its end and has an outcome; record with stopping off, in "
@@ -150,19 +154,15 @@ def replayed(read: Read, learnt: Fit) -> Replayed:
     )
     rules = {}
     for name, gate in made.items():
-        found = parts.pop(name)
-        rules[name] = Judgement(
-            gate,
-            np.concatenate([cuts for cuts, _ in found]),
-            np.concatenate([levels for _, levels in found]),
-        )
+        cuts, levels, rehearsed = map(np.concatenate, zip(*parts.pop(name), strict=True))
+        rules[name] = Judgement(gate, cuts, levels, rehearsed)
     return Replayed(judged, rules, left_out)
 
 
 def judge(
     chunk: Chunk, learnt: Fit, made: Mapping[str, Gate]
-) -> list[tuple[str, NDArray[np.int32], Array]]:
-    """Cuts and levels of a chunk's rollouts under each rule."""
+) -> list[tuple[str, tuple[NDArray[np.int32], Array, Array]]]:
+    """Cuts, levels and rehearsed levels of a chunk's rollouts under each rule."""
     replay = Replay(
         chunk.logprobs,
         chunk.max_logprobs,
@@ -171,14 +171,21 @@ def judge(
         confidences=chunk.confidences,
     )
     which = chunk.keys % len(learnt.folds)
-    stream = probabilities(logits_by(learnt.folds, which, replay.features))
+    unseen = probabilities(logits_by(learnt.folds, which, replay.features))
+    assert learnt.gate.estimator is not None
+    final = probabilities(learnt.gate.estimator.logits(replay.features))
     del replay.features
-    sources = {"stream": stream, "critic": chunk.values, "constant": None, None: None}
     found = []
     for name, gate in made.items():
-        scores = replay.scores(gate, sources[gate.source])
-        cuts, levels = crossings(gate.rule, scores, grid_of(gate))
-        found.append((name, cuts.astype(np.int32), levels))
+        said = None if chunk.values is None else gate.success(chunk.values)
+        sources = {"stream": unseen, "critic": said, "constant": None, None: None}
+        cuts, levels = crossings(
+            gate.rule, replay.scores(gate, sources[gate.source]), grid_of(gate)
+        )
+        rehearsed = levels
+        if gate.source == "stream" and len(learnt.folds) > 1:
+            _, rehearsed = crossings(gate.rule, replay.scores(gate, final), _NO_LIMITS)
+        found.append((name, (cuts.astype(np.int32), levels, rehearsed)))
     return found
 
 

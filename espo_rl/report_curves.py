@@ -195,7 +195,7 @@ def full_lengths(run: RunFolder) -> Numbers:
 
 def false_positives(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
     """Their share of the audited rollouts of the last steps, and the bounds."""
-    window = int(number(run.setting("stopping", "evidence") or 20))
+    window = int(run.setting("stopping", "evidence") or 20)
     audited, right = (
         np.nan_to_num(run.column(f"rollout/{name}")).astype(int)
         for name in ("audited", "audited_correct")

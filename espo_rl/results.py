@@ -21,7 +21,7 @@ import msgspec
 from rich.table import Table
 
 from espo_rl.evaluator import EvaluationError, ProblemResult, Report
-from espo_rl.files import written_whole
+from espo_rl.files import write_json
 from espo_rl.intervals import ProblemMean, Share
 from espo_rl.types import Problem
 
@@ -127,12 +127,6 @@ class ResultsFile:
         """Write a finished problem, so that it survives whatever comes next."""
         self._file.write(msgspec.json.encode(result) + b"\n")
         self._file.flush()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write it whole or not at all."""
-    with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

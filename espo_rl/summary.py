@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from espo_rl.config import Recipe
+from espo_rl.files import write_json
 from espo_rl.intervals import ProblemMean, Share
 from espo_rl.stopping import StopController
 from espo_rl.types import EndReason, Rollout
@@ -170,7 +170,7 @@ class Summary:
 
     def write(self, path: Path) -> Path:
         """Write summary.json; returns its path."""
-        path.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        write_json(path, self.as_dict())
         return path
 
     def text(self) -> str:

@@ -41,7 +41,11 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, help="folder (default: the study's)")
     parser.add_argument(
-        "--set", nargs="+", metavar="section.key=value", default=[], help="for every run"
+        "--set",
+        nargs="+",
+        metavar="section.key=value",
+        default=[],
+        help="for every run; a method's own come after",
     )
     parser.add_argument("--results-only", action="store_true", help="run nothing")
     options = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,9 @@ def record(folder: Path, rollouts: list[Rollout]) -> Path:
     """A run's folder with the rollouts in two files."""
     dumps = RolloutDumps(load_recipe("arithmetic-mixed", [f"run.output={folder}"]))
     half = len(rollouts) // 2
+    # An answer that no grader could tell is no rollout to learn from.
+    lost = replace(rollouts[0], end=EndReason.ERROR, correct=None)
+    rollouts = [*rollouts, lost]
     dumps.write(1, rollouts[:half], Gate())
     dumps.write(2, rollouts[half:], Gate())
     return folder
@@ -94,9 +98,11 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch,
         rollouts, _ = read_rollouts(file)
         column = pq.read_table(file)["values"].to_pylist()
         for rollout, row in zip(rollouts, column, strict=True):
+            if rollout.end is EndReason.ERROR:
+                assert row == []
+                continue
             expected = loaded.values(rollout.prompt_ids + rollout.token_ids)
-            chances = [(value + 1.0) / 2.0 for value in expected[len(rollout.prompt_ids) :]]
-            assert row == pytest.approx(chances, abs=1e-5)
+            assert row == pytest.approx(expected[len(rollout.prompt_ids) :], abs=1e-5)
             assert len(row) == len(rollout.token_ids)
             full, there = full + 1, there | {rollout.problem.id}
     assert full == report["rollouts"]["held_out"] == 2 * len(there)

@@ -48,7 +48,7 @@ def live_cut(gate: Gate, rollout: Rollout, values: Any = None) -> int:
         last = rollout.end is not EndReason.LENGTH and token == len(rollout.logprobs)
         watch.push(*map(float, pair), last=last)
         if values is not None and token in watch._unsettled:
-            watch.settle(token, float(values[token - 1]))
+            watch.settle(token, gate.success(float(values[token - 1])))
     return watch.cut or 0
 
 
@@ -61,9 +61,10 @@ def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: P
     values = [rng.random(len(rollout.logprobs)) for rollout in rollouts]
     source = Source([dump(tmp_path / "a.parquet", rollouts, values=values)], "correct", None)
     learnt = fitted(source.read, 2)
+    learnt.gate = dataclasses.replace(learnt.gate, critic_wrong=-1.0, critic_right=2.0)
     chunk = next(iter(source.read()))
     done = replayed(source.read, learnt)
-    assert len(done.rules) == 8
+    assert len(done.rules) == 7
     stops = 0
     for judgement in done.rules.values():
         field = RULES[judgement.gate.rule].threshold
@@ -164,6 +165,7 @@ def test_the_command_leaves_table_numbers_and_picture(
     run = tmp_path / "run"
     rollouts = make_rollouts(400, 80)
     rollouts[0].end, rollouts[0].correct = EndReason.EARLY_STOP, None
+    rollouts[1].end, rollouts[1].audited = EndReason.EARLY_STOP, True
     dump(run / "rollouts" / "step-00000001.parquet", rollouts)
     out = tmp_path / "out"
     assert main([str(run), "--output", str(out), "--bootstrap", "20"]) == 0
@@ -174,13 +176,28 @@ def test_the_command_leaves_table_numbers_and_picture(
     success = content["rules"]["success-probability"]
     assert success["auc"][1] > content["rules"]["random"]["auc"][0]
     assert success["recommended"]["gate"]["rule"] == "success-probability"
+    assert "at most" in success["recommended"]["reason"]
     assert {part["bin"] for part in success["by_difficulty"]} <= {
         *("never right", "right up to 1/3", "1/3 to 2/3", "over 2/3", "always right")
     }
     with open(out / "curves.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 * 121
+    assert len(rows) == 5 * 121
     assert (out / "replay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cut_ones_are_not_left_out_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts = make_rollouts(60, 40)
+    rollouts[0].end, rollouts[0].correct = EndReason.EARLY_STOP, None
+    assert main([str(dump(tmp_path / "a.parquet", rollouts)), "--output", str(tmp_path)]) == 1
+    assert "1 of 60 traces were cut and none" in capsys.readouterr().err
+
+
+def test_none_seen_is_not_none_there() -> None:
+    found = curve(judged([0] * 20, [*range(20)]), np.full((20, 1), 5, np.int32), draws=50)
+    assert found.false[0] == pytest.approx([0.0, 0.0, 1.0 - 0.025 ** (1 / 20)])
 
 
 def test_audited_rollouts_stand_for_the_stopped_ones(tmp_path: Path) -> None:
@@ -205,6 +222,9 @@ def test_an_estimator_of_another_run_judges_all(tmp_path: Path) -> None:
     own, other = (replayed(here.read, fit) for fit in (fitted(here.read, 2), learnt))
     name = "success-probability"
     assert (own.rules[name].levels != other.rules[name].levels).any()
+    # What the written gate would do to the rollouts that it was fitted on, too.
+    assert (own.rules[name].rehearsed != own.rules[name].levels).any()
+    assert (other.rules[name].rehearsed == other.rules[name].levels).all()
 
 
 def outcomes(rollouts: list[Rollout], correct: bool | None) -> list[Rollout]:

@@ -41,6 +41,7 @@ def row(step: int, tokens: int, full: float | None, **other: Any) -> dict[str, A
         "rollout/tokens": tokens,
         "rollout/tokens_without_stopping": full,
         "rollout/length": tokens / 10,
+        "rollout/length_without_stopping": full and full / 10,
         "rollout/stop_share": 0.25,
         "rollout/audited": 4,
         "rollout/audited_correct": 1,
@@ -63,7 +64,7 @@ def finish(run: Run, *, tokens: int, accuracy: float) -> None:
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     summary = {"accuracy_before": 0.5, "accuracy_after": accuracy, "stop_rate": 0.25}
-    summary |= {"restarts": 0, "errors": 0}
+    summary |= {"restarts": 0, "errors": 0, "tokens_without_stopping": 4 * tokens}
     (run.folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -254,6 +255,10 @@ def test_results_are_compared_seed_by_seed(done: Study) -> None:
     assert espo["against_baseline"]["tokens"]["mean"] == pytest.approx(sum(ratios) / 2)
     assert espo["against_baseline"]["accuracy"]["mean"] == pytest.approx(0.0)
     assert espo["length_full"]["mean"] == pytest.approx(140.1)
+    assert [run["tokens_full"] for run in results["runs"] if run["method"] == "espo"] == [
+        2800,
+        2804,
+    ]
     assert espo["false_positives"] == pytest.approx(
         {"value": 0.25, "audited": 16, "low": 0.1019, "high": 0.4950}, abs=1e-3
     )

@@ -106,11 +106,7 @@ def _saved(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
 def _lengths(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
     _by_step("length", _WINDOW)(axes, runs, style)
     steps = min(len(run["step"]) for run in runs)
-    full = [
-        np.array(run["tokens_full"]) / np.array(run["tokens"]) * np.array(run["length"])
-        for run in runs
-    ]
-    values = np.mean([_smoothed(run[:steps].tolist(), _WINDOW) for run in full], axis=0)
+    values = np.mean([_smoothed(run["length_full"][:steps], _WINDOW) for run in runs], axis=0)
     stopped = any(share > 0 for run in runs for share in run["stop_share"])
     if stopped:
         thin = style | {"linewidth": 0.7, "label": None}

@@ -1,7 +1,7 @@
 """What the runs of a study came to: each run, each method, each method against the baseline.
 
-All intervals are 95 %, Student's t over seeds; comparisons are paired by seed, as equal seeds mean
-equal problems in equal order.
+All intervals are 95 %, Student's t over seeds; comparisons are paired by seed: equal seeds mean
+equal problems in equal order, but where dynamic sampling draws more of them.
 """
 
 from __future__ import annotations
@@ -75,16 +75,15 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
             "tokens": "rollout/tokens",
             "tokens_full": "rollout/tokens_without_stopping",
             "length": "rollout/length",
+            "length_full": "rollout/length_without_stopping",
             "longest": "rollout/length_max",
             "stop_share": "rollout/stop_share",
-            "training_accuracy": "rollout/accuracy",
             "audited": "rollout/audited",
             "audited_correct": "rollout/audited_correct",
             "believed_errors": "rollout/believed_errors",
             "entropy": "ppo/entropy",
             "critic_explained_variance": "ppo/critic_explained_variance",
             "gate_explained_variance": "stopping/explained_variance",
-            "threshold": "stopping/threshold",
             "rollout_seconds": "seconds/rollout",
             "update_seconds": "seconds/update",
             "step_seconds": "seconds/step",
@@ -123,9 +122,6 @@ def result_of(run: Run) -> dict[str, Any] | None:
         values = [value for value in curves[name][-last:] if math.isfinite(value)]
         return float(np.mean(values)) if values else math.nan
 
-    rollouts = len(curves["step"])
-    tokens = float(np.sum(curves["tokens"]))
-    per_rollout = mean("tokens") / mean("length") if rollouts else math.nan
     return {
         "method": run.name,
         "seed": run.seed,
@@ -133,10 +129,10 @@ def result_of(run: Run) -> dict[str, Any] | None:
         "accuracy": summary["accuracy_after"],
         "accuracy_before": summary["accuracy_before"],
         "accuracy_greedy": number(summary.get("accuracy_greedy_after")),
-        "tokens": tokens,
-        "tokens_full": float(np.sum(curves["tokens_full"])),
+        "tokens": float(np.sum(curves["tokens"])),
+        "tokens_full": number(summary["tokens_without_stopping"]),
         "length": mean("length"),
-        "length_full": mean("tokens_full") / per_rollout,
+        "length_full": mean("length_full"),
         "stop_share": mean("stop_share"),
         "audited": int(np.nansum(curves["audited"])),
         "audited_correct": int(np.nansum(curves["audited_correct"])),

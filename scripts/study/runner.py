@@ -99,7 +99,9 @@ def stop_share(run: Run) -> float:
     steps = read_run(run.folder)
     gated = np.flatnonzero(np.array(steps.column("stopping/on")) == 1.0)
     if not gated.size:
-        raise StudyError(f"{run.folder} stopped nothing, so there is no share to match: see its log")
+        raise StudyError(
+            f"{run.folder} stopped nothing, so there is no share to match: see its log"
+        )
     return float(np.mean(steps.column("rollout/stop_share")[gated[0] :]))
 
 
