@@ -54,11 +54,8 @@ def recorded_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def load_critic(model: str, *, statistics: bool, seed: int) -> tuple[Critic, Any]:
+def load_critic(model: str, *, statistics: bool, seed: int) -> Critic:
     """As the trainer makes one: V is 0 at the start unless the checkpoint is a critic already.
-
-    Returns:
-        the critic, and the tokenizer beside it.
 
     Raises:
         PretrainError: the model cannot be loaded.
@@ -68,12 +65,18 @@ def load_critic(model: str, *, statistics: bool, seed: int) -> tuple[Critic, Any
         config = transformers.AutoConfig.from_pretrained(model)
         fresh = not any("SequenceClassification" in name for name in config.architectures or ())
         classifier = load_classifier(model, fresh=fresh, dtype=torch.float32)
-        # vLLM wants one, though a critic is asked with token ids.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, RuntimeError) as error:
         raise PretrainError(f"--model {model} cannot be loaded: {error}") from error
     critic = Critic(classifier, statistics=statistics)
-    return critic.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return critic.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(model: str) -> Any:
+    """vLLM wants one beside the critic, though it is asked with token ids. Raises PretrainError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise PretrainError(f"--model {model} has no tokenizer: {error}") from error
 
 
 def pretrain(options: argparse.Namespace, console: Console) -> None:
