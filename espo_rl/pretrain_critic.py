@@ -100,8 +100,8 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     files = recorded_files(options.rollouts)
     recorded = {file: read_rollouts(file)[0] for file in files}
     parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
-    critic, tokenizer = load_critic(options.model, statistics=options.statistics, seed=options.seed)
-    scaler = Scaler()
+    critic = load_critic(options.model, statistics=options.statistics, seed=options.seed)
+    tokenizer, scaler = load_tokenizer(options.model), Scaler()
 
     with progress_bar(console=console) as bar:
         line = bar.add_task("fitting the critic", total=settings.epochs)
