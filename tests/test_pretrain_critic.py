@@ -193,9 +193,17 @@ def test_a_folder_in_use_is_left_alone(base, tmp_path, monkeypatch, capsys):
 
 def test_a_fault_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
     critic = pretrain_critic.load_critic(str(base), statistics=False, seed=0)
+    tokenizer = pretrain_critic.load_tokenizer(str(base))
     with pytest.raises(TypeError):
-        pretrain_critic._write(tmp_path / "c", critic, Scaler(), {"no JSON": object()}, str(base))
+        pretrain_critic._write(tmp_path / "c", critic, Scaler(), {"no JSON": object()}, tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_tokenizer_is_told_before_the_fit(base, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((base / file).read_bytes())
+    with pytest.raises(PretrainError, match="has no tokenizer"):
+        pretrain_critic.load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("argument", ["--held-out=1", "--wrong-reward=1", "--epochs=0"])
