@@ -83,7 +83,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vllm", metavar="URL", help="a running vLLM, for the throughput")
     parser.add_argument("--model", metavar="NAME", help="what it serves")
     parser.add_argument(
-        "--serve-vllm", action="store_true", help="or start one with a tiny random model"
+        "--serve-vllm", action="store_true", help="or start one with a random model"
+    )
+    parser.add_argument(
+        "--vllm-shape",
+        type=int,
+        nargs=2,
+        metavar=("HIDDEN", "LAYERS"),
+        default=(128, 2),
+        help="of that model (default: 128 2, a tiny one)",
     )
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="run the gateway under cProfile (slower)"
@@ -136,7 +144,12 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     progress.advance(rounds)
         if arguments.vllm or arguments.serve_vllm:
             ratio = await throughput.measure(
-                arguments.vllm, arguments.model, gate, quick=arguments.quick, progress=progress
+                arguments.vllm,
+                arguments.model,
+                gate,
+                shape=arguments.vllm_shape,
+                quick=arguments.quick,
+                progress=progress,
             )
     return report_of(arguments, cases, ratio, load)
 

@@ -48,7 +48,7 @@ def logprobs(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
     return rows.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
 
-def text_checkpoint(folder: Path, seed: int) -> Path:
+def text_checkpoint(folder: Path, seed: int, *, hidden: int = 128, layers: int = 2) -> Path:
     """A random policy that reads and writes any text, a token a byte, up to 4096 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -63,7 +63,7 @@ def text_checkpoint(folder: Path, seed: int) -> Path:
         additional_special_tokens=["<user>", "<assistant>"],
     )
     fast.chat_template = CHAT_TEMPLATE
-    config = make_model(layers=2).config
+    config = make_model(hidden=hidden, layers=layers).config
     config.update({"vocab_size": len(alphabet), "max_position_embeddings": 4096})
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -79,6 +79,7 @@ def report_of(
             "tokens_per_stream": arguments.tokens,
             "step_ms": arguments.step_ms,
             "repetitions": arguments.repetitions,
+            "vllm_shape": list(arguments.vllm_shape),
             "profiled": arguments.profile is not None,
         },
         "environment": environment(arguments, load),

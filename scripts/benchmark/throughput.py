@@ -56,16 +56,22 @@ class Ratio:
 
 
 async def measure(
-    url: str | None, model: str | None, gate: bytes | None, *, quick: bool, progress: Progress
+    url: str | None,
+    model: str | None,
+    gate: bytes | None,
+    *,
+    shape: tuple[int, int],
+    quick: bool,
+    progress: Progress,
 ) -> Ratio:
-    """Alternating rounds; url None starts a vLLM of a tiny random model."""
+    """Alternating rounds; url None starts a vLLM of a random model, shape: hidden size, layers."""
     pairs = 3 if quick else PAIRS
     task = progress.add_task("vLLM starting", total=3 * pairs)
     progress.refresh()
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         if url is None:
-            url, model = await _serve(stack, folder)
+            url, model = await _serve(stack, folder, *shape)
         url = url.rstrip("/").removesuffix("/v1")
         proxy = await servers.start_gateway(folder, url, gate)
         stack.push_async_callback(proxy.process.stop)
@@ -87,12 +93,12 @@ async def measure(
         return result
 
 
-async def _serve(stack: AsyncExitStack, folder: Path) -> tuple[str, str]:
+async def _serve(stack: AsyncExitStack, folder: Path, hidden: int, layers: int) -> tuple[str, str]:
     sys.path.append(str(servers.HERE.parents[1] / "tests"))
     from models import text_checkpoint
 
     port = free_port()
-    checkpoint = text_checkpoint(folder / "checkpoint", 0)
+    checkpoint = text_checkpoint(folder / "checkpoint", 0, hidden=hidden, layers=layers)
     command = [sys.executable, "-m", "espo_gateway.vllm_plugin", str(checkpoint)]
     limits = ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name", "policy"]
     process = await ServerProcess.start(
