@@ -18,7 +18,7 @@ sys.path.append(str(SCRIPTS))
 
 from study import runner  # noqa: E402
 from study.design import Preparation, Run, Study, StudyError, load_study  # noqa: E402
-from study.plots import PLOTS, draw_all  # noqa: E402
+from study.plots import PLOTS, _styles, draw_all  # noqa: E402
 from study.results import curves_of, results_of, spread  # noqa: E402
 from study.runner import Stopped, check, run_study, stop_share  # noqa: E402
 from study.table import markdown  # noqa: E402
@@ -274,3 +274,8 @@ def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
     paths = draw_all(done, tmp_path / "plots")
     assert [path.stem for path in paths] == list(PLOTS)
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_no_two_methods_look_alike() -> None:
+    styles = [tuple(style.values()) for style, _ in zip(_styles(), range(28), strict=False)]
+    assert len(set(styles)) == 28

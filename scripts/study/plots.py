@@ -50,7 +50,7 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
 
 def _styles() -> Iterator[dict[str, object]]:
     for number, colour in enumerate(cycle(_COLOURS)):
-        dash = _DASHES[(number // len(_COLOURS) + number) % len(_DASHES)]
+        dash = _DASHES[number % len(_DASHES)]
         yield {"color": colour, "linestyle": dash, "linewidth": 1.8}
 
 
