@@ -175,10 +175,10 @@ def judge(
     assert learnt.gate.estimator is not None
     final = probabilities(learnt.gate.estimator.logits(replay.features))
     del replay.features
+    said = None if chunk.values is None else learnt.gate.success(chunk.values)
+    sources = {"stream": unseen, "critic": said, "constant": None, None: None}
     found = []
     for name, gate in made.items():
-        said = None if chunk.values is None else gate.success(chunk.values)
-        sources = {"stream": unseen, "critic": said, "constant": None, None: None}
         cuts, levels = crossings(
             gate.rule, replay.scores(gate, sources[gate.source]), grid_of(gate)
         )
