@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,10 +154,10 @@ def _totals(gateway: Gateway) -> Json:
 
 
 def server_states(pool: UpstreamPool) -> list[Json]:
-    """Every server: url, healthy, breaker's state, in_flight, retries."""
+    """Every server: url (without a password), healthy, breaker's state, in_flight, retries."""
     return [
         {
-            "url": server.url,
+            "url": re.sub(r"//[^/]*@", "//", server.url),
             "healthy": server.healthy,
             "breaker": server.breaker.state,
             "in_flight": server.in_flight,
