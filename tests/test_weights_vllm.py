@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -142,10 +143,21 @@ async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(vllm_server: Vll
     tokens: list[int] = []
     found: list[float] = []
     updated = False
+    url = f"{vllm_server.url}/v1/completions"
+
+    async def other(seed: int) -> None:
+        async with session.post(url, json=body | {"stream": False, "seed": seed}) as response:
+            assert response.status == 200
+            await response.read()
+
     async with (
         aiohttp.ClientSession() as session,
-        session.post(f"{vllm_server.url}/v1/completions", json=body) as response,
+        # With the engine to itself a stream could be over before the update begins.
+        asyncio.TaskGroup() as others,
+        session.post(url, json=body) as response,
     ):
+        for seed in range(2, 33):
+            others.create_task(other(seed))
         async for line in response.content:
             if not line.startswith(b"data: {"):
                 continue
