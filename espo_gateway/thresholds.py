@@ -52,7 +52,7 @@ def steered(
 def share_level(levels: NDArray[Any], target: float, bounds: tuple[float, float]) -> float:
     """The level that stops about a share of the rollouts whose own levels are given."""
     # A rollout is stopped by what is above its level, so the quantile stops the wished share.
-    return _clipped(float(np.quantile(levels, target, method="nearest")), *bounds)
+    return _clipped(_below(np.quantile(levels, target, method="nearest")), *bounds)
 
 
 class ShareThreshold:
@@ -88,6 +88,11 @@ class ShareThreshold:
         self._step = step
         self._range = low, high
         self._full: deque[NDArray[np.float32]] = deque(maxlen=window)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it still makes use of outcomes."""
+        return self.level is None
 
     def update(
         self,
@@ -143,6 +148,8 @@ class AuditThreshold:
     (or the smallest of any candidate). known: the effective number of outcomes it rests on;
     false: of these, the ones that would have been right.
     """
+
+    learns = True
 
     def __init__(
         self, *, limit: float, confidence: float, window: int, low: float, high: float
@@ -208,7 +215,7 @@ class AuditThreshold:
         ranks = [math.ceil(self.needed)]
         while ranks[-1] < levels.size:
             ranks.append(math.ceil(ranks[-1] * _RATIO))
-        chosen = [float(levels[rank]) for rank in ranks if rank < levels.size]
+        chosen = [_below(levels[rank]) for rank in ranks if rank < levels.size]
         return np.unique([*np.clip(chosen, low, high), high])
 
 
@@ -241,6 +248,15 @@ def _pooled(batches: list[Outcomes], candidates: Array) -> tuple[Array, Array]:
         known += effective
         false += effective * np.divide(right, total, out=np.zeros_like(total), where=some)
     return false, known
+
+
+def _below(level: Any) -> float:
+    """The next stricter level that a float32 can hold.
+
+    Of rollouts that tie, as those of one prompt may whose V is least before they part, a threshold
+    made from their level stops all or none, by a rounding: so none.
+    """
+    return float(np.nextafter(np.float32(level), np.float32(-np.inf)))
 
 
 def _clipped(level: float, low: float, high: float) -> float:

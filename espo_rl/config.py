@@ -59,6 +59,8 @@ class TaskSection(Section):
     # arithmetic
     min_steps: Count = 2
     max_steps: Annotated[int, Field(ge=1, le=26)] = 24
+    # These numbers of steps instead, one that repeats as much more often
+    steps: Annotated[list[Annotated[int, Field(ge=1, le=26)]], Field(min_length=1)] | None = None
     # dataset: a JSONL, JSON, Parquet or CSV file, a folder, or a name on the Hugging Face hub
     train: str | None = None
     eval: str | None = None  # without one, a tenth of the training problems is held out
@@ -191,14 +193,6 @@ class Stopping(Section):
                         f"audit_share = 0 with {what}: stopping hides the outcomes it learns from; "
                         "set audit_share above 0 (0.1 is usual)"
                     )
-        if (self.rule, self.value) == ("value-only", "critic") and self.threshold in (
-            "audit",
-            "quantile",
-        ):
-            raise ValueError(
-                f'threshold = "{self.threshold}" needs the value at every token, and a critic\'s '
-                'are not recorded: set threshold = "share" or "fixed"'
-            )
         if self.rule == "confidence":
             raise ValueError(
                 'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '

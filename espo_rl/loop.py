@@ -25,6 +25,7 @@ from espo_rl.batches import Batch
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.dumps import RolloutDumps
+from espo_rl.estimator import with_outcome
 from espo_rl.evaluator import EvaluationError, ProblemResult, Report, Sampling, evaluate
 from espo_rl.grading import GraderPool
 from espo_rl.logs import RunLog
@@ -325,10 +326,17 @@ class Loop:
             rollouts = batch.informative() or rollouts
         async with self._trainer_free:
             with self.timed("update"), self.log.phase("update"):
+                values = None
+                if self.stopping.needs_values:  # as when it gated, so before the update
+                    known = with_outcome(batch.usable)
+                    values = await asyncio.to_thread(self.trainer.values_of, known)
                 update = await asyncio.to_thread(self.trainer.update, rollouts)
             self.step += 1
         self.stopping.observe(
-            batch.usable, update.get("critic_loss"), update.get("critic_explained_variance")
+            batch.usable,
+            update.get("critic_loss"),
+            update.get("critic_explained_variance"),
+            values,
         )
         return update, len(rollouts)
 

@@ -17,7 +17,6 @@ as one ends with an error. A single process has none of this and pays nothing fo
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,4 +145,6 @@ def follow(target: Collective) -> None:
     """
     while (command := target.ranks.receive()) is not None:
         name, args, kwargs = command
-        inspect.unwrap(getattr(type(target), name))(target, *args, **kwargs)
+        method = getattr(type(target), name)
+        # The outermost layer alone: what is below it, such as torch.no_grad, holds here too.
+        getattr(method, "__wrapped__", method)(target, *args, **kwargs)

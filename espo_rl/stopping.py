@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from espo_gateway import estimator
-from espo_gateway.monitor import Array, MonitorConfig, RegretStatistics, smoothed_regret
+from espo_gateway.monitor import Array, MonitorConfig, RegretStatistics, pad, smoothed_regret
 from espo_gateway.replay import level_of, stop_levels, threshold_at
 from espo_gateway.rules import THRESHOLDS, Gate, value_source
 from espo_gateway.thresholds import AuditThreshold, Outcomes, ShareThreshold
@@ -214,16 +214,24 @@ class StopController:
 
     # -- after a batch -------------------------------------------------------------------------
 
+    @property
+    def needs_values(self) -> bool:
+        """Whether `observe` has a use for values."""
+        return self._source == "critic" and self._threshold is not None and self._threshold.learns
+
     def observe(
         self,
         rollouts: Sequence[Rollout],
         critic_loss: float | None,
         critic_explained_variance: float | None = None,
+        values: Sequence[Array] | None = None,
     ) -> None:
         """Learn from a finished batch: statistics, threshold, estimator, warm-up.
 
         Args:
             critic_loss, critic_explained_variance: of the critic on it; None without a critic.
+            values: what the critic says after each token of the rollouts `with_outcome`, [tokens]
+                each; without them nothing is learnt of a critic's threshold.
         """
         usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
         if not usable:
@@ -237,7 +245,8 @@ class StopController:
         self.z_quantiles = self._quantiles(regrets, in_force)
         # Before the estimator learns of the batch: what it says here must be out of sample.
         expected = known.probabilities(self.estimator) if self.estimator is not None else None
-        outcomes = self._outcomes(known, expected, in_force)
+        said = None if values is None else self._gate("").success(pad(values))
+        outcomes = self._outcomes(known, expected, said, in_force)
         if self._source == "critic":
             self.explained_variance = critic_explained_variance
         elif expected is not None:
@@ -254,7 +263,7 @@ class StopController:
                 outcomes,
                 share if was_on else None,
                 ready=self.warmup.done,
-                rehearsal=self._outcomes(known, learnt, self.statistics),
+                rehearsal=self._outcomes(known, learnt, said, self.statistics),
             )
         self.version += 1
 
@@ -268,23 +277,27 @@ class StopController:
         return float(half), float(most), float(nearly_all)
 
     def _outcomes(
-        self, known: KnownRollouts, expected: Array | None, statistics: RegretStatistics
+        self,
+        known: KnownRollouts,
+        expected: Array | None,
+        said: Array | None,
+        statistics: RegretStatistics,
     ) -> Outcomes | None:
-        """What the batch says about thresholds; None when the rule cannot be replayed on it."""
-        rule = self.config.rule
-        estimates = self._source == "stream"
-        unknown = (estimates and expected is None) or (
-            rule == "value-only" and self._source == "critic"
-        )
+        """What the batch says about thresholds; None when the rule cannot be replayed on it.
+
+        expected, said: V at each token by the stream's estimator, by the critic.
+        """
+        values = {"stream": expected, "critic": said}.get(self._source or "")
+        unknown = values is None and self._source in ("stream", "critic")
         if self._threshold is None or unknown:
             return None
         levels = stop_levels(
-            dataclasses.replace(self._gate(""), rule=rule, statistics=statistics),
+            dataclasses.replace(self._gate(""), rule=self.config.rule, statistics=statistics),
             known.logprobs,
             known.max_logprobs,
             known.prompt_tokens,
             completed_at=known.completed_at,
-            values=expected if estimates else None,
+            values=values,
         )
         return Outcomes(
             levels=levels.astype(np.float32),
@@ -320,7 +333,6 @@ def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
         return ShareThreshold(target=target, step=0.0, low=-math.inf, high=math.inf, start=start)
     if config.threshold == "quantile":
         return ShareThreshold(target=target, step=0.0, low=low, high=high, start=None)
-    never_calibrated = config.warmup == "none" or (rule, config.value) == ("value-only", "critic")
-    if start is None and never_calibrated:
+    if start is None and config.warmup == "none":
         start = default
     return ShareThreshold(target=target, step=config.beta_step, low=low, high=high, start=start)

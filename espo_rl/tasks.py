@@ -50,10 +50,12 @@ class Arithmetic:
     min_steps: int = 2
     max_steps: int = 24
     template: str = "{problem}"
+    steps: Sequence[int] | None = None
 
     def problem(self, rng: random.Random) -> Problem:
-        """Draw one problem; the number of steps is uniform in [min_steps, max_steps]."""
-        steps = rng.randint(self.min_steps, self.max_steps)
+        """Draw one problem; the number of steps is one of `steps`, or uniform in
+        [min_steps, max_steps]."""
+        steps = rng.choice(self.steps or range(self.min_steps, self.max_steps + 1))
         text = f"{rng.randrange(1000):03d}{ascii_lowercase[steps - 1]}"
         answer = self.solution(text).rpartition("#")[2]
         return Problem(id=text, prompt=_prompt(self.template, text), answer=answer)
@@ -349,5 +351,5 @@ def _meant(wrong: str, names: Collection[str]) -> str:
 def make_task(config: TaskSection) -> Task:
     """The task a recipe names. Raises TaskError when its problems cannot be had."""
     if config.kind == "arithmetic":
-        return Arithmetic(config.min_steps, config.max_steps, config.template)
+        return Arithmetic(config.min_steps, config.max_steps, config.template, config.steps)
     return DatasetTask(config) if config.kind == "dataset" else GymTask(config)

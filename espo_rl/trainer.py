@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espo_rl.batching import MicroBatch, Sample, micro_batches
@@ -44,6 +45,7 @@ from espo_rl.weights import TensorSpec, gathered, tensor_specs
 logger = logging.getLogger(__name__)
 
 ModelName = Literal["actor", "critic"]
+T = TypeVar("T")
 
 
 class PpoTrainer:
@@ -180,10 +182,7 @@ class PpoTrainer:
                     sample = samples[index]
                     states = slice(sample.prompt - 1, len(sample.tokens))
                     mine[index].values = values[row, states].clone()
-        everyones = {
-            index: one for share in self.ranks.gather(mine) for index, one in share.items()
-        }
-        return [everyones[index] for index in range(len(samples))]
+        return self._everyones(mine)
 
     def _minibatch(self, samples: list[Sample], trains_actor: bool) -> Metrics:
         """One optimizer step of each engine; this rank's share of what there is to report."""
@@ -217,6 +216,11 @@ class PpoTrainer:
         return sums
 
     # -- pieces --------------------------------------------------------------------------------
+
+    def _everyones(self, mine: dict[int, T]) -> list[T]:
+        """What all ranks found of their samples, in the samples' order."""
+        found = {index: one for share in self.ranks.gather(mine) for index, one in share.items()}
+        return [found[index] for index in sorted(found)]
 
     def _batches(self, samples: list[Sample]) -> Iterator[MicroBatch]:
         return micro_batches(
@@ -289,6 +293,24 @@ class PpoTrainer:
             raise ValueError("this recipe trains no critic")
         self.critic.train(False)
         return self.critic(torch.tensor([list(token_ids)], device=self.critic.device))[0].tolist()
+
+    def values_of(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
+        """What the critic's server says now: V after each token, past a cut too, each [tokens]."""
+        full = [replace(rollout, kept=len(rollout.token_ids)) for rollout in rollouts]
+        return self._values_of([Sample.of(rollout) for rollout in full])
+
+    @collective
+    @torch.no_grad()
+    def _values_of(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
+        assert self.critic is not None
+        self.critic.train(False)
+        mine: dict[int, NDArray[np.float64]] = {}
+        for batch in self._batches(samples):
+            values = self.critic(batch.tokens).double().cpu().numpy()
+            for row, index in enumerate(batch.indices):
+                sample = samples[index]
+                mine[index] = values[row, sample.prompt : len(sample.tokens)].copy()
+        return self._everyones(mine)
 
     @collective
     def save_models(self, folder: Path) -> None:

@@ -45,12 +45,23 @@ def simulate(count: int, seed: int, *, harmless: float = 0.0) -> list[Rollout]:
     return rollouts
 
 
+def critic_says(rollouts: Sequence[Rollout]) -> list[Array]:
+    """P(success) by one who sees the slips, next to nothing after one: [tokens] each."""
+    left = (1.0 - SLIP) ** np.arange(LENGTH - 1, -1, -1)
+    said = []
+    for rollout in rollouts:
+        doubt = 0.05 * np.random.default_rng(len(said)).random()
+        slipped = np.cumsum(rollout.logprobs < -4.0) > 0
+        said.append(np.where(slipped, doubt, left[: len(slipped)]))
+    return said
+
+
 def cuts(rollouts: Sequence[Rollout], gate: Gate) -> list[int]:
     """Where the gate stops each, 0 for nowhere."""
     arrays = [pad([getattr(r, name) for r in rollouts]) for name in ("logprobs", "max_logprobs")]
     prompts: Array = np.array([float(len(rollout.prompt_ids)) for rollout in rollouts])
     ends = np.array([len(rollout.token_ids) for rollout in rollouts])
-    values = np.full(arrays[0].shape, 0.5) if gate.needs_critic else None
+    values = pad(critic_says(rollouts)) if gate.needs_critic else None
     return first_stops(gate, *arrays, prompts, completed_at=ends, values=values).tolist()
 
 

@@ -163,6 +163,8 @@ def test_two_ranks_train_as_one(paths: Paths, alone: dict[str, Any], stage: int)
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
     assert seen["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-3)
     assert seen["values"] == pytest.approx(alone["values"], abs=1e-3)
+    for found, expected in zip(seen["values_of"], alone["values_of"], strict=True):
+        assert found == pytest.approx(expected, abs=1e-3)
 
     for name, value in seen["weights"].items():
         torch.testing.assert_close(seen["again"][name], value, atol=1e-6, rtol=0, msg=name)

@@ -36,6 +36,8 @@ def test_overrides_take_toml_values_and_bare_words():
         ("task.pattern=answer: .*", ["task", "pattern", "group"]),
         ("task.answer_pattern=(", ["task", "answer_pattern", "regular expression"]),
         ("task.grader=task", ["task", "reasoning-gym"]),
+        ("task.steps=[2,27]", ["task.steps", "26"]),
+        ("task.steps=[]", ["task.steps", "at least 1 item"]),
         ("nonsense", ["section.key=value"]),
         ("run.steps.more=1", ["run.steps.more"]),
     ],

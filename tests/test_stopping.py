@@ -11,7 +11,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from simulated import censored, cuts, simulate
+from simulated import censored, critic_says, cuts, simulate
 
 from espo_gateway import estimator
 from espo_gateway.gates import gate_from_json, gate_to_json
@@ -19,6 +19,7 @@ from espo_gateway.monitor import RegretStatistics, pad, smoothed_regret
 from espo_gateway.replay import level_of, recorded_regrets
 from espo_gateway.rules import THRESHOLDS, Gate, RuleName
 from espo_rl.config import Stopping
+from espo_rl.estimator import with_outcome
 from espo_rl.stopping import StopController, WarmUp
 from espo_rl.types import EndReason
 
@@ -36,7 +37,8 @@ def play(stopping, batches, *, rollouts=150, seed=0, harmless=0.0, explained=0.5
         gate = stopping.gate(f"step-{batch}")
         full = simulate(rollouts, 1000 * seed + batch, harmless=harmless)
         seen = censored(full, gate, stopping.config.audit_share, batch)
-        stopping.observe(seen, 0.4, explained)
+        values = critic_says(with_outcome(seen)) if stopping.needs_values else None
+        stopping.observe(seen, 0.4, explained, values)
         gates.append(gate)
         shares.append(sum(rollout.stopped for rollout in seen) / rollouts)
     return gates, shares
@@ -54,7 +56,6 @@ ALL = [
         ("none", "batches", "critic-loss", "explained-variance"),
     )
     if value == "stream" or rule in ("value-gated", "value-only")
-    if (rule, value) != ("value-only", "critic") or threshold in ("share", "fixed")
 ]
 
 
@@ -76,7 +77,8 @@ def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup)
         assert stopping.reason
         seen = censored(simulate(120, batch), gate, AUDIT, batch)
         before, was_on = stopping.threshold, stopping.on
-        stopping.observe(seen, 0.4, 0.5)
+        values = critic_says(with_outcome(seen)) if stopping.needs_values else None
+        stopping.observe(seen, 0.4, 0.5, values)
         stopping = pickle.loads(pickle.dumps(stopping))  # as a checkpoint does
         if not was_on or stopping.threshold is None:
             continue
@@ -304,6 +306,43 @@ def test_beta_starts_where_it_is_given_or_where_the_warm_up_puts_it():
     assert given.threshold == 4.0
 
 
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
+def test_a_critics_threshold_starts_where_its_values_put_it(rule):
+    """V = ε instead would stop far fewer than wished."""
+    stopping = controller(
+        rule=rule, value="critic", threshold="share", target_share=0.3, warmup_batches=1
+    )
+    assert stopping.needs_values
+    full = simulate(400, 6)
+    stopping.observe(full, None, values=critic_says(full))
+    gate = stopping.gate("w")
+    assert gate.rule == rule
+    assert np.mean(np.array(cuts(full, gate)) > 0) == pytest.approx(0.3, abs=0.03)
+    assert not stopping.needs_values  # from here on the share alone moves it
+
+
+def test_what_no_critic_said_calibrates_nothing():
+    stopping = controller(rule="value-gated", value="critic", threshold="share", warmup_batches=1)
+    stopping.observe(simulate(100, 0), None)
+    assert not stopping.on
+    assert "no full rollout has been judged" in stopping.reason
+
+
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
+def test_audits_bound_a_critics_rule(rule):
+    stopping = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
+    _, shares = play(stopping, 12)
+    assert stopping.needs_values
+    assert stopping.false_positive_bound <= 0.05
+    failing = 1.0 - 0.97**40
+    assert np.mean(shares[6:]) == pytest.approx(failing, abs=0.12)
+
+
+def test_only_a_rule_that_asks_a_critic_needs_its_values():
+    for settings in ({}, {"rule": "none"}, {"rule": "value-gated"}, {"rule": "regret-only"}):
+        assert not controller(**settings).needs_values
+
+
 def test_audits_are_drawn_at_the_wished_share_before_sampling():
     drawn = controller(audit_share=0.25).draw_audits(4000)
     assert sum(drawn) / 4000 == pytest.approx(0.25, abs=0.03)
@@ -356,7 +395,6 @@ def test_a_batch_of_errors_teaches_nothing():
             },
             'warmup = "explained-variance"',
         ),
-        ({"rule": "value-only", "value": "critic"}, 'set threshold = "share" or "fixed"'),
         ({"beta_min": 3.0, "beta_max": 2.0}, "beta_min = 3.0 must be below"),
     ],
 )

@@ -68,6 +68,13 @@ def test_arithmetic_solutions_are_right_and_of_the_wished_lengths() -> None:
         assert exact(task.solution(problem.prompt), problem.answer)
 
 
+def test_arithmetic_keeps_to_the_numbers_of_steps_it_is_given() -> None:
+    problems = make_task(TaskSection(steps=[2, 2, 24])).held_out(600)
+    drawn = [ord(problem.prompt[3]) - ord("a") + 1 for problem in problems]
+    assert {*drawn} == {2, 24}
+    assert drawn.count(2) / 600 == pytest.approx(2 / 3, abs=0.06)
+
+
 def test_one_slip_always_spoils_the_answer() -> None:
     task = Arithmetic()
     for at in range(24):
