@@ -183,6 +183,20 @@ def test_other_settings_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         run_study(study_of(tmp_path, settings=["run.steps=7"]))
 
 
+def test_other_weights_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    critic = tmp_path / "critic" / "model.safetensors"
+    critic.parent.mkdir()
+    critic.write_bytes(b"one")
+    study = study_of(tmp_path, settings=[f"model.critic={critic.parent}"])
+    Trainer(monkeypatch, SUCCEEDS)
+    run_study(study)
+    critic.unlink()  # whoever tidies up has not changed anything
+    run_study(study)
+    critic.write_bytes(b"two")
+    with pytest.raises(StudyError, match=f"made with other weights in {critic.parent}; delete it"):
+        run_study(study)
+
+
 def test_a_run_that_fails_does_not_end_the_study(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

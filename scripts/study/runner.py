@@ -6,12 +6,15 @@ signal reaches it once: it finishes its step, saves and ends, and the study with
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +51,7 @@ def run_study(study: Study) -> list[Run]:
             prepare(preparation.command)
         if not preparation.makes.exists():
             raise StudyError(f"{' '.join(preparation.command)} did not make {preparation.makes}")
+    check(study)  # runs of before the preparation may be of other weights
     runs, failed = list(study.runs()), []
     with progress_bar() as progress:
         total = sum(steps_of(run) for run in runs)
@@ -79,16 +83,45 @@ def check(study: Study) -> None:
             load_recipe(study.recipe, run.settings)
         except RecipeError as error:
             raise StudyError(f"methods.{run.name}: {error}") from error
-        known = run.folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != about(run):
-            raise StudyError(
-                f"{run.folder} was made with other settings; delete it, or choose another --output"
-            )
+        told = run.folder / "settings.json"
+        if told.exists():
+            known, now = json.loads(told.read_text()), about(run)
+            weights, there = known.pop("weights", {}), now.pop("weights")
+            changed = [path for path in weights if there.get(path, weights[path]) != weights[path]]
+            if known != now or changed:
+                other = f"weights in {changed[0]}" if changed else "settings"
+                raise StudyError(
+                    f"{run.folder} was made with other {other}; delete it, or choose another "
+                    "--output"
+                )
 
 
 def about(run: Run) -> dict[str, Any]:
     """What must not change between two parts of a run."""
-    return {"recipe": run.study.recipe, "settings": run.settings, "rate_of": run.method.rate_of}
+    model = load_recipe(run.study.recipe, run.settings).model
+    return {
+        "recipe": run.study.recipe,
+        "settings": run.settings,
+        "rate_of": run.method.rate_of,
+        "weights": weights_of(*filter(None, (model.path, model.critic))),
+    }
+
+
+def weights_of(*models: str) -> dict[str, str]:
+    """Digests of local checkpoints: one that is made anew starts other runs. Models of the hub,
+    and those that are not made yet, have none."""
+    files = {model: sorted(Path(model).glob("*.safetensors")) for model in models}
+    return {
+        model: " ".join(_digest(path, path.stat().st_mtime_ns) for path in found)
+        for model, found in files.items()
+        if found
+    }
+
+
+@functools.cache
+def _digest(path: Path, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def stop_share(run: Run) -> float:
