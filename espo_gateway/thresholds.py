@@ -139,7 +139,8 @@ class AuditThreshold:
     1934) for the effective number of outcomes (Kish: (Σw)²/Σw²) in each batch; the loosest
     candidate that holds is taken, and that on the last batch would not have been too loose for the
     next batch's gate. Rollouts are taken to be independent, and the last batches to
-    speak for the next.
+    speak for the next: until the audits of what was really stopped say, with the same confidence,
+    that too much of it was right. Then all that was known before is forgotten.
 
     Looser thresholds have more false positives where levels mean anything, so that candidates are
     nearly one test; tests/test_thresholds.py shows by simulation that the confidence holds.
@@ -166,6 +167,8 @@ class AuditThreshold:
         self._confidence = confidence
         self._range = low, high
         self._evidence: deque[Outcomes | None] = deque(maxlen=window)
+        #: of each gated batch, how many of its stops were audited, and how many of these were right
+        self._audits: deque[tuple[int, int]] = deque(maxlen=window)
         #: outcomes that it takes to hold the bound without a single false one
         self.needed = math.log1p(-confidence) / math.log1p(-limit)
 
@@ -178,6 +181,10 @@ class AuditThreshold:
         rehearsal: Outcomes | None = None,
     ) -> None:
         """Take note of a finished batch; arguments as of `ShareThreshold.update`."""
+        surprise = "" if stop_share is None else self._surprise(outcomes)
+        if surprise:
+            self._evidence.clear()
+            self._audits.clear()
         self._evidence.append(outcomes)
         batches = [batch for batch in self._evidence if batch is not None]
         total = sum(batch.levels.size for batch in batches)
@@ -206,6 +213,20 @@ class AuditThreshold:
                 f"{self._confidence:.0%} confidence: {total} known outcomes, of which the best "
                 f"stops {self.known:.0f} with at most {self.bound:.1%} false"
             )
+        self.reason += surprise
+
+    def _surprise(self, outcomes: Outcomes | None) -> str:
+        """What the audits of the last stops tell against the bound; empty if nothing."""
+        if outcomes is None or self.level is None:
+            return ""
+        stopped = outcomes.levels < self.level
+        self._audits.append((int(stopped.sum()), int(outcomes.correct[stopped].sum())))
+        audited, false = np.sum(self._audits, axis=0)
+        # That so few are false is the complement of the bound that so few are not.
+        lower = 1.0 - float(upper_bound(audited - false, audited, self._confidence))
+        if lower <= self._limit:
+            return ""
+        return f"; {false} of the last {audited} audits were false, so what was known is forgotten"
 
     def _candidates(self, batches: list[Outcomes]) -> Array:
         """Levels from strict to loose, shape [candidates]; none depends on whether it was right."""

@@ -253,7 +253,9 @@ def run(policies, controller, *, seed, batches, rollouts=256, audit_share=0.1, w
             stopped = levels < controller.level
         known = ~stopped | (rng.random(rollouts) < audit_share)
         weights = np.where(stopped, 1 / audit_share, 1.0)[known]
-        controller.update(outcomes(levels[known], correct[known], weights), None, ready=True)
+        gated = batch >= warmup and controller.level is not None
+        told_of = outcomes(levels[known], correct[known], weights)
+        controller.update(told_of, stopped.mean() if gated else None, ready=True)
         if batch >= warmup:
             told.append((stopped.sum(), (stopped & correct).sum()))
     return np.array(told)
@@ -307,6 +309,32 @@ def test_a_rosy_warm_up_is_corrected_by_audits():
     assert before[:, 1].sum() / before[:, 0].sum() < 0.05
     assert jump[:, 1].sum() / jump[:, 0].sum() > 0.1  # nobody can know yet
     assert after[:, 1].sum() / after[:, 0].sum() < 0.06
+
+
+def test_audits_that_speak_against_the_bound_end_what_was_known(monkeypatch):
+    """From batch 20 on levels hardly tell right from wrong; evidence of before says they do."""
+    broken = Policy(gap=1.0, scale=3.0, shift=-3.0)
+
+    def false_after_the_first_such_batch():
+        def policies(batch):
+            return CALIBRATED if batch < 20 else broken
+
+        told = np.sum([run(policies, audit(), seed=s, batches=40) for s in range(8)], axis=0)
+        return told[18:, 1].sum()
+
+    hearing = false_after_the_first_such_batch()
+    monkeypatch.setattr(AuditThreshold, "_surprise", lambda self, outcomes: "")
+    assert hearing < 0.6 * false_after_the_first_such_batch()
+
+
+def test_audits_that_were_false_are_told():
+    controller = audit()
+    controller.update(outcomes(np.linspace(-9, -2, 200), [False] * 200), None, ready=True)
+    stopped = outcomes([-9.0] * 6, [True] * 3 + [False] * 3, [10.0] * 6)
+    controller.update(stopped, 0.3, ready=True)
+    assert controller.level is None
+    assert "3 of the last 6 audits were false" in controller.reason
+    assert controller.known <= 6
 
 
 def test_without_audits_of_the_stopped_nothing_is_learned_of_them():

@@ -67,12 +67,18 @@ def markdown(results: dict[str, Any]) -> str:
             _table(heads, rows),
             f"Against {methods[base]['title']}, paired by seed:",
             _table(["method", *(head for head, _ in _AGAINST.values())], against),
-            "The paper's own, 7B (accuracy on AIME24, %):",
-            _table(["method", "accuracy", "mean length", "tokens generated"], paper),
+            *_paper(paper),
             f"{machine['cores']} cores, {machine['processor']}; {versions}.",
             *([f"Not done: {', '.join(results['missing'])}"] if results["missing"] else []),
         ]
     )
+
+
+def _paper(rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return []
+    heads = ["method", "accuracy", "mean length", "tokens generated"]
+    return ["The paper's own, 7B (accuracy on AIME24, %):", _table(heads, rows)]
 
 
 def _million(tokens: float | None) -> str:
