@@ -118,14 +118,14 @@ def _panels(run: RunFolder) -> Iterator[tuple[Panel, list[Line]]]:
         Panel("tokens-total", "Tokens, cumulative", "count", _TOTAL_NOTE),
         [
             Line("sampled", steps, total),
-            Line("without stopping", steps, total_without_stopping(run)),
+            Line("without stopping", steps, run.column("rollout/tokens_total_without_stopping")),
         ],
     )
     yield (
         Panel("length", "Response length", "count", _LENGTH_NOTE),
         [
             Line("as cut", steps, run.column("rollout/length")),
-            Line("in full", steps, full_lengths(run)),
+            Line("in full", steps, run.column("rollout/length_without_stopping")),
         ],
     )
     logged = {panel.id: (panel, lines) for panel, lines in _logged(run, steps)}
@@ -163,34 +163,10 @@ def _evaluations(rows: Sequence[Row], places: dict[int, float]) -> Iterator[Line
         )
 
 
-_TOTAL_NOTE = (
-    "Without stopping: estimated from the audits. Where a run has logged no estimate for the "
-    "whole, a step that stopped rollouts but audited none counts as sampled, which is too low."
-)
+_TOTAL_NOTE = "Without stopping: estimated from all audits so far."
 _LENGTH_NOTE = (
     "Mean tokens of the training samples, and the estimate, from the audits, of the same in full."
 )
-
-
-def total_without_stopping(run: RunFolder) -> Numbers:
-    """Tokens so far, had nothing been stopped; from the run's own estimate where it logged one."""
-    logged = run.column("rollout/tokens_total_without_stopping")
-    if any(map(math.isfinite, logged)):
-        return logged
-    sampled = np.nan_to_num(run.column("rollout/tokens"))
-    without = np.array(run.column("rollout/tokens_without_stopping"))
-    return list(np.cumsum(np.where(np.isnan(without), sampled, without)))
-
-
-def full_lengths(run: RunFolder) -> Numbers:
-    """Mean tokens of a rollout, had nothing been stopped."""
-    logged = run.column("rollout/length_without_stopping")
-    if any(map(math.isfinite, logged)) or run.setting("rollout", "dynamic_sampling"):
-        return logged
-    sizes = [number(run.setting("rollout", key)) for key in ("prompts_per_step", "n")]
-    rollouts = math.prod(sizes) - np.array(run.column("rollout/errors"))
-    without = np.array(run.column("rollout/tokens_without_stopping"))
-    return list(without / np.where(rollouts > 0, rollouts, np.nan))
 
 
 def false_positives(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
@@ -247,7 +223,7 @@ def tiles(run: RunFolder) -> Row:
     tokens = float(np.nansum(run.column("rollout/tokens")))
     without = number(summary.get("tokens_without_stopping"))
     if math.isnan(without):
-        without = total_without_stopping(run)[-1]
+        without = run.column("rollout/tokens_total_without_stopping")[-1]
     stopped = run.column("rollout/stop_share")
     numbers: dict[str, Any] = {
         "steps": last["step"],

@@ -35,13 +35,13 @@ def study_of(folder: Path, **changes: Any) -> Study:
     return Study.model_validate({**values, "methods": METHODS, **changes})
 
 
-def row(step: int, tokens: int, full: float | None, **other: Any) -> dict[str, Any]:
+def row(step: int, tokens: int, full: float, **other: Any) -> dict[str, Any]:
     """Of metrics.jsonl; 10 rollouts a step, of which an audited one was right in the end."""
     known = {
         "rollout/tokens": tokens,
-        "rollout/tokens_without_stopping": full,
+        "rollout/tokens_total_without_stopping": full,
         "rollout/length": tokens / 10,
-        "rollout/length_without_stopping": full and full / 10,
+        "rollout/length_without_stopping": tokens / 5,
         "rollout/stop_share": 0.25,
         "rollout/audited": 4,
         "rollout/audited_correct": 1,
@@ -59,7 +59,7 @@ def finish(run: Run, *, tokens: int, accuracy: float) -> None:
     rows = [
         {"step": 0, "evaluation/avg@1": {"value": 0.5}},
         row(1, tokens, tokens * 2),
-        row(2, tokens, None),  # nothing was audited in this step
+        row(2, tokens, tokens * 4),
         {"step": 2, "evaluation/avg@1": {"value": accuracy}},
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -254,9 +254,9 @@ def test_intervals_are_students() -> None:
     assert spread([5.0]) == pytest.approx((5.0, math.nan, math.nan, 1), nan_ok=True)
 
 
-def test_a_step_without_an_audit_is_estimated_from_the_others(done: Study) -> None:
+def test_curves_are_those_of_the_log(done: Study) -> None:
     curves = curves_of(done.output / "espo" / "seed-0")
-    assert curves["tokens_full"] == [1400.0, 1400.0]
+    assert curves["tokens_full"] == [1400.0, 2800.0]
     assert curves["evaluated_tokens"] == [0.0, 1400.0]
     assert curves["evaluated_accuracy"] == [0.5, 0.8]
 

@@ -97,7 +97,7 @@ def _accuracy(by: str) -> Draw:
 def _saved(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
     steps = min(len(run["step"]) for run in runs)
     saved = [
-        np.cumsum(np.array(run["tokens_full"][:steps]) - np.array(run["tokens"][:steps])) / 1e3
+        (np.array(run["tokens_full"][:steps]) - np.cumsum(run["tokens"][:steps])) / 1e3
         for run in runs
     ]
     _line(axes, np.array(runs[0]["step"][:steps]), saved, style)

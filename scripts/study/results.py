@@ -73,7 +73,7 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
         for name, key in {
             "step": "step",
             "tokens": "rollout/tokens",
-            "tokens_full": "rollout/tokens_without_stopping",
+            "tokens_full": "rollout/tokens_total_without_stopping",  # of the run so far
             "length": "rollout/length",
             "length_full": "rollout/length_without_stopping",
             "longest": "rollout/length_max",
@@ -91,13 +91,6 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
     }
     cumulative = np.cumsum(curves["tokens"])
     at = {0: 0.0} | dict(zip(curves["step"], cumulative.tolist(), strict=True))
-    # A step whose stopped rollouts had no audit tells nothing of their full length.
-    full = np.array(curves["tokens_full"])
-    mean_full = np.divide(full, curves["tokens"]) if len(full) else full
-    unknown = ~np.isfinite(full)
-    if unknown.any() and not unknown.all():
-        full[unknown] = np.array(curves["tokens"])[unknown] * np.nanmean(mean_full)
-    curves["tokens_full"] = full.tolist()
     # A resumed run may have evaluated a step twice; the later one counts.
     evaluated = {
         row["step"]: row[key]["value"]
