@@ -128,20 +128,29 @@ async def test_a_step_ahead_is_one_update_old_and_survives_an_interruption(
     assert drawn == [id for id in expected for _ in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "reason"),
+    [
+        (("threshold=fixed", "warmup=none", "beta=0.5"), "β = 0.5: as given"),
+        (("threshold=share", "target_share=0.5"), "would have stopped 50% of 4 full rollouts"),
+    ],
+    ids=["fixed", "share"],
+)
 async def test_a_run_whose_gate_asks_a_critic_server(
-    vllm_server: VllmServer, tmp_path: Path
+    vllm_server: VllmServer, tmp_path: Path, threshold: tuple[str, ...], reason: str
 ) -> None:
     """Critic and policy are synced alike; here ε is so low that V decides every stop."""
     run = Run(
         vllm_server.path,
         tmp_path,
         f'servers.policy_urls=["{vllm_server.url}"]',
-        *("stopping.rule=value-gated", "stopping.value=critic", "stopping.warmup=none"),
-        *("stopping.threshold=fixed", "stopping.beta=0.5", "stopping.epsilon=0.01"),
+        *("stopping.rule=value-gated", "stopping.value=critic", "stopping.epsilon=0.01"),
         *("ppo.critic_learning_rate=1e-2", "stopping.audit_share=0"),
+        *(f"stopping.{setting}" for setting in threshold),
     )
     ended = run.end()
     assert_whole(ended)
     assert ended.left == []
     rollouts = [rollout for batch in dumped(ended) for rollout in batch]
     assert any(rollout.stopped for rollout in rollouts)
+    assert any(reason in row["stopping/reason"] for row in ended.rows)
