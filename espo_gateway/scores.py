@@ -52,9 +52,13 @@ class Threshold:
         return score > limit if self.above else score < limit
 
 
+def _log_odds(share: Any) -> Any:
+    return np.log(share) - np.log1p(-share)
+
+
 THRESHOLD: dict[str, Threshold] = {
     "beta": Threshold(True, lambda x: -x, lambda x: -x),
-    "p_star": Threshold(False, lambda x: np.log(x) - np.log1p(-x), sigmoid),
+    "p_star": Threshold(False, lambda x: _log_odds(np.clip(x, 0.0, 1.0)), sigmoid),
     "hazard": Threshold(False, np.log, math.exp),
     "confidence": Threshold(False, lambda x: x, lambda x: x),
 }

@@ -101,6 +101,7 @@ class ShareThreshold:
         *,
         ready: bool,
         rehearsal: Outcomes | None = None,
+        audits: tuple[int, int] = (0, 0),
     ) -> None:
         """Take note of a finished batch.
 
@@ -108,7 +109,9 @@ class ShareThreshold:
             outcomes: None when its levels are not known.
             stop_share: share of its rollouts that were stopped; None when stopping was off.
             ready: the warm-up is over, so there is nothing more to wait for.
-            rehearsal: the same rollouts under the next batch's gate; only audits look at it.
+            rehearsal: the same rollouts under the next batch's gate; only `AuditThreshold` looks at
+                it, and at audits: how many of its stopped rollouts were audited, and how many of
+                these were right.
         """
         if self.level is not None:
             if stop_share is not None and self._step:
@@ -138,8 +141,8 @@ class AuditThreshold:
     stopped. For each of a row of candidates the bound is Clopper and Pearson's (Biometrika 26,
     1934) for the effective number of outcomes (Kish: (Σw)²/Σw²) in each batch; the loosest
     candidate that holds is taken, and that on the last batch would not have been too loose for the
-    next batch's gate. Rollouts are taken to be independent, and the last batches to
-    speak for the next: until the audits of what was really stopped say, with the same confidence,
+    next batch's gate. Rollouts are taken to be independent, and the last batches to speak for the
+    next: until, with the same confidence at each look, the audits of what was really stopped say
     that too much of it was right. Then all that was known before is forgotten.
 
     Looser thresholds have more false positives where levels mean anything, so that candidates are
@@ -167,7 +170,6 @@ class AuditThreshold:
         self._confidence = confidence
         self._range = low, high
         self._evidence: deque[Outcomes | None] = deque(maxlen=window)
-        #: of each gated batch, how many of its stops were audited, and how many of these were right
         self._audits: deque[tuple[int, int]] = deque(maxlen=window)
         #: outcomes that it takes to hold the bound without a single false one
         self.needed = math.log1p(-confidence) / math.log1p(-limit)
@@ -179,10 +181,12 @@ class AuditThreshold:
         *,
         ready: bool,
         rehearsal: Outcomes | None = None,
+        audits: tuple[int, int] = (0, 0),
     ) -> None:
         """Take note of a finished batch; arguments as of `ShareThreshold.update`."""
-        surprise = "" if stop_share is None else self._surprise(outcomes)
-        if surprise:
+        self._audits.append(audits)
+        refuted = self._refuted()
+        if refuted:
             self._evidence.clear()
             self._audits.clear()
         self._evidence.append(outcomes)
@@ -213,14 +217,10 @@ class AuditThreshold:
                 f"{self._confidence:.0%} confidence: {total} known outcomes, of which the best "
                 f"stops {self.known:.0f} with at most {self.bound:.1%} false"
             )
-        self.reason += surprise
+        self.reason += refuted
 
-    def _surprise(self, outcomes: Outcomes | None) -> str:
-        """What the audits of the last stops tell against the bound; empty if nothing."""
-        if outcomes is None or self.level is None:
-            return ""
-        stopped = outcomes.levels < self.level
-        self._audits.append((int(stopped.sum()), int(outcomes.correct[stopped].sum())))
+    def _refuted(self) -> str:
+        """What the last audits tell against the bound; empty if nothing."""
         audited, false = np.sum(self._audits, axis=0)
         # That so few are false is the complement of the bound that so few are not.
         lower = 1.0 - float(upper_bound(audited - false, audited, self._confidence))
@@ -274,8 +274,8 @@ def _pooled(batches: list[Outcomes], candidates: Array) -> tuple[Array, Array]:
 def _below(level: Any) -> float:
     """The next stricter level that a float32 can hold.
 
-    Of rollouts that tie, as those of one prompt may whose V is least before they part, a threshold
-    made from their level stops all or none, by a rounding: so none.
+    Rollouts of one prompt tie where V is least before they part. Made from their very level, a
+    threshold would stop all of them or none as it is rounded; from this one, none.
     """
     return float(np.nextafter(np.float32(level), np.float32(-np.inf)))
 

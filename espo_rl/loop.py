@@ -327,9 +327,9 @@ class Loop:
         async with self._trainer_free:
             with self.timed("update"), self.log.phase("update"):
                 values = None
-                if self.stopping.needs_values:  # as when it gated, so before the update
+                if self.stopping.needs_values:  # as they were said, so before the update
                     known = with_outcome(batch.usable)
-                    values = await asyncio.to_thread(self.trainer.values_of, known)
+                    values = await asyncio.to_thread(self.trainer.critic_values, known)
                 update = await asyncio.to_thread(self.trainer.update, rollouts)
             self.step += 1
         self.stopping.observe(
@@ -337,6 +337,7 @@ class Loop:
             update.get("critic_loss"),
             update.get("critic_explained_variance"),
             values,
+            gated=batch.gate.rule != "none",
         )
         return update, len(rollouts)
 

@@ -225,18 +225,22 @@ class StopController:
         critic_loss: float | None,
         critic_explained_variance: float | None = None,
         values: Sequence[Array] | None = None,
+        *,
+        gated: bool | None = None,
     ) -> None:
         """Learn from a finished batch: statistics, threshold, estimator, warm-up.
 
         Args:
             critic_loss, critic_explained_variance: of the critic on it; None without a critic.
-            values: what the critic says after each token of the rollouts `with_outcome`, [tokens]
-                each; without them nothing is learnt of a critic's threshold.
+            values: what the critic said after each token of the rollouts `with_outcome`, [tokens]
+                each; without them nothing is learnt of a critic's threshold. They stand for the
+                next gate's, too, whose critic is an update further.
+            gated: whether the batch's gate had a rule; None: as the present one has.
         """
         usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
         if not usable:
             return
-        was_on = self.on
+        was_on = self.on if gated is None else gated
         known = KnownRollouts(usable, self.config.audit_share)
         regrets = regrets_of(usable)
         updated = self.statistics.updated(regrets)
@@ -258,12 +262,14 @@ class StopController:
         self.warmup.update(critic_loss, self.explained_variance)
         if self._threshold is not None:
             share = sum(rollout.stopped for rollout in usable) / len(usable)
+            audited = [bool(rollout.correct) for rollout in usable if rollout.audited]
             learnt = known.probabilities(self.estimator) if self.estimator is not None else None
             self._threshold.update(
                 outcomes,
                 share if was_on else None,
                 ready=self.warmup.done,
                 rehearsal=self._outcomes(known, learnt, said, self.statistics),
+                audits=(len(audited), sum(audited)),
             )
         self.version += 1
 

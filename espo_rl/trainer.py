@@ -294,14 +294,14 @@ class PpoTrainer:
         self.critic.train(False)
         return self.critic(torch.tensor([list(token_ids)], device=self.critic.device))[0].tolist()
 
-    def values_of(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
+    def critic_values(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
         """What the critic's server says now: V after each token, past a cut too, each [tokens]."""
         full = [replace(rollout, kept=len(rollout.token_ids)) for rollout in rollouts]
-        return self._values_of([Sample.of(rollout) for rollout in full])
+        return self._critic_values([Sample.of(rollout) for rollout in full])
 
     @collective
     @torch.no_grad()
-    def _values_of(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
+    def _critic_values(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
         assert self.critic is not None
         self.critic.train(False)
         mine: dict[int, NDArray[np.float64]] = {}

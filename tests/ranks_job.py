@@ -38,7 +38,7 @@ def two_updates(ours: PpoTrainer, folder: Path) -> dict[str, Any]:
         "weights": weights_of(ours),
         "logprobs": ours.prompt_logprobs(PROBE),
         "values": ours.values(PROBE),
-        "values_of": [of.tolist() for of in ours.values_of(make_rollouts())],
+        "critic_values": [of.tolist() for of in ours.critic_values(make_rollouts())],
     }
     ours.load(folder / "state")
     ours.update(make_rollouts())

@@ -46,11 +46,11 @@ def simulate(count: int, seed: int, *, harmless: float = 0.0) -> list[Rollout]:
 
 
 def critic_says(rollouts: Sequence[Rollout]) -> list[Array]:
-    """P(success) by one who sees the slips, next to nothing after one: [tokens] each."""
+    """P(success) by one who takes every slip for fatal: less than 5 % after one, [tokens] each."""
     left = (1.0 - SLIP) ** np.arange(LENGTH - 1, -1, -1)
     said = []
     for rollout in rollouts:
-        doubt = 0.05 * np.random.default_rng(len(said)).random()
+        doubt = 0.05 * (-1e3 * rollout.logprobs[0] % 1.0)  # its own, whatever is known of it
         slipped = np.cumsum(rollout.logprobs < -4.0) > 0
         said.append(np.where(slipped, doubt, left[: len(slipped)]))
     return said

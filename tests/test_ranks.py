@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 # -- the commands alone ----------------------------------------------------------------------------
 
 SMALL = """
-import sys, threading
+import sys, threading, torch
 from torch import distributed
 from espo_rl.ranks import Ranks, collective, follow
 
@@ -35,6 +35,11 @@ class Target:
     def add(self, one, *, times=1):
         self.total += one * times
         return self.ranks.gather((self.ranks.rank, self.total))
+
+    @collective
+    @torch.no_grad()
+    def learns(self):
+        return self.ranks.gather(torch.is_grad_enabled())
 
     @collective
     def fail(self, rank):
@@ -87,6 +92,7 @@ def test_calls_of_rank_0_are_made_on_all_ranks() -> None:
         "assert target.add(2, times=5) == [(0, 13), (1, 13)]\n"
         "threads = [threading.Thread(target=target.add, args=(1,)) for _ in range(20)]\n"
         "[thread.start() for thread in threads], [thread.join() for thread in threads]\n"
+        "assert target.learns() == [False, False]\n"
         "target.ranks.stop()\n"
     )
     assert leader[0] == 0, leader[2]
@@ -163,7 +169,7 @@ def test_two_ranks_train_as_one(paths: Paths, alone: dict[str, Any], stage: int)
         assert found == pytest.approx(expected, rel=1e-2, abs=1e-4)
     assert seen["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-3)
     assert seen["values"] == pytest.approx(alone["values"], abs=1e-3)
-    for found, expected in zip(seen["values_of"], alone["values_of"], strict=True):
+    for found, expected in zip(seen["critic_values"], alone["critic_values"], strict=True):
         assert found == pytest.approx(expected, abs=1e-3)
 
     for name, value in seen["weights"].items():

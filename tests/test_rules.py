@@ -82,7 +82,7 @@ def live_cut(gate, row, prompt_tokens, *, completed=False, values=(), confidence
     estimators,
     st.integers(1, 500),
     st.lists(st.booleans(), min_size=5, max_size=5),
-    st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), min_size=25, max_size=25),
+    st.lists(st.one_of(st.floats(-0.5, 1.5), st.just(math.nan)), min_size=25, max_size=25),
     st.lists(st.one_of(st.floats(0, 3), st.just(math.nan)), min_size=25, max_size=25),
 )
 def test_replay_equals_the_live_decision_token_for_token(
@@ -111,12 +111,12 @@ def test_replay_equals_the_live_decision_token_for_token(
         assert replayed.tolist() == live
 
 
-@given(streams, estimators, st.booleans(), st.floats(0.001, 0.999))
-def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator, done, share):
+@given(streams, estimators, st.booleans(), st.floats(0.001, 0.999), st.floats(-0.5, 1.5))
+def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator, done, share, said):
     prompts = np.full(len(rows), 7)
     ends = np.array([len(row) * done for row in rows])
     for gate in gates(estimator)[1:]:
-        values = np.full(matrices(rows)[0].shape, 0.5) if gate.needs_critic else None
+        values = np.full(matrices(rows)[0].shape, said) if gate.needs_critic else None
         sure = np.resize([0.3, 2.0, math.nan, 1.1], matrices(rows)[0].shape)
         replay = {"completed_at": ends, "values": values, "confidences": sure}
         levels = stop_levels(gate, *matrices(rows), prompts, **replay)

@@ -336,6 +336,22 @@ def test_audits_bound_a_critics_rule(rule):
     assert stopping.false_positive_bound <= 0.05
     failing = 1.0 - 0.97**40
     assert np.mean(shares[6:]) == pytest.approx(failing, abs=0.12)
+    # A critic that takes too much for fatal is not believed.
+    deceived = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
+    _, shares = play(deceived, 12, harmless=0.5)
+    assert deceived.false_positive_bound > 0.05
+    assert np.mean(shares) < 0.05
+
+
+def test_what_gated_a_batch_is_told_not_guessed():
+    """A batch that was sampled ahead, before stopping began, is no sign that too few stop."""
+    stopping = controller(rule="regret-only", threshold="share", warmup_batches=1)
+    stopping.observe(simulate(200, 0), None, gated=False)
+    before = stopping.threshold
+    stopping.observe(simulate(200, 1), None, gated=False)
+    assert stopping.threshold == before
+    stopping.observe(simulate(200, 2), None, gated=True)
+    assert stopping.threshold < before
 
 
 def test_only_a_rule_that_asks_a_critic_needs_its_values():

@@ -253,9 +253,13 @@ def run(policies, controller, *, seed, batches, rollouts=256, audit_share=0.1, w
             stopped = levels < controller.level
         known = ~stopped | (rng.random(rollouts) < audit_share)
         weights = np.where(stopped, 1 / audit_share, 1.0)[known]
-        gated = batch >= warmup and controller.level is not None
-        told_of = outcomes(levels[known], correct[known], weights)
-        controller.update(told_of, stopped.mean() if gated else None, ready=True)
+        audited = stopped & known
+        controller.update(
+            outcomes(levels[known], correct[known], weights),
+            None,
+            ready=True,
+            audits=(audited.sum(), (audited & correct).sum()),
+        )
         if batch >= warmup:
             told.append((stopped.sum(), (stopped & correct).sum()))
     return np.array(told)
@@ -323,7 +327,7 @@ def test_audits_that_speak_against_the_bound_end_what_was_known(monkeypatch):
         return told[18:, 1].sum()
 
     hearing = false_after_the_first_such_batch()
-    monkeypatch.setattr(AuditThreshold, "_surprise", lambda self, outcomes: "")
+    monkeypatch.setattr(AuditThreshold, "_refuted", lambda self: "")
     assert hearing < 0.6 * false_after_the_first_such_batch()
 
 
@@ -331,10 +335,27 @@ def test_audits_that_were_false_are_told():
     controller = audit()
     controller.update(outcomes(np.linspace(-9, -2, 200), [False] * 200), None, ready=True)
     stopped = outcomes([-9.0] * 6, [True] * 3 + [False] * 3, [10.0] * 6)
-    controller.update(stopped, 0.3, ready=True)
+    controller.update(stopped, 0.3, ready=True, audits=(6, 3))
     assert controller.level is None
     assert "3 of the last 6 audits were false" in controller.reason
     assert controller.known <= 6
+
+
+def test_audits_are_forgotten_after_the_window():
+    controller = audit(window=2)
+    for audits in ((9, 1), (0, 0), (1, 1)):
+        controller.update(None, None, ready=True, audits=audits)
+    assert "1 of the last 1 audits were false" in controller.reason
+
+
+def test_of_rollouts_that_tie_a_rounding_stops_none():
+    """Whatever the level, a gate made from it stops none of those who have it."""
+    for share in np.random.default_rng(0).uniform(0.1, 0.9, 200):
+        tied = level_of("value-only", share)
+        known = outcomes([tied] * 200 + [-6.0] * 200, [True] * 200 + [False] * 200)
+        controller = audit(high=level_of("value-only", 0.95))
+        controller.update(known, None, ready=True)
+        assert share >= threshold_at("value-only", controller.level)
 
 
 def test_without_audits_of_the_stopped_nothing_is_learned_of_them():

@@ -414,7 +414,7 @@ def test_values_are_the_classifiers_at_every_prefix(paths: Paths, reference: Ref
     # Of a cut rollout, past the cut too.
     rollouts = make_rollouts()
     rollouts[0].kept = 1
-    found = ours.values_of(rollouts)
+    found = ours.critic_values(rollouts)
     assert [len(of) for of in found] == [len(rollout.token_ids) for rollout in rollouts]
     assert found[0] == pytest.approx(expected[len(rollouts[0].prompt_ids) :], abs=1e-5)
 
