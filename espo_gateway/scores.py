@@ -52,13 +52,15 @@ class Threshold:
         return score > limit if self.above else score < limit
 
 
-def _log_odds(share: Any) -> Any:
+def _log_odds(value: Any) -> Any:
+    """Infinite where a V has left [0, 1], as a critic's may."""
+    share = np.clip(value, 0.0, 1.0)
     return np.log(share) - np.log1p(-share)
 
 
 THRESHOLD: dict[str, Threshold] = {
     "beta": Threshold(True, lambda x: -x, lambda x: -x),
-    "p_star": Threshold(False, lambda x: _log_odds(np.clip(x, 0.0, 1.0)), sigmoid),
+    "p_star": Threshold(False, _log_odds, sigmoid),
     "hazard": Threshold(False, np.log, math.exp),
     "confidence": Threshold(False, lambda x: x, lambda x: x),
 }

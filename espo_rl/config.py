@@ -59,7 +59,7 @@ class TaskSection(Section):
     # arithmetic
     min_steps: Count = 2
     max_steps: Annotated[int, Field(ge=1, le=26)] = 24
-    # These numbers of steps instead, one that repeats as much more often
+    # One of these numbers of steps instead; list one twice, and it comes twice as often
     steps: Annotated[list[Annotated[int, Field(ge=1, le=26)]], Field(min_length=1)] | None = None
     # dataset: a JSONL, JSON, Parquet or CSV file, a folder, or a name on the Hugging Face hub
     train: str | None = None

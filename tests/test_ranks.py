@@ -125,7 +125,8 @@ def test_nobody_waits_for_the_dead(
 ) -> None:
     leader, follower = two_ranks(code)
     # Gloo may abort a process that ends when its peer has gone; by then the reason is told.
-    assert leader[0] in (leader_ends, -signal.SIGABRT), leader[2]
+    aborts = {-signal.SIGABRT} if leader_ends != 3 else set()  # os._exit asks nobody
+    assert leader[0] in {leader_ends} | aborts, leader[2]
     assert leader_says in leader[1]
     assert follower[0] in (1, -signal.SIGABRT), follower[2]
     assert "followed" not in follower[1]

@@ -89,6 +89,11 @@ def test_the_studies_that_ship_hold(tmp_path: Path, path: Path) -> None:
     check(load_study(path, output=tmp_path))
 
 
+def test_the_papers_methods_are_compared(tmp_path: Path) -> None:
+    study = load_study(SCRIPTS / "studies" / "arithmetic.toml", output=tmp_path)
+    assert {"ppo", "dapo", "espo", "random", "value-only"} <= set(study.methods)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

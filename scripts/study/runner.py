@@ -47,11 +47,12 @@ def run_study(study: Study) -> list[Run]:
     """Do all that is left; returns the runs that failed. Raises StudyError and Stopped."""
     check(study)
     for preparation in study.prepare:
-        if not preparation.makes.exists():
-            prepare(preparation.command)
+        if preparation.makes.exists():
+            continue
+        prepare(preparation.command)
+        check(study)  # runs of before may be of other weights
         if not preparation.makes.exists():
             raise StudyError(f"{' '.join(preparation.command)} did not make {preparation.makes}")
-    check(study)  # runs of before the preparation may be of other weights
     runs, failed = list(study.runs()), []
     with progress_bar() as progress:
         total = sum(steps_of(run) for run in runs)
