@@ -12,13 +12,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from espo_gateway import calibrate, event_loop, logs
+from espo_gateway import event_loop
 from espo_gateway.app import listen, running
-from espo_gateway.auth import read_keys
 from espo_gateway.config import Config, parse
 from espo_gateway.errors import GatewayError
-from espo_gateway.gateway import Gateway
+from espo_gateway.front.auth import read_keys
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.startup import check_servers, summary
+from espo_gateway.telemetry import logs
+from espo_gateway.traces import calibrate
 
 log = logging.getLogger("espo_gateway")
 

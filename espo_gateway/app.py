@@ -14,20 +14,20 @@ from typing import Any
 
 from aiohttp import web
 
-from espo_gateway.admin import admin_routes
-from espo_gateway.auth import read_keys
+from espo_gateway.admin.routes import admin_routes
 from espo_gateway.config import Config
-from espo_gateway.critic import CriticServer, ValueServer
-from espo_gateway.gateway import Gateway
-from espo_gateway.generation import generate
-from espo_gateway.logs import http_log
-from espo_gateway.metrics import Metrics
-from espo_gateway.middleware import identify, observing
-from espo_gateway.openapi import description
-from espo_gateway.own_critic import OwnCritic, load_critic
-from espo_gateway.passthrough import pass_through
-from espo_gateway.upstream import UpstreamPool
-from espo_gateway.wire import Limits
+from espo_gateway.critic.custom import OwnCritic, load_critic
+from espo_gateway.critic.server import CriticServer, ValueServer
+from espo_gateway.front.auth import read_keys
+from espo_gateway.front.gateway import Gateway
+from espo_gateway.front.generation import generate
+from espo_gateway.front.middleware import identify, observing
+from espo_gateway.front.openapi import description
+from espo_gateway.front.passthrough import pass_through
+from espo_gateway.telemetry.logs import http_log
+from espo_gateway.telemetry.metrics import Metrics
+from espo_gateway.upstream.connection import Limits
+from espo_gateway.upstream.pool import UpstreamPool
 
 #: Methods that are passed through; CONNECT and TRACE speak of connections, not of models.
 _PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, too

@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import aiohttp
 
-from espo_gateway.auth import Keys, is_loopback
 from espo_gateway.config import Config
-from espo_gateway.critic import CriticServer
+from espo_gateway.critic.server import CriticServer
 from espo_gateway.errors import UpstreamError, said
-from espo_gateway.gates import gate_from_json
-from espo_gateway.health import base_url
+from espo_gateway.front.auth import Keys, is_loopback
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.upstream.server import base_url
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from espo_rl.progress import progress_bar
-from espo_rl.tasks import Arithmetic
+from espo_rl.record.progress import progress_bar
+from espo_rl.tasks.task import Arithmetic
 from espo_rl.types import Problem
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")

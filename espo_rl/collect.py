@@ -17,14 +17,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from espo_gateway.rules import Gate
-from espo_rl.dumps import read_rollouts, rollouts_table
-from espo_rl.evaluate import Command, parse, run_command
-from espo_rl.evaluator import EvaluationError, ProblemResult, Report, SampleResult, evaluate
-from espo_rl.files import written_whole
-from espo_rl.grading import GraderPool
-from espo_rl.progress import progress_bar
-from espo_rl.rollouts import Collector, Sample
+from espo_gateway.stop.rules import Gate
+from espo_rl.evaluate.command import Command, parse, run_command
+from espo_rl.evaluate.evaluator import (
+    EvaluationError,
+    ProblemResult,
+    Report,
+    SampleResult,
+    evaluate,
+)
+from espo_rl.record.files import written_whole
+from espo_rl.record.progress import progress_bar
+from espo_rl.record.rollout_files import read_rollouts, rollouts_table
+from espo_rl.rollouts.collector import Collector, Sample
+from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import Problem, Rollout
 
 #: What is trained on is sampled from the whole policy, and so is what a detector is judged on.

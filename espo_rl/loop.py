@@ -20,26 +20,26 @@ from typing import Any, TypeVar, cast
 from transformers import AutoTokenizer
 
 from espo_gateway.vllm_plugin.client import WeightSyncError
-from espo_rl import servers
-from espo_rl.batches import Batch
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
-from espo_rl.dumps import RolloutDumps
-from espo_rl.estimator import with_outcome
-from espo_rl.evaluator import EvaluationError, ProblemResult, Report, Sampling, evaluate
-from espo_rl.grading import GraderPool
-from espo_rl.logs import RunLog
-from espo_rl.metrics import gate_metrics, rollout_metrics
-from espo_rl.results import as_dict
-from espo_rl.rewards import make_answer_reader, reward
-from espo_rl.rollouts import Collector, Mode, Prompter
-from espo_rl.servers import ServerError
-from espo_rl.stopping import StopController
-from espo_rl.summary import Summary
-from espo_rl.tasks import Task, make_task
-from espo_rl.trainer import PpoTrainer
+from espo_rl.evaluate.evaluator import EvaluationError, ProblemResult, Report, Sampling, evaluate
+from espo_rl.evaluate.folder import as_dict
+from espo_rl.gate.controller import StopController
+from espo_rl.gate.outcomes import with_outcome
+from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.record.log import RunLog
+from espo_rl.record.metrics import gate_metrics, rollout_metrics
+from espo_rl.record.rollout_files import RolloutDumps
+from espo_rl.record.summary import Summary
+from espo_rl.rollouts.batch import Batch
+from espo_rl.rollouts.collector import Collector, Mode, Prompter
+from espo_rl.servers import fleet as servers
+from espo_rl.servers.fleet import ServerError
+from espo_rl.servers.weights import WeightPublisher
+from espo_rl.tasks.grader_pool import GraderPool
+from espo_rl.tasks.graders import make_answer_reader, reward
+from espo_rl.tasks.task import Task, make_task
 from espo_rl.types import EndReason, Rollout
-from espo_rl.weights import WeightPublisher
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from study.results import results_of
 from study.runner import Stopped, run_study
 from study.table import markdown
 
-from espo_rl.summary import nulls
+from espo_rl.record.summary import nulls
 
 STUDIES = Path(__file__).parent / "studies"
 

@@ -10,10 +10,10 @@ import sys
 from typing import Any
 
 from espo_rl import run
-from espo_rl.batches import Batch
 from espo_rl.checkpoints import CheckpointStore
-from espo_rl.trainer import PpoTrainer
-from espo_rl.weights import WeightPublisher
+from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.rollouts.batch import Batch
+from espo_rl.servers.weights import WeightPublisher
 
 place, _, number = sys.argv.pop(1).partition(":")
 step = int(number)

@@ -17,8 +17,8 @@ from openai import AsyncOpenAI
 
 from espo_gateway.app import running
 from espo_gateway.config import Config
-from espo_gateway.critic import ValueServer
-from espo_gateway.gateway import Gateway
+from espo_gateway.critic.server import ValueServer
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 
 GOOD = Token("a", -0.1, None, 1)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from trainer_helpers import Paths, make_rollouts, trainer, weights_of
 
-from espo_rl.ranks import follow
-from espo_rl.trainer import PpoTrainer
+from espo_rl.ppo.ranks import follow
+from espo_rl.ppo.trainer import PpoTrainer
 
 #: Every term that there is. With a token a micro-batch, minibatches of three and two rollouts leave
 #: one of two ranks without rows at times.

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from espo_gateway.monitor import RegretStatistics
-from espo_gateway.rules import Gate
-from espo_gateway.values import FEATURES, SuccessEstimator
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
+from espo_gateway.stop.regret import RegretStatistics
+from espo_gateway.stop.rules import Gate
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import load_recipe
-from espo_rl.dumps import RolloutDumps
-from espo_rl.report_curves import panels
-from espo_rl.run_folder import read_run
+from espo_rl.record.rollout_files import RolloutDumps
+from espo_rl.record.run_folder import read_run
+from espo_rl.report.curves import panels
 from espo_rl.types import EndReason, Problem, Rollout
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> {{data}}"

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from espo_rl.checkpoints import CheckpointStore
-from espo_rl.dumps import read_rollouts
+from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.types import Rollout
 
 STEPS = 3

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espo_gateway.monitor import Array, pad
-from espo_gateway.replay import first_stops
-from espo_gateway.rules import Gate
+from espo_gateway.stop.regret import Array, pad
+from espo_gateway.stop.replay import first_stops
+from espo_gateway.stop.rules import Gate
 from espo_rl.types import EndReason, Problem, Rollout
 
 LENGTH, SLIP = 40, 0.03

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from openai import InternalServerError, RateLimitError
 from test_breaker import Clock
 
-from espo_gateway.admission import Admission
 from espo_gateway.errors import TooManyRequests
-from espo_gateway.gateway import Gateway
+from espo_gateway.front.admission import Admission
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer
 
 COMPLETIONS = "/v1/completions"

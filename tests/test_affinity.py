@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.affinity import (
+from espo_gateway.upstream.affinity import (
     LOAD_FACTOR,
     LOAD_SLACK,
     PREFIX_CHARACTERS,

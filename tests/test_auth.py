@@ -17,9 +17,9 @@ from gateway_helpers import FAILING, GATE, completion_body, gateway_for
 from openai import AsyncOpenAI
 from yarl import URL
 
-from espo_gateway.auth import read_keys
 from espo_gateway.config import Config, parse
 from espo_gateway.errors import InvalidRequest
+from espo_gateway.front.auth import read_keys
 from espo_gateway.testing import FakeServer
 
 COMPLETIONS = "/v1/completions"

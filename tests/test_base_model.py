@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from espo_rl.base_model import BELIEF, slips
-from espo_rl.tasks import Arithmetic
+from espo_rl.tasks.task import Arithmetic
 
 PAIRS = [(oldest, newest) for oldest in range(10) for newest in range(10)]
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.monitor import surrogate_regret
-from espo_gateway.values import FEATURES, StreamStatistics
-from espo_rl.batching import Sample, micro_batches, share
-from espo_rl.critic import Scaler, state_statistics
+from espo_gateway.stop.estimate import FEATURES, StreamStatistics
+from espo_gateway.stop.regret import surrogate_regret
+from espo_rl.ppo.critic import Scaler, state_statistics
+from espo_rl.ppo.samples import Sample, micro_batches, share
 from espo_rl.types import EndReason, Problem, Rollout
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.breaker import Breaker
+from espo_gateway.upstream.breaker import Breaker
 
 
 class Clock:

@@ -16,14 +16,14 @@ import pytest
 from gateway_helpers import BAD, GOOD, completion_body, gateway_for, post
 from simulated import LENGTH, censored, cuts, simulate
 
-from espo_gateway import calibrate
-from espo_gateway.gates import gate_from_json
-from espo_gateway.replay import first_stops
-from espo_gateway.rules import Gate
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.replay import first_stops
+from espo_gateway.stop.rules import Gate
 from espo_gateway.testing import FakeServer, Script
-from espo_gateway.traces import TraceError, read_chunks, read_outcomes
+from espo_gateway.traces import calibrate
+from espo_gateway.traces.reader import TraceError, read_chunks, read_outcomes
 from espo_rl.config import load_recipe
-from espo_rl.dumps import RolloutDumps
+from espo_rl.record.rollout_files import RolloutDumps
 from espo_rl.types import EndReason, Rollout
 
 

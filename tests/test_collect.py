@@ -10,8 +10,8 @@ from models import random_checkpoint
 
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.collect import _DEFAULTS, Collecting
-from espo_rl.dumps import read_rollouts
-from espo_rl.evaluate import parse
+from espo_rl.evaluate.command import parse
+from espo_rl.record.rollout_files import read_rollouts
 
 
 def saying(body: dict[str, Any]) -> Script:

@@ -14,12 +14,12 @@ from gateway_helpers import chat_body, completion_body, gateway_for, post
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.replay import first_stops
-from espo_gateway.request import plan, upstream_body
-from espo_gateway.rules import Gate, Verdict, Watch
-from espo_gateway.scores import token_confidence
+from espo_gateway.stop.replay import first_stops
+from espo_gateway.stop.rules import Gate, Verdict, Watch
+from espo_gateway.stop.scores import token_confidence
+from espo_gateway.stream.cut import strip_logprobs
+from espo_gateway.stream.request import plan, upstream_body
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_gateway.trimming import strip_logprobs
 
 SURE, UNSURE = 12.0, 2.0
 

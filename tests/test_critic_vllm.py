@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from espo_gateway.app import running
 from espo_gateway.config import Config
-from espo_gateway.critic import CriticServer
-from espo_gateway.rules import Gate, Verdict, Watch
+from espo_gateway.critic.server import CriticServer
+from espo_gateway.stop.rules import Gate, Verdict, Watch
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
 from espo_rl.base_model import make_tokenizer
-from espo_rl.trainer import Critic
-from espo_rl.weights import (
+from espo_rl.ppo.trainer import Critic
+from espo_rl.servers.weights import (
     TensorSpec,
     WeightParityError,
     WeightPublisher,

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from espo_gateway.monitor import RegretStatistics
-from espo_gateway.rules import Gate
-from espo_gateway.values import FEATURES, SuccessEstimator
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
+from espo_gateway.stop.regret import RegretStatistics
+from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe, load_recipe
-from espo_rl.dumps import SCHEMA, RolloutDumps, read_rollouts, recipe_hash
-from espo_rl.logs import LogError
+from espo_rl.record.log import LogError
+from espo_rl.record.rollout_files import SCHEMA, RolloutDumps, read_rollouts, recipe_hash
 from espo_rl.types import EndReason, Problem, Rollout
 
 anything = st.floats()  # NaN and infinities included

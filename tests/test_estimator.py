@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from simulated import LENGTH, SLIP, censored, simulate
 
-from espo_gateway import estimator
-from espo_gateway.rules import Gate
-from espo_gateway.values import SuccessEstimator, sigmoid
-from espo_rl.estimator import KnownRollouts, features
+from espo_gateway.stop import fit as estimator
+from espo_gateway.stop.estimate import SuccessEstimator, sigmoid
+from espo_gateway.stop.rules import Gate
+from espo_rl.gate.outcomes import KnownRollouts, features
 from espo_rl.types import EndReason
 
 

@@ -21,16 +21,16 @@ from models import random_checkpoint
 
 from espo_gateway.supervisor import ServerProcess
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl import evaluate as command
-from espo_rl import rollouts
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection, TaskSection
-from espo_rl.evaluate import Command, main, parse
-from espo_rl.evaluator import EvaluationError, ProblemResult, Sampling, evaluate
-from espo_rl.grading import Grade
-from espo_rl.results import ResultsFolder
-from espo_rl.rewards import exact_answer, make_answer_reader, math_answer
-from espo_rl.rollouts import Collector, Prompter
+from espo_rl.evaluate import command
+from espo_rl.evaluate.command import Command, main, parse
+from espo_rl.evaluate.evaluator import EvaluationError, ProblemResult, Sampling, evaluate
+from espo_rl.evaluate.folder import ResultsFolder
+from espo_rl.rollouts import collector as rollouts
+from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.tasks.grader_pool import Grade
+from espo_rl.tasks.graders import exact_answer, make_answer_reader, math_answer
 from espo_rl.types import EndReason, Problem
 
 PROBLEMS = [Problem(id=f"p{i}", prompt=f"{i}", answer=str(i)) for i in range(3)]

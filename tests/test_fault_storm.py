@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 from gateway_helpers import chat_body, completion_body, gateway_for, metric
 
-from espo_gateway.gateway import Gateway
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import Body, FakeServer, Script, Token
 
 STREAMS = 200

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from espo_gateway.openapi import description
+from espo_gateway.front.openapi import description
 from espo_gateway.testing import FakeServer, Script
 
 

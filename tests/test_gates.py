@@ -10,11 +10,11 @@ import pytest
 from gateway_helpers import FAILING, GATE, gateway_for
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.gates import Control, control_from_json, gate_from_json, gate_to_json
-from espo_gateway.monitor import MonitorConfig, RegretStatistics
-from espo_gateway.rules import Gate
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
+from espo_gateway.stop.gate_json import Control, control_from_json, gate_from_json, gate_to_json
+from espo_gateway.stop.regret import MonitorConfig, RegretStatistics
+from espo_gateway.stop.rules import Gate
 from espo_gateway.testing import FakeServer
-from espo_gateway.values import FEATURES, SuccessEstimator
 
 
 def test_a_gate_survives_the_wire() -> None:

@@ -23,14 +23,14 @@ from gateway_helpers import (
 )
 from prometheus_client import CollectorRegistry
 
-from espo_gateway import critic as critic_module
 from espo_gateway.app import running
 from espo_gateway.config import Config
-from espo_gateway.critic import CONCURRENCY, MAX_UNANSWERED, CriticServer
+from espo_gateway.critic import server as critic_module
+from espo_gateway.critic.server import CONCURRENCY, MAX_UNANSWERED, CriticServer
 from espo_gateway.errors import UpstreamError
-from espo_gateway.gateway import Gateway
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_gateway.testing_critic import FakeCritic
+from espo_gateway.testing.critic import FakeCritic
 
 COMPLETIONS = "/v1/completions"
 GATE = json.dumps({"rule": "value-gated", "value": "critic", "beta": 2.0, "epsilon": 0.5}).encode()

@@ -31,12 +31,12 @@ from gateway_helpers import (
 from openai import APIError, InternalServerError
 
 from espo_gateway.errors import UpstreamProtocolError
-from espo_gateway.gates import gate_from_json
-from espo_gateway.gateway import Gateway
-from espo_gateway.request import plan
-from espo_gateway.session import Session
+from espo_gateway.front.gateway import Gateway
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stream.request import plan
+from espo_gateway.stream.session import Session
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_gateway.testing_critic import FakeCritic
+from espo_gateway.testing.critic import FakeCritic
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 UNSTOPPED = Script([GOOD] * 10_000)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from espo_rl.config import RecipeError, TaskSection
-from espo_rl.grading import Grade, GraderPool
+from espo_rl.tasks.grader_pool import Grade, GraderPool
 from espo_rl.types import Problem
 
 TOLD = "user_graders:as_told"
@@ -60,7 +60,7 @@ async def test_grades_come_in_order(settings: dict[str, Any], right: str, wrong:
 
 
 async def test_a_gyms_own_scorer_gets_its_row() -> None:
-    from espo_rl.tasks import make_task
+    from espo_rl.tasks.task import make_task
 
     config = TaskSection(kind="reasoning-gym", name="chain_sum", grader="task")
     (one,) = make_task(config).held_out(1)

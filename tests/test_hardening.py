@@ -16,7 +16,7 @@ from aiohttp import web
 from gateway_helpers import FAILING, GOOD, LONG, completion_body, gateway_for, post
 from yarl import URL
 
-from espo_gateway.gateway import Gateway
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import Fake, FakeServer, Script
 
 COMPLETIONS = "/v1/completions"

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from espo_rl.advantages import gae, group_advantages, whiten
-from espo_rl.batching import Sample
 from espo_rl.config import Ppo
-from espo_rl.experience import Before, mismatch, prepare
-from espo_rl.losses import (
+from espo_rl.ppo.advantages import gae, group_advantages, whiten
+from espo_rl.ppo.experience import Before, mismatch, prepare
+from espo_rl.ppo.losses import (
     actor_loss,
     aggregation_weights,
     entropy,
@@ -24,6 +23,7 @@ from espo_rl.losses import (
     token_logprobs,
     value_loss,
 )
+from espo_rl.ppo.samples import Sample
 from espo_rl.types import EndReason
 
 values_of_a_rollout = st.integers(1, 12).flatmap(

@@ -19,11 +19,11 @@ from gateway_helpers import (
     raw_request,
 )
 
-from espo_gateway import live
-from espo_gateway.gateway import Gateway
-from espo_gateway.savings import WINDOW, Savings
+from espo_gateway.admin import live
+from espo_gateway.front.gateway import Gateway
+from espo_gateway.telemetry.savings import WINDOW, Savings
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_gateway.upstream import UpstreamPool
+from espo_gateway.upstream.pool import UpstreamPool
 
 COMPLETIONS = "/v1/completions"
 ENDLESS = Script([GOOD] * 10_000)

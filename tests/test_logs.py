@@ -19,10 +19,17 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from espo_gateway.rules import Gate
+from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe, RecipeError, load_recipe
-from espo_rl.logs import JsonLines, LogError, RunLog, step_line
-from espo_rl.metrics import METRICS, gate_metrics, grouped, rollout_metrics, table, undocumented
+from espo_rl.record.log import JsonLines, LogError, RunLog, step_line
+from espo_rl.record.metrics import (
+    METRICS,
+    gate_metrics,
+    grouped,
+    rollout_metrics,
+    table,
+    undocumented,
+)
 from espo_rl.types import EndReason, Problem, Rollout
 
 NOTHING = np.empty(0)

@@ -22,9 +22,9 @@ from gateway_helpers import (
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from espo_gateway.gateway import Gateway
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script
-from espo_gateway.testing_critic import FakeCritic
+from espo_gateway.testing.critic import FakeCritic
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 

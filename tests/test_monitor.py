@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.monitor import (
+from espo_gateway.stop.regret import (
     MonitorConfig,
     RegretMonitor,
     RegretStatistics,

@@ -10,8 +10,8 @@ import own_critics
 import pytest
 from gateway_helpers import FAILING, completion_body, gateway_for, metric, post
 
+from espo_gateway.critic.custom import CALLS, OwnCritic, load_critic
 from espo_gateway.errors import InvalidRequest, UpstreamError
-from espo_gateway.own_critic import CALLS, OwnCritic, load_critic
 from espo_gateway.testing import FakeServer
 
 COMPLETIONS = "/v1/completions"

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.answer import Answer, merged
-from espo_gateway.plain import template_of
-from espo_gateway.request import plan
-from espo_gateway.rules import Gate
-from espo_gateway.session import Output, Session
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stream.answer import Answer, merged
+from espo_gateway.stream.request import plan
+from espo_gateway.stream.session import Output, Session
+from espo_gateway.stream.templates import template_of
 
 GATE = Gate(rule="regret-only", beta=2.0, min_tokens=1)
 

@@ -20,9 +20,9 @@ from espo_gateway.supervisor import free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl.base_model import make_model, make_tokenizer, save_checkpoint
 from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
-from espo_rl.fit import Machine
-from espo_rl.memory import Part, activation_parts, checkpoint_bytes, training_parts
-from espo_rl.plan import Plan, load_shape, make_plan
+from espo_rl.dry_run.fit import Machine
+from espo_rl.dry_run.memory import Part, activation_parts, checkpoint_bytes, training_parts
+from espo_rl.dry_run.plan import Plan, load_shape, make_plan
 from espo_rl.types import EndReason, Problem, Rollout
 
 LAPTOP = Machine(cpus=2, ram=16e9)
@@ -320,7 +320,7 @@ def test_logits_grow_with_the_micro_batch(recipe_with: Callable[..., Recipe], ti
 def test_a_checkpoint_is_as_large_as_planned(
     recipe_with: Callable[..., Recipe], tmp_path: Path, stage: int
 ) -> None:
-    from espo_rl.trainer import PpoTrainer
+    from espo_rl.ppo.trainer import PpoTrainer
 
     recipe = recipe_with(f"deepspeed.zero_stage={stage}")
     trainer = PpoTrainer(recipe)

@@ -17,8 +17,8 @@ from test_breaker import Clock
 
 from espo_gateway.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from espo_gateway.testing import FakeServer, Script
-from espo_gateway.upstream import UpstreamPool
-from espo_gateway.wire import Limits
+from espo_gateway.upstream.connection import Limits
+from espo_gateway.upstream.pool import UpstreamPool
 
 COMPLETIONS = "/v1/completions"
 HEADERS = {"Content-Type": "application/json"}

@@ -14,13 +14,13 @@ import torch
 from models import random_checkpoint
 from trainer_helpers import Paths, trainer
 
-from espo_gateway.rules import Gate
-from espo_rl import pretrain_critic
+from espo_gateway.stop.rules import Gate
 from espo_rl.config import load_recipe
-from espo_rl.critic import Critic, Scaler
-from espo_rl.critic_fit import PretrainError, Settings, split, usable, values_of
-from espo_rl.critic_quality import auc, qualities
-from espo_rl.dumps import RolloutDumps, read_rollouts
+from espo_rl.ppo.critic import Critic, Scaler
+from espo_rl.pretrain_critic import command as pretrain_critic
+from espo_rl.pretrain_critic.fit import PretrainError, Settings, split, usable, values_of
+from espo_rl.pretrain_critic.quality import auc, qualities
+from espo_rl.record.rollout_files import RolloutDumps, read_rollouts
 from espo_rl.types import EndReason, Problem, Rollout
 
 SLIP = 9  # the token after which all is lost

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from gateway_helpers import BAD, GOOD, LONG, client_of, completion_body, gateway_for, post
 
-from espo_gateway import recording
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.gates import gate_from_json
-from espo_gateway.recording import Recorder
-from espo_gateway.replay import first_stops
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.replay import first_stops
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.traces import recorder as recording
+from espo_gateway.traces.recorder import Recorder
 
 COMPLETIONS = "/v1/completions"
 

@@ -15,20 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bench_replay import make_rollouts
 from gateway_helpers import gateway_for
 
-from espo_gateway.gates import gate_to_json
-from espo_gateway.rules import Gate, Watch
-from espo_gateway.scores import RULES
+from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.rules import Gate, Watch
+from espo_gateway.stop.scores import RULES
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.traces.detection import Judged, area, curve, difficulty
+from espo_gateway.traces.judge import fitted, fitted_elsewhere, grid_of, replayed
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection
-from espo_rl.detection import Judged, area, curve, difficulty
-from espo_rl.dumps import rollouts_table
-from espo_rl.replay import Source, main
-from espo_rl.replay_benchmark import make_rollouts
-from espo_rl.replaying import fitted, fitted_elsewhere, grid_of, replayed
-from espo_rl.rollouts import Collector, Prompter, Sample
+from espo_rl.record.rollout_files import rollouts_table
+from espo_rl.replay.command import Source, main
+from espo_rl.rollouts.collector import Collector, Prompter, Sample
 from espo_rl.types import EndReason, Problem, Rollout
 
 

@@ -23,14 +23,14 @@ from report_helpers import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from espo_gateway.rules import Gate, Verdict, Watch
-from espo_rl import report
-from espo_rl.intervals import Share
-from espo_rl.report_curves import panels, tiles
-from espo_rl.report_rollouts import choose, fitting, rollouts
-from espo_rl.report_traces import trace
-from espo_rl.run_folder import RunFolderError, read_run
-from espo_rl.token_texts import Pieces, load_tokenizer, token_texts
+from espo_gateway.stop.rules import Gate, Verdict, Watch
+from espo_rl.record.intervals import Share
+from espo_rl.record.run_folder import RunFolderError, read_run
+from espo_rl.report import command as report
+from espo_rl.report.curves import panels, tiles
+from espo_rl.report.rollouts import choose, fitting, rollouts
+from espo_rl.report.token_texts import Pieces, load_tokenizer, token_texts
+from espo_rl.report.traces import trace
 from espo_rl.types import EndReason, Rollout
 
 # -- curves ----------------------------------------------------------------------------------------

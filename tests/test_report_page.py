@@ -23,9 +23,9 @@ from report_helpers import (
     with_tokenizer,
 )
 
-from espo_rl import report
-from espo_rl.report_curves import panels
-from espo_rl.run_folder import read_run
+from espo_rl.record.run_folder import read_run
+from espo_rl.report import command as report
+from espo_rl.report.curves import panels
 from espo_rl.types import Problem
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")

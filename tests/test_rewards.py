@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_rl.config import Recipe, RecipeError, TaskSection
-from espo_rl.rewards import exact, make_grader, math, regex, reward
-from espo_rl.tasks import make_task
+from espo_rl.tasks.graders import exact, make_grader, math, regex, reward
+from espo_rl.tasks.task import make_task
 from espo_rl.types import EndReason, Problem, Rollout
 
 

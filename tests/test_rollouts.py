@@ -16,10 +16,10 @@ from gateway_helpers import BAD, FAILING, GOOD, gateway_for
 from openai.types import Completion
 
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl import rollouts
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection
-from espo_rl.rollouts import Collector, Prompter, Sample, read_completion
+from espo_rl.rollouts import collector as rollouts
+from espo_rl.rollouts.collector import Collector, Prompter, Sample, read_completion
 from espo_rl.types import EndReason, Problem, Rollout
 
 PROBLEM = Problem(id="358c", prompt="358c", answer="164")

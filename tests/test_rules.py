@@ -9,16 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.monitor import (
+from espo_gateway.stop.estimate import (
+    FEATURES,
+    StreamStatistics,
+    SuccessEstimator,
+    stream_features,
+)
+from espo_gateway.stop.regret import (
     MonitorConfig,
     RegretMonitor,
     RegretStatistics,
     pad,
     surrogate_regret,
 )
-from espo_gateway.replay import first_stops, level_of, stop_levels, threshold_at
-from espo_gateway.rules import THRESHOLDS, Gate, RuleName, Verdict, Watch
-from espo_gateway.values import FEATURES, StreamStatistics, SuccessEstimator, stream_features
+from espo_gateway.stop.replay import first_stops, level_of, stop_levels, threshold_at
+from espo_gateway.stop.rules import THRESHOLDS, Gate, RuleName, Verdict, Watch
 
 GATE = {
     "statistics": RegretStatistics(mean=0.2, variance=0.5),

@@ -27,9 +27,9 @@ from transformers import (
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl import run
-from espo_rl.metrics import undocumented
-from espo_rl.servers import ServerError, served_model
-from espo_rl.tasks import Arithmetic
+from espo_rl.record.metrics import undocumented
+from espo_rl.servers.fleet import ServerError, served_model
+from espo_rl.tasks.task import Arithmetic
 
 # -- refused before any work -----------------------------------------------------------------------
 

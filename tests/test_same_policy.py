@@ -18,7 +18,7 @@ from conftest import VllmServer
 from run_helpers import SEED, STEPS, Ended, Run, dumped
 from safetensors.torch import load_file
 
-from espo_rl.tasks import Arithmetic
+from espo_rl.tasks.task import Arithmetic
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 

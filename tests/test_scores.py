@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_rl.intervals import ProblemMean, Share, wilson
-from espo_rl.scores import Graded, majority, pass_at, powers_of_two, score
+from espo_rl.evaluate.scores import Graded, majority, pass_at, powers_of_two, score
+from espo_rl.record.intervals import ProblemMean, Share, wilson
 
 # -- pass@k ----------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from espo_gateway.rules import Gate
+from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
 from espo_rl.config import Recipe, load_recipe
-from espo_rl.servers import Server, ServerError, Servers, _servers, served_model
+from espo_rl.servers.fleet import Server, ServerError, Servers, _servers, served_model
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 

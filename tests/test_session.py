@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from espo_gateway.gates import Control
-from espo_gateway.replay import first_stops
-from espo_gateway.request import plan
-from espo_gateway.rules import Gate
-from espo_gateway.session import Session
+from espo_gateway.stop.gate_json import Control
+from espo_gateway.stop.replay import first_stops
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stream.request import plan
+from espo_gateway.stream.session import Session
 
 CALM, WILD = -0.1, -8.0
 

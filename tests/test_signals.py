@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from espo_gateway.monitor import surrogate_regret
-from espo_gateway.signals import Signal, decode_chunk, read_signals
-from espo_gateway.trimming import HeldText, keep_tokens, kept_text, strip_logprobs
+from espo_gateway.stop.regret import surrogate_regret
+from espo_gateway.stream.chunks import Signal, decode_chunk, read_signals
+from espo_gateway.stream.cut import HeldText, keep_tokens, kept_text, strip_logprobs
 
 
 def completion(tokens: list[str], logprobs: list[Any], tops: list[Any]) -> dict[str, Any]:

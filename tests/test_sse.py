@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_gateway.errors import UpstreamProtocolError
-from espo_gateway.sse import SSEParser
+from espo_gateway.stream.sse import SSEParser
 
 lines = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=8)
 newlines = st.sampled_from(["\n", "\r\n", "\r"])

@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 from gateway_helpers import GOOD, listening, start
 
-from espo_gateway.auth import read_keys
 from espo_gateway.config import Config
 from espo_gateway.errors import UpstreamError
+from espo_gateway.front.auth import read_keys
 from espo_gateway.startup import check_servers
 from espo_gateway.testing import FakeServer, Script
 

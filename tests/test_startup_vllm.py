@@ -9,9 +9,9 @@ import pytest
 from conftest import VllmServer, serve
 from gateway_helpers import completion_body, gateway_for, post
 
-from espo_gateway.auth import Keys
 from espo_gateway.config import Config
 from espo_gateway.errors import UpstreamError
+from espo_gateway.front.auth import Keys
 from espo_gateway.startup import check_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]

@@ -13,14 +13,14 @@ import pytest
 from pydantic import ValidationError
 from simulated import censored, critic_says, cuts, simulate
 
-from espo_gateway import estimator
-from espo_gateway.gates import gate_from_json, gate_to_json
-from espo_gateway.monitor import RegretStatistics, pad, smoothed_regret
-from espo_gateway.replay import level_of, recorded_regrets
-from espo_gateway.rules import THRESHOLDS, Gate, RuleName
+from espo_gateway.stop import fit as estimator
+from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
+from espo_gateway.stop.regret import RegretStatistics, pad, smoothed_regret
+from espo_gateway.stop.replay import level_of, recorded_regrets
+from espo_gateway.stop.rules import THRESHOLDS, Gate, RuleName
 from espo_rl.config import Stopping
-from espo_rl.estimator import with_outcome
-from espo_rl.stopping import StopController, WarmUp
+from espo_rl.gate.controller import StopController, WarmUp
+from espo_rl.gate.outcomes import with_outcome
 from espo_rl.types import EndReason
 
 AUDIT = 0.25

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from espo_rl.config import load_recipe
-from espo_rl.stopping import StopController
-from espo_rl.summary import Share, Summary, Totals, versions
+from espo_rl.gate.controller import StopController
+from espo_rl.record.summary import Share, Summary, Totals, versions
 from espo_rl.types import EndReason, Problem, Rollout
 
 NOTHING = np.empty(0)  # the summary never looks at logprobs

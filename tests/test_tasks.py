@@ -15,8 +15,8 @@ import datasets
 import pytest
 
 from espo_rl.config import TaskSection
-from espo_rl.rewards import exact
-from espo_rl.tasks import Arithmetic, TaskError, make_task
+from espo_rl.tasks.graders import exact
+from espo_rl.tasks.task import Arithmetic, TaskError, make_task
 from espo_rl.types import Problem
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k_excerpt.jsonl"

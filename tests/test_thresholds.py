@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 from scipy.stats import norm
 
-from espo_gateway.replay import level_of, threshold_at
-from espo_gateway.thresholds import AuditThreshold, Outcomes, ShareThreshold, upper_bound
+from espo_gateway.stop.replay import level_of, threshold_at
+from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, ShareThreshold, upper_bound
 
 LOW, HIGH = level_of("value-only", 1e-6), 0.0
 

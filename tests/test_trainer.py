@@ -26,13 +26,13 @@ from trainer_helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from espo_rl.batching import Sample
 from espo_rl.checkpoints import CheckpointError, CheckpointStore
 from espo_rl.config import Ppo, Recipe
-from espo_rl.experience import METRICS, Metrics, prepare
-from espo_rl.trainer import PpoTrainer
+from espo_rl.ppo.experience import METRICS, Metrics, prepare
+from espo_rl.ppo.samples import Sample
+from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.servers.weights import gathered, write_safetensors
 from espo_rl.types import EndReason, Rollout
-from espo_rl.weights import gathered, write_safetensors
 
 pytestmark = pytest.mark.slow
 

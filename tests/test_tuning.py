@@ -18,13 +18,13 @@ from gateway_helpers import BAD, GOOD, completion_body, gateway_for, get_text, p
 
 from espo_gateway.config import Config
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.gateway import Gateway
-from espo_gateway.monitor import MonitorConfig
-from espo_gateway.observed import ObservedWatch
-from espo_gateway.replay import recorded_regrets, stop_levels
-from espo_gateway.rules import Gate
+from espo_gateway.front.gateway import Gateway
+from espo_gateway.stop.regret import MonitorConfig
+from espo_gateway.stop.replay import recorded_regrets, stop_levels
+from espo_gateway.stop.rules import Gate
 from espo_gateway.testing import FakeServer, Script
-from espo_gateway.tuning import BETA_MAX, BETA_MIN, STEP, Evidence, Tuning
+from espo_gateway.tuning.observers import ObservedWatch
+from espo_gateway.tuning.tuner import BETA_MAX, BETA_MIN, STEP, Evidence, Tuning
 
 COMPLETIONS = "/v1/completions"
 Stream = list[tuple[float, float]]

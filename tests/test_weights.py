@@ -16,7 +16,7 @@ from models import PROBE, logprobs, random_checkpoint, random_critic, random_mod
 from safetensors.torch import load_file
 
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
-from espo_rl.weights import (
+from espo_rl.servers.weights import (
     TensorSpec,
     WeightParityError,
     WeightPublisher,

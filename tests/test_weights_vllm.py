@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from espo_gateway.supervisor import free_port
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
-from espo_rl.weights import (
+from espo_rl.servers.weights import (
     TensorSpec,
     WeightParityError,
     WeightPublisher,

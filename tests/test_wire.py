@@ -18,7 +18,7 @@ from espo_gateway.errors import (
     UpstreamUnavailable,
 )
 from espo_gateway.supervisor import free_port
-from espo_gateway.wire import MAX_BUFFERED_BYTES, Limits, Reply, request
+from espo_gateway.upstream.connection import MAX_BUFFERED_BYTES, Limits, Reply, request
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Plain; charset=utf-8\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\nOdd: 1\r\n\r\n"

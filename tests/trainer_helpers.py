@@ -12,7 +12,7 @@ from models import random_checkpoint, random_model
 from transformers import Qwen2ForSequenceClassification
 
 from espo_rl.config import Recipe
-from espo_rl.trainer import PpoTrainer
+from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.types import EndReason, Problem, Rollout
 
 LEARNING_RATE = 1e-3

@@ -10,9 +10,9 @@ from itertools import islice
 
 from aiohttp import web
 
+from espo_gateway.testing.chunks import choice_of, ending, event, head, limit, usage_of
 from espo_gateway.testing.fake import Fake
 from espo_gateway.testing.script import Body, Script, Token
-from espo_gateway.testing.wire import choice_of, ending, event, head, limit, usage_of
 
 _BLOCK = b"x" * 2**16
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from espo_gateway.pooling import ROUTE, pooled_values, pooling_body
+from espo_gateway.vllm_plugin.pooling import ROUTE, pooled_values, pooling_body
 
 
 class WeightSyncError(RuntimeError):

@@ -17,9 +17,9 @@ import numpy as np
 from benchmark.report import processor_name
 from scipy.special import stdtrit
 
-from espo_rl.intervals import Share
-from espo_rl.run_folder import number, read_run
-from espo_rl.summary import versions
+from espo_rl.record.intervals import Share
+from espo_rl.record.run_folder import number, read_run
+from espo_rl.record.summary import versions
 from study.design import Run, Study
 from study.runner import summary_of
 

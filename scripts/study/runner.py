@@ -30,7 +30,7 @@ from rich.progress import (
 
 from espo_gateway.supervisor import die_with_guard
 from espo_rl.config import RecipeError, load_recipe
-from espo_rl.run_folder import read_run
+from espo_rl.record.run_folder import read_run
 from study.design import Run, Study, StudyError
 
 #: Seconds between two looks at a run's metrics.

@@ -1,0 +1,167 @@
+"""What the page at /espo shows: the gateway as it is now, as plain data.
+
+Nothing is kept per token. A snapshot reads the sessions; the page makes lines of successive ones.
+No prompt and no completion is in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import re
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+from espo_gateway.stream.session import Session
+from espo_gateway.telemetry.metrics import total
+
+if TYPE_CHECKING:
+    from espo_gateway.front.gateway import Gateway
+    from espo_gateway.upstream.pool import UpstreamPool
+
+#: Streams told of one by one.
+MAX_STREAMS = 200
+#: Ended ones told of, and for how many seconds.
+MAX_ENDED, ENDED_SECONDS = 50, 5.0
+#: Seconds over which tokens per second are measured.
+RATE_SECONDS = 5.0
+#: Nobody looks any more after so many seconds without a snapshot.
+_UNWATCHED = 10.0
+#: Longest text told; ids and model names come from outside.
+_LONGEST = 120
+
+Json = dict[str, Any]
+
+
+class Live:
+    """The snapshots of one gateway, and the little that must be remembered between them."""
+
+    def __init__(self) -> None:
+        self._started = time.time()
+        self._numbers = itertools.count(1)
+        self._ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
+        self._ended: deque[tuple[float, Json]] = deque(maxlen=MAX_ENDED)
+        self._tokens: deque[tuple[float, float]] = deque()
+        self._looked = float("-inf")
+
+    def ended(self, session: Session) -> None:
+        """Take a choice that has ended; remembered for a moment, when somebody looks."""
+        now = time.monotonic()
+        if now - self._looked < _UNWATCHED:
+            self._ended.append((now, {**self._stream(session, now), "end": session.end}))
+
+    def snapshot(self, gateway: Gateway) -> Json:
+        """The gateway now. Times in seconds, `started` and `time` since 1970."""
+        now = self._looked = time.monotonic()
+        while self._ended and now - self._ended[0][0] > ENDED_SECONDS:
+            self._ended.popleft()
+        gate, sessions = gateway.gate, gateway.sessions
+        shown = heapq.nlargest(MAX_STREAMS, sessions, key=lambda session: session.tokens)
+        totals = _totals(gateway)
+        return {
+            "time": time.time(),
+            "started": self._started,
+            "gate": {
+                "rule": gate.rule,
+                "value": gate.source,
+                "beta": gate.beta,
+                "epsilon": gate.epsilon,
+                "p_star": gate.p_star,
+                "hazard": gate.hazard,
+                "version": gate.version,
+            },
+            "running": len(sessions),
+            "streams": [self._stream(session, now) for session in shown],
+            "ended": [stream for _, stream in self._ended],
+            "totals": totals,
+            "tokens_per_second": self._rate(now, totals["tokens"]),
+            "servers": server_states(gateway.pool),
+            "queued": gateway.admission.queued,
+        }
+
+    def _rate(self, now: float, tokens: float) -> float | None:
+        """Tokens per second since the oldest snapshot of the last seconds, if there was one."""
+        seen = self._tokens
+        while seen and now - seen[0][0] > RATE_SECONDS:
+            seen.popleft()
+        seen.append((now, tokens))
+        taken = now - seen[0][0]
+        return (tokens - seen[0][1]) / taken if taken > 0.0 else None
+
+    def _stream(self, session: Session, now: float) -> Json:
+        record, head = session.record, session.head
+        if session not in self._ids:
+            self._ids[session] = next(self._numbers)
+        value = session.value if record["value"] is None else record["value"]
+        measure, threshold = _compared(session, value)
+        return {
+            "id": self._ids[session],
+            "name": str(head.get("id") or "")[:_LONGEST],
+            "model": str(head.get("model") or "")[:_LONGEST],
+            "index": session.index,
+            "age": now - session.started,
+            "tokens": session.tokens,
+            "cut": record["cut"],
+            "mode": record["mode"],
+            "rule": record["rule"],
+            "measure": measure,
+            "z": record["z"],
+            "value": value,
+            "threshold": threshold if record["threshold"] is None else record["threshold"],
+        }
+
+
+def _compared(session: Session, value: float | None) -> tuple[Literal["z", "value"], float | None]:
+    """What the rule looks at, and its threshold in the same unit; None where z has none."""
+    gate = session.gate
+    match gate.rule:
+        case "value-only" | "success-probability":
+            return "value", gate.p_star
+        case "value-gated":
+            # Until a critic has been asked, the lowest that its answer could make it.
+            return "z", gate.beta * max(value or 0.0, gate.epsilon)
+        case "regret-only":
+            return "z", gate.beta
+    return "z", None
+
+
+def _totals(gateway: Gateway) -> Json:
+    """Sums since the start; tokens include those of running choices."""
+    metrics = gateway.metrics
+    ended = {
+        end: total(metrics.choices, end=end)
+        for end in ("completed", "length", "early_stop", "aborted")
+    }
+    whole = ended["completed"] + ended["length"] + ended["early_stop"]
+    return {
+        "requests": total(metrics.requests),
+        "in_flight": total(metrics.in_flight),
+        **ended,
+        "stop_share": ended["early_stop"] / whole if whole else None,
+        "shadow_stops": total(metrics.stops, mode="shadow"),
+        "tokens": total(metrics.tokens) + sum(session.tokens for session in gateway.sessions),
+        "saved_estimate": total(metrics.saved),
+        "shadow_saved": total(metrics.shadow_saved),
+        "overshoot": total(metrics.overshoot),
+        "unmonitored": total(metrics.unmonitored),
+        "errors": total(metrics.upstream_errors),
+        "disconnects": total(metrics.cancelled),
+        "critic_asked": total(metrics.critic_tokens, outcome="asked"),
+        "critic_avoided": total(metrics.critic_tokens, outcome="avoided"),
+    }
+
+
+def server_states(pool: UpstreamPool) -> list[Json]:
+    """Every server: url (without a password), healthy, breaker's state, in_flight, retries."""
+    return [
+        {
+            "url": re.sub(r"//[^/]*@", "//", server.url),
+            "healthy": server.healthy,
+            "breaker": server.breaker.state,
+            "in_flight": server.in_flight,
+            "retries": server.retries,
+        }
+        for server in pool.servers
+    ]

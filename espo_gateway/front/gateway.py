@@ -1,0 +1,106 @@
+"""What one gateway holds: its servers, the gate in force, its counters. No HTTP of its own."""
+
+from __future__ import annotations
+
+import logging
+
+from espo_gateway.admin.live import Live
+from espo_gateway.admin.scrape import GatewayCollector
+from espo_gateway.config import Config
+from espo_gateway.critic.server import ValueServer
+from espo_gateway.errors import Conflict, InvalidRequest
+from espo_gateway.front.admission import Admission
+from espo_gateway.front.auth import Keys, is_loopback, read_keys
+from espo_gateway.front.drain import Traffic
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stream.session import Policy, Session
+from espo_gateway.telemetry.logs import current
+from espo_gateway.telemetry.metrics import Metrics
+from espo_gateway.tuning.observers import Observers
+from espo_gateway.upstream.pool import UpstreamPool
+
+log = logging.getLogger(__name__)
+
+_NO_KEYS = Keys()
+
+
+class Gateway:
+    """One gateway's state. url: where it listens, once it does."""
+
+    def __init__(
+        self,
+        pool: UpstreamPool,
+        config: Config,
+        metrics: Metrics,
+        keys: Keys = _NO_KEYS,
+        *,
+        critic: ValueServer | None = None,
+    ) -> None:
+        self.pool = pool
+        self.config = config
+        self.url = ""
+        self.critic = critic
+        self.metrics = metrics
+        self.keys = keys
+        self.loopback = is_loopback(config.host)
+        self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
+        self.traffic = Traffic()
+        self.live = Live()
+        self.admission = Admission(config.max_in_flight, config.max_queue)
+        self.gate = Gate()
+        #: choices being generated
+        self.sessions: set[Session] = set()
+        metrics.registry.register(GatewayCollector(self))
+        self._gate_read = config.read_gate()
+        if self._gate_read is not None:
+            self.gate = gate_from_json(self._gate_read, has_critic=critic is not None)
+        #: tuning and recording
+        self.observers = Observers(config, self.gate, has_critic=critic is not None)
+        if self.observers.tuning is not None:
+            self.gate = self.observers.tuning.gate
+
+    def push_gate(self, data: bytes) -> None:
+        """Put a gate in force for the requests that come; raises InvalidRequest or Conflict.
+
+        A request under way keeps the gate it started with.
+        """
+        if self.observers.tuning is not None:
+            raise Conflict(
+                "this gateway finds its gate by itself (--target-share); start it without that to "
+                "push one, or with --gate to choose the rule and its constants"
+            )
+        self.gate = gate_from_json(data, has_critic=self.critic is not None)
+
+    def reload(self) -> None:
+        """Read the key files again, and the gate's; all of it or, when it raises, nothing.
+
+        A gate pushed since then stays in force unless the file has changed.
+
+        Raises InvalidRequest naming the setting.
+        """
+        keys = read_keys(self.config)
+        try:
+            data = self.config.read_gate()
+        except OSError as error:
+            raise InvalidRequest(f"gate: cannot read it: {error.strerror}", param="gate") from error
+        if data is not None and data != self._gate_read:
+            self.push_gate(data)
+        self.keys, self._gate_read = keys, data
+        self.pool.headers = keys.upstream_headers
+        log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
+
+    def drain(self) -> None:
+        """Refuse new requests; `traffic.over` waits for those under way."""
+        self.traffic.drain()
+
+    def finished(self, session: Session) -> None:
+        """Take a choice that has ended, in whatever way."""
+        self.sessions.discard(session)
+        self.metrics.count(session)
+        self.live.ended(session)
+        entry = current.get()
+        if entry is not None:
+            entry.count(session)
+        if gate := self.observers.finished(session, entry.request_id if entry else None):
+            self.gate = gate

@@ -1,0 +1,125 @@
+"""OpenAI's two generating endpoints: a request planned, followed upstream, and answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+from aiohttp import web
+
+from espo_gateway.errors import GatewayError, InvalidRequest
+from espo_gateway.front.bodies import decode
+from espo_gateway.front.events import EventStream, event
+from espo_gateway.front.gateway import Gateway
+from espo_gateway.front.passthrough import forwarded_headers, generation_headers, pass_marked
+from espo_gateway.front.relay import Sink, follow
+from espo_gateway.stream.answer import Answer, merged, total_usage
+from espo_gateway.stream.request import Plan, plan
+from espo_gateway.stream.session import Session
+
+_encode = msgspec.json.Encoder().encode
+
+
+async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse:
+    """Serve /v1/completions or /v1/chat/completions. Raises the kinds of GatewayError."""
+    data = await request.read()
+    planned = plan(decode(request, data), chat=request.path.endswith("/chat/completions"))
+    unmonitored = planned.unmonitored is not None and planned.control.mode != "off"
+    if unmonitored and gateway.policy.refuse:
+        raise InvalidRequest(
+            f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
+            'leave that out, or send "espo": {"mode": "off"}'
+        )
+    async with gateway.admission.slot():
+        return await _admitted(gateway, request, planned)
+
+
+async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
+    if planned.unmonitored is not None:
+        gateway.metrics.count_unmonitored(planned.unmonitored)
+        return await pass_marked(gateway, request, planned)
+    gate = gateway.gate
+    began = partial(gateway.metrics.first_token, request)
+    sessions = [
+        Session(
+            gate,
+            planned.control,
+            planned.asked,
+            single,
+            chat=planned.chat,
+            policy=gateway.policy,
+            began=began,
+            watching=gateway.observers.watching(),
+        )
+        for single in planned.singles
+    ]
+    gateway.sessions.update(sessions)
+    serve = _stream if planned.asked.stream else _answer
+    try:
+        return await serve(gateway, request, planned, sessions)
+    finally:
+        for session in sessions:
+            gateway.finished(session)
+
+
+async def _follow_all(
+    gateway: Gateway,
+    request: web.Request,
+    planned: Plan,
+    sessions: list[Session],
+    sinks: Sequence[Sink],
+) -> None:
+    """Follow every choice; the first that fails ends the others."""
+    headers = forwarded_headers(gateway.keys, request, json=True)
+    several = len(sessions) > 1
+    follows = [
+        follow(
+            gateway.pool,
+            planned.path,
+            generation_headers(headers, single.body, single.index if several else None),
+            single,
+            session,
+            sink,
+            gateway.critic,
+        )
+        for single, session, sink in zip(planned.singles, sessions, sinks, strict=True)
+    ]
+    if len(follows) == 1:
+        await follows[0]
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in follows:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _answer(
+    gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
+) -> web.StreamResponse:
+    answers = [Answer(chat=planned.chat) for _ in sessions]
+    await _follow_all(gateway, request, planned, sessions, answers)
+    usage = total_usage([(session.prompt, session.usage) for session in sessions])
+    answer = merged(answers, usage, chat=planned.chat)
+    return web.Response(body=_encode(answer), content_type="application/json")
+
+
+async def _stream(
+    gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
+) -> web.StreamResponse:
+    stream = EventStream(request)
+    try:
+        await _follow_all(gateway, request, planned, sessions, [stream] * len(sessions))
+        end = b"data: [DONE]\n\n"
+        if planned.asked.usage:
+            usage = total_usage([(session.prompt, session.usage) for session in sessions])
+            end = event(sessions[0].usage_chunk(usage)) + end
+    except GatewayError as error:
+        if not stream.begun:
+            raise
+        gateway.metrics.count_error(error)
+        end = event(error.body()) + b"data: [DONE]\n\n"
+    return await stream.close(end)

@@ -1,0 +1,146 @@
+"""One single request upstream, followed by its session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+from espo_gateway.critic.server import Inquiry, ValueServer
+from espo_gateway.errors import (
+    EXCERPT,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamStatusError,
+)
+from espo_gateway.stream.chunks import decode_chunk
+from espo_gateway.stream.request import Single, upstream_body
+from espo_gateway.stream.session import Output, Session
+from espo_gateway.stream.sse import SSEParser
+from espo_gateway.upstream.affinity import affinity_key
+from espo_gateway.upstream.connection import Reply
+from espo_gateway.upstream.pool import UpstreamPool
+
+
+class Sink(Protocol):
+    """Where a client's outputs go."""
+
+    @property
+    def flowing(self) -> bool:
+        """Whether `put` may be used now; else `deliver` must be awaited."""
+
+    def put(self, outputs: list[Output]) -> None:
+        """Take outputs without waiting. Raises ConnectionResetError when the client has left."""
+
+    async def deliver(self, outputs: list[Output]) -> None:
+        """Take outputs, and wait until there is room for more. Raises as `put`."""
+
+
+async def follow(
+    pool: UpstreamPool,
+    path: str,
+    headers: Mapping[str, str],
+    single: Single,
+    session: Session,
+    sink: Sink,
+    critic: ValueServer | None = None,
+) -> None:
+    """Deliver one choice to its client.
+
+    The upstream's request is over, cancelled if need be, before the last chunk is delivered.
+    Raises the kinds of `UpstreamError`.
+    """
+    chat = path.endswith("/chat/completions")
+    body = upstream_body(
+        single,
+        chat=chat,
+        token_ids=session.wants_ids,
+        alternatives=session.gate.top_logprobs,
+    )
+    key = affinity_key(pool.affinity, headers, single.body)
+    inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
+    try:
+        async with pool.open(
+            "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
+        ) as reply:
+            await check_stream(reply)
+            await _Relay(reply, session, sink, inquiry).run()
+            if inquiry is not None:
+                await inquiry.conclude()
+    finally:
+        if inquiry is not None:
+            inquiry.close()
+    await sink.deliver([*session.drain(), session.finish()])
+
+
+class _Relay:
+    """From a reply through a session to a sink."""
+
+    def __init__(self, reply: Reply, session: Session, sink: Sink, inquiry: Inquiry | None) -> None:
+        self._reply = reply
+        self._session = session
+        self._sink = sink
+        self._inquiry = inquiry
+        self._parser = SSEParser()
+        self._done = False
+        self._failure: UpstreamError | None = None
+
+    async def run(self) -> None:
+        """Until the answer's end, or until nothing more of it is needed."""
+        over = False
+        while not over:
+            if self._inquiry is None and self._sink.flowing:
+                over = await self._reply.push(self._receive)
+            else:
+                over = await self._read()
+            if self._failure is not None:
+                raise self._failure
+            over = over or self._done or self._session.ended
+
+    async def _read(self) -> bool:
+        received = await self._reply.read()
+        self._take(received)
+        if self._inquiry is not None:
+            await self._inquiry.proceed()
+        if outputs := self._session.drain():
+            await self._sink.deliver(outputs)
+        return not received
+
+    def _receive(self, received: bytes) -> bool:
+        """The same without waiting, in the turn of the event loop that brought it."""
+        self._take(received)
+        if outputs := self._session.drain():
+            self._sink.put(outputs)
+        return not (self._done or self._failure or self._session.ended) and self._sink.flowing
+
+    def _take(self, received: bytes) -> None:
+        session = self._session
+        try:
+            for data in self._parser.feed(received):
+                if data == b"[DONE]":
+                    self._done = True
+                    return
+                session.receive(data)
+        except UpstreamError as error:
+            self._failure = error  # what came before it is still the client's
+
+
+async def check_stream(reply: Reply) -> None:
+    """Raises UpstreamStatusError or UpstreamProtocolError unless the answer is an event stream."""
+    if reply.status == 200 and reply.content_type == "text/event-stream":
+        return
+    data = await reply.body()
+    if reply.status == 200:
+        raise UpstreamProtocolError(
+            f"the upstream answered a streaming request with {reply.content_type}: "
+            f"{data[:EXCERPT]!r}"
+        )
+    try:
+        answer: object = decode_chunk(data)
+    except ValueError:
+        answer = data[:EXCERPT].decode(errors="replace")
+    retry_after = reply.headers.get("Retry-After")
+    raise UpstreamStatusError(
+        reply.status, answer, {"Retry-After": retry_after} if retry_after else None
+    )

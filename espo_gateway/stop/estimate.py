@@ -1,0 +1,190 @@
+"""Where V(s_t), the estimated probability of success, comes from.
+
+A constant; or the stream's own statistics: a logistic regression on a dozen numbers known at token
+t, which needs no critic server and no forward pass. A critic server answers later and elsewhere:
+its seam is `Verdict.ASK` in `rules.py`. Pure: fitting an estimator is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espo_gateway.stop.regret import Array, moving_average
+
+#: What `StreamStatistics.features` gives, in order. Roots, not logarithms, tame the growing ones:
+#: a root is rounded alike by every library, so a replay equals the live decision to the last bit.
+FEATURES = (
+    "sqrt_prompt_tokens",
+    "sqrt_position",
+    "regret_ema_fast",
+    "regret_ema_slow",
+    "sqrt_regret_sum",
+    "regret_max",
+    "sqrt_count_regret_above_1",
+    "sqrt_count_regret_above_3",
+    "surprise_ema_fast",
+    "surprise_ema_slow",
+    "sqrt_surprise_sum",
+    "surprise_max",
+)
+_FAST, _SLOW = 0.9, 0.99
+
+
+class StreamStatistics:
+    """Running statistics of one live stream: the inputs of a `SuccessEstimator`."""
+
+    __slots__ = (
+        "_above_1",
+        "_above_3",
+        "_position",
+        "_prompt",
+        "_regret_fast",
+        "_regret_max",
+        "_regret_slow",
+        "_regret_sum",
+        "_surprise_fast",
+        "_surprise_max",
+        "_surprise_slow",
+        "_surprise_sum",
+    )
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt = math.sqrt(prompt_tokens)
+        self._position = self._above_1 = self._above_3 = 0
+        self._regret_fast = self._regret_slow = self._regret_sum = self._regret_max = 0.0
+        self._surprise_fast = self._surprise_slow = self._surprise_sum = self._surprise_max = 0.0
+
+    def push(self, regret: float | None, surprise: float | None) -> None:
+        """Take the next token's g_t and -log π(a_t|s_t); a missing one moves only the position."""
+        self._position += 1
+        if regret is None or surprise is None:
+            return
+        self._regret_fast = _FAST * self._regret_fast + (1.0 - _FAST) * regret
+        self._regret_slow = _SLOW * self._regret_slow + (1.0 - _SLOW) * regret
+        self._regret_sum += regret
+        if regret > self._regret_max:
+            self._regret_max = regret
+        if regret > 1.0:
+            self._above_1 += 1
+            if regret > 3.0:
+                self._above_3 += 1
+        self._surprise_fast = _FAST * self._surprise_fast + (1.0 - _FAST) * surprise
+        self._surprise_slow = _SLOW * self._surprise_slow + (1.0 - _SLOW) * surprise
+        self._surprise_sum += surprise
+        if surprise > self._surprise_max:
+            self._surprise_max = surprise
+
+    def features(self) -> tuple[float, ...]:
+        """The numbers named in `FEATURES`, after the last pushed token."""
+        root = math.sqrt
+        return (
+            self._prompt,
+            root(self._position),
+            self._regret_fast,
+            self._regret_slow,
+            root(self._regret_sum),
+            self._regret_max,
+            root(self._above_1),
+            root(self._above_3),
+            self._surprise_fast,
+            self._surprise_slow,
+            root(self._surprise_sum),
+            self._surprise_max,
+        )
+
+
+def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> Array:
+    """What `StreamStatistics` gives for many recorded rollouts, token for token.
+
+    Args:
+        regrets, surprises: g and -log π, [rollouts, tokens], NaN where missing or past the end.
+        prompt_tokens: shape [rollouts].
+
+    Returns:
+        shape [rollouts, tokens, len(FEATURES)].
+    """
+    # By token in memory, as `moving_average` works, and each feature in one piece.
+    regrets, surprises = np.asfortranarray(regrets), np.asfortranarray(surprises)
+    missing = np.isnan(regrets) | np.isnan(surprises)
+    regrets, surprises = (np.where(missing, np.nan, x) for x in (regrets, surprises))
+    regret, surprise = (np.where(missing, 0.0, x) for x in (regrets, surprises))
+    rollouts, tokens = regret.shape
+    out = np.empty((len(FEATURES), tokens, rollouts)).transpose(2, 1, 0)
+    out[..., 0] = np.sqrt(prompt_tokens)[:, None]
+    out[..., 1] = np.sqrt(np.arange(1.0, tokens + 1.0))
+    out[..., 2] = moving_average(regrets, _FAST)
+    out[..., 3] = moving_average(regrets, _SLOW)
+    out[..., 4] = np.sqrt(np.cumsum(regret, axis=1))
+    out[..., 5] = np.maximum.accumulate(regret, axis=1)
+    out[..., 6] = np.sqrt(np.cumsum(regret > 1.0, axis=1))
+    out[..., 7] = np.sqrt(np.cumsum(regret > 3.0, axis=1))
+    out[..., 8] = moving_average(surprises, _FAST)
+    out[..., 9] = moving_average(surprises, _SLOW)
+    out[..., 10] = np.sqrt(np.cumsum(surprise, axis=1))
+    out[..., 11] = np.maximum.accumulate(surprise, axis=1)
+    return out
+
+
+@dataclass(frozen=True)
+class SuccessEstimator:
+    """P(success | s_t) = sigmoid(bias + weights · features): one weight per name in `FEATURES`."""
+
+    weights: tuple[float, ...]
+    bias: float
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(FEATURES):
+            raise ValueError(f"weights must have {len(FEATURES)} entries, not {len(self.weights)}")
+        if not all(map(math.isfinite, (self.bias, *self.weights))):
+            raise ValueError("weights and bias must be finite")
+
+    def logit(self, features: Sequence[float]) -> float:
+        """log P/(1-P) at one token."""
+        w, f = self.weights, features
+        # Written out, as it is done for every token; added up in one order, that of `logits`.
+        total = self.bias + w[0] * f[0] + w[1] * f[1] + w[2] * f[2] + w[3] * f[3] + w[4] * f[4]
+        total = total + w[5] * f[5] + w[6] * f[6] + w[7] * f[7] + w[8] * f[8] + w[9] * f[9]
+        return total + w[10] * f[10] + w[11] * f[11]
+
+    def logits(self, features: Array) -> Array:
+        """The same for features of shape [..., len(FEATURES)]; added up in the same order."""
+        total = np.full_like(features[..., 0], self.bias, dtype=float)
+        for k, weight in enumerate(self.weights):
+            total += weight * features[..., k]
+        return total
+
+
+def logits_by(
+    estimators: Sequence[SuccessEstimator], which: NDArray[np.integer[Any]], features: Array
+) -> Array:
+    """`SuccessEstimator.logits`, each rollout's by an estimator of its own.
+
+    Args:
+        which: index of each rollout's estimator, [rollouts].
+        features: [rollouts, tokens, len(FEATURES)].
+    """
+    weights = np.array([estimator.weights for estimator in estimators])[which]
+    total = np.full_like(features[..., 0], 0.0)
+    total += np.array([estimator.bias for estimator in estimators])[which][:, None]
+    for k in range(features.shape[-1]):
+        total += weights[:, k, None] * features[..., k]
+    return total
+
+
+def probabilities(logits: Array) -> Array:
+    """`sigmoid` of an array of any shape, equal to the last bit."""
+    exponents = -np.maximum(logits, -700.0)
+    # `math.exp` of each: numpy's own rounds differently on some processors.
+    powers = np.fromiter(map(math.exp, exponents.ravel("F").tolist()), float, exponents.size)
+    return 1.0 / (1.0 + powers.reshape(exponents.shape, order="F"))
+
+
+def sigmoid(logit: float) -> float:
+    """1/(1+exp(-logit)), safe against overflow."""
+    return 1.0 / (1.0 + math.exp(-max(logit, -700.0)))

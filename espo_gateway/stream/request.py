@@ -1,0 +1,188 @@
+"""A client's request: what it asked for, and the single requests that go upstream for it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from espo_gateway.errors import InvalidRequest
+from espo_gateway.stop.gate_json import Control, control_from_json
+
+Body = dict[str, Any]
+
+#: One client request may become at most this many upstream requests.
+MAX_CHOICES = 1024
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the client asked to be told, beside the text.
+
+    logprobs: None for none, else the number of alternatives a token (-1: all).
+    """
+
+    stream: bool
+    usage: bool
+    continuous_usage: bool
+    logprobs: int | None
+    token_ids: bool
+
+
+@dataclass(frozen=True)
+class Single:
+    """One upstream request for one choice of the client's.
+
+    body: as the client wrote it, less `espo`, for this one choice.
+    prompt_tokens: the prompt's length when the client sent token ids; None: the server will tell.
+    """
+
+    index: int
+    prompt: int
+    body: Body
+    prompt_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one client request is served. unmonitored: why it is passed through as it is, or None."""
+
+    chat: bool
+    body: Body
+    control: Control
+    asked: Asked
+    unmonitored: str | None
+    singles: list[Single]
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+
+def plan(body: object, *, chat: bool) -> Plan:
+    """Read a request's body. Raises InvalidRequest."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("the request body must be a JSON object")
+    control = control_from_json(body.get("espo"))
+    body = {name: value for name, value in body.items() if name != "espo"}
+    stream = body.get("stream") or False
+    if not isinstance(stream, bool):
+        raise InvalidRequest("stream must be true or false", param="stream")
+    options = body.get("stream_options")
+    if options is not None and not (stream and isinstance(options, dict)):
+        # Said here, because upstream every monitored request is a stream.
+        raise InvalidRequest(
+            "stream_options must be an object, and needs stream=true", param="stream_options"
+        )
+    reason = _unmonitored(body, control, chat=chat)
+    asked = Asked(
+        stream=stream,
+        usage=bool(options and options.get("include_usage")),
+        continuous_usage=bool(options and options.get("continuous_usage_stats")),
+        logprobs=_logprobs_asked(body, chat=chat),
+        token_ids=body.get("return_token_ids") is True,
+    )
+    singles = [] if reason else _singles(body, chat=chat)
+    return Plan(chat, body, control, asked, reason, singles)
+
+
+def _unmonitored(body: Body, control: Control, *, chat: bool) -> str | None:
+    """Why no monitor can follow this request."""
+    if control.mode == "off":
+        return "asked for"
+    if body.get("use_beam_search"):
+        return "beam search"
+    if body.get("best_of") is not None:
+        return "best_of"
+    if body.get("echo") and not chat:
+        return "echo: the prompt's logprobs would be taken for sampled tokens'"
+    if chat and body.get("include_reasoning") is False:
+        return "include_reasoning=false hides logprobs"
+    for name in ("prompt_logprobs", "prompt_embeds", "kv_transfer_params", "ec_transfer_params"):
+        if body.get(name) is not None:
+            return f"{name} cannot be streamed"
+    return None
+
+
+def _logprobs_asked(body: Body, *, chat: bool) -> int | None:
+    if not chat:
+        value = body.get("logprobs")
+        return int(value) if isinstance(value, int) else None
+    if not body.get("logprobs"):
+        return None
+    top = body.get("top_logprobs")
+    return int(top) if isinstance(top, int) else 0
+
+
+def _singles(body: Body, *, chat: bool) -> list[Single]:
+    n = body.get("n")
+    n = 1 if n is None else n
+    prompts = [None] if chat else _prompts(body.get("prompt"))
+    if type(n) is not int or n < 1 or n * len(prompts) > MAX_CHOICES:
+        raise InvalidRequest(
+            f"n must be a whole number from 1, and n times the number of prompts at most "
+            f"{MAX_CHOICES}",
+            param="n",
+        )
+    if n == 1 and len(prompts) == 1:
+        return [Single(0, 0, body, _length(body, prompts[0]))]
+    # One request with n > 1 cannot be cancelled a choice at a time.
+    seed = body.get("seed")
+    request_id = body.get("request_id")
+    singles = []
+    for p, prompt in enumerate(prompts):
+        for i in range(n):
+            index = p * n + i
+            single = {**body, "n": 1}
+            if not chat:
+                single["prompt"] = prompt
+            if isinstance(seed, int):
+                single["seed"] = seed + i  # as vLLM seeds the children of one request
+            if request_id is not None:
+                single["request_id"] = f"{request_id}-{index}"
+            singles.append(Single(index, p, single, _length(body, prompt)))
+    return singles
+
+
+def _prompts(prompt: object) -> list[Any]:
+    """A prompt is text or a list of token ids; a list of either is several prompts."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return prompt
+    return [prompt]
+
+
+def _length(body: Body, prompt: object) -> int | None:
+    exact = isinstance(prompt, list) and body.get("truncate_prompt_tokens") is None
+    return len(prompt) if exact and isinstance(prompt, list) else None
+
+
+def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: int = 1) -> Body:
+    """The single request as it goes upstream: a stream that carries what the monitor reads.
+
+    Nothing else is touched, so the server samples what it would have sampled without us. A value
+    it would refuse is left for it to refuse.
+
+    alternatives: logprobs a token that the rule reads.
+    """
+    body = dict(single.body)
+    options: Body = {**(body.get("stream_options") or {}), "include_usage": True}
+    if single.prompt_tokens is None:
+        # A stream that is cut never reaches its final usage chunk.
+        options["continuous_usage_stats"] = True
+    body["stream"] = True
+    body["stream_options"] = options
+    if chat:
+        top = body.get("top_logprobs")
+        if body.get("logprobs") or not top:
+            body["logprobs"] = True
+            # With 1 vLLM sends the sampled token only, and g would always be 0.
+            body["top_logprobs"] = _at_least(max(alternatives, 2), top)
+    elif body.get("logprobs") is None or type(body["logprobs"]) is int:
+        body["logprobs"] = _at_least(alternatives, body.get("logprobs"))
+    if token_ids:
+        body["return_token_ids"] = True
+    return body
+
+
+def _at_least(count: int, asked: object) -> int:
+    """Alternatives to ask for; a negative number is all of them."""
+    return asked if type(asked) is int and (asked >= count or asked < 0) else count

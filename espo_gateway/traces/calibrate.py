@@ -1,0 +1,232 @@
+"""`python -m espo_gateway calibrate`: a gate from recorded traces."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from espo_gateway.errors import InvalidRequest
+from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
+from espo_gateway.stop.replay import threshold_at
+from espo_gateway.stop.rules import Gate, value_source
+from espo_gateway.stop.scores import RULES
+from espo_gateway.traces.cross_fit import UNFITTED, Fit, Row, judge, learn, rows_at
+from espo_gateway.traces.reader import Chunk, Known, TraceError, read_chunks, read_outcomes
+from espo_gateway.traces.recommend import (
+    CalibrationError,
+    Sample,
+    level_for_bound,
+    level_for_share,
+)
+
+_DESCRIPTION = """\
+Replays recorded traces and recommends a gate. Record them with `--record FILE` and no stops (no
+gate, or "espo": {"mode": "shadow"} in the requests), then ask for a share of stops:
+
+  python -m espo_gateway calibrate traces.jsonl --stop-share 0.1 --output gate.json
+
+Where it is known which answers were right, ask for a bound on the false positives instead, the
+stopped answers that would have been right:
+
+  python -m espo_gateway calibrate traces.jsonl --outcomes outcomes.jsonl --false-positives 0.05
+
+outcomes.jsonl has a line for each answer, {"id": "cmpl-...", "correct": true}, with the answer's id
+or, as "request", its X-Request-Id. Rollouts that the trainer dumped (Parquet) have theirs already.
+"""
+#: Shares that the table shows.
+_SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+_RULES = tuple(
+    name for name, rule in RULES.items() if rule.threshold in ("beta", "p_star", "confidence")
+)
+_SYMBOLS = {"beta": "β", "p_star": "p*", "confidence": "confidence"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command. Exits with 1 and a message when the traces carry no recommendation."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except (CalibrationError, TraceError, InvalidRequest, ImportError, OSError) as error:
+        sys.exit(f"espo_gateway calibrate: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m espo_gateway calibrate",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("traces", nargs="+", type=Path, metavar="TRACES", help="JSON lines, or *.parquet")
+    add(
+        "--rule",
+        choices=_RULES,
+        help="default: success-probability with outcomes, else the gate's, or regret-only",
+    )
+    add("--stop-share", type=_share, metavar="SHARE", help="stop about this share")
+    add(
+        "--false-positives",
+        type=_share,
+        default=0.05,
+        metavar="SHARE",
+        help="with outcomes and no --stop-share: of the stopped ones at most this share would have "
+        "been right (default: 0.05)",
+    )
+    add(
+        "--confidence",
+        type=_share,
+        default=0.9,
+        metavar="SHARE",
+        help="how sure that bound is to be (default: 0.9)",
+    )
+    add(
+        "--outcome",
+        default="correct",
+        metavar="COLUMN",
+        help="field that says whether an answer was right (default: correct)",
+    )
+    add("--outcomes", type=Path, metavar="FILE", help="outcomes from a file of their own")
+    add("--gate", type=Path, metavar="FILE", help="a gate whose other constants are to hold")
+    add("--folds", type=_folds, default=5, metavar="N", help="of the cross-fitting (default: 5)")
+    add("--output", type=Path, metavar="FILE", help="where to write the gate, for --gate")
+    return parser
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0.0 < share < 1.0:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
+    return share
+
+
+def _folds(text: str) -> int:
+    folds = int(text)
+    if folds < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {text}")
+    return folds
+
+
+def _run(options: argparse.Namespace) -> None:
+    known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
+    reader = _Reader(options.traces, options.outcome, known)
+    for chunk in reader.read():
+        reader.count(chunk)
+    print(reader.summary())
+    gate = _base(options, has_outcomes=reader.known > 0)
+    if options.stop_share is None and not reader.known:
+        raise CalibrationError(
+            "no outcome is known: give --stop-share, or outcomes (--outcome, --outcomes)"
+        )
+    learnt = learn(reader.read, gate, folds=options.folds)
+    sample = judge(reader.read, learnt)
+    level, reason = _level(options, learnt, sample)
+    levels = sorted({level, *(level_for_share(sample, learnt.gate, s) for s in _SHARES)})
+    rows = rows_at(reader.read, learnt, sample, levels)
+    _print(learnt, sample, rows, levels.index(level), reason)
+    changes: dict[str, Any] = {_threshold(gate): threshold_at(gate.rule, level)}
+    chosen = dataclasses.replace(learnt.gate, **changes)
+    if options.output is not None:
+        options.output.write_bytes(msgspec.json.format(gate_to_json(chosen), indent=2) + b"\n")
+        print(f"\nwritten to {options.output}: python -m espo_gateway --gate {options.output}")
+
+
+def _threshold(gate: Gate) -> str:
+    name = RULES[gate.rule].threshold
+    assert name is not None
+    return name
+
+
+class _Reader:
+    """The traces, read as often as needed; tells on a terminal how far it is."""
+
+    def __init__(self, paths: list[Path], outcome: str, known: Known | None) -> None:
+        self._paths, self._outcome, self._outcomes = paths, outcome, known
+        self.traces = self.tokens = self.cut = self.known = self.right = 0
+
+    def read(self) -> Iterator[Chunk]:
+        done = 0
+        for chunk in read_chunks(self._paths, outcome=self._outcome, known=self._outcomes):
+            yield chunk
+            done += len(chunk.keys)
+            if sys.stderr.isatty():
+                print(f"\r{done:,} traces", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def count(self, chunk: Chunk) -> None:
+        self.traces += len(chunk.keys)
+        self.tokens += int(chunk.lengths.sum())
+        self.cut += int(chunk.cut.sum())
+        self.known += int((chunk.correct == chunk.correct).sum())
+        self.right += int((chunk.correct == 1.0).sum())
+
+    def summary(self) -> str:
+        text = f"{self.traces:,} traces, {self.tokens:,} tokens"
+        if self.known:
+            text += f"; {self.known:,} outcomes known, {self.right / self.known:.1%} right"
+        if self.cut:
+            text += f"; {self.cut:,} were cut, and count only where a threshold cuts them by then"
+        return text
+
+
+def _base(options: argparse.Namespace, *, has_outcomes: bool) -> Gate:
+    gate = Gate()
+    if options.gate is not None:
+        gate = gate_from_json(options.gate.read_bytes(), has_critic=True)
+    fitted = options.stop_share is None and has_outcomes
+    given = gate.rule if gate.rule != "none" else None
+    rule = options.rule or given or ("success-probability" if fitted else "regret-only")
+    if rule not in _RULES:
+        fitting = ", ".join(_RULES)
+        raise CalibrationError(f"rule {rule!r} cannot be calibrated; use one of {fitting}")
+    estimator = UNFITTED if value_source(rule, gate.value) == "stream" else None
+    gate = dataclasses.replace(gate, rule=rule, estimator=estimator)
+    if gate.needs_critic or (rule == "value-only" and gate.source == "constant"):
+        raise CalibrationError(
+            f"rule {rule!r} with value {gate.value!r} cannot be replayed: the values were not "
+            'recorded; use value "stream", or another rule'
+        )
+    if gate.source == "stream" and not has_outcomes:
+        raise CalibrationError(
+            f"rule {rule!r} needs outcomes to fit its estimator to (--outcome, --outcomes)"
+        )
+    return gate
+
+
+def _level(options: argparse.Namespace, learnt: Fit, sample: Sample) -> tuple[float, str]:
+    if options.stop_share is not None:
+        level = level_for_share(sample, learnt.gate, options.stop_share)
+        return level, f"nearest to {options.stop_share:.1%} stopped"
+    return level_for_bound(
+        sample,
+        learnt.gate,
+        false_positives=options.false_positives,
+        confidence=options.confidence,
+    )
+
+
+def _print(learnt: Fit, sample: Sample, rows: Iterable[Row], chosen: int, reason: str) -> None:
+    gate = learnt.gate
+    print(f"rule {gate.rule}; regret mean {gate.statistics.mean:.4g}", end="")
+    print(f", variance {gate.statistics.variance:.4g}")
+    if (explained := sample.explained_variance) is not None:
+        print(f"explained variance of the estimator, out of sample: {explained:.2f}")
+    symbol = _SYMBOLS[_threshold(gate)]
+    print(f"\n{symbol:>12} {'stopped':>9} {'saved':>9} {'false':>9} {'undecided':>10}")
+    for number, row in enumerate(rows):
+        false = "unknown" if row.false is None else f"{row.false:.1%}"
+        print(
+            f"{row.threshold:12.4g} {row.stopped:9.1%} {row.saved:9.1%} {false:>9} "
+            f"{row.undecided:10,}{'  <- recommended' if number == chosen else ''}"
+        )
+        if number == chosen:
+            best = row
+    print(f"\nrecommended: {symbol} = {best.threshold:.4g}, {reason};", end=" ")
+    print(f"saves {best.saved:.1%} of the tokens of these traces")

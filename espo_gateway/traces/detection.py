@@ -1,0 +1,202 @@
+"""How well stop rules find failures, counted from where each threshold cuts recorded rollouts.
+
+Intervals are of a bootstrap over prompts: rollouts of one prompt are alike, so one that draws
+rollouts would be too sure. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espo_gateway.stop.regret import Array
+
+#: Resamplings worked on at once; bounds the memory.
+_BLOCK = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval; NaN where there is nothing to count."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, draws: Array) -> Estimate:
+        usable = draws[np.isfinite(draws)]
+        if not np.isfinite(value) or not usable.size:
+            return cls(float(value), np.nan, np.nan)
+        low, high = np.quantile(usable, [0.025, 0.975])
+        return cls(float(value), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rollouts of known outcome; all of shape [rollouts].
+
+    prompts: number of each one's prompt, from 0. weights: how many rollouts each stands for.
+    """
+
+    prompts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    prompt_tokens: Array
+    correct: NDArray[np.bool_]
+    weights: Array
+
+    def where(self, rows: NDArray[np.bool_]) -> Judged:
+        prompts = np.unique(self.prompts[rows], return_inverse=True)[1]
+        return Judged(
+            prompts=prompts,
+            lengths=self.lengths[rows],
+            prompt_tokens=self.prompt_tokens[rows],
+            correct=self.correct[rows],
+            weights=self.weights[rows],
+        )
+
+    @property
+    def success(self) -> Array:
+        """The success rate of each prompt, [prompts]."""
+        right = np.bincount(self.prompts, self.weights * self.correct)
+        return right / np.bincount(self.prompts, self.weights)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What each threshold does, from strict to loose; shape [thresholds, 3]: value, low, high.
+
+    saved: share of all tokens. false: of the stopped rollouts, the share that would have been
+    right. false_positive_rate: of the right ones, the share stopped. recall: of the failures, the
+    share stopped. position: mean cut as a share of the full length. before_end: mean tokens that
+    a stop spares.
+    """
+
+    stopped: Array
+    saved: Array
+    false: Array
+    false_positive_rate: Array
+    recall: Array
+    position: Array
+    before_end: Array
+
+
+def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0) -> Curve:
+    """Count where thresholds cut.
+
+    Args:
+        cuts: tokens kept under each threshold, 0 for no stop, [rollouts, thresholds].
+        draws: resamplings of the bootstrap.
+    """
+    weights = judged.weights
+    lengths = np.maximum(judged.lengths, 1)
+
+    def by_prompt(numbers: NDArray[Any]) -> Array:
+        return np.bincount(judged.prompts, weights * numbers).astype(float)
+
+    ones: NDArray[Any] = np.ones(len(weights))
+    totals = np.stack(
+        [by_prompt(n) for n in (ones, lengths, judged.correct, ~judged.correct)], axis=1
+    )
+    sums = np.empty((totals.shape[0], 4, cuts.shape[1]))
+    for k, cut in enumerate(cuts.T):
+        stopped = cut > 0
+        sums[:, 0, k] = by_prompt(stopped)
+        sums[:, 1, k] = by_prompt(stopped & judged.correct)
+        sums[:, 2, k] = by_prompt(np.where(stopped, lengths - cut, 0))
+        sums[:, 3, k] = by_prompt(np.where(stopped, cut / lengths, 0))
+    whole = _rates(totals.sum(axis=0)[None], sums.sum(axis=0)[None])[:, 0]
+    resampled = [
+        _rates(block @ totals, np.tensordot(block, sums, axes=1).astype(float))
+        for block in _resampled(totals.shape[0], draws, seed)
+    ]
+    drawn = np.concatenate(resampled, axis=1)
+    out = np.full((*whole.shape, 3), np.nan)
+    out[..., 0] = whole
+    for name, number in np.ndindex(*whole.shape):
+        estimate = Estimate.of(float(whole[name, number]), drawn[name, :, number])
+        out[name, number, 1:] = estimate.low, estimate.high
+    found = Curve(*out)
+    # Where none was seen a resampling sees none either: the exact bound, of prompts.
+    for k in np.flatnonzero(found.false[:, 0] == 0.0):
+        found.false[k, 2] = 1.0 - 0.025 ** (1.0 / np.count_nonzero(sums[:, 0, k]))
+    return found
+
+
+def _rates(totals: Array, sums: Array) -> Array:
+    """[draws, 4] and [draws, 4, thresholds] to the fields of `Curve`, [7, draws, thresholds]."""
+    rollouts, tokens, right, failed = (totals[:, i, None] for i in range(4))
+    stopped, false, saved, position = (sums[:, i] for i in range(4))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack(
+            [
+                stopped / rollouts,
+                saved / tokens,
+                false / stopped,
+                false / right,
+                (stopped - false) / failed,
+                position / stopped,
+                saved / stopped,
+            ]
+        )
+
+
+def area(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimate:
+    """Area under the ROC curve of each rollout's worst score as a detector of failure.
+
+    levels: as `stop_levels`: lower is worse, [rollouts].
+    """
+    distinct, places = np.unique(levels, return_inverse=True)
+
+    def of(weights: Array) -> float:
+        failed = np.bincount(places, weights * ~judged.correct, len(distinct))
+        right = np.bincount(places, weights * judged.correct, len(distinct))
+        pairs = failed.sum() * right.sum()
+        if not pairs:
+            return np.nan
+        above = right.sum() - np.cumsum(right)
+        return float(failed @ (above + 0.5 * right) / pairs)
+
+    prompts = int(judged.prompts.max(initial=-1)) + 1
+    drawn = [
+        of(judged.weights * row[judged.prompts])
+        for block in _resampled(prompts, draws, seed)
+        for row in block
+    ]
+    return Estimate.of(of(judged.weights), np.array(drawn))
+
+
+def _resampled(prompts: int, draws: int, seed: int) -> Iterator[Array]:
+    """How often each prompt was drawn, [draws, prompts] in blocks; the same for all rules."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, draws, _BLOCK):
+        size = min(_BLOCK, draws - start)
+        drawn = rng.integers(0, prompts, (size, prompts))
+        yield np.stack([np.bincount(row, minlength=prompts) for row in drawn]).astype(float)
+
+
+def difficulty(judged: Judged) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Bins by the prompt's own success rate, or by its length where prompts have one rollout."""
+    rollouts = np.bincount(judged.prompts)
+    if np.mean(rollouts > 1) >= 0.5:
+        rates = judged.success[judged.prompts]
+        bins = [
+            ("never right", rates == 0.0),
+            ("right up to 1/3", (rates > 0.0) & (rates <= 1 / 3)),
+            ("1/3 to 2/3", (rates > 1 / 3) & (rates <= 2 / 3)),
+            ("over 2/3", (rates > 2 / 3) & (rates < 1.0)),
+            ("always right", rates == 1.0),
+        ]
+    else:
+        tokens = judged.prompt_tokens
+        low, high = np.nanquantile(tokens, [1 / 3, 2 / 3])
+        bins = [
+            (f"prompt up to {low:.0f} tokens", tokens <= low),
+            (f"prompt up to {high:.0f}", (tokens > low) & (tokens <= high)),
+            (f"prompt over {high:.0f}", tokens > high),
+        ]
+    return [(name, rows) for name, rows in bins if rows.any()]

@@ -1,0 +1,216 @@
+"""A gateway without a trainer: it keeps the regret's statistics and β by itself. Pure.
+
+Over windows of finished choices. The first sets the statistics. Until the warm-up ends each choice
+is then judged under these statistics, by its highest score, and stopped by nothing; then β is the
+quantile that would have stopped the wished share. From then on each window moves β by the paper's
+controller (row 6) and the statistics (row 2). Every step is a gate of its own with a new version,
+and a choice keeps the gate it began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from espo_gateway.errors import InvalidRequest
+from espo_gateway.stop.rules import Follower, Gate, Verdict, Watch
+from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.thresholds import share_level, steered
+
+#: η of row 6, and the bounds of β: the paper's, but that a calm model may need a small one.
+STEP, BETA_MIN, BETA_MAX = 0.1, 0.05, 50.0
+
+Phase = Literal["statistics", "threshold", "steering"]
+
+
+class Evidence(Follower):
+    """What one stream tells: the sums of its regrets, and its highest score under a gate.
+
+    It stops nothing. A critic is not asked: V = ε stands in, so that the score is as high as it
+    can be.
+    """
+
+    __slots__ = ("count", "highest", "squares", "total")
+
+    def __init__(self, gate: Gate, prompt_tokens: int) -> None:
+        super().__init__(gate, prompt_tokens)
+        self.count = 0
+        self.total = self.squares = 0.0
+        self.highest = -math.inf
+        self._floor = -math.inf
+
+    def push(
+        self,
+        logprob: float | None,
+        max_logprob: float | None,
+        *,
+        last: bool = False,
+        confidence: float | None = None,
+    ) -> Verdict:
+        verdict = super().push(logprob, max_logprob, last=last, confidence=confidence)
+        regret = self._regret
+        if regret is not None:
+            self.count += 1
+            self.total += regret
+            self.squares += regret * regret
+        return verdict
+
+    def _decide(self, token: int, z: float, told: float) -> Verdict:
+        if self._source is not None:
+            told = 0.0 if self._source == "critic" else self._known_value()
+        score = self._rule.score(self.gate, z, told)
+        if score > self.highest:
+            self.highest = score
+        return Verdict.GO
+
+
+@dataclass
+class Window:
+    """Sums over the choices finished since the last step.
+
+    fresh: those that began under the gate in force; a step waits for enough of them, so that it
+        sees what the last one did. judged, stopped: those that the gate's own β decided about.
+    """
+
+    finished: int = 0
+    fresh: int = 0
+    judged: int = 0
+    stopped: int = 0
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+
+class Tuning:
+    """The gate that is learned.
+
+    gate: in force; its rule is "none" during the warm-up. judging: the gate that evidence is taken
+    under. share: of the last window that was stopped.
+
+    Args:
+        gate: rule and constants; rule "none" stands for "regret-only".
+
+    Raises InvalidRequest when the rule has no β.
+    """
+
+    def __init__(self, gate: Gate, *, target: float, warmup: int, window: int) -> None:
+        if gate.rule == "none":
+            gate = dataclasses.replace(gate, rule="regret-only")
+        if RULES[gate.rule].threshold != "beta":
+            fitting = ", ".join(name for name, r in RULES.items() if r.threshold == "beta")
+            raise InvalidRequest(
+                f"target_share: rule {gate.rule!r} has no β to tune; use one of {fitting}, or "
+                "leave --target-share out",
+                param="target_share",
+            )
+        self.target, self.warmup, self.window_size = target, warmup, window
+        self.judging = gate
+        self.phase: Phase = "statistics"
+        self.finished = 0
+        self.levels: list[float] = []
+        self.share: float | None = None
+        self.window = Window()
+
+    @property
+    def gate(self) -> Gate:
+        if self.phase == "steering":
+            return self.judging
+        return self._waiting
+
+    @property
+    def judging(self) -> Gate:
+        return self._judging
+
+    @judging.setter
+    def judging(self, gate: Gate) -> None:
+        self._judging = gate
+        # One object a gate: a request with constants of its own is told by it.
+        self._waiting = dataclasses.replace(gate, rule="none")
+
+    def take(self, evidence: Evidence, watch: Watch) -> bool:
+        """Take a choice that ended by itself, by its limit or by the rule.
+
+        Returns whether the gate in force is another now.
+        """
+        window, fresh = self.window, evidence.gate is self.judging
+        self.finished += 1
+        window.finished += 1
+        window.fresh += fresh
+        window.count += evidence.count
+        window.total += evidence.total
+        window.squares += evidence.squares
+        # One with constants of its own, or from the warm-up, says nothing of the gate's β.
+        if watch.gate is evidence.gate:
+            window.judged += 1
+            window.stopped += watch.cut is not None
+        if self.phase == "threshold" and fresh:
+            self.levels.append(-evidence.highest)
+            if len(self.levels) < self.warmup - self.window_size:
+                return False
+            self._set_threshold()
+        elif self.phase == "threshold" or window.fresh < self.window_size:
+            return False
+        else:
+            self._step()
+        self.window = Window()
+        return True
+
+    def _set_threshold(self) -> None:
+        level = share_level(np.array(self.levels), self.target, (-BETA_MAX, -BETA_MIN))
+        self.levels = []
+        self.phase = "steering"
+        self._change(beta=-level)
+
+    def _step(self) -> None:
+        window = self.window
+        changes: dict[str, Any] = {}
+        if window.count:
+            changes["statistics"] = self.judging.statistics.moved_by(
+                window.count, window.total, window.squares
+            )
+        if self.phase == "statistics":
+            self.phase = "threshold"
+        elif window.judged:
+            self.share = window.stopped / window.judged
+            bounds = (-BETA_MAX, -BETA_MIN)
+            changes["beta"] = -steered(-self.judging.beta, self.share, self.target, STEP, bounds)
+        self._change(**changes)
+
+    def _change(self, **changes: Any) -> None:
+        version = self.judging.version + 1
+        self.judging = dataclasses.replace(self.judging, version=version, **changes)
+
+    def __str__(self) -> str:
+        gate = self.judging
+        moments = f"mean {gate.statistics.mean:.3g}, variance {gate.statistics.variance:.3g}"
+        if self.phase != "steering":
+            return f"warm-up, {self._warmed} of {self.warmup} finished, {moments}"
+        share = "" if self.share is None else f", {self.share:.1%} stopped"
+        return f"β = {gate.beta:.3g}{share}, {self.target:.1%} wished, {moments}"
+
+    def report(self) -> dict[str, object]:
+        """Where it stands, for people."""
+        warm = self.phase == "steering"
+        return {
+            "phase": self.phase,
+            "rule": self.judging.rule,
+            "target_share": self.target,
+            "share_last_window": self.share,
+            "beta": self.judging.beta if warm else None,
+            "finished": self.finished,
+            "warmup": self.warmup,
+            "warmup_finished": self.warmup if warm else self._warmed,
+            "window": self.window_size,
+            "window_finished": self.window.fresh,
+            "statistics": dataclasses.asdict(self.judging.statistics),
+        }
+
+    @property
+    def _warmed(self) -> int:
+        if self.phase == "statistics":
+            return min(self.window.fresh, self.window_size)
+        return self.window_size + len(self.levels)

@@ -1,0 +1,249 @@
+"""The pool of servers behind the gateway: choice and retries.
+
+Retries happen only while nothing of an answer has been given out. Leaving `UpstreamPool.open`
+closes the connection unless the answer was read to its end, and that is how a generation is
+cancelled. `Upstream` (health.py) holds what is known of each server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+import tenacity
+
+from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamUnavailable
+from espo_gateway.upstream.affinity import Affinity, choose
+from espo_gateway.upstream.breaker import Breaker
+from espo_gateway.upstream.connection import Limits, Reply, request
+from espo_gateway.upstream.server import Flight, Upstream, health_checks, probe, served_models
+
+log = logging.getLogger(__name__)
+
+#: Statuses after which another try may succeed: overload, or a proxy that has lost its server.
+RETRIED = frozenset({429, 502, 503, 504})
+#: Longest Retry-After of a server, in seconds, that is waited for here and not by the client.
+LONGEST_WAIT = 5.0
+
+DEFAULT_LIMITS = Limits()
+_BROKEN = RETRIED - {429}
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.05, max=2.0)
+
+
+class _TryAgain(Exception):
+    """An error status that another try, after so many seconds, may turn into an answer."""
+
+    def __init__(self, wait: float) -> None:
+        self.wait = wait
+
+
+class UpstreamPool:
+    """Servers that are alike, with one client session; an async context manager.
+
+    Args:
+        attempts: how often one request is tried, over all servers.
+        health_interval: seconds between two health checks of a server; 0 for none.
+        breaker_failures, breaker_timeout: after so many failures in a row a server is left alone
+            for so many seconds.
+        affinity: for `affinity.affinity_key`; the pool itself only knows keys.
+        clock: the breakers', in seconds, monotonic.
+        headers: of the pool's own requests; may be changed while it runs.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        attempts: int = 3,
+        health_interval: float = 0.0,
+        breaker_failures: int = 5,
+        breaker_timeout: float = 10.0,
+        affinity: Affinity = "none",
+        clock: Callable[[], float] = time.monotonic,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._headers = dict(headers or {})
+        self.servers = [
+            Upstream(url, Breaker(breaker_failures, breaker_timeout, clock)) for url in urls
+        ]
+        self.affinity = affinity
+        self._limits = limits
+        self._attempts = attempts
+        self._health_interval = health_interval
+        # By then a server that is back has been noticed.
+        self._retry_after = str(max(1, math.ceil(health_interval or breaker_timeout)))
+        self._session: aiohttp.ClientSession | None = None
+        self._stack = AsyncExitStack()
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of the pool's own requests."""
+        return self._headers
+
+    @headers.setter
+    def headers(self, headers: Mapping[str, str]) -> None:
+        self._headers = dict(headers)
+        if self._session is not None:
+            self._session.headers.clear()
+            self._session.headers.update(headers)
+
+    async def __aenter__(self) -> UpstreamPool:
+        self._session = aiohttp.ClientSession(
+            # The servers do their own queueing; a limit here would hide it.
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+        )
+        await self._stack.enter_async_context(self._session)
+        await self._stack.enter_async_context(
+            health_checks(self._session, self.servers, self._health_interval)
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    @asynccontextmanager
+    async def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        data: bytes | None = None,
+        key: bytes | None = None,
+    ) -> AsyncIterator[Reply]:
+        """Send a request to a server; the answer, of whatever status.
+
+        A timeout, a lost connection or an error status that the block raises counts against the
+        server.
+
+        Args:
+            key: requests with the same one go to the same server, as far as its load allows.
+
+        Raises:
+            UpstreamUnavailable: no server could be reached, in all attempts.
+            UpstreamTimeout: a server took the request, and its answer did not begin in time.
+        """
+        flight, reply = await self._send(method, path, headers, data, key)
+        try:
+            yield reply
+            if _shows_work(method, reply):
+                flight.succeeded()
+        except UpstreamError as error:
+            # A malformed answer may be the request's fault.
+            if error.status >= 500 and not isinstance(error, UpstreamProtocolError):
+                flight.failed()
+            raise
+        finally:
+            # Drops the socket, and the server aborts the request.
+            reply.close()
+            flight.end()
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        data: bytes | None,
+        key: bytes | None,
+    ) -> tuple[Flight, Reply]:
+        tried: set[Upstream] = set()
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            if self._untried(tried):
+                return 0.0
+            assert state.outcome is not None
+            return max(_BACKOFF(state), getattr(state.outcome.exception(), "wait", 0.0))
+
+        async for attempt in tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self._attempts),
+            wait=wait,
+            retry=tenacity.retry_if_exception_type((UpstreamUnavailable, _TryAgain)),
+            reraise=True,
+        ):
+            with attempt:
+                server = self._choose(tried, key)
+                flight = server.start(again=bool(tried))
+                tried.add(server)
+                try:
+                    reply = await request(server.url, method, path, headers, data, self._limits)
+                    # From here to the `yield` of `open` nothing waits: no departure gets between.
+                    if reply.status in _BROKEN or (
+                        # Of other endpoints it says little: they may have any fault of their own.
+                        reply.status == 500 and path.endswith("/completions")
+                    ):
+                        flight.failed()
+                    elif _shows_work(method, reply):
+                        flight.answered()
+                    if (
+                        reply.status in RETRIED
+                        and attempt.retry_state.attempt_number < self._attempts
+                    ):
+                        asked = _retry_after(reply.headers)
+                        if asked <= LONGEST_WAIT or self._untried(tried):
+                            reply.close()
+                            log.info("%s answered %d; trying again", server.url, reply.status)
+                            raise _TryAgain(min(asked, LONGEST_WAIT))
+                    return flight, reply
+                except BaseException as error:
+                    if isinstance(error, UpstreamError):
+                        flight.failed()
+                    if isinstance(error, UpstreamUnavailable):
+                        error.headers = {**error.headers, "Retry-After": self._retry_after}
+                    flight.end()
+                    raise
+        raise AssertionError("tenacity raises after the last attempt")
+
+    def _untried(self, tried: set[Upstream]) -> list[Upstream]:
+        """The available servers that are not in `tried`."""
+        return [s for s in self.servers if s.available and s not in tried]
+
+    def _choose(self, tried: set[Upstream], key: bytes | None) -> Upstream:
+        if servers := self._untried(tried) or self._untried(set()):
+            return choose(servers, key)
+        # What is known of servers is always a little old, and one that was restarted a moment ago
+        # serves. So when all seem down, the least bad is asked and none is refused unasked.
+        return min(
+            self.servers, key=lambda s: (s in tried, not s.healthy, s.breaker.failures, s.in_flight)
+        )
+
+    async def probe(self, server: Upstream) -> bool:
+        """Whether the server answers at all, within a few seconds."""
+        assert self._session is not None, "enter the pool first"
+        return await probe(self._session, server)
+
+    async def models(self, server: Upstream) -> list[dict[str, Any]] | None:
+        """What the server says it serves; None when it does not say."""
+        assert self._session is not None, "enter the pool first"
+        return await served_models(self._session, server)
+
+    async def probe_all(self) -> list[bool]:
+        """`probe` of every server, at once."""
+        return await asyncio.gather(*map(self.probe, self.servers))
+
+
+def _shows_work(method: str, response: Reply) -> bool:
+    """Whether the server has done what it is there for: it may list its models and yet hang."""
+    return method == "POST" and response.status < 400
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds, from a number or a date; 0 when there is none that can be read."""
+    value = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0

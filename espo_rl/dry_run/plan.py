@@ -1,0 +1,335 @@
+"""A dry run: is the recipe whole, will it fit, what will it take? Starts nothing, loads no weights.
+
+plan = make_plan(load_recipe("espo-7b"))
+print(plan.text())
+plan.check()        # RecipeError with all that is wrong
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from espo_gateway.vllm_plugin.__main__ import last_value
+from espo_rl.config import Recipe, RecipeError
+from espo_rl.dry_run import memory
+from espo_rl.dry_run.fit import Fit, Machine, tensor_parallel
+from espo_rl.dry_run.memory import Shape
+from espo_rl.rollouts.collector import Prompter
+from espo_rl.tasks.task import TaskError, make_task
+
+#: problems whose prompts are looked at
+PROBLEMS = 512
+
+
+@dataclass
+class Plan:
+    """What a run would be. `errors` keep it from starting, `warnings` do not."""
+
+    recipe: Recipe
+    machine: Machine
+    ranks: int
+    shapes: dict[str, Shape] = field(default_factory=dict)  # by model: actor, critic, reference
+    prompt: str = ""  # the first, as the policy sees it
+    longest_prompt: int = 0  # tokens, of those looked at
+    fit: Fit | None = None  # where all models are known
+    disk: dict[str, float] = field(default_factory=dict)  # bytes
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample there may be."""
+        return self.longest_prompt + self.recipe.rollout.max_tokens
+
+    def check(self) -> None:
+        """Raise RecipeError with all errors."""
+        if self.errors:
+            raise RecipeError("\n".join(self.errors))
+
+    def text(self) -> str:
+        """All of it for a person."""
+        console = Console(file=io.StringIO(), width=100, highlight=False, markup=False)
+        recipe, rollouts = self.recipe, self.recipe.rollout.prompts_per_step * self.recipe.rollout.n
+        facts = Table(box=None, show_header=False, pad_edge=False)
+        for name, shape in self.shapes.items():
+            facts.add_row(
+                name,
+                f"{shape.parameters / 1e6:,.2f} M parameters, {shape.layers} layers, "
+                f"vocabulary {shape.vocabulary:,}, up to {shape.positions:,} tokens",
+            )
+        at_most = rollouts * recipe.rollout.max_tokens
+        if self.longest_prompt:
+            facts.add_row("first prompt", repr(self.prompt))
+            facts.add_row(
+                "prompts", f"up to {self.longest_prompt:,} tokens in the first {PROBLEMS}"
+            )
+        facts.add_row(
+            "a step",
+            f"{recipe.rollout.prompts_per_step} prompts × {recipe.rollout.n} = {rollouts:,} "
+            f"rollouts, at most {at_most:,} tokens",
+        )
+        facts.add_row(
+            "the run", f"{recipe.run.steps:,} steps, at most {at_most * recipe.run.steps:,} tokens"
+        )
+        facts.add_row("machine", f"{self.machine}; {self.ranks} trainer rank(s)")
+        console.print(facts, "", sep="\n")
+        if self.fit is not None:
+            console.print(_memory_table(self.fit), "", sep="\n")
+        if self.disk:
+            rows = [(name, [size]) for name, size in self.disk.items()]
+            console.print(_table("disk", ["GB"], rows), "", sep="\n")
+        for title, messages in (("warning", self.warnings), ("ERROR", self.errors)):
+            for message in messages:
+                console.print(f"{title}: {message}", soft_wrap=True)
+        if not self.errors:
+            console.print("The recipe is whole and nothing speaks against a start.")
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+
+def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None = None) -> Plan:
+    """Look at everything that a run of the recipe needs.
+
+    Args:
+        machine: this one when not given.
+        ranks: of the trainer; as the launcher says (WORLD_SIZE) when not given.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
+    plan = Plan(recipe, machine or Machine.here(), ranks)
+    for check in (_models, _prompts, _ranks, _servers, _memory, _disk):
+        with _collected(plan):
+            check(plan)
+    return plan
+
+
+@contextmanager
+def _collected(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except (RecipeError, TaskError) as error:
+        plan.errors.append(str(error))
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _models(plan: Plan) -> None:
+    model = plan.recipe.model
+    wanted = {"actor": ("model.path", model.path)}
+    if plan.recipe.needs_critic:
+        wanted["critic"] = ("model.critic", model.critic) if model.critic else wanted["actor"]
+    if plan.recipe.ppo.kl_coefficient:
+        given = ("model.reference", model.reference) if model.reference else wanted["actor"]
+        wanted["reference"] = given
+    for name, (key, path) in wanted.items():
+        with _collected(plan):
+            plan.shapes[name] = load_shape(key, path, classifier=name == "critic")
+    plan.errors = list(dict.fromkeys(plan.errors))  # the critic may be the actor's folder
+
+
+def check_model_folder(key: str, name: str) -> None:
+    """Raise RecipeError when what can only be meant as a folder is none.
+
+    The hub is not asked then: offline it tries for a minute.
+    """
+    path = Path(name)
+    local = path.is_absolute() or len(path.parts) > 2 or path.parent.name in os.listdir()
+    if local and not path.is_dir():
+        raise RecipeError(
+            f"{key}: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
+            f"the hub (python -m espo_rl.base_model --out {path} makes the tiny one)"
+        )
+
+
+def load_shape(key: str, name: str, *, classifier: bool = False) -> Shape:
+    """The shape of a checkpoint, from its configuration alone.
+
+    Raises:
+        RecipeError: there is none, it cannot be reached, or transformers does not know its kind.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    check_model_folder(key, name)
+    folder = Path(name)
+    if folder.is_dir() and not any((*folder.glob("*.safetensors*"), *folder.glob("*.bin*"))):
+        raise RecipeError(f"{key}: {folder} holds no weights (*.safetensors)")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        if classifier:
+            config.num_labels = 1
+        with torch.device("meta"):
+            return Shape.of(kind.from_config(config))
+    except Exception as error:  # transformers and the hub's client raise nearly anything
+        if folder.is_dir():
+            raise RecipeError(f"{key}: {folder} is no model that can be used: {error}") from error
+        raise RecipeError(
+            f"{key}: {name} cannot be reached on the Hugging Face hub; give a local folder, or "
+            f"check name and network ({type(error).__name__})"
+        ) from error
+
+
+def _prompts(plan: Plan) -> None:
+    from transformers import AutoTokenizer
+
+    recipe = plan.recipe
+    task = make_task(recipe.task)
+    problems = list(islice(task.training(recipe.run.seed), PROBLEMS))
+    if not (held_out := task.held_out(min(recipe.evaluation.problems, PROBLEMS))):
+        raise TaskError(
+            "task.train has too few problems to hold out a tenth for evaluation; give task.eval"
+        )
+    if "actor" not in plan.shapes:
+        return
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(recipe.model.path)
+    except Exception as error:
+        raise RecipeError(
+            f"model.path: the tokenizer of {recipe.model.path} cannot be loaded: {error}"
+        ) from error
+    if recipe.task.chat and not tokenizer.chat_template:
+        raise RecipeError("task.chat: the tokenizer has no chat template; set task.chat=false")
+    prompter = Prompter(tokenizer, recipe.task.chat, recipe.task.system)
+    prompts = [prompter(problem) for problem in [*problems, *held_out]]
+    plan.prompt = tokenizer.decode(prompts[0])
+    plan.longest_prompt = max(map(len, prompts))
+
+    positions = plan.shapes["actor"].positions
+    given = last_value(recipe.servers.vllm_args, "--max-model-len")
+    limit = _tokens(given) if given else positions
+    if limit > positions:
+        plan.errors.append(
+            f"servers.vllm_args: --max-model-len {given} is more than the model's {positions:,} "
+            "positions; vLLM refuses it"
+        )
+    if plan.longest > limit:
+        plan.errors.append(
+            f"rollout.max_tokens = {recipe.rollout.max_tokens:,} and prompts of up to "
+            f"{plan.longest_prompt:,} tokens come to {plan.longest:,}, but the policy server takes "
+            f"{limit:,}: lower rollout.max_tokens"
+            + (", or raise --max-model-len in servers.vllm_args" if given else "")
+        )
+
+
+def _tokens(text: str) -> int:
+    """vLLM's way to write a length: 4096, 4k = 4000, 4K = 4096."""
+    scale = {"k": 1000, "K": 1024, "m": 1_000_000, "M": 1 << 20}.get(text[-1], 1)
+    try:
+        return int(float(text[:-1] if scale > 1 else text) * scale)
+    except ValueError as error:
+        raise RecipeError(f"servers.vllm_args: --max-model-len {text} is no number") from error
+
+
+def _ranks(plan: Plan) -> None:
+    if plan.machine.gpus and plan.ranks > len(plan.machine.gpus):
+        raise RecipeError(
+            f"{plan.ranks} ranks on {len(plan.machine.gpus)} GPUs: start fewer (--num_gpus)"
+        )
+
+
+def _servers(plan: Plan) -> None:
+    servers = plan.recipe.servers
+    for key, arguments in (
+        ("vllm_args", servers.vllm_args),
+        ("critic_vllm_args", servers.critic_vllm_args),
+    ):
+        for flag in ("--port", "--host", "--model"):
+            if last_value(arguments, flag):
+                plan.errors.append(f"servers.{key}: {flag} is set by the run; leave it out")
+    for url in [*servers.policy_urls, *([servers.critic_url] if servers.critic_url else [])]:
+        address = urlsplit(url)
+        try:
+            port = address.port or {"https": 443}.get(address.scheme, 80)
+            socket.create_connection((address.hostname or "", port), timeout=5.0).close()
+        except (OSError, ValueError) as error:
+            plan.warnings.append(f"servers: nothing answers at {url} yet: {error}")
+    actor, split = plan.shapes.get("actor"), tensor_parallel(servers.vllm_args)
+    if actor is not None and actor.heads % split:
+        plan.errors.append(
+            f"servers.vllm_args: --tensor-parallel-size {split} does not divide the model's "
+            f"{actor.heads} attention heads"
+        )
+    if plan.machine.gpus and split > len(plan.machine.gpus):
+        plan.errors.append(
+            f"servers.vllm_args: --tensor-parallel-size {split}, but {len(plan.machine.gpus)} GPUs"
+        )
+
+
+def _memory(plan: Plan) -> None:
+    wanted = {"actor"} | ({"critic"} if plan.recipe.needs_critic else set())
+    if wanted <= plan.shapes.keys():
+        plan.fit = Fit(plan.recipe, plan.shapes, plan.longest, plan.machine, plan.ranks)
+        errors, warnings = plan.fit.judge()
+        plan.errors += errors
+        plan.warnings += warnings
+
+
+def _disk(plan: Plan) -> None:
+    recipe, output = plan.recipe, plan.recipe.run.output
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RecipeError(f"run.output: cannot write to {there}; choose another folder")
+    if "actor" not in plan.shapes:
+        return
+    trained = [plan.shapes[name] for name in ("actor", "critic") if name in plan.shapes]
+    one = memory.checkpoint_bytes(recipe, trained)
+    if recipe.checkpoints.every:
+        # The new one is whole before the oldest goes.
+        kept = recipe.checkpoints.keep + 1
+        plan.disk[f"checkpoints: {kept} of {one / 1e9:,.2f} GB"] = kept * one
+    plan.disk["trained models"] = memory.width(recipe) * sum(s.parameters for s in trained)
+    if recipe.logs.rollouts:
+        largest = memory.rollout_bytes(recipe, plan.longest) * recipe.run.steps
+        plan.disk["rollouts, at most"] = min(largest, recipe.logs.rollouts_megabytes * 1e6)
+    needed, free = sum(plan.disk.values()), shutil.disk_usage(there).free
+    plan.disk |= {"together": needed, "free": free}
+    if needed > free:
+        raise RecipeError(
+            f"run.output: {needed / 1e9:,.1f} GB are needed in {there}, {free / 1e9:,.1f} GB are "
+            "free: lower checkpoints.keep, raise checkpoints.every, or choose another folder"
+        )
+
+
+def _memory_table(fit: Fit) -> Table:
+    rows = [
+        (part.name + ("" if part.sure else " (rough)"), [part.device, part.host])
+        for part in fit.parts
+    ]
+    gpus = fit.machine.gpus
+    table = _table("memory", ["GB on the first GPU" if gpus else "GB a rank", "GB RAM"], rows)
+    table.add_section()
+    table.add_row("together, with all ranks and processes", *map(_gigabytes, fit.demand()))
+    table.add_row("there is", *map(_gigabytes, (min(gpus, default=0.0), fit.machine.ram)))
+    return table
+
+
+def _table(title: str, columns: list[str], rows: list[tuple[str, list[float]]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title, min_width=44)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, numbers in rows:
+        table.add_row(name, *map(_gigabytes, numbers))
+    return table
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:,.3f}" if 0 < number < 1e9 else f"{number / 1e9:,.1f}" if number else ""

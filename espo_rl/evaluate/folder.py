@@ -1,0 +1,210 @@
+"""What an evaluation leaves in its folder, and the table it shows.
+
+`settings.json`, one JSONL file for each data set with a line for each problem, and `results.json`.
+Lines are appended and never changed; the last one of a problem counts, so an evaluation that was
+killed goes on where it stopped and counts nothing twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from espo_rl.evaluate.evaluator import EvaluationError, ProblemResult, Report
+from espo_rl.record.files import write_json
+from espo_rl.record.intervals import ProblemMean, Share
+from espo_rl.types import Problem
+
+
+class ResultsFolder:
+    """The folder of one evaluation. Its settings are those of its first command, for good.
+
+    Raises:
+        EvaluationError: the folder cannot be written, or was begun with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))  # as it is read back
+        file = path / "settings.json"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                write_json(file, self.settings)
+            there = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"--out: cannot use {path} ({error}); choose another folder"
+            ) from error
+        if there != self.settings:
+            names = [*self.settings, *(name for name in there if name not in self.settings)]
+            changed = [
+                f"  {name}: {there.get(name)!r} there, {self.settings.get(name)!r} now"
+                for name in names
+                if there.get(name) != self.settings.get(name)
+            ]
+            raise EvaluationError(
+                f"{path} holds an evaluation with other settings:\n"
+                + "\n".join(changed)
+                + "\ngive the same ones to go on with it, or another --out"
+            )
+
+    def results(self, name: str, problems: Sequence[Problem]) -> ResultsFile:
+        """The results of one data set, to be used as a context manager."""
+        return ResultsFile(self.path / f"{name}.jsonl", problems)
+
+
+class ResultsFile:
+    """One data set's results: those there already in `done`, by index.
+
+    Raises on entering:
+        EvaluationError: somebody else is writing it, it is damaged, or it is of other problems.
+    """
+
+    def __init__(self, path: Path, problems: Sequence[Problem]) -> None:
+        self.path = path
+        self.done: dict[int, ProblemResult] = {}
+        self._problems = problems
+
+    def __enter__(self) -> ResultsFile:
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read()
+        except BlockingIOError as error:
+            self._file.close()
+            raise EvaluationError(f"another evaluation is writing {self.path}") from error
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        whole = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):  # what a kill left of a line
+                self._file.truncate(whole)
+                break
+            whole += len(line)
+            try:
+                result = msgspec.json.decode(line, type=ProblemResult)
+            except msgspec.DecodeError as error:
+                raise EvaluationError(
+                    f"{self.path}, line {number}, is damaged ({error}); remove that line"
+                ) from error
+            if result.index >= len(self._problems):
+                continue  # beyond this command's --limit
+            problem = self._problems[result.index]
+            if (problem.prompt, problem.answer) != (result.problem, result.answer):
+                raise EvaluationError(
+                    f"{self.path}, line {number}, is of another problem than the data now has at "
+                    f"{result.index}; the data has changed: choose another --out"
+                )
+            # What is to be completed will be written again, with its texts.
+            failed = any(sample.error for sample in result.samples)
+            self.done[result.index] = result if failed else result.without_texts()
+
+    def append(self, result: ProblemResult) -> None:
+        """Write a finished problem, so that it survives whatever comes next."""
+        self._file.write(msgspec.json.encode(result) + b"\n")
+        self._file.flush()
+
+
+def machine() -> dict[str, Any]:
+    """What the evaluation ran on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """A report for results.json; unknown numbers are null."""
+    scores = report.scores
+    content = {
+        "problems": report.problems,
+        "samples": report.samples,
+        "errors": len(report.errors),
+        f"avg@{scores.k}": _plain(scores.average),
+        f"maj@{scores.k}": _plain(scores.majority),
+        **{f"pass@{draws}": _plain(mean) for draws, mean in scores.passes.items()},
+        "mean_tokens": report.tokens,
+        "truncated": _plain(report.truncated),
+    }
+    if report.gated:
+        saved, half_width = report.saved
+        content |= {
+            "stopped": _plain(report.stopped),
+            "audited": report.totals.audited,
+            "false_positives": _plain(report.false_positives),
+            "overshoot_tokens": report.totals.overshoot,
+            "tokens_saved": saved if math.isfinite(saved) else None,
+            "tokens_saved_half_width": half_width if math.isfinite(half_width) else None,
+        }
+    return content
+
+
+def _plain(share: ProblemMean | Share | None) -> dict[str, Any] | None:
+    if share is None or math.isnan(share.value):
+        return None
+    return {"value": share.value, "interval": list(share.interval)}
+
+
+def table(title: str, reports: Mapping[str, Report]) -> Table:
+    """A row for each data set: percentages, their intervals below."""
+    rows = {name: _row(report) for name, report in reports.items()}
+    shown = Table(title=f"{title} (%, 95 % interval over problems)", title_justify="left")
+    shown.add_column("data")
+    for heading in next(iter(rows.values())):
+        shown.add_column(heading, justify="right")
+    for name, row in rows.items():
+        shown.add_row(name, *row.values(), end_section=True)
+    return shown
+
+
+def _row(report: Report) -> dict[str, str]:
+    scores = report.scores
+    row = {
+        "problems": str(report.problems),
+        f"avg@{scores.k}": _cell(scores.average),
+        f"maj@{scores.k}": "—" if scores.majority is None else _cell(scores.majority),
+        **{f"pass@{draws}": _cell(mean) for draws, mean in scores.passes.items() if draws > 1},
+        "tokens": f"{report.tokens:,.0f}",
+        "cut off": _cell(report.truncated),
+        "errors": str(len(report.errors)),
+    }
+    if report.gated:
+        saved, half_width = report.saved
+        spread = f"± {100 * half_width:.1f}" if math.isfinite(half_width) else "± unknown"
+        row |= {
+            "stopped": _cell(report.stopped),
+            "false stops": _cell(report.false_positives),
+            "saved tokens": f"{100 * saved:.1f}\n{spread}" if math.isfinite(saved) else "unknown",
+        }
+    return row
+
+
+def _cell(share: ProblemMean | Share) -> str:
+    if math.isnan(share.value):
+        return "unknown"
+    low, high = share.interval
+    return f"{100 * share.value:.1f}\n{100 * low:.1f}–{100 * high:.1f}"

@@ -1,0 +1,344 @@
+"""The training loop's side of early stopping.
+
+Owns the batch statistics, the threshold, the success estimator and the warm-up; makes the gate of
+each batch and learns from the batch's rollouts.
+
+Nothing here changes while a batch is generated, so no decision sees the future.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from espo_gateway.stop import fit as estimator
+from espo_gateway.stop.estimate import SuccessEstimator
+from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics, pad, smoothed_regret
+from espo_gateway.stop.replay import level_of, stop_levels, threshold_at
+from espo_gateway.stop.rules import THRESHOLDS, Gate, value_source
+from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, ShareThreshold
+from espo_rl.config import Stopping
+from espo_rl.gate.outcomes import KnownRollouts, regrets_of
+from espo_rl.types import EndReason, Rollout
+
+_NAMES = {"beta": "β", "p_star": "p*", "hazard": "hazard"}
+
+
+class WarmUp:
+    """Decides when stopping may start. `reason` says why it may, or why not yet."""
+
+    def __init__(self, config: Stopping, total_steps: int) -> None:
+        self._config = config
+        self._total_steps = total_steps
+        self.batches = 0
+        self.critic_losses: list[float] = []
+        self.done = config.warmup == "none"
+        self.reason = "no warm-up" if self.done else "warm-up: no batch yet"
+
+    def update(self, critic_loss: float | None, explained_variance: float | None) -> None:
+        """Take note of a finished batch.
+
+        Args:
+            critic_loss: of the critic's update on it; None without a critic.
+            explained_variance: of the V that gates, on this batch, which it had not seen.
+        """
+        self.batches += 1
+        if critic_loss is not None:
+            self.critic_losses = [*self.critic_losses[-2:], critic_loss]
+        if self.done:
+            return
+        if self._config.warmup == "batches":
+            self._after_batches()
+        elif self._config.warmup == "critic-loss":
+            self._by_critic_loss()
+        else:
+            self._by_explained_variance(explained_variance)
+
+    def _after_batches(self) -> None:
+        wanted = self._config.warmup_batches
+        self.done = self.batches >= wanted
+        self.reason = f"{self.batches} of {wanted} warm-up batches seen"
+
+    def _by_critic_loss(self) -> None:
+        """Row 8."""
+        config, losses = self._config, self.critic_losses
+        forced = config.warmup_share * self._total_steps
+        self.done = True
+        if len(losses) == 3 and max(losses) < config.warmup_loss:
+            self.reason = f"critic loss below {config.warmup_loss} three times"
+        elif len(losses) >= 2 and abs(losses[-1] - losses[-2]) < config.warmup_change:
+            self.reason = f"critic loss moved less than {config.warmup_change}"
+        elif self.batches >= forced:
+            self.reason = f"forced on after {self.batches} steps"
+        else:
+            self.done = False
+            loss = f"critic loss {losses[-1]:.3g}" if losses else "no critic loss"
+            self.reason = f"warm-up: {loss}; forced on after {math.ceil(forced)} steps"
+
+    def _by_explained_variance(self, explained: float | None) -> None:
+        wanted = self._config.warmup_explained
+        self.done = explained is not None and explained > wanted
+        known = "unknown" if explained is None else f"{explained:.2f}"
+        self.reason = f"explained variance {known}, more than {wanted} wanted"
+        if not self.done:
+            self.reason = f"warm-up: {self.reason}; never forced"
+
+
+class StopController:
+    """Makes the gate for each batch and updates itself between batches.
+
+    explained_variance: of the V that gates, on the last batch, which it had not seen; None where
+        the rule has no V, but for a warm-up that asks for the stream's estimate.
+    z_quantiles: 50, 90 and 99 % quantiles of z over the tokens of the last batch.
+    """
+
+    def __init__(
+        self,
+        config: Stopping,
+        total_steps: int,
+        rng: random.Random,
+        *,
+        worth: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        """worth: what a wrong and a right answer are worth in the critic's returns."""
+        self.config = config
+        self.statistics = RegretStatistics(decay=config.decay)
+        self.estimator: SuccessEstimator | None = None
+        self.warmup = WarmUp(config, total_steps)
+        self.version = 0
+        self.explained_variance: float | None = None
+        self.z_quantiles: tuple[float, float, float] | None = None
+        self._monitor = MonitorConfig(smoothing=config.smoothing, clip=config.clip)
+        self._source = value_source(config.rule, config.value)
+        explained = config.warmup == "explained-variance" and self._source != "critic"
+        self._estimates = self._source == "stream" or (explained and config.rule != "none")
+        self._threshold = None if config.rule == "none" else make_threshold(config)
+        self._recent: deque[estimator.Examples] = deque(maxlen=config.window)
+        self._rng = rng
+        self._worth = worth
+
+    # -- before a batch ------------------------------------------------------------------------
+
+    def gate(self, weights_version: str) -> Gate:
+        """The gate for the next batch; its rule is "none" while stopping is off."""
+        gate = self._gate(weights_version)
+        if not self.on:
+            return gate
+        rule = self.config.rule
+        changes: dict[str, Any] = {"rule": rule, THRESHOLDS[rule]: self.threshold}
+        return dataclasses.replace(gate, **changes)
+
+    def draw_audits(self, count: int) -> list[bool]:
+        """Which of `count` rollouts are generated to the end even if the rule stops them.
+
+        Drawn before anything is sampled, so an audit cannot depend on what it observes.
+        """
+        return [self._rng.random() < self.config.audit_share for _ in range(count)]
+
+    @property
+    def on(self) -> bool:
+        """Whether the next batch is gated."""
+        estimates = self._source != "stream" or self.estimator is not None
+        return self.warmup.done and self.threshold is not None and estimates
+
+    @property
+    def reason(self) -> str:
+        """Why stopping is on and at which threshold, or why it is off."""
+        if self._threshold is None:
+            return "no stop rule"
+        if not self.warmup.done:
+            return self.warmup.reason
+        if self._source == "stream" and self.estimator is None:
+            return "no estimator yet: all outcomes so far are the same"
+        if self.threshold is None:
+            return self._threshold.reason
+        name = _NAMES[THRESHOLDS[self.config.rule]]
+        return f"{name} = {self.threshold:.3g}: {self._threshold.reason}"
+
+    @property
+    def threshold(self) -> float | None:
+        """β, p* or the hazard of the next batch; None when there is none to be had."""
+        if self._threshold is None or self._threshold.level is None:
+            return None
+        return threshold_at(self.config.rule, self._threshold.level)
+
+    @property
+    def false_positive_bound(self) -> float | None:
+        """threshold = "audit": upper confidence bound of the share of false positives."""
+        return None if self._threshold is None else self._threshold.bound
+
+    @property
+    def known_outcomes(self) -> float | None:
+        """threshold = "audit": effective number of outcomes that the bound rests on."""
+        return None if self._threshold is None else self._threshold.known
+
+    def metrics(self) -> dict[str, float]:
+        """What a log says beside the gate, after a batch; NaN where nothing is known."""
+        bound, known, explained = (
+            math.nan if value is None else value
+            for value in (self.false_positive_bound, self.known_outcomes, self.explained_variance)
+        )
+        z = self.z_quantiles or (math.nan,) * 3
+        return {
+            "false_positives_upper": bound,
+            "effective_n": known,
+            "explained_variance": explained,
+            "regret_mean": self.statistics.mean,
+            "regret_variance": self.statistics.variance,
+            "z_p50": z[0],
+            "z_p90": z[1],
+            "z_p99": z[2],
+        }
+
+    def _gate(self, weights_version: str) -> Gate:
+        config = self.config
+        return Gate(
+            version=self.version,
+            weights_version=weights_version,
+            statistics=self.statistics,
+            monitor=self._monitor,
+            epsilon=config.epsilon,
+            value=config.value,
+            constant=config.constant,
+            critic_wrong=self._worth[0],
+            critic_right=self._worth[1],
+            estimator=self.estimator,
+            min_tokens=config.min_tokens,
+        )
+
+    # -- after a batch -------------------------------------------------------------------------
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether `observe` has a use for values."""
+        return self._source == "critic" and self._threshold is not None and self._threshold.learns
+
+    def observe(
+        self,
+        rollouts: Sequence[Rollout],
+        critic_loss: float | None,
+        critic_explained_variance: float | None = None,
+        values: Sequence[Array] | None = None,
+        *,
+        gated: bool | None = None,
+    ) -> None:
+        """Learn from a finished batch: statistics, threshold, estimator, warm-up.
+
+        Args:
+            critic_loss, critic_explained_variance: of the critic on it; None without a critic.
+            values: what the critic said after each token of the rollouts `with_outcome`, [tokens]
+                each; without them nothing is learnt of a critic's threshold. They stand for the
+                next gate's, too, whose critic is an update further.
+            gated: whether the batch's gate had a rule; None: as the present one has.
+        """
+        usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
+        if not usable:
+            return
+        was_on = self.on if gated is None else gated
+        known = KnownRollouts(usable, self.config.audit_share)
+        regrets = regrets_of(usable)
+        updated = self.statistics.updated(regrets)
+        # The first batch had no statistics in force: its own stand in.
+        in_force = self.statistics if self.statistics.batches else updated
+        self.z_quantiles = self._quantiles(regrets, in_force)
+        # Before the estimator learns of the batch: what it says here must be out of sample.
+        expected = known.probabilities(self.estimator) if self.estimator is not None else None
+        said = None if values is None else self._gate("").success(pad(values))
+        outcomes = self._outcomes(known, expected, said, in_force)
+        if self._source == "critic":
+            self.explained_variance = critic_explained_variance
+        elif expected is not None:
+            self.explained_variance = known.explained_variance(expected)
+        self.statistics = updated
+        if self._estimates:
+            self._recent.append(known.examples())
+            self.estimator = estimator.fit(self._recent) or self.estimator
+        self.warmup.update(critic_loss, self.explained_variance)
+        if self._threshold is not None:
+            share = sum(rollout.stopped for rollout in usable) / len(usable)
+            audited = [bool(rollout.correct) for rollout in usable if rollout.audited]
+            learnt = known.probabilities(self.estimator) if self.estimator is not None else None
+            self._threshold.update(
+                outcomes,
+                share if was_on else None,
+                ready=self.warmup.done,
+                rehearsal=self._outcomes(known, learnt, said, self.statistics),
+                audits=(len(audited), sum(audited)),
+            )
+        self.version += 1
+
+    def _quantiles(
+        self, regrets: Array, statistics: RegretStatistics
+    ) -> tuple[float, float, float] | None:
+        z = smoothed_regret(regrets, statistics, self._monitor)[~np.isnan(regrets)]
+        if not z.size:
+            return None
+        half, most, nearly_all = np.quantile(z, (0.5, 0.9, 0.99))
+        return float(half), float(most), float(nearly_all)
+
+    def _outcomes(
+        self,
+        known: KnownRollouts,
+        expected: Array | None,
+        said: Array | None,
+        statistics: RegretStatistics,
+    ) -> Outcomes | None:
+        """What the batch says about thresholds; None when the rule cannot be replayed on it.
+
+        expected, said: V at each token by the stream's estimator, by the critic.
+        """
+        values = {"stream": expected, "critic": said}.get(self._source or "")
+        unknown = values is None and self._source in ("stream", "critic")
+        if self._threshold is None or unknown:
+            return None
+        levels = stop_levels(
+            dataclasses.replace(self._gate(""), rule=self.config.rule, statistics=statistics),
+            known.logprobs,
+            known.max_logprobs,
+            known.prompt_tokens,
+            completed_at=known.completed_at,
+            values=values,
+        )
+        return Outcomes(
+            levels=levels.astype(np.float32),
+            correct=known.outcomes,
+            weights=known.weights.astype(np.float32),
+        )
+
+
+def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
+    """The controller of the rule's threshold, by `config.threshold`."""
+    rule, target = config.rule, config.target_share
+    name = THRESHOLDS[rule]
+    strictest = {"beta": config.beta_max, "p_star": 1e-6, "hazard": 1e-9}[name]
+    loosest = {"beta": config.beta_min, "p_star": config.p_star_max, "hazard": 0.5}[name]
+    low, high = level_of(rule, strictest), level_of(rule, loosest)
+    if rule == "random":
+        # Half a Newton step toward the share 1 - (1 - hazard)^length, as one batch's is noisy.
+        step = -0.5 / ((1.0 - target) * math.log1p(-target))
+        return ShareThreshold(target=target, step=step, low=low, high=high, start=None)
+    if config.threshold == "audit":
+        return AuditThreshold(
+            limit=config.false_positives,
+            confidence=config.confidence,
+            window=config.evidence,
+            low=low,
+            high=high,
+        )
+    default = level_of(rule, getattr(Gate, name))
+    given = config.beta if name == "beta" else config.p_star
+    start = None if given is None else level_of(rule, given)
+    if config.threshold == "fixed":
+        start = default if start is None else start
+        return ShareThreshold(target=target, step=0.0, low=-math.inf, high=math.inf, start=start)
+    if config.threshold == "quantile":
+        return ShareThreshold(target=target, step=0.0, low=low, high=high, start=None)
+    if start is None and config.warmup == "none":
+        start = default
+    return ShareThreshold(target=target, step=config.beta_step, low=low, high=high, start=start)

@@ -1,0 +1,113 @@
+"""What a PPO step learns from: samples with all that the losses need, and how they look.
+
+Pure: the models' answers come in as `Before`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espo_rl.config import Ppo
+from espo_rl.ppo.advantages import Outcome, estimate
+from espo_rl.ppo.losses import importance_weights, kl_estimate
+from espo_rl.ppo.samples import Sample
+
+#: All that `PpoTrainer.update` reports; means are over tokens. A key is absent where its part of
+#: the recipe is not in use.
+METRICS = {
+    # before the update, from `prepare`
+    "entropy": "of the policy that sampled, nats a token",
+    "mismatch_kl": "KL(server‖trainer): mean of log π_server − log π_trainer of sampled tokens",
+    "mismatch_k3": "the same by the k3 estimate, which is never negative",
+    "mismatch_max": "largest |log π_server − log π_trainer|",
+    "kl_reference": "KL(policy‖reference) by ppo.kl_estimator",
+    "importance_mean": "mean weight against the server's policy, after the cap",
+    "importance_capped": "share of tokens whose weight was capped",
+    "critic_explained_variance": "1 − var(returns − V)/var(returns); NaN when all are the same",
+    "learning_rate": "of the actor's first step",
+    "critic_learning_rate": "of the critic's first step",
+    # means over the update's passes
+    "policy_loss": "clipped surrogate, importance weights included",
+    "clip_share": "share of tokens whose ratio was clipped",
+    "kl": "KL(old‖new) by the k3 estimate",
+    "grad_norm": "of the actor, before clipping",
+    "critic_loss": "half the squared error, clipped if so set",
+    "critic_grad_norm": "of the critic, before clipping",
+}
+Metrics = dict[str, float]
+
+
+@dataclass
+class Before:
+    """What the models say of a sample before the update; arrays are [kept]."""
+
+    logprobs: Tensor  # at the sampling temperature
+    reported: Tensor  # as the server reports them: raw, or at the sampling temperature
+    entropy: Tensor
+    reference: Tensor | None = None  # log π of the reference model at the sampling temperature
+    values: Tensor | None = None  # V before each token and after the last, [kept + 1]
+
+
+def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Metrics:
+    """Give each sample the columns of the losses; returns the metrics known before the update."""
+    kept = [sample.kept for sample in samples]
+    old = torch.cat([one.logprobs for one in before])
+    served = torch.cat([sample.columns["served_logprobs"] for sample in samples])
+    metrics = {"entropy": float(torch.cat([one.entropy for one in before]).mean())}
+    metrics |= mismatch(served, torch.cat([one.reported for one in before]))
+    columns = {"old_logprobs": old}
+
+    penalties = torch.zeros_like(old)
+    references = [one.reference for one in before if one.reference is not None]
+    if references:
+        columns["reference_logprobs"] = torch.cat(references)
+        kl = kl_estimate(old, columns["reference_logprobs"], ppo.kl_estimator)
+        metrics["kl_reference"] = float(kl.mean())
+        if ppo.kl_place == "reward":
+            penalties = ppo.kl_coefficient * kl
+
+    if ppo.importance_cap is not None:
+        columns["importance"], capped = importance_weights(old, served, ppo.importance_cap)
+        metrics["importance_mean"] = float(columns["importance"].mean())
+        metrics["importance_capped"] = float(capped.mean())
+
+    values = [None if one.values is None else one.values.numpy() for one in before]
+    outcomes = [
+        Outcome(sample.end, sample.group, sample.reward, penalty.numpy(), value)
+        for sample, penalty, value in zip(samples, penalties.split(kept), values, strict=True)
+    ]
+    advantages, returns = estimate(outcomes, ppo)
+    columns["advantages"] = torch.from_numpy(np.concatenate(advantages))
+    if returns is not None:
+        targets = columns["returns"] = torch.from_numpy(np.concatenate(returns))
+        old_values = columns["old_values"] = torch.cat(
+            [one.values[:-1] for one in before if one.values is not None]
+        )
+        total = float(targets.var())
+        metrics["critic_explained_variance"] = (
+            1.0 - float((targets - old_values).var()) / total if total > 1e-8 else math.nan
+        )
+
+    for name, column in columns.items():
+        for sample, part in zip(samples, column.split(kept), strict=True):
+            sample.columns[name] = part
+    return metrics
+
+
+def mismatch(served: Tensor, ours: Tensor) -> Metrics:
+    """How far the server's logprobs of sampled tokens are from the trainer's; NaN: none served."""
+    difference = (served - ours).double()
+    difference = difference[difference.isfinite()]
+    if not len(difference):
+        return dict.fromkeys(("mismatch_kl", "mismatch_k3", "mismatch_max"), math.nan)
+    return {
+        "mismatch_kl": float(difference.mean()),
+        "mismatch_k3": float(kl_estimate(difference, torch.zeros(()), "k3").mean()),
+        "mismatch_max": float(difference.abs().max()),
+    }

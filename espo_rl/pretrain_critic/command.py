@@ -1,0 +1,285 @@
+"""Fits a critic to recorded rollouts, so that a run with the value gate starts with one that knows
+something.
+
+    python -m espo_rl.run arithmetic-mixed stopping.rule=none run.output=runs/recorded ...
+    python -m espo_rl.pretrain_critic runs/recorded --model runs/base-mixed --output runs/critic
+    python -m espo_rl.run arithmetic-mixed model.critic=runs/critic stopping.value=critic ...
+
+The rollouts must be full ones, of one policy that stood still. A share of the problems is held out;
+on these the critic is measured. What is written is the checkpoint that `model.critic` and the
+critic server load, with report.json beside it. V is in the unit of the recipe's rewards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from espo_rl.config import Ppo
+from espo_rl.ppo.critic import Critic, Scaler, load_classifier, save_statistics_head
+from espo_rl.pretrain_critic.fit import (
+    PretrainError,
+    Settings,
+    fit_critic,
+    split,
+    usable,
+    values_of,
+)
+from espo_rl.pretrain_critic.quality import Quality, qualities
+from espo_rl.record.files import rollout_files, written_whole
+from espo_rl.record.progress import progress_bar
+from espo_rl.record.rollout_files import read_rollouts
+from espo_rl.types import Rollout
+
+
+def recorded_files(paths: Sequence[Path]) -> list[Path]:
+    """The dumps among files, folders of them and folders of runs.
+
+    Raises:
+        PretrainError: a path holds none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = rollout_files(path)
+        if not found:
+            raise PretrainError(f"{path}: no rollouts (*.parquet) there")
+        files += found
+    return files
+
+
+def load_critic(model: str, *, statistics: bool, seed: int) -> Critic:
+    """As the trainer makes one: V is 0 at the start unless the checkpoint is a critic already.
+
+    Raises:
+        PretrainError: the model cannot be loaded.
+    """
+    torch.manual_seed(seed)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        fresh = not any("SequenceClassification" in name for name in config.architectures or ())
+        classifier = load_classifier(model, fresh=fresh, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PretrainError(f"--model {model} cannot be loaded: {error}") from error
+    critic = Critic(classifier, statistics=statistics)
+    return critic.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(model: str) -> Any:
+    """vLLM wants one beside the critic, though it is asked with token ids. Raises PretrainError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise PretrainError(f"--model {model} has no tokenizer: {error}") from error
+
+
+def pretrain(options: argparse.Namespace, console: Console) -> None:
+    """The command.
+
+    Raises:
+        PretrainError, OSError, ValueError: the rollouts, the model or the output are unusable.
+    """
+    output: Path = options.output
+    for folder in filter(None, (output, options.values)):
+        if folder.exists() and any(folder.iterdir()):
+            raise PretrainError(f"{folder} is not empty: choose another folder, or remove it")
+    settings = Settings(
+        learning_rate=options.learning_rate,
+        epochs=options.epochs,
+        patience=options.patience,
+        right=options.right_reward,
+        wrong=options.wrong_reward,
+        seed=options.seed,
+    )
+    files = recorded_files(options.rollouts)
+    recorded = {file: read_rollouts(file)[0] for file in files}
+    parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
+    critic = load_critic(options.model, statistics=options.statistics, seed=options.seed)
+    tokenizer, scaler = load_tokenizer(options.model), Scaler()
+
+    with progress_bar(console=console) as bar:
+        line = bar.add_task("fitting the critic", total=settings.epochs)
+        epoch = count(1)
+
+        def told(training: float, validation: float) -> None:
+            said = f"loss {training:.3f}, on other problems {validation:.3f}"
+            bar.update(line, advance=1, description=f"fitting the critic, {said}")
+            console.print(f"epoch {next(epoch)}: {said}", highlight=False)
+
+        helped = fit_critic(critic, scaler, parts, settings, told=told)
+
+    found = {"tokens alone": _measured(critic, parts.held_out, settings, None)}
+    if options.statistics:
+        found["with statistics"] = _measured(critic, parts.held_out, settings, scaler)
+    about = {
+        "model": options.model,
+        "settings": asdict(settings),
+        "epochs": helped,
+        "rollouts": {name: len(part) for name, part in vars(parts).items()},
+        "accuracy": sum(bool(one.correct) for one in parts.held_out) / len(parts.held_out),
+        "held_out": {
+            name: {where: asdict(one) for where, one in of.items()} for name, of in found.items()
+        },
+    }
+    _write(output, critic, scaler, about, tokenizer)
+    if options.values is not None:
+        held_out = {one.problem.id for one in parts.held_out}
+        _write_values(options.values, recorded, held_out, critic, settings)
+    for name, of in found.items():
+        console.print(_table(f"{len(parts.held_out)} held-out rollouts, V by {name}", of))
+    console.print(f"critic: {output}, after {helped} of at most {settings.epochs} epochs")
+
+
+def _measured(
+    critic: Critic, rollouts: Sequence[Rollout], settings: Settings, scaler: Scaler | None
+) -> dict[str, Quality]:
+    values = [rows[:-1] for rows in values_of(critic, rollouts, settings, scaler)]
+    outcomes = [bool(rollout.correct) for rollout in rollouts]
+    return qualities(values, outcomes, right=settings.right, wrong=settings.wrong)
+
+
+def _write(
+    output: Path, critic: Critic, scaler: Scaler, about: dict[str, Any], tokenizer: Any
+) -> None:
+    """Whole or not at all."""
+    scratch = output.with_name(output.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        critic.classifier.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if critic.statistics is not None:
+            head = {name: one.cpu() for name, one in critic.statistics.state_dict().items()}
+            save_statistics_head(scratch, head, scaler)
+        (scratch / "report.json").write_text(json.dumps(about, indent=2) + "\n")
+        if output.exists():
+            output.rmdir()
+        scratch.rename(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_values(
+    folder: Path,
+    recorded: dict[Path, list[Rollout]],
+    held_out: set[str],
+    critic: Critic,
+    settings: Settings,
+) -> None:
+    """The held-out rows of each file with a column `values`: V after each token, [tokens].
+
+    Index t is what a gate knows when it decides at token t. By the tokens alone, as a critic server
+    gives it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (file, rollouts) in enumerate(recorded.items()):
+        table = pq.read_table(file)
+        rows = [i for i, one in enumerate(rollouts) if one.problem.id in held_out]
+        full = [rollouts[i] for i in rows]
+        values: list[list[float]] = [[] for _ in full]
+        there = [i for i, one in enumerate(full) if usable([one])]
+        whole = usable(full)
+        for i, of in zip(there, values_of(critic, whole, settings), strict=True):
+            values[i] = of[1:].tolist()
+        table = table.take(pa.array(rows, pa.int64())).append_column(
+            "values", pa.array(values, pa.list_(pa.float64()))
+        )
+        name = (
+            file.name
+            if len({path.name for path in recorded}) == len(recorded)
+            else (f"step-{number:08d}.parquet")
+        )
+        final = folder / name
+        with written_whole(final) as scratch:
+            pq.write_table(table, scratch, compression="zstd")
+
+
+def _table(title: str, found: dict[str, Quality]) -> Table:
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("where")
+    for heading in ("explained variance", "AUC", "MSE", "BCE", "states"):
+        shown.add_column(heading, justify="right")
+    for where, one in found.items():
+        numbers = (one.explained, one.auc, one.mse, one.bce)
+        shown.add_row(where, *(f"{number:.3f}" for number in numbers), f"{one.states:,}")
+    return shown
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Exits with a message, code 2, when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espo_rl.pretrain_critic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, defaults, ppo = parser.add_argument, Settings(), Ppo()
+    add(
+        "rollouts",
+        nargs="+",
+        type=Path,
+        metavar="ROLLOUTS",
+        help="folders of runs or of rollouts, or Parquet files",
+    )
+    add("--model", required=True, help="what the critic starts from: the policy, or any other size")
+    add("--output", required=True, type=Path, help="the critic's folder")
+    add("--statistics", action="store_true", help="the stream's statistics as inputs, too")
+    add(
+        "--held-out",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the problems that the critic is only measured on (default: %(default)s)",
+    )
+    add(
+        "--values",
+        type=Path,
+        metavar="FOLDER",
+        help="write the held-out rollouts with V after each token, for a replay",
+    )
+    add("--learning-rate", type=float, default=defaults.learning_rate, help="(%(default)s)")
+    add("--epochs", type=int, default=defaults.epochs, help="at most (%(default)s)")
+    add(
+        "--patience",
+        type=int,
+        default=defaults.patience,
+        help="epochs without a gain before it ends (%(default)s)",
+    )
+    add("--right-reward", type=float, default=ppo.right_reward, help="as in ppo (%(default)s)")
+    add("--wrong-reward", type=float, default=ppo.wrong_reward, help="as in ppo (%(default)s)")
+    add("--seed", type=int, default=defaults.seed)
+    options = parser.parse_args(arguments)
+    if not 0.0 < options.held_out < 1.0:
+        parser.error("--held-out must lie between 0 and 1")
+    if not options.wrong_reward < options.right_reward:
+        parser.error("--wrong-reward must be below --right-reward")
+    for name in ("learning_rate", "epochs", "patience"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    return options
+
+
+def main() -> int:
+    """0 on success, 2 on rollouts, a model or arguments that cannot work."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pretrain(parse(), Console())
+    except (PretrainError, OSError, ValueError) as error:
+        print(f"espo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("espo: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,208 @@
+"""Fits a critic to the outcomes of recorded rollouts, as the trainer would: the same class, inputs,
+states and loss, but many epochs on full rollouts and no policy in the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from espo_rl.ppo.critic import Critic, Scaler, state_statistics
+from espo_rl.ppo.losses import value_loss
+from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
+from espo_rl.types import EndReason, Rollout
+
+Array = NDArray[np.float64]
+
+
+class PretrainError(ValueError):
+    """These rollouts cannot be learned from; the message says how to record ones that can."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a fit. right, wrong: what an answer is worth, as in the recipe of the run to come."""
+
+    learning_rate: float = 3e-4
+    epochs: int = 20
+    patience: int = 3  # epochs without a lower validation loss before it ends
+    batch: int = 64  # rollouts in an optimizer step
+    micro_batch_tokens: int = 4096  # few, so that rows of like length are padded together
+    right: float = 1.0
+    wrong: float = -1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rollouts parted by problem: fitted on, when to stop, and what is measured on."""
+
+    training: list[Rollout]
+    validation: list[Rollout]
+    held_out: list[Rollout]
+
+
+def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Those with tokens, in full; an audited one counts as if it had not been stopped.
+
+    Raises:
+        PretrainError: the outcome of some is unknown, so the others are no fair sample.
+    """
+    full = [
+        replace(rollout, kept=len(rollout.token_ids))
+        for rollout in rollouts
+        if rollout.end is not EndReason.ERROR and rollout.token_ids
+    ]
+    unknown = sum(rollout.correct is None for rollout in full)
+    if unknown:
+        raise PretrainError(
+            f"{unknown} of {len(full)} rollouts were stopped and nobody knows their outcome, so "
+            "the others are no fair sample: record with stopping.rule=none"
+        )
+    return full
+
+
+def split(rollouts: Sequence[Rollout], share: float) -> Split:
+    """Hold out about this share of the problems, and an eighth of the rest for early stopping.
+
+    A problem is drawn by its name, so that it falls on the same side in every recording.
+
+    Raises:
+        PretrainError: a part is empty, or all outcomes in it are the same.
+    """
+    parts = Split([], [], [])
+    for rollout in rollouts:
+        digest = hashlib.sha256(rollout.problem.id.encode()).digest()
+        draw = int.from_bytes(digest[:8]) / 2.0**64
+        if draw < share:
+            parts.held_out.append(rollout)
+        elif draw < share + (1.0 - share) / 8.0:
+            parts.validation.append(rollout)
+        else:
+            parts.training.append(rollout)
+    for name, part in vars(parts).items():
+        if len({rollout.correct for rollout in part}) < 2:
+            raise PretrainError(
+                f"the {name.replace('_', '-')} part has {len(part)} rollouts, not both right and "
+                "wrong ones: record more of them, of more problems"
+            )
+    return parts
+
+
+def fit_critic(
+    critic: Critic,
+    scaler: Scaler,
+    parts: Split,
+    settings: Settings,
+    *,
+    told: Callable[[float, float], None] = lambda training, validation: None,
+) -> int:
+    """Fit the critic in place, and the scaler of its statistics; returns the epochs that helped.
+
+    Args:
+        told: called after each epoch with the mean losses.
+    """
+    rng = np.random.default_rng(settings.seed)
+    if critic.statistics is not None:
+        scaler.update(np.concatenate(state_statistics(parts.training)))
+    training, validation = (
+        _samples(critic, scaler, part, settings) for part in (parts.training, parts.validation)
+    )
+    optimizer = torch.optim.AdamW(critic.parameter_groups(settings.learning_rate), weight_decay=0.0)
+    best, loss_then, helped = _state(critic), _mean_loss(critic, validation, settings), 0
+    for epoch in range(1, settings.epochs + 1):
+        critic.train()
+        parts_of_epoch = max(1, len(training) // settings.batch)
+        sums = np.zeros(2)  # loss, tokens
+        for chosen in np.array_split(rng.permutation(len(training)), parts_of_epoch):
+            rows = [training[i] for i in chosen]
+            tokens = sum(sample.kept for sample in rows)
+            for batch in _batches(critic, rows, settings):
+                loss = _losses(critic, batch).sum()
+                (loss / tokens).backward()
+                sums += float(loss.detach()), 0
+            sums[1] += tokens
+            nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss_now = _mean_loss(critic, validation, settings)
+        told(float(sums[0] / sums[1]), loss_now)
+        if loss_now < loss_then:
+            best, loss_then, helped = _state(critic), loss_now, epoch
+        elif epoch - helped >= settings.patience:
+            break
+    critic.load_state_dict(best)
+    return helped
+
+
+@torch.no_grad()
+def values_of(
+    critic: Critic,
+    rollouts: Sequence[Rollout],
+    settings: Settings,
+    scaler: Scaler | None = None,
+) -> list[Array]:
+    """V of every state, before the first token and after each one: of each rollout [tokens + 1].
+
+    Args:
+        scaler: of the statistics that the critic reads; without one V is by the tokens alone, as a
+            critic server gives it.
+    """
+    critic.eval()
+    samples = [Sample.of(rollout) for rollout in rollouts]
+    if scaler is not None and critic.statistics is not None:
+        _add_statistics(samples, rollouts, scaler)
+    values: dict[int, Array] = {}
+    for batch in _batches(critic, samples, settings):
+        answers = critic(batch.tokens, batch.statistics).cpu().double().numpy()
+        for row, index in enumerate(batch.indices):
+            sample = samples[index]
+            values[index] = answers[row, sample.prompt - 1 : len(sample.tokens)].copy()
+    return [values[index] for index in range(len(samples))]
+
+
+def _samples(
+    critic: Critic, scaler: Scaler, rollouts: Sequence[Rollout], settings: Settings
+) -> list[Sample]:
+    samples = [Sample.of(rollout) for rollout in rollouts]
+    for sample, rollout in zip(samples, rollouts, strict=True):
+        worth = settings.right if rollout.correct else settings.wrong
+        sample.columns = {"returns": torch.full((sample.kept,), worth)}
+    if critic.statistics is not None:
+        _add_statistics(samples, rollouts, scaler)
+    return samples
+
+
+def _add_statistics(samples: Sequence[Sample], rollouts: Sequence[Rollout], scaler: Scaler) -> None:
+    for sample, rows in zip(samples, state_statistics(rollouts), strict=True):
+        sample.statistics = torch.from_numpy(scaler.scaled(rows))
+
+
+def _batches(critic: Critic, samples: Sequence[Sample], settings: Settings) -> Iterator[MicroBatch]:
+    device = next(critic.parameters()).device
+    return micro_batches(samples, settings.micro_batch_tokens, rank=0, ranks=1, device=device)
+
+
+def _losses(critic: Critic, batch: MicroBatch) -> Tensor:
+    values = critic(batch.tokens, batch.statistics)[:, :-1][batch.response]
+    return value_loss(values, values, batch.columns["returns"], None)
+
+
+@torch.no_grad()
+def _mean_loss(critic: Critic, samples: Sequence[Sample], settings: Settings) -> float:
+    critic.eval()
+    total = sum(
+        float(_losses(critic, batch).sum()) for batch in _batches(critic, samples, settings)
+    )
+    return total / sum(sample.kept for sample in samples)
+
+
+def _state(critic: Critic) -> dict[str, Tensor]:
+    return copy.deepcopy(critic.state_dict())

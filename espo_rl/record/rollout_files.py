@@ -1,0 +1,163 @@
+"""Rollouts on disk: one Parquet file a step, with the gate that they were sampled under.
+
+    rollouts, gate = read_rollouts("runs/demo/rollouts/step-00000012.parquet")
+
+Any Parquet reader opens them; a rollout is a row. Logprobs are exact, so that a replay of the gate
+decides as it did live.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter
+
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import Recipe
+from espo_rl.record.files import written_whole
+from espo_rl.record.log import LogError, log_errors
+from espo_rl.record.summary import versions
+from espo_rl.types import EndReason, Problem, Rollout
+
+_IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
+SCHEMA = pa.schema(
+    {
+        "step": pa.int64(),
+        "problem_id": pa.string(),
+        "prompt": pa.string(),
+        "answer": pa.string(),
+        "prompt_ids": _IDS,
+        "token_ids": _IDS,  # past the cut too, for an audited rollout
+        "logprobs": _LOGPROBS,  # NaN: missing
+        "max_logprobs": _LOGPROBS,
+        "text": pa.string(),
+        "end": pa.string(),
+        "kept": pa.int32(),
+        "audited": pa.bool_(),
+        "overshoot": pa.int32(),
+        "correct": pa.bool_(),  # null: stopped and not audited
+        "reward": pa.float64(),
+        "gate_version": pa.int64(),
+        "weights_version": pa.string(),
+        "group": pa.int32(),
+        "seed": pa.int64(),
+        "error": pa.string(),
+    }
+)
+_GATE = TypeAdapter(Gate)
+_OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
+
+
+class RolloutDumps:
+    """The folder `rollouts` of a run, held under `logs.rollouts_megabytes`."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.folder = recipe.run.output / "rollouts"
+        self._wanted = recipe.logs.rollouts
+        self._bytes = recipe.logs.rollouts_megabytes * 1e6
+        self._about = {
+            "espo.recipe": recipe_hash(recipe),
+            "espo.version": versions().get("espo", ""),
+        }
+
+    def drop_after(self, step: int) -> None:
+        """Delete what an older run left of later steps, and of a write that was cut short."""
+        with log_errors(self.folder):
+            for path in self.folder.glob("step-*"):
+                if path.suffix == ".tmp" or path.name > _name(step):
+                    path.unlink()
+
+    def write(self, step: int, rollouts: Sequence[Rollout], gate: Gate) -> None:
+        """Write a step's file, unless the recipe wants none. The oldest files go when all come to
+        too much, this one never.
+
+        Raises:
+            LogError: the file cannot be written; none is left under its name.
+        """
+        if not self._wanted:
+            return
+        final = self.folder / _name(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            table = rollouts_table(step, rollouts, gate, self._about)
+            with written_whole(final) as scratch:
+                pq.write_table(table, scratch, compression="zstd")
+        except OSError as error:
+            raise LogError(
+                f"cannot write {final}: {error.strerror or error}; free space, or set "
+                "logs.rollouts=false and go on with --resume auto"
+            ) from error
+        self._bound(final)
+
+    def _bound(self, newest: Path) -> None:
+        files = sorted(self.folder.glob("step-*.parquet"))
+        sizes = {path: path.stat().st_size for path in files}
+        excess = sum(sizes.values()) - self._bytes
+        for path in files:
+            if excess <= 0 or path == newest:
+                return
+            path.unlink()
+            excess -= sizes[path]
+
+
+def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
+    """The rollouts of a step and their gate.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: the file is damaged, or no dump of rollouts.
+    """
+    with open(path, "rb") as file:
+        try:
+            table = pq.read_table(file)
+            gate = _GATE.validate_json((table.schema.metadata or {})[b"espo.gate"])
+            rows = table.select(SCHEMA.names).to_pylist()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no dump of rollouts, or damaged: {error}") from error
+    return [_rollout(row) for row in rows], gate
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """The same for recipes with the same settings."""
+    return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}.parquet"
+
+
+def rollouts_table(
+    step: int, rollouts: Sequence[Rollout], gate: Gate, about: Mapping[str, str]
+) -> pa.Table:
+    """What a step's file holds. about: notes on where they come from."""
+    columns = []
+    for field in SCHEMA:
+        name = field.name
+        if name == "step":
+            values: list[Any] = [step] * len(rollouts)
+        elif name in _OF_PROBLEM:
+            values = [getattr(rollout.problem, _OF_PROBLEM[name]) for rollout in rollouts]
+        else:
+            values = [getattr(rollout, name) for rollout in rollouts]
+        if pa.types.is_string(field.type):
+            # A lone surrogate, which JSON may carry, has no UTF-8.
+            values = [str(value).encode(errors="replace").decode() for value in values]
+        elif field.type == _LOGPROBS:
+            values = [np.asarray(value, np.float64) for value in values]
+        columns.append(pa.array(values, field.type))
+    notes = {**about, "espo.gate": _GATE.dump_json(gate).decode()}
+    return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(notes))
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    row.pop("step")
+    problem = Problem(**{field: row.pop(name) for name, field in _OF_PROBLEM.items()})
+    for name in ("logprobs", "max_logprobs"):
+        row[name] = np.array(row[name], np.float64)
+    return Rollout(problem=problem, **row | {"end": EndReason(row["end"])})

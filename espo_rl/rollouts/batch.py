@@ -1,0 +1,93 @@
+"""The rollouts of one step while they come in: what is still to be asked, what is there.
+
+Pure bookkeeping, no I/O. A batch may be half full when a server dies, when the run is interrupted
+or when a checkpoint is written; what it holds is then neither lost nor asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from espo_gateway.stop.rules import Gate
+from espo_rl.rollouts.collector import Mode, Sample
+from espo_rl.types import EndReason, Problem, Rollout
+
+
+@dataclass
+class Batch:
+    """One step's rollouts.
+
+    step: the step that is to train on it, counted from 1.
+    first_seed: seeds count up from here, so a batch asked for again gets the same completions.
+    waiting: samples without a rollout yet, by seed; rollouts: those that came, by seed.
+    tokens: what the servers sampled for it so far; None where they do not say.
+    """
+
+    step: int
+    first_seed: int
+    gate: Gate
+    reason: str = ""  # why the gate stops, or does not
+    waiting: dict[int, Sample] = field(default_factory=dict)
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    scored: set[int] = field(default_factory=set)
+    tokens: int | None = 0
+    resampled: int = 0
+    rounds: int = 0
+    _samples: dict[int, Sample] = field(default_factory=dict)
+    _groups: int = 0
+
+    def ask(self, problems: Iterable[Problem], n: int, modes: Sequence[Mode]) -> None:
+        """Want n rollouts of each problem, in these modes ("shadow": an audit)."""
+        mode = iter(modes)
+        for problem in problems:
+            for _ in range(n):
+                self._add(Sample(problem, seed=0, mode=next(mode), group=self._groups))
+            self._groups += 1
+        self.rounds += 1
+
+    def _add(self, sample: Sample) -> None:
+        seed = self.first_seed + len(self._samples)
+        self._samples[seed] = self.waiting[seed] = dataclasses.replace(sample, seed=seed)
+
+    def put(self, rollout: Rollout) -> None:
+        """A rollout has come, an error perhaps."""
+        del self.waiting[rollout.seed]
+        self.rollouts[rollout.seed] = rollout
+
+    def ask_failed_again(self, attempts: int) -> None:
+        """Replace errors by new samples of the same problem, each at most `attempts` times."""
+        for rollout in self.failed:
+            sample = self._samples[rollout.seed]
+            if sample.attempt < attempts:
+                del self.rollouts[rollout.seed]
+                self.resampled += 1
+                self._add(dataclasses.replace(sample, attempt=sample.attempt + 1))
+
+    def recall_failed(self) -> None:
+        """Want the errors again as they were: the server was at fault, not the sample."""
+        for rollout in self.failed:
+            del self.rollouts[rollout.seed]
+            self.waiting[rollout.seed] = self._samples[rollout.seed]
+
+    @property
+    def failed(self) -> list[Rollout]:
+        return [one for one in self.rollouts.values() if one.end is EndReason.ERROR]
+
+    @property
+    def all(self) -> list[Rollout]:
+        """What came, in the order it was asked for, prompt by prompt."""
+        return sorted(self.rollouts.values(), key=lambda one: (one.group, one.seed))
+
+    @property
+    def usable(self) -> list[Rollout]:
+        """All but the errors."""
+        return [one for one in self.all if one.end is not EndReason.ERROR]
+
+    def informative(self) -> list[Rollout]:
+        """Usable rollouts of the prompts whose rewards differ (DAPO, arXiv 2503.14476, eq. 11)."""
+        rewards: dict[int, set[float]] = {}
+        for rollout in self.usable:
+            rewards.setdefault(rollout.group, set()).add(rollout.reward)
+        return [rollout for rollout in self.usable if len(rewards[rollout.group]) > 1]

@@ -1,0 +1,201 @@
+"""Collects rollouts from an OpenAI-compatible server, normally the gateway.
+
+Owns the requests in flight and nothing else. A request that fails for good becomes a rollout with
+`EndReason.ERROR`; it never fails the step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import openai
+from openai.types import Completion
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from espo_gateway.stream.chunks import read_signals
+from espo_rl.config import RolloutSection
+from espo_rl.types import EndReason, Problem, Rollout
+
+Mode = Literal["enforce", "shadow", "off"]
+
+_TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that prompts need."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Problem to prompt token ids, through the chat template or as plain text."""
+
+    tokenizer: Tokenizer
+    chat: bool = True
+    system: str | None = None
+
+    def __call__(self, problem: Problem) -> list[int]:
+        if not self.chat:
+            return self.tokenizer.encode(problem.prompt)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": problem.prompt})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        # The template writes the special tokens itself; adding them again would double them.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion to ask for. In a batch the seed is its name, too."""
+
+    problem: Problem
+    seed: int
+    mode: Mode = "enforce"
+    group: int = 0
+    attempt: int = 0
+
+
+class Collector:
+    """Asks for completions, a bounded number at a time.
+
+    Use as an async context manager; the client's connections close with it.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, prompter: Prompter, config: RolloutSection
+    ) -> None:
+        self._model = model
+        self._prompter = prompter
+        self._config = config
+        self._client = openai.AsyncOpenAI(
+            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=config.timeout, max_retries=0
+        )
+
+    async def __aenter__(self) -> Collector:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._client.close()
+
+    async def collect(
+        self,
+        samples: Sequence[Sample],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        on_done: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout]:
+        """Sample them all; rollouts in the order of `samples`. `on_done` is for progress bars.
+
+        `top_p` is for evaluation: what is trained on must be sampled from the whole policy.
+        """
+        slots = asyncio.Semaphore(self._config.concurrency)
+
+        async def one(sample: Sample) -> Rollout:
+            async with slots:
+                rollout = await self._rollout(sample, temperature, top_p)
+            on_done(rollout)
+            return rollout
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(sample)) for sample in samples]
+        return [task.result() for task in tasks]
+
+    async def _rollout(self, sample: Sample, temperature: float, top_p: float) -> Rollout:
+        prompt_ids = self._prompter(sample.problem)
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(_TRANSIENT),
+                stop=stop_after_attempt(self._config.retries),
+                wait=wait_exponential_jitter(initial=0.2, max=10.0),
+                reraise=True,
+            ):
+                with attempt:
+                    completion = await self._client.completions.create(
+                        model=self._model,
+                        prompt=prompt_ids,
+                        max_tokens=self._config.max_tokens,
+                        temperature=temperature,
+                        top_p=top_p,
+                        seed=sample.seed,
+                        logprobs=1,
+                        extra_body={"return_token_ids": True, "espo": {"mode": sample.mode}},
+                    )
+            rollout = read_completion(completion, sample.problem, prompt_ids, sample.mode)
+        except (openai.OpenAIError, ValueError) as error:
+            rollout = Rollout(
+                problem=sample.problem,
+                prompt_ids=prompt_ids,
+                token_ids=[],
+                logprobs=np.empty(0),
+                max_logprobs=np.empty(0),
+                text="",
+                end=EndReason.ERROR,
+                kept=0,
+                error=f"{type(error).__name__}: {error}",
+            )
+        rollout.group, rollout.seed = sample.group, sample.seed
+        return rollout
+
+
+def read_completion(
+    completion: Completion, problem: Problem, prompt_ids: list[int], mode: Mode
+) -> Rollout:
+    """The rollout in a completions answer with logprobs, token ids and perhaps an `espo` record.
+
+    Raises:
+        ValueError: the answer has no choice, lacks token ids or logprobs for each of them, or was
+            given up by the server.
+    """
+    if not completion.choices:
+        raise ValueError("the server's answer has no choice in it")
+    choice = completion.choices[0].to_dict()
+    token_ids: Any = choice.get("token_ids")
+    signals = read_signals(choice)
+    if not token_ids or len(signals) != len(token_ids):
+        raise ValueError(
+            f"{len(token_ids or [])} token ids with {len(signals)} logprobs: the server must send "
+            "both (vLLM with return_token_ids and logprobs)"
+        )
+    record: Any = choice.get("espo") or {}
+    cut, finish = record.get("cut"), choice["finish_reason"]
+    if finish not in ("stop", "length"):
+        raise ValueError(f"the server gave the completion up: finish_reason {finish!r}")
+    audited = cut is not None and mode == "shadow"
+    if cut is not None:
+        end = EndReason.EARLY_STOP
+    else:
+        end = EndReason.LENGTH if finish == "length" else EndReason.COMPLETED
+    return Rollout(
+        problem=problem,
+        prompt_ids=prompt_ids,
+        token_ids=list(token_ids),
+        logprobs=np.array([_number(signal.logprob) for signal in signals]),
+        max_logprobs=np.array([_number(signal.max_logprob) for signal in signals]),
+        text=str(choice["text"]),
+        end=end,
+        kept=cut if audited else len(token_ids),
+        audited=audited,
+        overshoot=record.get("overshoot", 0),
+        gate_version=record.get("gate_version", 0),
+        weights_version=record.get("weights_version", ""),
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
