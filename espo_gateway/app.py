@@ -14,7 +14,9 @@ from typing import Any
 
 from aiohttp import web
 
+from espo_gateway.admin.live import Live
 from espo_gateway.admin.routes import admin_routes
+from espo_gateway.admin.scrape import GatewayCollector
 from espo_gateway.config import Config
 from espo_gateway.critic.custom import OwnCritic, load_critic
 from espo_gateway.critic.server import CriticServer, ValueServer
@@ -36,7 +38,10 @@ _CLEAN_UP = 0.5
 
 
 def application(gateway: Gateway) -> web.Application:
-    """All routes of a gateway."""
+    """All routes of a gateway, and what follows it."""
+    live = Live(gateway)
+    gateway.followers.append(live.ended)
+    gateway.metrics.registry.register(GatewayCollector(gateway))
 
     async def generation(request: web.Request) -> web.StreamResponse:
         return await generate(gateway, request)
@@ -68,7 +73,7 @@ def application(gateway: Gateway) -> web.Application:
             web.post("/v1/completions", generation),
             web.post("/v1/chat/completions", generation),
             *(web.route(method, "/v1/{path:.*}", other) for method in _PASSED),
-            *admin_routes(gateway),
+            *admin_routes(gateway, live),
             web.get("/health", health),
             web.get("/ready", ready),
             web.get("/metrics", metrics),

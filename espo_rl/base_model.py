@@ -28,7 +28,7 @@ import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from espo_rl.record.progress import progress_bar
-from espo_rl.tasks.task import Arithmetic
+from espo_rl.tasks.arithmetic import Arithmetic
 from espo_rl.types import Problem
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")

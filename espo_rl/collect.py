@@ -19,13 +19,8 @@ import pyarrow.parquet as pq
 
 from espo_gateway.stop.rules import Gate
 from espo_rl.evaluate.command import Command, parse, run_command
-from espo_rl.evaluate.evaluator import (
-    EvaluationError,
-    ProblemResult,
-    Report,
-    SampleResult,
-    evaluate,
-)
+from espo_rl.evaluate.evaluator import evaluate
+from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, SampleResult
 from espo_rl.record.files import written_whole
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table

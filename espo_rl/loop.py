@@ -22,8 +22,9 @@ from transformers import AutoTokenizer
 from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
-from espo_rl.evaluate.evaluator import EvaluationError, ProblemResult, Report, Sampling, evaluate
-from espo_rl.evaluate.folder import as_dict
+from espo_rl.evaluate.evaluator import evaluate
+from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, Sampling
+from espo_rl.evaluate.table import as_dict
 from espo_rl.gate.controller import StopController
 from espo_rl.gate.outcomes import with_outcome
 from espo_rl.ppo.trainer import PpoTrainer
@@ -34,11 +35,13 @@ from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
 from espo_rl.rollouts.collector import Collector, Mode, Prompter
 from espo_rl.servers import fleet as servers
-from espo_rl.servers.fleet import ServerError
+from espo_rl.servers.server import ServerError
 from espo_rl.servers.weights import WeightPublisher
 from espo_rl.tasks.grader_pool import GraderPool
-from espo_rl.tasks.graders import make_answer_reader, reward
-from espo_rl.tasks.task import Task, make_task
+from espo_rl.tasks.graders import make_answer_reader
+from espo_rl.tasks.make import make_task
+from espo_rl.tasks.reward import reward
+from espo_rl.tasks.task import Task
 from espo_rl.types import EndReason, Rollout
 
 T = TypeVar("T")

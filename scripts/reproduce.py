@@ -18,13 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from espo_rl.record.files import nulls
 from study.design import Study, StudyError, load_study
 from study.plots import draw_all
 from study.results import results_of
 from study.runner import Stopped, run_study
 from study.table import markdown
-
-from espo_rl.record.summary import nulls
 
 STUDIES = Path(__file__).parent / "studies"
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import re
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.stream.session import Session
 from espo_gateway.telemetry.metrics import total
-
-if TYPE_CHECKING:
-    from espo_gateway.front.gateway import Gateway
-    from espo_gateway.upstream.pool import UpstreamPool
 
 #: Streams told of one by one.
 MAX_STREAMS = 200
@@ -38,7 +34,8 @@ Json = dict[str, Any]
 class Live:
     """The snapshots of one gateway, and the little that must be remembered between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
         self._started = time.time()
         self._numbers = itertools.count(1)
         self._ids: WeakKeyDictionary[Session, int] = WeakKeyDictionary()
@@ -52,11 +49,12 @@ class Live:
         if now - self._looked < _UNWATCHED:
             self._ended.append((now, {**self._stream(session, now), "end": session.end}))
 
-    def snapshot(self, gateway: Gateway) -> Json:
+    def snapshot(self) -> Json:
         """The gateway now. Times in seconds, `started` and `time` since 1970."""
         now = self._looked = time.monotonic()
         while self._ended and now - self._ended[0][0] > ENDED_SECONDS:
             self._ended.popleft()
+        gateway = self._gateway
         gate, sessions = gateway.gate, gateway.sessions
         shown = heapq.nlargest(MAX_STREAMS, sessions, key=lambda session: session.tokens)
         totals = _totals(gateway)
@@ -77,7 +75,7 @@ class Live:
             "ended": [stream for _, stream in self._ended],
             "totals": totals,
             "tokens_per_second": self._rate(now, totals["tokens"]),
-            "servers": server_states(gateway.pool),
+            "servers": gateway.pool.states(),
             "queued": gateway.admission.queued,
         }
 
@@ -151,17 +149,3 @@ def _totals(gateway: Gateway) -> Json:
         "critic_asked": total(metrics.critic_tokens, outcome="asked"),
         "critic_avoided": total(metrics.critic_tokens, outcome="avoided"),
     }
-
-
-def server_states(pool: UpstreamPool) -> list[Json]:
-    """Every server: url (without a password), healthy, breaker's state, in_flight, retries."""
-    return [
-        {
-            "url": re.sub(r"//[^/]*@", "//", server.url),
-            "healthy": server.healthy,
-            "breaker": server.breaker.state,
-            "in_flight": server.in_flight,
-            "retries": server.retries,
-        }
-        for server in pool.servers
-    ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
+from espo_gateway.admin.live import Live
 from espo_gateway.admin.page import page_routes
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.stop.gate_json import gate_to_json
 
 
-def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
+def admin_routes(gateway: Gateway, live: Live) -> list[web.RouteDef]:
     """The gate, read and pushed; the files, read anew; the page that shows the gateway live."""
 
     async def get_gate(request: web.Request) -> web.Response:
@@ -25,8 +26,8 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
         counts = {"api_keys": len(gateway.keys.api), "gate_version": gateway.gate.version}
         return web.json_response(counts)
 
-    async def live(request: web.Request) -> web.Response:
-        data = msgspec.json.encode(gateway.live.snapshot(gateway))
+    async def snapshot(request: web.Request) -> web.Response:
+        data = msgspec.json.encode(live.snapshot())
         headers = {"Cache-Control": "no-store"}
         return web.Response(body=data, content_type="application/json", headers=headers)
 
@@ -38,7 +39,7 @@ def admin_routes(gateway: Gateway) -> list[web.RouteDef]:
         web.get("/espo/gate", get_gate),
         web.put("/espo/gate", put_gate),
         web.post("/espo/reload", reload),
-        web.get("/espo/live", live),
+        web.get("/espo/live", snapshot),
         *page_routes(),
         web.get("/espo/statistics", statistics),
     ]

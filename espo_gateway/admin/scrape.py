@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from espo_gateway.admin.live import server_states
-
-if TYPE_CHECKING:
-    from espo_gateway.front.gateway import Gateway
+from espo_gateway.front.gateway import Gateway
 
 
 class GatewayCollector(Collector):
@@ -59,7 +55,7 @@ class GatewayCollector(Collector):
             "Tries sent to this upstream after another had failed",
             labels=["upstream"],
         )
-        for state in server_states(self._gateway.pool):
+        for state in self._gateway.pool.states():
             labels = [state["url"]]
             in_flight.add_metric(labels, state["in_flight"])
             healthy.add_metric(labels, state["healthy"])

@@ -23,9 +23,9 @@ from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
+from espo_gateway.critic.metrics import CriticMetrics
 from espo_gateway.critic.server import FailureLog, ValueServer
 from espo_gateway.errors import InvalidRequest, UpstreamError, said
-from espo_gateway.telemetry.metrics import CriticMetrics
 
 log = logging.getLogger(__name__)
 

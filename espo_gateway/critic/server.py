@@ -17,17 +17,14 @@ from typing import NamedTuple, Protocol, Self
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from espo_gateway.critic.metrics import CriticMetrics
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError
-from espo_gateway.stream.session import Session
-from espo_gateway.telemetry.metrics import CriticMetrics
 from espo_gateway.upstream.connection import Limits
 from espo_gateway.upstream.pool import UpstreamPool
 from espo_gateway.vllm_plugin.pooling import ROUTE, pooled_values, pooling_body
 
 log = logging.getLogger(__name__)
 
-#: Answers one stream may wait for; it is read no further until there are fewer.
-MAX_UNANSWERED = 16
 #: Requests at a time: while the server works on one, the next is on its way.
 CONCURRENCY = 2
 #: Limits of one request. A prefix is sent whole, and writing it must not hold up the streams.
@@ -59,60 +56,6 @@ class FailureLog:
         if self._untold and now >= self._next:
             log.warning("%s: %s; %d questions without a value", self._name, problem, self._untold)
             self._untold, self._next = 0, now + LOG_INTERVAL
-
-
-class Inquiry:
-    """The questions of one session; their answers may come late and out of order."""
-
-    def __init__(self, server: ValueServer, session: Session) -> None:
-        self._server = server
-        self._session = session
-        self._tasks: dict[asyncio.Task[float], int] = {}
-
-    async def proceed(self) -> None:
-        """Put new questions, hand over the answers there are; waits only when too many are out."""
-        session = self._session
-        if session.questions and not (session.prompt_token_ids and session.token_ids):
-            session.give_up(
-                "the critic reads token ids and the upstream does not send them "
-                "(return_token_ids): use vLLM, or another value than 'critic'"
-            )
-        for token in session.questions:
-            # The critic sees the prefix as it was at that token, whatever has arrived since.
-            prefix = session.token_ids[:token]
-            question = self._server.value(session.prompt_token_ids, prefix)
-            self._tasks[asyncio.ensure_future(question)] = token
-        session.questions.clear()
-        if self._tasks:
-            await asyncio.sleep(0)  # lets an answer that is there already be seen
-        self._collect()
-        while len(self._tasks) > MAX_UNANSWERED:
-            await self._wait()
-
-    async def conclude(self) -> None:
-        """Wait for every answer that could still move the cut."""
-        while self._tasks:
-            await self._wait()
-
-    async def _wait(self) -> None:
-        await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        self._collect()
-
-    def _collect(self) -> None:
-        for task in [task for task in self._tasks if task.done()]:
-            token = self._tasks.pop(task)
-            error = task.exception()
-            if error is not None:
-                log.debug("no value: %r", error)
-            self._session.answer(token, None if error is not None else task.result())
-        if self._session.decided:
-            self.close()
-
-    def close(self) -> None:
-        """Drop what is still out."""
-        for task in self._tasks:
-            task.cancel()
-        self._tasks.clear()
 
 
 class _Model(NamedTuple):

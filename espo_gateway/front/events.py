@@ -7,7 +7,8 @@ import asyncio
 import msgspec
 from aiohttp import web
 
-from espo_gateway.stream.session import Chunk, Output
+from espo_gateway.stream.chunks import Chunk
+from espo_gateway.stream.templates import Output
 
 _encode = msgspec.json.Encoder().encode
 

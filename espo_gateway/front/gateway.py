@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
-from espo_gateway.admin.live import Live
-from espo_gateway.admin.scrape import GatewayCollector
 from espo_gateway.config import Config
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import Conflict, InvalidRequest
@@ -46,12 +45,12 @@ class Gateway:
         self.loopback = is_loopback(config.host)
         self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
         self.traffic = Traffic()
-        self.live = Live()
         self.admission = Admission(config.max_in_flight, config.max_queue)
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
-        metrics.registry.register(GatewayCollector(self))
+        #: told of every choice that has ended
+        self.followers: list[Callable[[Session], None]] = []
         self._gate_read = config.read_gate()
         if self._gate_read is not None:
             self.gate = gate_from_json(self._gate_read, has_critic=critic is not None)
@@ -98,7 +97,8 @@ class Gateway:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
-        self.live.ended(session)
+        for follower in self.followers:
+            follower(session)
         entry = current.get()
         if entry is not None:
             entry.count(session)

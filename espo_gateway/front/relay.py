@@ -7,7 +7,8 @@ from typing import Protocol
 
 import msgspec
 
-from espo_gateway.critic.server import Inquiry, ValueServer
+from espo_gateway.critic.inquiry import Inquiry
+from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import (
     EXCERPT,
     UpstreamError,
@@ -16,8 +17,9 @@ from espo_gateway.errors import (
 )
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Single, upstream_body
-from espo_gateway.stream.session import Output, Session
+from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import SSEParser
+from espo_gateway.stream.templates import Output
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool

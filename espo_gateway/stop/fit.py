@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
 from espo_gateway.stop.estimate import SuccessEstimator, probabilities, stream_features
+from espo_gateway.stop.recorded import recorded_regrets
 from espo_gateway.stop.regret import Array
-from espo_gateway.stop.replay import recorded_regrets
 
 #: Neighbouring tokens say almost the same; this many a rollout are enough to fit on.
 TOKENS_PER_ROLLOUT = 48

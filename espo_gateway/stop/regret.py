@@ -8,7 +8,6 @@ the last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -145,11 +144,3 @@ def moving_average(rows: Array, decay: float) -> Array:
         np.add(kept, moved, out=moved)
         current = moved
     return out.T
-
-
-def pad(rows: Sequence[Sequence[float] | Array]) -> Array:
-    """Stack rows of different lengths to [rows, longest], padded with NaN."""
-    out = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
-    for row, values in zip(out, rows, strict=True):
-        row[: len(values)] = values
-    return out

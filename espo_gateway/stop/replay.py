@@ -11,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.stop.estimate import probabilities, stream_features
+from espo_gateway.stop.recorded import Recorded, recorded_regrets
 from espo_gateway.stop.regret import (
-    MISSING_LOGPROB,
     Array,
     MonitorConfig,
     RegretStatistics,
     smoothed_regret,
 )
-from espo_gateway.stop.rules import Gate, RuleName
-from espo_gateway.stop.scores import RULES, THRESHOLD, Recorded, Threshold
+from espo_gateway.stop.rules import RULES, THRESHOLD, Gate, RuleName, Threshold
 
 Counts = NDArray[np.int64]
 
@@ -143,13 +142,6 @@ def level_of(rule: RuleName, threshold: float) -> float:
 def threshold_at(rule: RuleName, level: float) -> float:
     """The inverse of `level_of`."""
     return _threshold(rule)[1].at(level)
-
-
-def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
-    """g of recorded rollouts, NaN where `surrogate_regret` has no number; same shape."""
-    with np.errstate(invalid="ignore"):
-        known = [(rows > MISSING_LOGPROB) & (rows < np.inf) for rows in (logprobs, max_logprobs)]
-        return np.where(known[0] & known[1], np.maximum(max_logprobs - logprobs, 0.0), np.nan)
 
 
 def _threshold(rule: RuleName) -> tuple[str, Threshold]:

@@ -1,27 +1,217 @@
-"""When to stop: a `Gate` (rule, constants, state) and a `Watch` that applies it to one stream.
+"""The stop rules, and the `Gate` that holds all a decision depends on beside the stream.
 
-A rule's decision is a function of the stream's tokens and values alone, never of timing, so a
-replay of recorded rollouts (`replay.py`) gives the decisions a live stream had. The rules
-themselves are in `scores.py`. Pure.
-
-    watch = Watch(Gate(rule="value-gated", beta=2.0), prompt_tokens=12)
-    for logprob, max_logprob in stream:
-        if watch.push(logprob, max_logprob) is Verdict.STOP:
-            break   # the rollout ends at token watch.cut
+A rule is a class here, a name in `RuleName` and a line in `RULES`; gate, live stream (`watch.py`),
+replay (`replay.py`) and trainer read all else off it. A rule's score is made of z and of what it is
+told beside: V, or the number that a track of its own keeps. Live and replayed scores are equal to
+the last bit. Pure.
 """
 
 from __future__ import annotations
 
-import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from espo_gateway.stop.estimate import StreamStatistics, SuccessEstimator, sigmoid
-from espo_gateway.stop.regret import MISSING_LOGPROB, MonitorConfig, RegretStatistics
-from espo_gateway.stop.scores import RULES, THRESHOLD, RuleName
+import numpy as np
 
+from espo_gateway.stop.estimate import SuccessEstimator, sigmoid
+from espo_gateway.stop.recorded import Recorded
+from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics, moving_average
+from espo_gateway.stop.tracks import (
+    MeanSurprise,
+    StreamChance,
+    Track,
+    WindowedConfidence,
+    _window_means,
+    stream_draws,
+)
+
+RuleName = Literal[
+    "none",
+    "value-gated",
+    "regret-only",
+    "value-only",
+    "success-probability",
+    "surprise",
+    "confidence",
+    "random",
+]
 ValueName = Literal["constant", "stream", "critic"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A field of the gate that scores are compared with.
+
+    above: a score stops above it; else below it.
+    level, at: to a scale where higher always stops more, and back.
+    """
+
+    above: bool
+    level: Callable[[Any], Any]
+    at: Callable[[float], float]
+
+    def crossed(self, score: Any, limit: float) -> Any:
+        """Whether a score, or each of an array, stops; NaN never does."""
+        return score > limit if self.above else score < limit
+
+
+def _log_odds(value: Any) -> Any:
+    """Infinite where a V has left [0, 1], as a critic's may."""
+    share = np.clip(value, 0.0, 1.0)
+    return np.log(share) - np.log1p(-share)
+
+
+THRESHOLD: dict[str, Threshold] = {
+    "beta": Threshold(True, lambda x: -x, lambda x: -x),
+    "p_star": Threshold(False, _log_odds, sigmoid),
+    "hazard": Threshold(False, np.log, math.exp),
+    "confidence": Threshold(False, lambda x: x, lambda x: x),
+}
+
+
+class Rule:
+    """A stop rule, here the one that never stops.
+
+    threshold: the field of `Gate` that its score is compared with. valued: it needs V.
+    compares_z: it looks at z. source: where V comes from whatever the gate says.
+    """
+
+    threshold: ClassVar[str | None] = None
+    valued: ClassVar[bool] = False
+    compares_z: ClassVar[bool] = True
+    source: ClassVar[Literal["stream"] | None] = None
+
+    def floor(self, gate: Gate) -> float:
+        """z up to which no token stops, whatever else there is; costs such a token nothing."""
+        return math.inf
+
+    def score(self, gate: Gate, z: float, told: float) -> float:
+        """What is compared. told: V, or what the rule's track says."""
+        return z
+
+    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
+        """The same for arrays of one shape."""
+        return z
+
+    def bound(self, gate: Gate, told: float) -> float | None:
+        """The threshold as it is reported: of rules that compare z, in units of z."""
+        return None if self.threshold is None else getattr(gate, self.threshold)
+
+    def track(self, gate: Gate) -> Track | None:
+        """What must follow a live stream beside z."""
+        return None
+
+    def tracks(self, gate: Gate, recorded: Recorded) -> Array | None:
+        """What `track` would have said, [rollouts, tokens]."""
+        return None
+
+    def alternatives(self, gate: Gate) -> int:
+        """Logprobs a token that the server must be asked for, beside the sampled one's."""
+        return 1
+
+
+class RegretOnly(Rule):
+    threshold = "beta"
+
+    def floor(self, gate: Gate) -> float:
+        return gate.beta
+
+
+class ValueGated(Rule):
+    threshold = "beta"
+    valued = True
+
+    def floor(self, gate: Gate) -> float:
+        # max(V, ε) >= ε. A little less, as the score is a quotient and this a product.
+        return gate.beta * gate.epsilon * (1.0 - 1e-9)
+
+    def score(self, gate: Gate, z: float, told: float) -> float:
+        return z / max(told, gate.epsilon)
+
+    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
+        return z / np.maximum(told, gate.epsilon)
+
+    def bound(self, gate: Gate, told: float) -> float:
+        return gate.beta * max(told, gate.epsilon)
+
+
+class Told(Rule):
+    """Compares what it is told alone, whatever z is."""
+
+    compares_z = False
+
+    def floor(self, gate: Gate) -> float:
+        return -math.inf
+
+    def score(self, gate: Gate, z: float, told: float) -> float:
+        return told
+
+    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
+        return told
+
+
+class ValueOnly(Told):
+    threshold = "p_star"
+    valued = True
+
+
+class SuccessProbability(ValueOnly):
+    source = "stream"
+
+
+class Surprise(Told):
+    threshold = "beta"
+
+    def track(self, gate: Gate) -> Track:
+        return MeanSurprise(gate.monitor.smoothing)
+
+    def tracks(self, gate: Gate, recorded: Recorded) -> Array:
+        surprises = np.where(recorded.known, -recorded.logprobs, np.nan)
+        return moving_average(surprises, gate.monitor.smoothing)
+
+
+class Confidence(Told):
+    threshold = "confidence"
+
+    def track(self, gate: Gate) -> Track:
+        return WindowedConfidence(gate.confidence_window)
+
+    def tracks(self, gate: Gate, recorded: Recorded) -> Array:
+        if recorded.confidences is None:
+            raise ValueError("the confidence rule needs the recorded confidences")
+        usable = recorded.known & np.isfinite(recorded.confidences)
+        out = np.full(recorded.confidences.shape, np.nan)
+        for row, values, there in zip(out, recorded.confidences, usable, strict=True):
+            row[there] = _window_means(values[there], gate.confidence_window)
+        return out
+
+    def alternatives(self, gate: Gate) -> int:
+        return gate.confidence_top_k
+
+
+class Random(Told):
+    threshold = "hazard"
+
+    def track(self, gate: Gate) -> Track:
+        return StreamChance(gate.version)
+
+    def tracks(self, gate: Gate, recorded: Recorded) -> Array:
+        return stream_draws(gate.version, recorded.logprobs, recorded.known)
+
+
+RULES: dict[RuleName, Rule] = {
+    "none": Rule(),
+    "value-gated": ValueGated(),
+    "regret-only": RegretOnly(),
+    "value-only": ValueOnly(),
+    "success-probability": SuccessProbability(),
+    "surprise": Surprise(),
+    "confidence": Confidence(),
+    "random": Random(),
+}
+
 
 #: The field of `Gate` that each rule compares with.
 THRESHOLDS: dict[RuleName, str] = {
@@ -121,213 +311,3 @@ class Gate:
     def top_logprobs(self) -> int:
         """Alternatives a token whose logprobs the rule reads."""
         return RULES[self.rule].alternatives(self)
-
-
-class Verdict(enum.Enum):
-    """What a token leads to."""
-
-    GO = "go"
-    STOP = "stop"
-    #: Only V can tell, and it must be asked for: answer with `Watch.settle`.
-    ASK = "ask"
-
-
-_GO = Verdict.GO
-
-
-class Watch:
-    """One stream under a gate. After a stop, further tokens are counted and change nothing."""
-
-    __slots__ = (
-        "_clip",
-        "_deviations",
-        "_floor",
-        "_follows",
-        "_keep",
-        "_limit",
-        "_mean",
-        "_min_tokens",
-        "_move",
-        "_regret",
-        "_rule",
-        "_source",
-        "_statistics",
-        "_threshold",
-        "_track",
-        "_unsettled",
-        "cut",
-        "gate",
-        "missing",
-        "threshold",
-        "tokens",
-        "value",
-        "z",
-    )
-
-    def __init__(self, gate: Gate, prompt_tokens: int) -> None:
-        self.gate = gate
-        self.tokens = 0
-        #: tokens whose logprobs were missing or no numbers
-        self.missing = 0
-        #: number of tokens kept: the decision token is the last of them; None while going on
-        self.cut: int | None = None
-        self.z = 0.0
-        self.threshold: float | None = None
-        self.value: float | None = None
-        self._regret: float | None = None
-        self._unsettled: dict[int, float] = {}
-        self._min_tokens = gate.min_tokens
-        # The constants of `RegretMonitor`, whose arithmetic `push` repeats.
-        self._mean = gate.statistics.mean
-        self._deviations = 1.0 / math.sqrt(gate.statistics.variance + gate.monitor.delta)
-        self._clip = gate.monitor.clip
-        self._keep = gate.monitor.smoothing
-        self._move = 1.0 - gate.monitor.smoothing
-        self._rule = rule = RULES[gate.rule]
-        self._source = gate.source
-        self._floor = rule.floor(gate)
-        self._threshold = THRESHOLD.get(rule.threshold or "")
-        self._limit = 0.0 if rule.threshold is None else getattr(gate, rule.threshold)
-        self._statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
-        self._track = rule.track(gate)
-        self._follows = self._statistics is not None or self._track is not None
-
-    def push(
-        self,
-        logprob: float | None,
-        max_logprob: float | None,
-        *,
-        last: bool = False,
-        confidence: float | None = None,
-    ) -> Verdict:
-        """Take the next token's logprob and the largest logprob at its position.
-
-        last: the token completes the rollout, so stopping there would save nothing, and turn a
-            finished rollout into a failure: no decision is taken.
-        confidence: the position's, for the rule that needs it; None where it is not known.
-        """
-        self.tokens = token = self.tokens + 1
-        if self.cut is not None:
-            return _GO
-        # `surrogate_regret` and `RegretMonitor.push` written out: as calls they would cost more
-        # than all the rest of a token that does not stop.
-        if (
-            logprob is None
-            or max_logprob is None
-            or not MISSING_LOGPROB < logprob < math.inf
-            or not MISSING_LOGPROB < max_logprob < math.inf
-        ):
-            self.missing += 1
-            self._regret = None
-            if self._statistics is not None:
-                self._statistics.push(None, None)
-            return _GO
-        regret = max_logprob - logprob
-        if regret < 0.0:
-            regret = 0.0
-        self._regret = regret
-        step = (regret - self._mean) * self._deviations
-        clip = self._clip
-        if step > clip:
-            step = clip
-        elif step < -clip:
-            step = -clip
-        self.z = z = self._keep * self.z + self._move * step
-        if self._follows:
-            return self._follow(token, z, logprob, regret, confidence, last)
-        if z <= self._floor or last or token < self._min_tokens:
-            return _GO
-        return self._decide(token, z, 0.0)
-
-    def _follow(
-        self,
-        token: int,
-        z: float,
-        logprob: float,
-        regret: float,
-        confidence: float | None,
-        last: bool,
-    ) -> Verdict:
-        """For the rules that look at more than z."""
-        told = 0.0
-        if self._statistics is not None:
-            self._statistics.push(regret, -logprob)
-        if self._track is not None:
-            told = self._track.push(logprob, confidence)
-        if z <= self._floor or last or token < self._min_tokens:
-            return _GO
-        return self._decide(token, z, told)
-
-    def _decide(self, token: int, z: float, told: float) -> Verdict:
-        source = self._source
-        if source is None:
-            return self._compare(token, z, told, None)
-        if source != "critic":
-            value = self._known_value()
-            return self._compare(token, z, value, value)
-        # Asked lazily: if V = 0 would not stop the stream, no V does.
-        if not self._crossed(self._rule.score(self.gate, z, 0.0)):
-            return _GO
-        self._unsettled[token] = z
-        return Verdict.ASK
-
-    @property
-    def settled(self) -> bool:
-        """Whether no value is outstanding that could still move the cut forward."""
-        return self.cut is None or not any(token < self.cut for token in self._unsettled)
-
-    def settle(self, token: int, value: float | None) -> Verdict:
-        """Answer an ASK: V at that token, or None when no answer could be had (then no stop).
-
-        Answers may come late and out of order; the cut is the first token that says stop, so it is
-        known once `settled`.
-        """
-        z = self._unsettled.pop(token)
-        return _GO if value is None else self._compare(token, z, value, value)
-
-    def look(self) -> tuple[float | None, float, float | None, float | None]:
-        """g, z, threshold and V at the last token, or at the cut; made only when asked for.
-
-        g is None when it is missing. The threshold is that of the record (in units of z where the
-        rule compares z); None under rule "none". V is None where the rule has none and where only
-        a critic knows it: the threshold is then the least it could be.
-        """
-        if self.cut is not None:
-            return self._regret, self.z, self.threshold, self.value
-        value = self.estimate
-        return self._regret, self.z, self._rule.bound(self.gate, value or 0.0), value
-
-    @property
-    def estimate(self) -> float | None:
-        """V at the last token; None where the rule has none, or a critic must be asked."""
-        return None if self._source in (None, "critic") else self._known_value()
-
-    def _crossed(self, score: float) -> bool:
-        # Written out, as the call is most of its cost.
-        threshold = self._threshold
-        assert threshold is not None
-        return score > self._limit if threshold.above else score < self._limit
-
-    def _compare(self, token: int, z: float, told: float, value: float | None) -> Verdict:
-        if not self._crossed(self._rule.score(self.gate, z, told)):
-            return _GO
-        if self.cut is None or token < self.cut:
-            self.cut, self.z, self.value = token, z, value
-            self.threshold = self._rule.bound(self.gate, told)
-        return Verdict.STOP
-
-    def _known_value(self) -> float:
-        if self._source == "constant":
-            return self.gate.constant
-        assert self._statistics is not None
-        assert self.gate.estimator is not None
-        return sigmoid(self.gate.estimator.logit(self._statistics.features()))
-
-
-class Follower(Watch):
-    """Follows a stream as a `Watch` does, to its end: decides nothing."""
-
-    __slots__ = ()
-
-    def _decide(self, token: int, z: float, told: float) -> Verdict:
-        return _GO

@@ -146,7 +146,7 @@ class AuditThreshold:
     that too much of it was right. Then all that was known before is forgotten.
 
     Looser thresholds have more false positives where levels mean anything, so that candidates are
-    nearly one test; tests/test_thresholds.py shows by simulation that the confidence holds.
+    nearly one test; tests/gateway/stop/test_thresholds.py simulates that the confidence holds.
 
     level: in force; None when no candidate holds. bound: the upper bound of the false share there
     (or the smallest of any candidate). known: the effective number of outcomes it rests on;

@@ -1,18 +1,21 @@
-"""Uniform numbers drawn from a stream itself, for the random rule.
+"""What a rule follows in a stream beside z: an average of -log p, a windowed confidence, a draw.
 
-A replay draws what the live stream drew, to the last bit: the "draw" at a token is a hash of the
-gate's version and the bits of all logprobs up to it. Pure.
+Each is a `Track` of one live stream, and a function that gives the same for recorded rollouts, to
+the last bit. Pure.
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from typing import Any
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.regret import Array
+from espo_gateway.stop.regret import MISSING_LOGPROB, Array
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -20,7 +23,11 @@ _DOUBLE, _BITS = struct.Struct("<d"), struct.Struct("<Q")
 
 
 class StreamChance:
-    """The draws of one live stream."""
+    """Uniform numbers drawn from one live stream itself, for the random rule.
+
+    A replay draws what the live stream drew, to the last bit: the "draw" at a token is a hash of
+    the gate's version and the bits of all logprobs up to it.
+    """
 
     __slots__ = ("_state",)
 
@@ -67,3 +74,73 @@ def _mixed(state: Any) -> Any:
 
 def _uniform(state: Any) -> Any:
     return (state >> 11) * 2.0**-53
+
+
+class Track(Protocol):
+    """What a rule follows in a live stream beside z."""
+
+    def push(self, logprob: float, confidence: float | None) -> float:
+        """Take the next token and return the score; NaN where there is nothing to decide by."""
+
+
+class MeanSurprise:
+    """Exponential average of -log p of the sampled tokens, from 0."""
+
+    __slots__ = ("_decay", "_mean")
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._mean = 0.0
+
+    def push(self, logprob: float, confidence: float | None) -> float:
+        self._mean = self._decay * self._mean + (1.0 - self._decay) * -logprob
+        return self._mean
+
+
+class WindowedConfidence:
+    """Mean of the last tokens' confidence (DeepConf, arXiv 2508.15260).
+
+    Keeps running sums, so that a token costs the same whatever the window, and the rounding error
+    does not build up.
+    """
+
+    __slots__ = ("_sums", "_total")
+
+    def __init__(self, window: int) -> None:
+        self._total = 0.0
+        self._sums = deque([0.0], maxlen=window + 1)
+
+    def push(self, logprob: float, confidence: float | None) -> float:
+        if confidence is None or not -math.inf < confidence < math.inf:
+            return math.nan
+        self._total += confidence
+        self._sums.append(self._total)
+        return (self._total - self._sums[0]) / (len(self._sums) - 1)
+
+
+def _window_means(values: Array, window: int) -> Array:
+    """`WindowedConfidence` of a whole stream, shape [tokens]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def token_confidence(alternatives: Sequence[float | None], top_k: int) -> float | None:
+    """C_t = -(1/k) Σ log P of the k likeliest alternatives at a position, in nats (DeepConf).
+
+    Args:
+        alternatives: their logprobs in any order; the sampled token may be one of them.
+
+    Returns:
+        None when there are fewer than k, or one is missing, a placeholder or no number.
+    """
+    if len(alternatives) < top_k:
+        return None
+    numbers = []
+    for logprob in alternatives:
+        if logprob is None or not MISSING_LOGPROB < logprob < math.inf:
+            return None
+        numbers.append(logprob)
+    numbers.sort(reverse=True)
+    return -math.fsum(numbers[:top_k]) / top_k

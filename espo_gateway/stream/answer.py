@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from espo_gateway.stream.session import Chunk, Output
+from espo_gateway.stream.chunks import Chunk
+from espo_gateway.stream.templates import Output
 
 _COMPLETION: Chunk = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
 _CHAT: Chunk = {"logprobs": None, "finish_reason": None, "stop_reason": None}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from espo_gateway.stop.scores import token_confidence
+from espo_gateway.stop.tracks import token_confidence
 
 
 class Signal(NamedTuple):
@@ -111,3 +111,6 @@ def _largest(logprob: float | None, alternatives: Iterable[float | None]) -> flo
         if alternative > largest:
             largest = alternative
     return largest if known else None
+
+
+Chunk = dict[str, Any]

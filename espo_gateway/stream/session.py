@@ -14,13 +14,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
 from espo_gateway.errors import EXCERPT, UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.stop.gate_json import Control
-from espo_gateway.stop.rules import Follower, Gate, Verdict, Watch
-from espo_gateway.stop.scores import RULES
-from espo_gateway.stream.chunks import Signal, decode_chunk, read_signals
+from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.watch import Follower, Verdict, Watch
+from espo_gateway.stream.chunks import Chunk, Signal, decode_chunk, read_signals
 from espo_gateway.stream.cut import (
     HeldText,
     keep_tokens,
@@ -29,14 +28,10 @@ from espo_gateway.stream.cut import (
     strip_logprobs,
     text_of,
 )
+from espo_gateway.stream.outbox import _Held
+from espo_gateway.stream.record import End
 from espo_gateway.stream.request import Asked, Single
-from espo_gateway.stream.templates import Template, template_of
-
-Chunk = dict[str, Any]
-End = Literal["completed", "length", "early_stop", "aborted"]
-
-#: What a client gets: a chunk, or the text of a plain one.
-Output = Chunk | tuple[Template, str]
+from espo_gateway.stream.templates import Output, Template, template_of
 
 _HEAD = ("id", "object", "created", "model")
 #: What watches a stream that cannot be monitored.
@@ -59,15 +54,6 @@ class Policy:
 
     finish_reason: str = "length"
     refuse: bool = True
-
-
-class _Held(NamedTuple):
-    """A chunk not yet sent on; `end`: tokens of the choice up to and with it."""
-
-    chunk: Chunk
-    texts: list[str]
-    end: int
-    lag: str | None
 
 
 class Session:

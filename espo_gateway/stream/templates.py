@@ -9,11 +9,10 @@ that a field which is null may be left out, or the other way round). Pure.
 from __future__ import annotations
 
 import secrets
-from typing import Any
 
 import msgspec
 
-Chunk = dict[str, Any]
+from espo_gateway.stream.chunks import Chunk
 
 _encode = msgspec.json.Encoder().encode
 #: Stands for the text while a chunk is made into a template; in no server's answer.
@@ -173,3 +172,7 @@ def _completion(data: bytes) -> tuple[str, str, Signals]:
         return "", "", []
     pairs = zip(sampled, tops, strict=True)
     return "text", choice.text, [(x, max(x, *top.values())) for x, top in pairs]
+
+
+#: What a client gets: a chunk, or the text of a plain one.
+Output = Chunk | tuple[Template, str]

@@ -10,8 +10,7 @@ import logging
 import platform
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 from typing import get_args
 
 from aiohttp import web
@@ -25,15 +24,14 @@ from prometheus_client import (
 )
 
 from espo_gateway.errors import GatewayError, UpstreamError
-from espo_gateway.stream.session import End, Session
-from espo_gateway.telemetry.savings import Savings
+from espo_gateway.stream.record import End
+from espo_gateway.stream.session import Session
 
 log = logging.getLogger(__name__)
 
 #: When a request came, by `time.monotonic`.
 ARRIVED = web.RequestKey("arrived", float)
 
-_VALUE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 #: As vLLM has them, so that the two can be laid over each other.
 _FIRST_TOKEN_SECONDS = (
@@ -224,42 +222,25 @@ def _version() -> str:
         return "unknown"
 
 
-class CriticMetrics:
-    """Counters of one critic; found nowhere without a registry."""
+#: Lengths remembered: enough for a steady mean, few enough to follow the traffic.
+WINDOW = 1024
 
-    def __init__(self, registry: CollectorRegistry | None) -> None:
-        self.questions = Counter(
-            "espo_gateway_critic_questions",
-            "Values asked for: answered, failed, or dropped because nobody waits any more",
-            ["outcome"],
-            registry=registry,
-        )
-        self.requests = Counter(
-            "espo_gateway_critic_requests",
-            "Requests to the critic, each with the questions of many streams",
-            ["outcome"],
-            registry=registry,
-        )
-        self.seconds = Histogram(
-            "espo_gateway_critic_answer_duration_seconds",
-            "From a question to its value",
-            buckets=_VALUE_SECONDS,
-            registry=registry,
-        )
-        self.waiting = Gauge(
-            "espo_gateway_critic_questions_waiting", "Questions not yet sent", registry=registry
-        )
 
-    @contextmanager
-    def question(self) -> Iterator[None]:
-        """Count one question and time it; an UpstreamError within is a failure to answer."""
-        asked, outcome = time.monotonic(), "dropped"
-        try:
-            yield
-            outcome = "answered"
-            self.seconds.observe(time.monotonic() - asked)
-        except UpstreamError:
-            outcome = "failed"
-            raise
-        finally:
-            self.questions.labels(outcome).inc()
+class Savings:
+    """Tokens a choice would still have had after its cut: the mean remaining length.
+
+    Taken over the last unstopped choices that were longer than the cut; 0 when none was. Stopping
+    takes the long failures out of this sample, so the estimate is rather low than high.
+    """
+
+    def __init__(self) -> None:
+        self._lengths: deque[int] = deque(maxlen=WINDOW)
+
+    def ended(self, tokens: int) -> None:
+        """Take the length of a choice that was not cut."""
+        self._lengths.append(tokens)
+
+    def estimate(self, cut: int) -> float:
+        """Tokens saved by a cut after this many."""
+        left = [tokens - cut for tokens in self._lengths if tokens > cut]
+        return sum(left) / len(left) if left else 0.0

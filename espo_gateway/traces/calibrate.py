@@ -14,8 +14,7 @@ import msgspec
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.replay import threshold_at
-from espo_gateway.stop.rules import Gate, value_source
-from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.rules import RULES, Gate, value_source
 from espo_gateway.traces.cross_fit import UNFITTED, Fit, Row, judge, learn, rows_at
 from espo_gateway.traces.reader import Chunk, Known, TraceError, read_chunks, read_outcomes
 from espo_gateway.traces.recommend import (

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator, probabilities
 from espo_gateway.stop.fit import Examples, KnownOutcomes, fit
+from espo_gateway.stop.recorded import recorded_regrets
 from espo_gateway.stop.regret import Array, RegretStatistics
-from espo_gateway.stop.replay import recorded_regrets, threshold_at, token_levels
-from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.replay import threshold_at, token_levels
+from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.traces.reader import Chunk
 from espo_gateway.traces.recommend import CalibrationError, Sample, spared_weight
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from espo_gateway.stop.estimate import logits_by, probabilities
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import Replay, crossings
-from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.traces.cross_fit import UNFITTED, Fit, Read, learn
 from espo_gateway.traces.detection import Judged
 from espo_gateway.traces.reader import Chunk

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
-from espo_gateway.stop.regret import Array, pad
+from espo_gateway.stop.recorded import pad
+from espo_gateway.stop.regret import Array
 
 #: Limits of one chunk, padding included.
 _TRACES, _NUMBERS = 256, 2**20

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import level_of
-from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, upper_bound
 
 #: The strictest and the loosest threshold that is recommended, by field of the gate.

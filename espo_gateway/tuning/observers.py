@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from espo_gateway.config import Config
-from espo_gateway.stop.rules import Gate, Verdict, Watch
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.stream.session import Session
 from espo_gateway.traces.recorder import Recorder, Trace
 from espo_gateway.tuning.state import StateFile

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.stop.rules import Follower, Gate, Verdict, Watch
-from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.stop.thresholds import share_level, steered
+from espo_gateway.stop.watch import Follower, Verdict, Watch
 
 #: η of row 6, and the bounds of β: the paper's, but that a calm model may need a small one.
 STEP, BETA_MIN, BETA_MAX = 0.1, 0.05, 50.0

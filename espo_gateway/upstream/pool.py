@@ -11,6 +11,7 @@ import asyncio
 import email.utils
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -229,6 +230,19 @@ class UpstreamPool:
     async def probe_all(self) -> list[bool]:
         """`probe` of every server, at once."""
         return await asyncio.gather(*map(self.probe, self.servers))
+
+    def states(self) -> list[dict[str, Any]]:
+        """Every server: url (without a password), healthy, breaker's state, in_flight, retries."""
+        return [
+            {
+                "url": re.sub(r"//[^/]*@", "//", server.url),
+                "healthy": server.healthy,
+                "breaker": server.breaker.state,
+                "in_flight": server.in_flight,
+                "retries": server.retries,
+            }
+            for server in self.servers
+        ]
 
 
 def _shows_work(method: str, response: Reply) -> bool:

@@ -29,7 +29,8 @@ from espo_rl.dry_run import memory
 from espo_rl.dry_run.fit import Fit, Machine, tensor_parallel
 from espo_rl.dry_run.memory import Shape
 from espo_rl.rollouts.collector import Prompter
-from espo_rl.tasks.task import TaskError, make_task
+from espo_rl.tasks.make import make_task
+from espo_rl.tasks.task import TaskError
 
 #: problems whose prompts are looked at
 PROBLEMS = 512

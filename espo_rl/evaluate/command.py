@@ -32,15 +32,18 @@ from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerStartError
 from espo_rl.config import Model, Recipe, RecipeError, RolloutSection, Servers, TaskSection
-from espo_rl.evaluate.evaluator import EvaluationError, Report, Sampling, evaluate
-from espo_rl.evaluate.folder import ResultsFolder, as_dict, machine, table, write_json
+from espo_rl.evaluate.evaluator import evaluate
+from espo_rl.evaluate.folder import ResultsFolder, write_json
+from espo_rl.evaluate.outcome import EvaluationError, Report, Sampling
+from espo_rl.evaluate.table import as_dict, machine, table
+from espo_rl.record.files import versions
 from espo_rl.record.progress import progress_bar
-from espo_rl.record.summary import versions
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers import fleet as servers
+from espo_rl.tasks.dataset import Split
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
-from espo_rl.tasks.task import Split, TaskError
+from espo_rl.tasks.task import TaskError
 from espo_rl.types import Problem
 
 #: fields of the task that the results depend on; where the data lies is none of them

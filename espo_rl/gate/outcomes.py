@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from espo_gateway.stop.estimate import stream_features
 from espo_gateway.stop.fit import KnownOutcomes
-from espo_gateway.stop.regret import Array, pad
-from espo_gateway.stop.replay import recorded_regrets
+from espo_gateway.stop.recorded import pad, recorded_regrets
+from espo_gateway.stop.regret import Array
 from espo_rl.types import EndReason, Rollout
 
 

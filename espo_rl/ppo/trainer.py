@@ -31,9 +31,9 @@ from espo_rl.ppo.critic import (
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
 from espo_rl.ppo.experience import Before, Metrics, prepare
 from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
+from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
 from espo_rl.ppo.ranks import Ranks, collective
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
-from espo_rl.servers.weights import TensorSpec, gathered, tensor_specs
 from espo_rl.types import Rollout
 
 logger = logging.getLogger(__name__)

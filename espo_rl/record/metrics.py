@@ -17,7 +17,7 @@ import numpy as np
 from espo_gateway.stop.rules import THRESHOLDS, Gate
 from espo_rl.gate.outcomes import weights, with_outcome
 from espo_rl.ppo.experience import METRICS as UPDATE_METRICS
-from espo_rl.record.summary import Totals
+from espo_rl.record.totals import Totals
 from espo_rl.types import EndReason, Rollout
 
 Metric = float | str | bool | None

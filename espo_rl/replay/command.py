@@ -25,7 +25,7 @@ from rich.table import Table
 
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.replay import threshold_at
-from espo_gateway.stop.scores import RULES
+from espo_gateway.stop.rules import RULES
 from espo_gateway.stop.thresholds import Outcomes
 from espo_gateway.traces.cross_fit import Fit
 from espo_gateway.traces.detection import Curve, Estimate, Judged, area, curve, difficulty
@@ -41,6 +41,7 @@ from espo_gateway.traces.reader import Chunk, Known, TraceError, read_chunks, re
 from espo_gateway.traces.recommend import CalibrationError, bounded_level
 from espo_rl.record.files import rollout_files, write_json
 from espo_rl.record.progress import progress_bar
+from espo_rl.replay.plot import draw
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Curve))
 
@@ -197,8 +198,6 @@ def write(
     folder: Path, content: Mapping[str, Any], curves: Mapping[str, Curve], done: Replayed
 ) -> None:
     """replay.json, curves.csv and replay.png."""
-    from espo_rl.replay.plot import draw
-
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "replay.json", content)
     with open(folder / "curves.csv", "w", newline="") as file:

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from espo_rl.record.files import nulls
 from espo_rl.record.intervals import Share
 from espo_rl.record.metrics import METRICS
 from espo_rl.record.run_folder import Row, RunFolder, number
-from espo_rl.record.summary import nulls
 
 Unit = Literal["share", "count", "number", "seconds"]
 Numbers = Sequence[float]

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from espo_gateway.stop.rules import Follower, Gate
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.watch import Follower
 from espo_rl.record.run_folder import Row
 from espo_rl.report.token_texts import Pieces, token_texts
 from espo_rl.types import EndReason, Rollout

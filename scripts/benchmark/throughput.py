@@ -94,8 +94,8 @@ async def measure(
 
 
 async def _serve(stack: AsyncExitStack, folder: Path, hidden: int, layers: int) -> tuple[str, str]:
-    sys.path.append(str(servers.HERE.parents[1] / "tests"))
-    from models import text_checkpoint
+    sys.path.append(str(servers.HERE.parents[1]))
+    from tests.helpers.models import text_checkpoint
 
     port = free_port()
     checkpoint = text_checkpoint(folder / "checkpoint", 0, hidden=hidden, layers=layers)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from benchmark.report import processor_name
 from scipy.special import stdtrit
 
+from benchmark.report import processor_name
+from espo_rl.record.files import versions
 from espo_rl.record.intervals import Share
 from espo_rl.record.run_folder import number, read_run
-from espo_rl.record.summary import versions
 from study.design import Run, Study
 from study.runner import summary_of
 

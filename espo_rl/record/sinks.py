@@ -1,0 +1,157 @@
+"""Where the numbers of a run go."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from espo_rl.config import Recipe
+from espo_rl.record.files import LogError, log_errors, nulls
+from espo_rl.record.metrics import Metric
+
+
+class Sink(Protocol):
+    """One place where rows go."""
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        """Take a row; its numbers may be NaN. Raises LogError."""
+
+    def close(self) -> None:
+        """Write what is left. Raises LogError."""
+
+
+class JsonLines:
+    """metrics.jsonl: every row, unknown numbers as null. Rows of steps after `start` are dropped
+    from an older file: they come again."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        with log_errors(path):
+            rows = path.read_text().splitlines() if start and path.exists() else []
+            kept = [row for row in rows if 0 <= _step_of(row) <= start]
+            path.write_text("".join(row + "\n" for row in kept))
+            self._file: TextIO = path.open("a")
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        with log_errors(self._path):
+            self._file.write(json.dumps({"step": step, **nulls(row)}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with log_errors(self._path):
+            self._file.close()
+
+
+class TensorBoard:
+    """Events for TensorBoard: the numbers. Accuracy against tokens is a run of its own,
+    `by_tokens`, whose steps are tokens sampled so far."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._make = SummaryWriter
+        self._by_tokens: SummaryWriter | None = None
+        # Of a resumed run it is known with the first step.
+        self._total: int | None = None if start else 0
+        with log_errors(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        numbers = _numbers(row)
+        with log_errors(self._folder):
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+            self._write_by_tokens(numbers)
+            # Events are written by a thread: only this shows that it could.
+            self._writer.flush()
+
+    def _write_by_tokens(self, numbers: Mapping[str, float]) -> None:
+        if "rollout/tokens_total" in numbers:
+            self._total = int(numbers["rollout/tokens_total"])
+        accuracies = {
+            name: value
+            for name, value in numbers.items()
+            if name == "rollout/accuracy" or name.startswith("evaluation/avg@")
+        }
+        if not accuracies or self._total is None:
+            return
+        if self._by_tokens is None:
+            # What an older log has of later steps goes: all after the tokens before this one.
+            before = self._total - int(numbers.get("rollout/tokens", 0))
+            self._by_tokens = self._make(str(self._folder / "by_tokens"), purge_step=before + 1)
+        for name, value in accuracies.items():
+            self._by_tokens.add_scalar(name, value, self._total)
+        self._by_tokens.flush()
+
+    def close(self) -> None:
+        with log_errors(self._folder):
+            self._writer.close()
+            if self._by_tokens is not None:
+                self._by_tokens.close()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases. Its id is kept in `wandb_run`, so a resumed run goes on in it.
+
+    Steps that a resumed run repeats are there twice, the later ones last.
+    """
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        import wandb
+
+        folder = recipe.run.output
+        id_file = folder / "wandb_run"
+        with log_errors(id_file):
+            if not start or not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:8])
+            run_id = id_file.read_text().strip()
+        try:
+            self._run = wandb.init(
+                project=recipe.logs.wandb,
+                name=folder.name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=recipe.model_dump(mode="json"),
+                # The terminal is the progress bar's.
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.Error, OSError) as error:
+            raise LogError(
+                f"logs.wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        # Its own step only ever grows, so it would drop the steps that a resumed run repeats.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, row: Mapping[str, Metric]) -> None:
+        self._run.log({"step": step, **_numbers(row)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row, truths as 0 and 1; of an estimate also its interval's ends."""
+    flat = dict(row)
+    for name, value in row.items():
+        if isinstance(value, dict):
+            low, high = value.get("interval") or (None, None)
+            flat |= {name: value.get("value"), f"{name}/low": low, f"{name}/high": high}
+    return {
+        name: float(value)
+        for name, value in flat.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _step_of(row: str) -> int:
+    """The step of a row of metrics.jsonl; -1 for what a kill left of one."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

@@ -1,0 +1,158 @@
+"""One server of a run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from espo_gateway.supervisor import ServerProcess
+
+Say = Callable[[str], None]
+
+
+class ServerError(RuntimeError):
+    """A server of the run cannot be had, or does not answer as it must."""
+
+
+@dataclass
+class Server:
+    """One server. Without a command it is somebody else's."""
+
+    name: str
+    url: str
+    command: Sequence[str] = ()
+    env: Mapping[str, str | None] = field(default_factory=dict)
+    log_path: Path = Path("server.log")
+    start_timeout: float = 600.0
+    samples: bool = False  # it generates tokens, and hangs when it makes none
+    process: ServerProcess | None = None
+    starts: int = 0
+    restarts: int = 0  # in a row; the loop forgets them once a step is done
+
+    async def start(self, say: Say) -> None:
+        """Start it, or wait for it. Raises ServerStartError, or ServerError for one by URL."""
+        if not self.command:
+            await self._wait(say)
+            return
+        # A log of its own for each start: the one that says why it died must stay.
+        suffix = f".{self.starts}" if self.starts else ""
+        self.starts += 1
+        self.process = await ServerProcess.start(
+            self.command,
+            log_path=self.log_path.with_suffix(f"{suffix}.log"),
+            ready_url=f"{self.url}/health",
+            env=self.env,
+            name=self.name,
+            timeout=self.start_timeout,
+        )
+
+    async def _wait(self, say: Say) -> None:
+        loop = asyncio.get_running_loop()
+        deadline, told = loop.time() + self.start_timeout, False
+        while not await answers(f"{self.url}/health"):
+            if not told:
+                say(
+                    f"waiting for the {self.name} at {self.url}, which this run does not start "
+                    f"(at most {self.start_timeout:.0f} s, servers.start_timeout)"
+                )
+            told = True
+            if loop.time() > deadline:
+                raise ServerError(
+                    f"the {self.name} at {self.url} does not answer /health; start it, or remove "
+                    "its URL from the recipe's [servers] so that this run starts one"
+                )
+            await asyncio.sleep(1.0)
+
+    async def stop(self) -> None:
+        """End it if it is the run's own."""
+        if self.process is not None:
+            await self.process.stop()
+
+    async def is_up(self) -> bool:
+        """Whether it lives and answers."""
+        if self.process is not None and not self.process.alive:
+            return False
+        return await answers(f"{self.url}/health")
+
+    async def until_down(self, hang_timeout: float) -> str:
+        """Wait until it has died or hangs; what happened, in words."""
+        hung = asyncio.ensure_future(self._until_hung(hang_timeout))
+        waits: set[asyncio.Future[Any]] = {hung}
+        if self.process is not None:
+            waits.add(asyncio.ensure_future(self.process.wait()))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self.process is None or self.process.alive:
+            return f"gave no sign of life for {hang_timeout:g} s (servers.hang_timeout)"
+        return f"died; its log {self.process.log_path} ends:\n{self.process.log_tail()}"
+
+    async def _until_hung(self, timeout: float) -> None:  # noqa: ASYNC109 (of silence)
+        loop = asyncio.get_running_loop()
+        last, since = None, loop.time()
+        while loop.time() - since < timeout:
+            await asyncio.sleep(min(5.0, timeout / 4))
+            if self.samples:
+                sign = await self.generation()
+                alive = sign is not None and (sign != last or not sign.busy)
+                last = sign
+            else:
+                alive = await answers(f"{self.url}/health")
+            if alive:
+                since = loop.time()
+
+    async def generation(self) -> Generation | None:
+        """What vLLM's metrics say; None when they cannot be had."""
+        try:
+            status, text = await call("GET", f"{self.url}/metrics")
+        except ServerError:
+            return None
+        if status != 200:
+            return None
+        sums: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        if "vllm:generation_tokens_total" not in sums:
+            return None
+        waiting = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return Generation(
+            tokens=round(sums["vllm:generation_tokens_total"]),
+            busy=any(sums.get(name) for name in waiting),
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A policy server's own count of sampled tokens, and whether it has work."""
+
+    tokens: int
+    busy: bool
+
+
+async def answers(url: str) -> bool:
+    """Whether a GET is answered with 200, in a few seconds."""
+    try:
+        return (await call("GET", url, seconds=5.0))[0] == 200
+    except ServerError:
+        return False
+
+
+async def call(method: str, url: str, *, seconds: float = 30.0, **request: Any) -> tuple[int, str]:
+    """One small request; its status and body. Raises ServerError when nothing answers."""
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=seconds)) as session,
+            session.request(method, url, **request) as response,
+        ):
+            return response.status, await response.text()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ServerError(f"{url} does not answer: {error!r}") from error

@@ -1,0 +1,322 @@
+"""So many generations at a time, the others in line, and then no more."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai import InternalServerError, RateLimitError
+
+from espo_gateway.errors import TooManyRequests
+from espo_gateway.front.admission import Admission
+from espo_gateway.front.gateway import Gateway
+from espo_gateway.testing import FakeServer
+from tests.helpers.cancelling import cancel_everywhere
+from tests.helpers.clock import Clock
+from tests.helpers.gateway import (
+    COMPLETIONS,
+    FAILING,
+    client_of,
+    completion_body,
+    gateway_for,
+    get_text,
+    post,
+    raw_request,
+)
+
+
+class Visitor:
+    """Takes a slot and stays until told to go; a task of its own."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._go = asyncio.Event()
+        self.served = False
+        self.task = asyncio.create_task(self._visit())
+
+    async def _visit(self) -> None:
+        async with self._admission.slot():
+            self.served = True
+            await self._go.wait()
+
+    async def go(self) -> None:
+        self._go.set()
+        await self.task
+
+    async def vanish(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def visitors(admission: Admission, count: int) -> list[Visitor]:
+    made = [Visitor(admission) for _ in range(count)]
+    await settled()
+    return made
+
+
+async def settled() -> None:
+    """Whoever can go on has done so."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+def counts(admission: Admission) -> tuple[int, int, int]:
+    return admission.in_flight, admission.queued, admission.refused
+
+
+async def test_first_come_first_served() -> None:
+    admission = Admission(2, 3)
+    made = await visitors(admission, 5)
+    assert [visitor.served for visitor in made] == [True, True, False, False, False]
+    assert counts(admission) == (2, 3, 0)
+    for i in range(5):
+        await made[i].go()
+        await settled()
+        assert [visitor.served for visitor in made] == [j < i + 3 for j in range(5)]
+    assert counts(admission) == (0, 0, 0)
+
+
+async def test_no_room_in_the_queue() -> None:
+    admission = Admission(1, 1)
+    made = await visitors(admission, 4)
+    for visitor in made[2:]:
+        with pytest.raises(TooManyRequests, match="1 requests are being served and 1 wait"):
+            await visitor.task
+    assert counts(admission) == (1, 1, 2)
+    for visitor in made[:2]:
+        await visitor.go()
+    assert counts(admission) == (0, 0, 2)
+
+
+async def test_whoever_leaves_the_queue_is_passed_over() -> None:
+    admission = Admission(1, 3)
+    made = await visitors(admission, 4)
+    await made[1].vanish()
+    assert counts(admission) == (1, 2, 0)
+    await made[0].go()
+    await settled()
+    assert [visitor.served for visitor in made] == [True, False, True, False]
+    for visitor in made[2:]:
+        await visitor.go()
+    assert counts(admission) == (0, 0, 0)
+
+
+async def test_a_slot_given_to_one_who_leaves_in_that_moment_goes_to_the_next() -> None:
+    admission = Admission(1, 2)
+    async with admission.slot():
+        second, third = await visitors(admission, 2)
+    # second's turn has come, and it has not run yet.
+    second.task.cancel()
+    await settled()
+    assert (second.served, third.served) == (False, True)
+    assert counts(admission) == (1, 0, 0)
+    await third.go()
+    assert counts(admission) == (0, 0, 0)
+
+
+async def test_both_leave_at_once() -> None:
+    admission = Admission(1, 2)
+    first, second, third = await visitors(admission, 3)
+    second.task.cancel()
+    first._go.set()
+    await settled()
+    assert (second.served, third.served) == (False, True)
+    await third.go()
+    assert counts(admission) == (0, 0, 0)
+
+
+async def test_a_failure_within_gives_the_slot_back() -> None:
+    admission = Admission(1, 0)
+    with pytest.raises(ZeroDivisionError):
+        async with admission.slot():
+            _ = 1 / 0
+    assert admission.in_flight == 0
+
+
+@given(st.floats(0, 1e6), st.integers(1, 64), st.integers(0, 8))
+def test_when_to_come_back(duration: float, slots: int, waiting: int) -> None:
+    """The time in which those who wait are served, as long as clients will wait for that."""
+
+    async def refused() -> int:
+        clock = Clock()
+        admission = Admission(slots, waiting, clock=clock)
+        async with admission.slot():
+            start = clock.now
+            clock.now += duration
+        taken = clock.now - start
+        made = await visitors(admission, slots + waiting)
+        with pytest.raises(TooManyRequests) as caught:
+            async with admission.slot():
+                pass
+        for visitor in made:
+            await visitor.go()
+        seconds = int(caught.value.headers["Retry-After"])
+        assert seconds == min(max(1, math.ceil(taken * (waiting + 1) / slots)), 60)
+        return seconds
+
+    assert 1 <= asyncio.run(refused()) <= 60
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["come", "go", "vanish"]), st.integers(0, 9), st.booleans()),
+    max_size=40,
+)
+
+
+@given(STEPS, st.integers(1, 3), st.integers(0, 3))
+def test_whatever_happens(steps: list[tuple[str, int, bool]], slots: int, places: int) -> None:
+    """As in a model that is a list: those served are the first of those who stay."""
+
+    async def play() -> None:
+        admission = Admission(slots, places)
+        inside: list[Visitor] = []
+        refused = 0
+        for what, number, settle in steps:
+            if what == "come":
+                await settled()
+                visitor = Visitor(admission)
+                await settled()
+                if len(inside) < slots + places:
+                    inside.append(visitor)
+                else:
+                    refused += 1
+                    assert isinstance(visitor.task.exception(), TooManyRequests)
+            elif inside:
+                visitor = inside.pop(number % len(inside))
+                if what == "vanish":
+                    visitor.task.cancel()
+                else:
+                    visitor._go.set()
+                if not visitor.served and what == "go":
+                    visitor.task.cancel()
+                if settle:
+                    await asyncio.sleep(0)
+            assert admission.in_flight <= slots
+            if settle:
+                await settled()
+                assert [visitor.served for visitor in inside] == [
+                    i < slots for i in range(len(inside))
+                ]
+        await settled()
+        assert counts(admission) == (
+            min(len(inside), slots),
+            max(0, len(inside) - slots),
+            refused,
+        )
+        for visitor in inside:
+            await visitor.vanish()
+        assert counts(admission) == (0, 0, refused)
+
+    asyncio.run(play())
+
+
+async def test_a_departure_at_any_moment_leaves_nothing() -> None:
+    admission = Admission(1, 1)
+
+    async def work() -> None:
+        async with admission.slot():
+            await asyncio.sleep(0)
+
+    async def crowded() -> None:
+        async def leave() -> None:
+            async with admission.slot():
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(leave())
+        try:
+            await asyncio.sleep(0)
+            await work()
+        finally:
+            await other
+
+    async def check() -> None:
+        assert counts(admission) == (0, 0, 0)
+
+    assert await cancel_everywhere(work, check) == 1
+    assert await cancel_everywhere(crowded, check) >= 3
+
+
+# -- in the gateway ----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def crowded(**settings: Any) -> AsyncIterator[tuple[FakeServer, Gateway]]:
+    async with (
+        FakeServer(FAILING, gated=True) as server,
+        gateway_for(server, **settings) as gateway,
+    ):
+        yield server, gateway
+
+
+async def queued(gateway: Gateway, count: int) -> None:
+    while gateway.admission.queued != count:  # noqa: ASYNC110 (the product has no event for it)
+        await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"espo": {"mode": "off"}}, {"n": 2}])
+async def test_the_gateway_queues_and_refuses(fields: dict[str, Any]) -> None:
+    async with crowded(max_in_flight=1, max_queue=1) as (server, gateway):
+        client = client_of(gateway.url)
+        create = client.completions.create
+
+        async def whole(**more: Any) -> None:
+            extra = {"extra_body": {"espo": fields["espo"]}} if "espo" in fields else {}
+            plain = {name: value for name, value in fields.items() if name != "espo"}
+            answer = await create(**completion_body(**plain, **more), **extra)
+            if fields.get("stream"):
+                assert [chunk async for chunk in answer]
+
+        first = asyncio.create_task(whole())
+        await server.until(lambda: server.running == fields.get("n", 1))
+        second = asyncio.create_task(whole(user="second"))
+        await queued(gateway, 1)
+        assert len(gateway.sessions) == (0 if "espo" in fields else fields.get("n", 1))
+        with pytest.raises(RateLimitError) as caught:
+            await whole(user="third")
+        assert caught.value.response.headers["Retry-After"] == "1"
+        assert caught.value.type == "too_many_requests"
+        # What generates nothing does not wait, and a bad request is told at once.
+        assert "fake" in await get_text(gateway.url + "/v1/models")
+        status, _ = await post(gateway.url + COMPLETIONS, completion_body(n=0))
+        assert status == 400
+        server.release(1000)
+        await asyncio.gather(first, second)
+        assert server.bodies[-1]["user"] == "second"
+        assert counts(gateway.admission) == (0, 0, 1)
+
+
+async def test_a_client_that_leaves_the_queue_never_reaches_a_server() -> None:
+    async with crowded(max_in_flight=1) as (server, gateway):
+        first = asyncio.create_task(post(gateway.url + COMPLETIONS, completion_body()))
+        await server.until(lambda: server.running == 1)
+        _, writer = await raw_request(gateway.url, COMPLETIONS, completion_body())
+        await queued(gateway, 1)
+        writer.transport.abort()
+        await queued(gateway, 0)
+        server.release(16)
+        assert (await first)[0] == 200
+        assert len(server.bodies) == 1
+        assert counts(gateway.admission) == (0, 0, 0)
+
+
+async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
+    async with crowded(max_in_flight=1) as (server, gateway):
+        url = gateway.url + COMPLETIONS
+        taken = [asyncio.create_task(post(url, completion_body()))]
+        await server.until(lambda: server.running == 1)
+        taken.append(asyncio.create_task(post(url, completion_body())))
+        await queued(gateway, 1)
+        gateway.drain()
+        with pytest.raises(InternalServerError) as caught:
+            await client_of(gateway.url).completions.create(**completion_body())
+        assert caught.value.status_code == 503
+        headers = caught.value.response.headers
+        assert (headers["Connection"], headers["Retry-After"]) == ("close", "1")
+        server.release(32)
+        assert [status for status, _ in await asyncio.gather(*taken)] == [200, 200]

@@ -1,0 +1,343 @@
+"""The stop rules: the paper's gate as written, replay equal to live, the lazy critic exact."""
+
+import dataclasses
+import math
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espo_gateway.stop.estimate import (
+    FEATURES,
+    StreamStatistics,
+    SuccessEstimator,
+    stream_features,
+)
+from espo_gateway.stop.recorded import pad
+from espo_gateway.stop.regret import (
+    MonitorConfig,
+    RegretMonitor,
+    RegretStatistics,
+    surrogate_regret,
+)
+from espo_gateway.stop.replay import first_stops, level_of, stop_levels, threshold_at
+from espo_gateway.stop.rules import THRESHOLDS, Gate, RuleName
+from espo_gateway.stop.watch import Verdict, Watch
+
+GATE = {
+    "statistics": RegretStatistics(mean=0.2, variance=0.5),
+    "monitor": MonitorConfig(clip=5.0),
+}
+
+token = st.one_of(
+    st.tuples(st.floats(-12, 0), st.floats(0, 8)).map(lambda x: (x[0], x[0] + x[1])),
+    st.sampled_from([(None, None), (math.nan, -0.1), (-9999.0, -0.1), (-0.5, math.inf)]),
+)
+streams = st.lists(st.lists(token, max_size=25), min_size=1, max_size=5)
+estimators = st.builds(
+    SuccessEstimator,
+    weights=st.tuples(*[st.floats(-2, 2)] * len(FEATURES)),
+    bias=st.floats(-3, 3),
+)
+
+
+def gates(estimator, version=0):
+    """Every rule with every source of V."""
+    common = {**GATE, "version": version, "estimator": estimator}
+    values = [{"value": value, "constant": 0.6} for value in ("constant", "stream", "critic")]
+    return [
+        Gate(rule="none"),
+        *(Gate(rule="value-gated", beta=0.7, epsilon=0.3, **value, **common) for value in values),
+        *(Gate(rule="value-only", p_star=0.7, min_tokens=2, **value, **common) for value in values),
+        Gate(rule="regret-only", beta=0.4, min_tokens=1, **common),
+        Gate(rule="success-probability", p_star=0.4, **common),
+        Gate(rule="surprise", beta=0.9, min_tokens=2, **common),
+        *(
+            Gate(rule="confidence", confidence=0.8, confidence_window=window, **common)
+            for window in (1, 5, 100)
+        ),
+        Gate(rule="random", hazard=0.2, **common),
+    ]
+
+
+def matrices(rows):
+    """logprobs and max_logprobs as a replay gets them."""
+    return [
+        pad([[math.nan if pair[k] is None else pair[k] for pair in row] for row in rows])
+        for k in (0, 1)
+    ]
+
+
+def live_cut(gate, row, prompt_tokens, *, completed=False, values=(), confidences=()):
+    """What `Watch` decides on one stream, a critic answering at once."""
+    watch = Watch(gate, prompt_tokens)
+    for t, pair in enumerate(row):
+        told = None if not confidences or math.isnan(confidences[t]) else confidences[t]
+        last = completed and t == len(row) - 1
+        verdict = watch.push(*pair, last=last, confidence=told)
+        if verdict is Verdict.ASK:
+            verdict = watch.settle(t + 1, None if math.isnan(values[t]) else values[t])
+        assert (verdict is Verdict.STOP) == (watch.cut == t + 1)
+    return watch.cut or 0
+
+
+@given(
+    streams,
+    estimators,
+    st.integers(1, 500),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+    st.lists(st.one_of(st.floats(-0.5, 1.5), st.just(math.nan)), min_size=25, max_size=25),
+    st.lists(st.one_of(st.floats(0, 3), st.just(math.nan)), min_size=25, max_size=25),
+)
+def test_replay_equals_the_live_decision_token_for_token(
+    rows, estimator, prompt_tokens, completed, answers, confidences
+):
+    lengths = [len(row) for row in rows]
+    ends = np.array([n if done else 0 for n, done in zip(lengths, completed, strict=False)])
+    values, sure = (
+        np.array([numbers[: max(lengths)]] * len(rows)) for numbers in (answers, confidences)
+    )
+    for gate in gates(estimator, version=prompt_tokens):
+        live = [
+            live_cut(
+                gate, row, prompt_tokens, completed=done, values=answers, confidences=confidences
+            )
+            for row, done in zip(rows, completed, strict=False)
+        ]
+        replayed = first_stops(
+            gate,
+            *matrices(rows),
+            np.full(len(rows), prompt_tokens),
+            completed_at=ends,
+            values=values if gate.needs_critic else None,
+            confidences=sure,
+        )
+        assert replayed.tolist() == live
+
+
+@given(streams, estimators, st.booleans(), st.floats(0.001, 0.999), st.floats(-0.5, 1.5))
+def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator, done, share, said):
+    prompts = np.full(len(rows), 7)
+    ends = np.array([len(row) * done for row in rows])
+    for gate in gates(estimator)[1:]:
+        values = np.full(matrices(rows)[0].shape, said) if gate.needs_critic else None
+        sure = np.resize([0.3, 2.0, math.nan, 1.1], matrices(rows)[0].shape)
+        replay = {"completed_at": ends, "values": values, "confidences": sure}
+        levels = stop_levels(gate, *matrices(rows), prompts, **replay)
+        threshold = share if THRESHOLDS[gate.rule] in ("p_star", "hazard") else 5 * share
+        level = level_of(gate.rule, threshold)
+        assert threshold_at(gate.rule, level) == pytest.approx(threshold)
+        looser = dataclasses.replace(gate, **{THRESHOLDS[gate.rule]: threshold})
+        stopped = first_stops(looser, *matrices(rows), prompts, **replay) > 0
+        clear = np.abs(levels - level) > 1e-9  # a logarithm may round across the threshold
+        assert (stopped == (levels < level))[clear].all()
+
+
+def test_a_higher_level_is_a_looser_threshold():
+    assert level_of("regret-only", 2.0) > level_of("value-gated", 3.0)
+    assert level_of("value-only", 0.1) > level_of("success-probability", 0.05)
+    assert level_of("random", 0.1) > level_of("random", 0.05)
+    assert level_of("surprise", 1.0) > level_of("surprise", 2.0)
+    assert level_of("confidence", 2.0) > level_of("confidence", 1.0)
+    with pytest.raises(ValueError, match="'none' has no threshold"):
+        level_of("none", 1.0)
+
+
+def test_a_critics_unknown_values_give_the_strictest_level_possible():
+    rows = [[(-9.0, 0.0)] * 10, [(-3.0, 0.0)] * 10]
+    gate = Gate(rule="value-gated", value="critic", epsilon=0.25, **GATE)
+    prompts = np.ones(2)
+    unknown = stop_levels(gate, *matrices(rows), prompts)
+    for value in (0.0, 0.25, 0.9):
+        known = stop_levels(gate, *matrices(rows), prompts, values=np.full((2, 10), value))
+        assert (unknown <= known).all()
+        assert (unknown == known).all() == (value <= 0.25)
+    asked = Gate(rule="value-only", value="critic")
+    for replay in (first_stops, stop_levels):
+        with pytest.raises(ValueError, match="give the recorded ones"):
+            replay(asked, *matrices(rows), prompts)
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 0.9))
+def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed, hazard):
+    rng = np.random.default_rng(seed)
+    logprobs = -rng.exponential(1.0, (2000, 30))
+    gate = Gate(rule="random", hazard=hazard, min_tokens=3, version=seed)
+    cuts = first_stops(gate, logprobs, np.zeros_like(logprobs), np.ones(2000))
+    for token in (3, 7):
+        alive = (cuts == 0) | (cuts >= token)
+        if alive.sum() < 200:
+            continue
+        stopped = (cuts[alive] == token).mean()
+        assert stopped == pytest.approx(hazard, abs=5 * math.sqrt(0.25 / alive.sum()))
+    # Another batch draws anew.
+    other = dataclasses.replace(gate, version=seed + 1)
+    assert first_stops(other, logprobs, np.zeros_like(logprobs), np.ones(2000)).tolist() != (
+        cuts.tolist()
+    )
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.floats(0.2, 4), st.floats(0, 1))
+def test_the_papers_gate_is_row_5(regrets, beta, value):
+    gate = Gate(rule="value-gated", beta=beta, constant=value, min_tokens=1, **GATE)
+    watch = Watch(gate, 1)
+    z, expected = 0.0, None
+    for t, g in enumerate(regrets, 1):
+        normalised = (g - 0.2) / math.sqrt(0.5 + gate.monitor.delta)
+        z = 0.9 * z + 0.1 * max(-5.0, min(5.0, normalised))
+        if expected is None and z > beta * max(value, 0.2) + 1e-12:
+            expected = t
+        watch.push(-g, 0.0)
+    assert watch.cut == expected
+
+
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
+@given(
+    regrets=st.lists(st.floats(0, 9), min_size=5, max_size=30),
+    values=st.lists(st.floats(0, 1), min_size=30, max_size=30),
+    random=st.randoms(use_true_random=False),
+)
+def test_a_late_unordered_critic_cuts_where_an_eager_one_would(rule, regrets, values, random):
+    gate = Gate(rule=rule, value="critic", beta=0.8, p_star=0.2, min_tokens=2, **GATE)
+    watch, asked = Watch(gate, 1), []
+    for t, g in enumerate(regrets, 1):
+        if watch.push(-g, 0.0) is Verdict.ASK:
+            asked.append(t)
+    if rule == "value-only":
+        assert asked == list(range(2, len(regrets) + 1))
+    random.shuffle(asked)
+    for t in asked:
+        watch.settle(t, values[t - 1])
+    assert watch.settled
+
+    z, eager = 0.0, None
+    for t, g in enumerate(regrets, 1):
+        z = 0.9 * z + 0.1 * max(-5.0, min(5.0, (g - 0.2) / math.sqrt(0.5 + 1e-6)))
+        gated = z > 0.8 * max(values[t - 1], 0.2) + 1e-12
+        if eager is None and t >= 2 and (values[t - 1] < 0.2 if rule == "value-only" else gated):
+            eager = t
+    assert watch.cut == eager
+
+
+def test_a_calm_stream_never_costs_a_critic_call():
+    calm = Watch(Gate(rule="value-gated", value="critic", beta=0.8, min_tokens=1, **GATE), 1)
+    assert [calm.push(-0.01, 0.0) for _ in range(50)] == [Verdict.GO] * 50
+
+
+def test_an_unanswered_critic_never_stops():
+    watch = Watch(Gate(rule="value-gated", value="critic", beta=0.1, min_tokens=1, **GATE), 1)
+    assert watch.push(-9.0, 0.0) is Verdict.ASK
+    assert watch.settle(1, None) is Verdict.GO
+    assert watch.cut is None
+
+
+def test_the_cut_waits_for_an_earlier_unsettled_token():
+    watch = Watch(Gate(rule="value-gated", value="critic", beta=0.1, min_tokens=1, **GATE), 1)
+    assert [watch.push(-9.0, 0.0), watch.push(-9.0, 0.0)] == [Verdict.ASK, Verdict.ASK]
+    watch.settle(2, 0.0)
+    assert (watch.cut, watch.settled) == (2, False)
+    watch.settle(1, 0.0)
+    assert (watch.cut, watch.settled) == (1, True)
+
+
+@given(streams, estimators)
+def test_a_look_tells_what_the_last_token_was_compared_with(rows, estimator):
+    for gate in gates(estimator):
+        watch, monitor = Watch(gate, 3), RegretMonitor(gate.statistics, gate.monitor)
+        for pair in rows[0]:
+            if watch.push(*pair) is Verdict.ASK:
+                assert watch.look()[3] is None
+            g = surrogate_regret(*pair)
+            z = monitor.push(g)
+            if watch.cut is not None:
+                assert watch.look() == (g, z, watch.threshold, watch.value)
+                break
+            regret, shown, threshold, value = watch.look()
+            assert (regret, shown) == (g, z)
+            assert (value is None) == (gate.source in (None, "critic"))
+            if gate.rule == "value-gated":
+                assert threshold == gate.beta * max(value or 0.0, gate.epsilon)
+            elif gate.rule == "none":
+                assert threshold is None
+            else:
+                assert threshold == getattr(gate, THRESHOLDS[gate.rule])
+
+
+def test_no_rule_stops_before_min_tokens():
+    watch = Watch(Gate(rule="regret-only", beta=0.1, min_tokens=7, **GATE), 1)
+    for _ in range(20):
+        watch.push(-9.0, 0.0)
+    assert watch.cut == 7
+
+
+@given(streams, st.integers(1, 500))
+def test_stream_features_equal_the_live_statistics(rows, prompt_tokens):
+    regrets = [[None if a is None or not a > -9000 else b for a, b in row] for row in rows]
+    regrets = [[g if g is not None and 0 <= g < 99 else None for g in row] for row in regrets]
+    live = []
+    for row in regrets:
+        statistics = StreamStatistics(prompt_tokens)
+        live.append([])
+        for g in row:
+            statistics.push(g, None if g is None else 2 * g)
+            live[-1].append(statistics.features())
+    matrix = pad([[math.nan if g is None else g for g in row] for row in regrets])
+    batch = stream_features(matrix, 2 * matrix, np.full(len(rows), prompt_tokens))
+    for row, features in zip(live, batch, strict=True):
+        assert [tuple(at) for at in features[: len(row)].tolist()] == row
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beta", 0.0),
+        ("beta", math.inf),
+        ("epsilon", -1.0),
+        ("constant", math.nan),
+        ("p_star", 1.0),
+        ("hazard", -0.1),
+        ("hazard", 1.1),
+        ("confidence", 0.0),
+        ("confidence_window", 0),
+        ("confidence_top_k", 0),
+        ("min_tokens", 0),
+        ("rule", "luck"),
+        ("value", "oracle"),
+    ],
+)
+def test_a_gate_out_of_range_names_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        Gate(**{field: value})
+
+
+def test_statistics_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="mean must be a finite number"):
+        Gate(statistics=RegretStatistics(mean=math.nan))
+
+
+@pytest.mark.parametrize("rule", ["success-probability", "value-gated", "value-only"])
+def test_a_rule_without_its_estimator_is_refused(rule):
+    with pytest.raises(ValueError, match="needs an estimator"):
+        Gate(rule=rule, value="stream")
+
+
+@pytest.mark.parametrize("rule", get_args(RuleName))
+def test_only_a_rule_that_compares_values_asks_a_critic(rule):
+    estimator = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
+    gate = Gate(rule=rule, value="critic", estimator=estimator)
+    assert gate.needs_critic == (rule in ("value-gated", "value-only"))
+
+
+@given(st.lists(st.floats(-9, 0), min_size=1, max_size=40), st.floats(0, 0.95), st.floats(0.1, 4))
+def test_surprise_is_the_smoothed_negative_logprob(logprobs, smoothing, beta):
+    monitor = MonitorConfig(smoothing=smoothing)
+    watch = Watch(Gate(rule="surprise", beta=beta, monitor=monitor, min_tokens=1), 1)
+    mean, expected = 0.0, None
+    for t, logprob in enumerate(logprobs, 1):
+        mean = smoothing * mean - (1 - smoothing) * logprob
+        if expected is None and mean > beta + 1e-12:
+            expected = t
+        watch.push(logprob, 0.0)
+    assert watch.cut == expected

@@ -1,0 +1,142 @@
+"""The short way of plain chunks and the general way give the same answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stream.answer import Answer, merged
+from espo_gateway.stream.request import plan
+from espo_gateway.stream.session import Session
+from espo_gateway.stream.templates import Output, template_of
+
+GATE = Gate(rule="regret-only", beta=2.0, min_tokens=1)
+
+TEXTS = st.text(max_size=4)
+LOGPROBS = st.floats(-12, 0, allow_nan=False)
+
+
+def token(draw: Any) -> tuple[str, float, float | None]:
+    return draw(TEXTS), draw(LOGPROBS), draw(st.one_of(st.none(), LOGPROBS))
+
+
+def chat_choice(field: str, tokens: list[tuple[str, float, float | None]]) -> dict[str, Any]:
+    content = []
+    for text, logprob, other in tokens:
+        tops = [{"token": text, "logprob": logprob, "bytes": []}]
+        if other is not None:
+            tops.append({"token": "o", "logprob": other, "bytes": []})
+        content.append({"token": text, "logprob": logprob, "bytes": [], "top_logprobs": tops})
+    text = "".join(text for text, _, _ in tokens)
+    return {"index": 0, "delta": {field: text}, "logprobs": {"content": content}}
+
+
+def completion_choice(tokens: list[tuple[str, float, float | None]]) -> dict[str, Any]:
+    return {
+        "index": 0,
+        "text": "".join(text for text, _, _ in tokens),
+        "logprobs": {
+            "tokens": [text for text, _, _ in tokens],
+            "token_logprobs": [logprob for _, logprob, _ in tokens],
+            "top_logprobs": [
+                {text: logprob} | ({} if other is None else {text + "o": other})
+                for text, logprob, other in tokens
+            ],
+            "text_offset": [0] * len(tokens),
+        },
+    }
+
+
+@st.composite
+def streams(draw: Any, *, chat: bool) -> list[bytes]:
+    """Mostly plain chunks, and between them such as are not."""
+    events = []
+    tokens = 0
+    count = draw(st.integers(1, 12))
+    for i in range(count):
+        merged = [token(draw) for _ in range(draw(st.integers(1, 3)))]
+        tokens += len(merged)
+        field = draw(st.sampled_from(["content", "content", "reasoning"]))
+        choice = chat_choice(field, merged) if chat else completion_choice(merged)
+        chunk = {"id": "c", "object": "o", "created": 1, "model": "m", "choices": [choice]}
+        chunk["usage"] = {
+            "prompt_tokens": 3,
+            "total_tokens": 3 + tokens,
+            "completion_tokens": tokens,
+        }
+        odd = draw(st.sampled_from([None] * 6 + ["field", "null", "created", "no tops"]))
+        if odd == "field":
+            choice["extra"] = {"a": [1]}
+        elif odd == "null":
+            choice["finish_reason"] = choice["token_ids"] = None
+        elif odd == "created":
+            chunk["created"] = 2
+        elif odd == "no tops":
+            logprobs = choice["logprobs"]
+            if chat:
+                logprobs["content"][0]["top_logprobs"] = []
+            else:
+                logprobs["top_logprobs"] = None
+        if i == count - 1:
+            choice["finish_reason"] = draw(st.sampled_from(["stop", "length"]))
+        events.append(json.dumps(chunk, separators=(",", ":")).encode())
+    return events
+
+
+def played(events: list[bytes], *, chat: bool, plain: bool, stream: bool) -> tuple[Any, Any]:
+    """What the client gets, and the record."""
+    prompt = {"messages": []} if chat else {"prompt": "p"}
+    planned = plan({"model": "m", "stream": stream, **prompt}, chat=chat)
+    session = Session(GATE, planned.control, planned.asked, planned.singles[0], chat=chat)
+    session._plain = session._plain and plain
+    answer = Answer(chat=chat)
+    sent = []
+
+    def deliver(outputs: list[Output]) -> None:
+        answer.put(outputs)
+        for output in outputs if stream else ():
+            if isinstance(output, tuple):
+                template, text = output
+                sent.append(json.loads(template.event(text).removeprefix(b"data: ")))
+            else:
+                sent.append(json.loads(json.dumps(output)))
+
+    for event in events:
+        session.receive(event)
+        deliver(session.drain())
+        if session.ended:
+            break
+    deliver([*session.drain(), session.finish()])
+    told = sent or merged([answer], session.usage, chat=chat)
+    # A field that is null and one that is not there mean the same.
+    return json.loads(json.dumps(told), object_hook=known), session.record
+
+
+def known(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@given(data=st.data(), stream=st.booleans())
+def test_the_short_way_is_the_general_way(chat: bool, data: st.DataObject, stream: bool) -> None:
+    events = data.draw(streams(chat=chat))
+    short = played(events, chat=chat, plain=True, stream=stream)
+    general = played(events, chat=chat, plain=False, stream=stream)
+    assert short == general
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_an_ordinary_chunk_is_plain(chat: bool) -> None:
+    """Else the equality above would be one of the general way with itself."""
+    tokens = [("a", -0.5, None), ("b", -2.0, -0.25)]
+    choice = chat_choice("content", tokens) if chat else completion_choice(tokens)
+    chunk = {"id": "c", "object": "o", "created": 1, "model": "m", "choices": [choice]}
+    data = json.dumps(chunk, separators=(",", ":")).encode()
+    template = template_of(data, chat=chat)
+    assert template is not None
+    assert template.read(data) == ("ab", [(-0.5, -0.5), (-2.0, -0.25)])

@@ -1,0 +1,186 @@
+"""The launcher's decisions; starting real servers is in test_*_vllm.py."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from espo_gateway.supervisor import free_port
+from espo_gateway.vllm_plugin.__main__ import LaunchError, last_value, server_command
+from espo_rl.base_model import make_tokenizer
+from tests.helpers.models import random_critic
+
+HUB_MODEL = "org/model"
+
+
+def build(
+    *arguments: str, cpu: bool = True, **environment: str
+) -> tuple[list[str], dict[str, str]]:
+    return server_command(
+        [HUB_MODEL, "--port", str(free_port()), *arguments], cpu=cpu, environment=environment
+    )
+
+
+def test_defaults() -> None:
+    command, environment = build()
+    assert last_value(command, "--host") == "127.0.0.1"
+    assert json.loads(last_value(command, "--weight-transfer-config")) == {"backend": "espo"}
+    assert int(last_value(command, "--max-logprobs")) == 20
+    assert last_value(command, "--served-model-name") == HUB_MODEL
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "--enforce-eager" in command
+    assert "--no-enable-chunked-prefill" in command
+    assert environment["TORCH_COMPILE_DISABLE"] == "1"
+
+
+def test_what_is_given_wins() -> None:
+    command, environment = build(
+        "--max_logprobs=5", "--host", "localhost", VLLM_CPU_KVCACHE_SPACE="4"
+    )
+    assert sum("max" in word for word in command) == 1
+    assert last_value(command, "--max-logprobs") == "5"
+    assert command.count("--host") == 1
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
+
+
+def test_flags_pass_through_in_order() -> None:
+    given = ["--runner", "pooling", "--convert", "classify", "--served-model-name", "a", "b"]
+    command, _ = build(*given)
+    assert command[-len(given) :] == given
+
+
+def test_compiling_can_be_asked_for() -> None:
+    command, environment = build("--no-enforce-eager")
+    assert "--enforce-eager" not in command
+    assert "TORCH_COMPILE_DISABLE" not in environment
+
+
+def test_gpu_keeps_vllms_own_choices() -> None:
+    command, environment = build(cpu=False)
+    assert not {"--enforce-eager", "--no-enable-chunked-prefill"} & set(command)
+    assert not environment.keys() & {"OMP_WAIT_POLICY", "TORCH_COMPILE_DISABLE"}
+
+
+def test_one_word_makes_a_critic() -> None:
+    command, _ = build("--critic", "--port", "8001")
+    assert "--critic" not in command
+    assert last_value(command, "--runner") == "pooling"
+    assert last_value(command, "--convert") == "classify"
+    # Verified against vLLM: with these names it takes the last token's score as it is.
+    assert json.loads(last_value(command, "--pooler-config")) == {
+        "seq_pooling_type": "LAST",
+        "use_activation": False,
+    }
+    assert "--enable-prefix-caching" in command
+    assert json.loads(last_value(command, "--weight-transfer-config")) == {"backend": "espo"}
+
+
+def test_what_is_given_wins_over_the_critics_flags() -> None:
+    command, _ = build("--critic", "--no-enable-prefix-caching", "--convert=reward")
+    assert "--enable-prefix-caching" not in command
+    assert last_value(command, "--convert") == "reward"
+
+
+@pytest.fixture
+def critic_folder(tmp_path: Path) -> Path:
+    random_critic(0).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_critics_checkpoint_will_do(critic_folder: Path) -> None:
+    arguments = [str(critic_folder), "--critic", "--port", str(free_port())]
+    server_command(arguments, cpu=True, environment={})
+    for file in critic_folder.glob("tokenizer*"):
+        file.unlink()
+    server_command([*arguments, "--tokenizer", "org/policy"], cpu=True, environment={})
+    with pytest.raises(LaunchError, match="holds no tokenizer"):
+        server_command(arguments, cpu=True, environment={})
+
+
+def test_a_config_will_do_where_the_weights_come_later(critic_folder: Path) -> None:
+    """As a trainer has it before its critic was ever saved: the policy's, with one label."""
+    file = critic_folder / "config.json"
+    change = {"architectures": ["Qwen2ForCausalLM"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    arguments = [str(critic_folder), "--critic", "--port", str(free_port())]
+    server_command([*arguments, "--load-format", "dummy"], cpu=True, environment={})
+    with pytest.raises(LaunchError, match="is no critic"):
+        server_command(arguments, cpu=True, environment={})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM with 1 labels"),
+        ({"architectures": None}, "none with 1 labels"),
+        ({"id2label": {"0": "BAD", "1": "GOOD"}}, "ForSequenceClassification with 2 labels"),
+        ({"id2label": None}, "ForSequenceClassification with 2 labels"),  # Hugging Face's default
+    ],
+    ids=str,
+)
+def test_what_is_no_critic_is_refused(
+    critic_folder: Path, change: dict[str, object], told: str
+) -> None:
+    file = critic_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(LaunchError, match=f"is no critic.*{told}"):
+        server_command([str(critic_folder), "--critic"], cpu=True, environment={})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "gpu-3.example", "::"])
+def test_administration_is_not_opened_to_other_machines(host: str) -> None:
+    with pytest.raises(LaunchError, match="ESPO_ALLOW_REMOTE_ADMIN"):
+        build("--host", host)
+
+
+def test_remote_administration_can_be_allowed_and_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    build("--host", "0.0.0.0", ESPO_ALLOW_REMOTE_ADMIN="1")
+    assert "WARNING" in capsys.readouterr().err
+
+
+def test_without_development_mode_any_host_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    build("--host", "0.0.0.0", VLLM_SERVER_DEV_MODE="0")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "runs/base/latest"])
+def test_a_folder_that_is_not_there(model: str) -> None:
+    with pytest.raises(LaunchError, match=rf"{model} does not exist"):
+        server_command([model], cpu=True, environment={})
+
+
+def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"config\.json"):
+        server_command([str(tmp_path)], cpu=True, environment={})
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "espo_gateway.vllm_plugin", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_command_line_says_that_the_port_is_busy() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run(HUB_MODEL, "--port", str(port))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"espo-vllm: cannot listen on 127.0.0.1:{port}")
+
+
+def test_command_line_without_a_model() -> None:
+    result = run("--port", "1")
+    assert result.returncode == 2
+    assert "usage" in result.stderr

@@ -1,0 +1,44 @@
+"""The collector: full rollouts with outcomes, in the dumps' format, once each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from espo_gateway.testing import FakeServer, Script, Token
+from espo_rl.collect import _DEFAULTS, Collecting
+from espo_rl.evaluate.command import parse
+from espo_rl.record.rollout_files import read_rollouts
+from tests.helpers.models import random_checkpoint
+
+
+def saying(body: dict[str, Any]) -> Script:
+    index, number = divmod(body["seed"], 65_536)
+    return Script([Token(c, id=1) for c in f"2+#1#{index + number}"])
+
+
+async def test_rollouts_are_graded_and_asked_once(tmp_path: Path) -> None:
+    model = random_checkpoint(tmp_path / "model", 0)
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"problem": f"{i}", "answer": f"{i}"}) + "\n" for i in "01"))
+
+    async def collect(server: FakeServer) -> bool:
+        arguments = ["--model", str(model), "--data", str(data), "--url", server.url, "--plain"]
+        arguments += ["--grader", "exact", "--k", "2", "--out", str(tmp_path / "out")]
+        options = parse(arguments, defaults=_DEFAULTS)
+        return await Collecting(options).run()
+
+    async with FakeServer(saying) as server:
+        assert await collect(server)
+        asked = sum(body["max_tokens"] > 1 for body in server.bodies)
+        files = sorted((tmp_path / "out" / "rollouts").iterdir())
+        assert [file.name for file in files] == ["sums-00000000.parquet", "sums-00000001.parquet"]
+        for file in files:
+            rollouts, _ = read_rollouts(file)
+            assert [rollout.correct for rollout in rollouts] == [True, False]
+            assert len(rollouts[0].logprobs) == len(rollouts[0].token_ids) == 6
+        files[1].unlink()
+        assert await collect(server)
+        assert sum(body["max_tokens"] > 1 for body in server.bodies) == asked + 2
+        assert files[1].exists()

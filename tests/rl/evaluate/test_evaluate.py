@@ -1,0 +1,659 @@
+"""Evaluation through a real gateway: scores, refusals, kills and resumes; at the end real vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tenacity
+
+from espo_gateway.supervisor import ServerProcess
+from espo_gateway.testing import FakeServer, Script, Token
+from espo_rl.base_model import make_tokenizer
+from espo_rl.config import RolloutSection, TaskSection
+from espo_rl.evaluate import command
+from espo_rl.evaluate.command import Command, main, parse
+from espo_rl.evaluate.evaluator import evaluate
+from espo_rl.evaluate.folder import ResultsFolder
+from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Sampling
+from espo_rl.rollouts import collector as rollouts
+from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.tasks.grader_pool import Grade
+from espo_rl.tasks.graders import exact_answer, make_answer_reader, math_answer
+from espo_rl.types import EndReason, Problem
+from tests.helpers.gateway import BAD, GATE, GOOD, gateway_for
+from tests.helpers.models import random_checkpoint
+
+PROBLEMS = [Problem(id=f"p{i}", prompt=f"{i}", answer=str(i)) for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "wait_exponential_jitter", lambda **_: tenacity.wait_none())
+
+
+def place(body: dict[str, Any]) -> tuple[int, int]:
+    """Which sample of which problem a request asks for, when the seed is 0."""
+    return divmod(body["seed"], 65_536)
+
+
+def saying(text: str) -> Script:
+    return Script([Token(character, id=1) for character in text])
+
+
+def answering(
+    answers: Sequence[Sequence[str | Script]],
+) -> Callable[[dict[str, Any]], Script]:
+    """The script of each sample by problem and number; a text is said after some reasoning."""
+
+    def script(body: dict[str, Any]) -> Script:
+        index, number = place(body)
+        answer = answers[index][number]
+        return answer if isinstance(answer, Script) else saying(f"2+#1#{answer}")
+
+    return script
+
+
+class ByAnswer:
+    """Grades as "exact" does; what says so cannot be graded."""
+
+    async def grade(self, completions: Sequence[tuple[str, Problem]]) -> list[Grade]:
+        return [
+            Grade(None, "choked")
+            if "choke" in text
+            else Grade(float(exact_answer(text) == problem.answer))
+            for text, problem in completions
+        ]
+
+
+@asynccontextmanager
+async def collector_of(
+    server: FakeServer, gate: bytes | None = None, **settings: Any
+) -> AsyncIterator[Collector]:
+    config = RolloutSection(max_tokens=20, retries=1, **settings)
+    async with (
+        gateway_for(server, gate=gate, attempts=1) as gateway,
+        Collector(gateway.url, "fake", Prompter(make_tokenizer()), config) as collector,
+    ):
+        yield collector
+
+
+async def evaluated(script: Any, sampling: Sampling, gate: bytes | None = None, **more: Any) -> Any:
+    """The report, the problems as they were handed over, and the server that was asked."""
+    handed: list[ProblemResult] = []
+    async with FakeServer(script) as server, collector_of(server, gate) as collector:
+        report = await evaluate(
+            collector,
+            ByAnswer(),
+            PROBLEMS,
+            sampling,
+            make_answer_reader(TaskSection(grader="exact")),
+            on_problem=handed.append,
+            **more,
+        )
+    return report, handed, server
+
+
+# -- asking, grading, counting ---------------------------------------------------------------------
+
+
+async def test_scores_of_known_answers() -> None:
+    answers = [["0", "0", "7", "8"], ["1", "7", "7", "1"], ["7", "7", "8", "8"]]
+    report, handed, _ = await evaluated(answering(answers), Sampling(k=4, temperature=0.6))
+    scores = report.scores
+    assert scores.average.value == pytest.approx((2 / 4 + 2 / 4 + 0) / 3)
+    assert [mean.value for mean in scores.passes.values()] == pytest.approx(
+        [1 / 3, 2 * (1 - 1 / 6) / 3, 2 / 3]
+    )
+    assert scores.majority.value == pytest.approx((1.0 + 0.5 + 0.0) / 3)
+    assert (report.problems, report.samples, report.errors) == (3, 12, [])
+    assert report.tokens == 6.0
+    assert report.truncated.value == 0.0
+    assert not report.gated
+    by_index = sorted(handed, key=lambda result: result.index)
+    assert [[sample.answer for sample in result.samples] for result in by_index] == answers
+    assert by_index[0].samples[2].text == "2+#1#7"
+    assert [(r.id, r.problem, r.answer) for r in by_index] == [
+        (problem.id, problem.prompt, problem.answer) for problem in PROBLEMS
+    ]
+
+
+async def test_every_sample_is_asked_once_as_told() -> None:
+    sampling = Sampling(k=3, temperature=0.7, top_p=0.9, seed=5)
+    _, _, server = await evaluated(Script([GOOD]), sampling)
+    bodies = server.bodies
+    assert len({body["seed"] for body in bodies}) == len(bodies) == 9
+    for body in bodies:
+        assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.9, 20)
+    again = (await evaluated(Script([GOOD]), sampling))[2].bodies
+    assert {b["seed"] for b in again} == {b["seed"] for b in bodies}
+    other = (await evaluated(Script([GOOD]), Sampling(k=3, temperature=0.7, seed=6)))[2].bodies
+    assert not {b["seed"] for b in other} & {b["seed"] for b in bodies}
+
+
+async def test_a_sample_that_runs_into_the_limit_is_told_apart() -> None:
+    answers = [["0", saying("#0" * 100)]] * 3
+    report, handed, _ = await evaluated(answering(answers), Sampling(k=2, temperature=0.6))
+    assert report.truncated.value == 0.5
+    assert {sample.end for sample in handed[0].samples} == {EndReason.COMPLETED, EndReason.LENGTH}
+
+
+async def test_what_fails_is_no_wrong_answer_and_is_asked_again() -> None:
+    failing = [["0", Script([], status=400)], [saying("choke"), "1"], ["2", "2"]]
+    sampling = Sampling(k=2, temperature=0.6)
+    report, handed, _ = await evaluated(answering(failing), sampling)
+    assert report.scores.average.value == 1.0
+    assert (report.scores.passes[2].value, report.scores.passes[2].problems) == (1.0, 1)
+    assert (report.samples, len(report.errors)) == (4, 2)
+    assert "as scripted" in report.errors[0]
+    assert report.errors[1] == "not graded: choked"
+
+    done = {result.index: result for result in handed}
+    right = answering([["0", "7"], ["7", "1"], ["2", "2"]])
+    report, handed, server = await evaluated(right, sampling, done=done)
+    assert sorted(map(place, server.bodies)) == [(0, 1), (1, 0)]
+    assert sorted(result.index for result in handed) == [0, 1]
+    assert [sample.answer for sample in handed[0].samples] in (["0", "7"], ["7", "1"])
+    assert (report.samples, report.errors) == (6, [])
+    assert report.scores.average.value == pytest.approx(2 / 3)
+
+
+async def test_it_gives_up_when_everything_fails() -> None:
+    with pytest.raises(EvaluationError, match=r"the last 4 samples all failed.*as scripted"):
+        await evaluated(Script([], status=400), Sampling(k=2, temperature=0.6, concurrency=2))
+
+
+async def test_no_more_samples_at_once_than_allowed() -> None:
+    async with (
+        FakeServer(Script([GOOD]), gated=True) as server,
+        collector_of(server) as collector,
+    ):
+        sampling = Sampling(k=4, temperature=0.6, concurrency=3)
+        asking = asyncio.create_task(evaluate(collector, ByAnswer(), PROBLEMS, sampling))
+        for finished in range(12 - 3):
+            await server.until(lambda n=finished: len(server.bodies) >= n + 3)
+            await collector._client.models.list()  # what was asked beyond would be there by now
+            assert len(server.bodies) == finished + 3
+            server.release()
+            await server.until(lambda n=finished: server.finished > n)
+        server.release(3)
+        assert (await asking).samples == 12
+
+
+async def test_without_an_answer_reader_there_is_no_majority() -> None:
+    async with FakeServer(saying("#0")) as server, collector_of(server) as collector:
+        report = await evaluate(collector, ByAnswer(), PROBLEMS, Sampling(k=1, temperature=0.6))
+    assert report.scores.majority is None
+    assert report.scores.average.value == pytest.approx(1 / 3)
+
+
+# -- early stopping --------------------------------------------------------------------------------
+
+#: Stopped by GATE at its eighth token, and right at its end, the twelfth.
+DOUBTFUL = Script([GOOD] * 6 + [BAD] * 4 + [Token("#", id=3), Token("0", id=3)])
+
+
+async def test_the_rule_is_off_unless_asked_for() -> None:
+    report, _, _ = await evaluated(DOUBTFUL, Sampling(k=2, temperature=0.6), GATE)
+    assert report.scores.average.value == pytest.approx(1 / 3)
+    assert report.tokens == 12.0
+
+
+async def test_a_stopped_sample_is_wrong_whatever_it_would_have_become() -> None:
+    answers = [[DOUBTFUL, "0"]] * 3
+    sampling = Sampling(k=2, temperature=0.6, gated=True, audit=0.0)
+    report, handed, _ = await evaluated(answering(answers), sampling, GATE)
+    assert report.scores.average.value == pytest.approx(1 / 6)
+    assert report.scores.majority.value == pytest.approx(1 / 3)  # the stopped ones do not vote
+    assert report.stopped.value == 0.5
+    assert report.false_positives.trials == 0
+    assert report.saved[0] != report.saved[0]  # unknown
+    stopped = handed[0].samples[0]
+    assert (stopped.end, stopped.tokens, stopped.answer) == (EndReason.EARLY_STOP, 8, None)
+
+
+async def test_the_audit_tells_what_stopping_saves_and_costs() -> None:
+    answers = [[DOUBTFUL, "0"]] * 3
+    sampling = Sampling(k=2, temperature=0.6, gated=True, audit=1.0)
+    report, _, server = await evaluated(answering(answers), sampling, GATE)
+    assert server.aborted == 0
+    assert report.scores.average.value == pytest.approx(1 / 6)
+    # Of three stopped ones only the first problem's ends with its answer.
+    assert (report.false_positives.successes, report.false_positives.trials) == (1, 3)
+    assert report.saved == (pytest.approx(1 - (8 + 6) / (12 + 6)), 0.0)
+    assert report.tokens == (8 + 6) / 2
+
+
+async def test_a_part_is_audited_always_the_same() -> None:
+    sampling = Sampling(k=64, temperature=0.6, gated=True, audit=0.25)
+    modes = [sampling.sample(PROBLEMS[0], 0, number).mode for number in range(64)]
+    assert modes == [sampling.sample(PROBLEMS[0], 0, number).mode for number in range(64)]
+    assert 6 <= modes.count("shadow") <= 26
+    assert set(modes) == {"shadow", "enforce"}
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("evaluate") / "model", 0)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "sums.jsonl"
+    rows = [{"problem": problem.prompt, "answer": problem.answer} for problem in PROBLEMS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def arguments(model: Path, data: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")),
+        *("--k", "2", "--max-tokens", "20", "--grader", "exact"),
+    ]
+
+
+ANSWERS = [["0", "7"], ["1", "1"], ["7", "7"]]
+
+
+async def run(arguments: list[str], script: Any) -> FakeServer:
+    """The command against a scripted server; what it was asked."""
+    async with FakeServer(script) as server:
+        await Command(parse([*arguments, "--url", server.url])).run()
+    return server
+
+
+def results(tmp_path: Path) -> Any:
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+async def test_the_command_leaves_results_and_a_table(
+    arguments: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    await run(arguments, answering(ANSWERS))
+    content = results(tmp_path)
+    sums = content["results"]["sums"]
+    assert sums["avg@2"]["value"] == pytest.approx(0.5)
+    assert sums["avg@2"]["interval"][0] < 0.5 < sums["avg@2"]["interval"][1]
+    assert sums["pass@2"]["value"] == pytest.approx(2 / 3)
+    assert sums["maj@2"]["value"] == pytest.approx(0.5)
+    assert (sums["problems"], sums["samples"], sums["errors"]) == (3, 6, 0)
+    assert content["settings"]["k"] == 2
+    assert content["settings"]["temperature"] == 0.6
+    assert {"python", "torch", "transformers"} <= set(content["versions"])
+    assert content["machine"]["cpus"] == os.cpu_count()
+    said = capsys.readouterr().out
+    for heading in ("avg@2", "maj@2", "pass@2", "errors"):
+        assert heading in said
+    assert "66.7" in said
+    lines = (tmp_path / "out" / "sums.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["index"] for line in lines) == [0, 1, 2]
+
+
+def asked(server: FakeServer) -> list[dict[str, Any]]:
+    """The samples' requests; the gateway's own, as it starts, are of one token."""
+    return [body for body in server.bodies if body.get("max_tokens") != 1]
+
+
+async def test_the_same_command_asks_nothing_again(arguments: list[str], tmp_path: Path) -> None:
+    await run(arguments, answering(ANSWERS))
+    first = results(tmp_path)["results"]
+    assert asked(await run(arguments, answering(ANSWERS))) == []
+    assert results(tmp_path)["results"] == first
+
+
+async def test_failed_samples_are_shown_and_asked_again(
+    arguments: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    failing = [["0", Script([], status=400)], *ANSWERS[1:]]
+    async with FakeServer(answering(failing)) as server:
+        assert not await Command(parse([*arguments, "--url", server.url])).run()
+    assert "1 samples failed and are counted nowhere" in capsys.readouterr().out
+    assert results(tmp_path)["results"]["sums"]["errors"] == 1
+    server = await run(arguments, answering(ANSWERS))
+    assert list(map(place, asked(server))) == [(0, 1)]
+    sums = results(tmp_path)["results"]["sums"]
+    assert (sums["samples"], sums["errors"]) == (6, 0)
+    assert sums["avg@2"]["value"] == pytest.approx(0.5)
+    # The completed line has the texts of both.
+    last = json.loads((tmp_path / "out" / "sums.jsonl").read_text().splitlines()[-1])
+    assert [sample["text"] for sample in last["samples"]] == ["2+#1#0", "2+#1#7"]
+
+
+async def test_more_problems_go_on_with_those_there(arguments: list[str], tmp_path: Path) -> None:
+    await run([*arguments, "--limit", "2"], answering(ANSWERS))
+    assert results(tmp_path)["results"]["sums"]["problems"] == 2
+    server = await run(arguments, answering(ANSWERS))
+    assert sorted(map(place, asked(server))) == [(2, 0), (2, 1)]
+    assert asked(await run([*arguments, "--limit", "1"], answering(ANSWERS))) == []
+    assert results(tmp_path)["results"]["sums"]["problems"] == 1
+
+
+async def test_half_a_line_is_forgotten(arguments: list[str], tmp_path: Path) -> None:
+    await run(arguments, answering(ANSWERS))
+    first = results(tmp_path)["results"]
+    path = tmp_path / "out" / "sums.jsonl"
+    lines = path.read_text().splitlines()
+    cut = json.loads(lines[-1])["index"]
+    path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    server = await run(arguments, answering(ANSWERS))
+    assert sorted(map(place, asked(server))) == [(cut, 0), (cut, 1)]
+    assert results(tmp_path)["results"] == first
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+async def test_a_gate_is_pushed_and_reported(
+    arguments: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "gate.json").write_bytes(GATE)
+    gated = [*arguments, "--gate", str(tmp_path / "gate.json"), "--audit", "1"]
+    await run(gated, answering([[DOUBTFUL, "0"]] * 3))
+    sums = results(tmp_path)["results"]["sums"]
+    assert sums["stopped"]["value"] == 0.5
+    assert sums["false_positives"]["value"] == pytest.approx(1 / 3)
+    assert sums["tokens_saved"] == pytest.approx(1 - (8 + 6) / (12 + 6))
+    assert results(tmp_path)["settings"]["gate"]["beta"] == 1.0
+    assert "false stops" in capsys.readouterr().out
+
+
+# -- refused ---------------------------------------------------------------------------------------
+
+
+def refusal(arguments: list[str], monkeypatch: Any, capsys: Any) -> str:
+    """What the command says that must end with code 2 and start nothing."""
+
+    async def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(ServerProcess, "start", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["espo_rl.evaluate", *arguments])
+    try:
+        code = main()
+    except SystemExit as exit:
+        code = exit.code
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--k", "3"], "k: 2 there, 3 now"),
+        (["--temperature", "1.0"], "temperature: 0.6 there, 1.0 now"),
+        (["--top-p", "1.0"], "top_p"),
+        (["--max-tokens", "21"], "max_tokens"),
+        (["--seed", "1"], "seed"),
+        (["--plain"], "chat"),
+        (["--system", "s"], "system"),
+        (["--template", "a {problem}"], "template"),
+        (["--grader", "math"], "grader"),
+        (["--gate", "gate.json"], "gate"),
+    ],
+)
+def test_other_settings_are_refused(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    change: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gate.json").write_bytes(GATE)
+    Command(parse(arguments))
+    said = refusal([*arguments, *change], monkeypatch, capsys)
+    assert f"  {named}" in said
+    assert "another --out" in said
+
+
+def test_a_model_trained_on_since_is_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    own = random_checkpoint(tmp_path / "own", 0)
+    arguments = [*arguments, "--model", str(own)]
+    Command(parse(arguments))
+    random_checkpoint(own, 1)
+    assert "model_files" in refusal(arguments, monkeypatch, capsys)
+
+
+async def test_other_problems_under_the_same_name_are_refused(
+    arguments: list[str], data: Path
+) -> None:
+    await run(arguments, answering(ANSWERS))
+    changed = data.read_text().replace('"answer": "1"', '"answer": "5"')  # noqa: ASYNC240
+    data.write_text(changed)  # noqa: ASYNC240
+    with pytest.raises(EvaluationError, match="the data has changed"):
+        await run(arguments, answering(ANSWERS))
+
+
+async def test_a_damaged_line_is_named(arguments: list[str], tmp_path: Path) -> None:
+    await run(arguments, answering(ANSWERS))
+    path = tmp_path / "out" / "sums.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first[:30] + "\n", *others]))
+    with pytest.raises(EvaluationError, match="line 1, is damaged"):
+        await run(arguments, answering(ANSWERS))
+
+
+def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path, {})
+    with (tmp_path / "sums.jsonl").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(EvaluationError, match="another evaluation"), folder.results("sums", []):
+            pass
+    with folder.results("sums", []):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--model", "/no/such/model"], "--model: no folder /no/such/model"),
+        (["--data", "/no/such.jsonl"], "--data: No such file or folder: /no/such.jsonl"),
+        (["--problem-column", "question"], "--problem-column = 'question': no text or number"),
+        (["--answer-column", "solution"], "--answer-column = 'solution': no text or number"),
+        (["--answer-pattern", "#### (.*)"], "--answer-pattern = '#### (.*)' finds nothing"),
+        (["--grader", "no.such:grader"], "--grader = 'no.such:grader' cannot be imported"),
+        (["--gate", "/no/gate.json"], "--gate /no/gate.json"),
+        (["--grader", "regex"], "pattern"),
+        (["--template", "no place"], "{problem}"),
+        (["--k", "0"], "k = 0"),
+        (["--limit", "0"], "--limit"),
+        (["--audit", "2"], "audit = 2"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--", "typo"], "typo"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], monkeypatch: Any, capsys: Any, change: list[str], named: str
+) -> None:
+    assert named in refusal([*arguments, *change], monkeypatch, capsys)
+
+
+def test_a_bad_gate_is_named(
+    arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "gate.json").write_text('{"rule": "regret-only", "bta": 1.0}')
+    said = refusal([*arguments, "--gate", str(tmp_path / "gate.json")], monkeypatch, capsys)
+    assert "did you mean beta" in said
+
+
+def test_two_data_sets_of_one_name(
+    arguments: list[str], data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / data.name
+    other.write_text(data.read_text())
+    said = refusal([*arguments, "--data", str(data), str(other)], monkeypatch, capsys)
+    assert "two data sets are called sums" in said
+
+
+def test_no_chat_template(
+    arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    model = random_checkpoint(tmp_path / "plain", 0)
+    (model / "chat_template.jinja").unlink()
+    said = refusal([*arguments, "--model", str(model)], monkeypatch, capsys)
+    assert "--plain" in said
+
+
+def test_an_output_that_cannot_be_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "file").touch()
+    said = refusal([*arguments, "--out", str(tmp_path / "file")], monkeypatch, capsys)
+    assert "--out" in said
+
+
+def test_what_follows_two_dashes_goes_to_vllm(arguments: list[str]) -> None:
+    options = parse([*arguments, "--", "--tensor-parallel-size", "2"])
+    assert options.vllm_args == ["--tensor-parallel-size", "2"]
+    vllm_args = command.make_recipe(options).servers.vllm_args
+    assert vllm_args == ["--tensor-parallel-size", "2"]
+
+
+# -- the answers that vote -------------------------------------------------------------------------
+
+
+def read(text: str, reference: str = "1", **task: Any) -> str | None:
+    reader = make_answer_reader(TaskSection(**task))
+    assert reader is not None
+    return reader(text, Problem(id="", prompt="", answer=reference))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"so \boxed{\frac{2}{4}}", r"\boxed{0.5}"),
+        (r"\boxed{x+1}", r"\boxed{1 + x}"),
+        (r"\boxed{1,000}", "the answer is 1000."),
+        (r"\boxed{3} no, \boxed{4}", r"\fbox{4}"),
+    ],
+)
+def test_equal_answers_are_written_alike(one: str, other: str) -> None:
+    assert math_answer(one, "1") == math_answer(other, "1") is not None
+
+
+def test_unequal_answers_are_not() -> None:
+    assert math_answer(r"\boxed{4}", "1") != math_answer(r"\boxed{5}", "1")
+
+
+def test_of_a_choice_the_letter_votes() -> None:
+    assert read(r"3 of 4, so \boxed{(b)}", "A", grader="math") == "B"
+    assert read("3 of 4, so the answer is C", "A", grader="math") == "C"
+
+
+def test_no_answer() -> None:
+    assert read("nothing here", grader="math") is None
+    assert read("nothing here", "A", grader="math") is None
+    assert read("1+2#", grader="exact") is None
+    assert read("it is not", grader="regex", pattern=r"is (\d+)") is None
+
+
+def test_a_pattern_reads_the_last_match_and_numbers_as_numbers() -> None:
+    task = {"grader": "regex", "pattern": r"is (\S+)"}
+    assert read("it is 3, no, it is 1,000.50", **task) == read("is $1000.5", **task) == "1000.5"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("0", "-0.00", True),
+        ("1e3", "1000", True),
+        ("1" * 40, "1" * 39 + "2", False),
+        ("1e999999999", "1E999999999", True),
+        ("1e999999999", "1e999999998", False),
+        ("snan", "7", False),
+    ],
+)
+def test_numbers_are_compared_to_their_last_digit(one: str, other: str, same: bool) -> None:
+    task = {"grader": "regex", "pattern": r"is (\S+)"}
+    assert (read(f"is {one}", **task) == read(f"is {other}", **task)) is same
+
+
+def test_of_a_grader_of_ones_own_nothing_is_known() -> None:
+    assert make_answer_reader(TaskSection(grader="some.module:function")) is None
+
+
+# -- as a process ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+async def test_a_stopped_command_leaves_no_process_and_goes_on(
+    arguments: list[str], tmp_path: Path, how: signal.Signals
+) -> None:
+    async with FakeServer(answering(ANSWERS), gated=True) as server:
+        started = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "espo_rl.evaluate", *arguments),
+            *("--url", server.url, "--concurrency", "1"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        # Two tokens for the gateway's start, and five samples of six; once the next is asked for,
+        # two problems are on disk.
+        server.release(2 + 5 * 6)
+        await server.until(lambda: len(asked(server)) == 6)
+        family = psutil.Process(started.pid).children(recursive=True)
+        assert len(family) >= 2  # the gateway and its guard
+        started.send_signal(how)
+        said = (await started.communicate())[0].decode()
+        _, left = psutil.wait_procs(family, timeout=30 if how is signal.SIGKILL else 0)
+        assert left == []
+        if how is signal.SIGINT:
+            assert started.returncode == 130
+            assert said.splitlines()[-1] == "espo: interrupted; the same command goes on"
+            assert "Traceback" not in said
+    path = tmp_path / "out" / "sums.jsonl"
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+    with path.open("a") as file:
+        file.write('{"index": 2, "samples": [{"en')
+    again = await run(arguments, answering(ANSWERS))
+    assert sorted(map(place, asked(again))) == [(2, 0), (2, 1)]
+    sums = results(tmp_path)["results"]["sums"]
+    assert (sums["samples"], sums["avg@2"]["value"]) == (6, pytest.approx(0.5))
+
+
+@pytest.mark.vllm
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_real_server(vllm_server: Any, tmp_path: Path) -> None:
+    """A random policy, sampled with different seeds, and the same again with the same ones.
+
+    The prompts are more than the server takes in one step: chunked, seeded ones would end it.
+    """
+    prompts = [f"{i:02d}" * 220 for i in range(24)]
+    rows = [json.dumps({"problem": prompt, "answer": "1"}) for prompt in prompts]
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join(rows))
+
+    async def texts(out: Path) -> tuple[list[list[str]], Any]:
+        arguments = ["--model", str(vllm_server.path), "--data", str(data), "--out", str(out)]
+        asked = ["--k", "4", "--max-tokens", "12", "--temperature", "1", "--grader", "exact"]
+        assert await Command(parse([*arguments, *asked, "--url", vllm_server.url])).run()
+        rows = map(json.loads, (out / "long.jsonl").read_text().splitlines())
+        samples = [row["samples"] for row in sorted(rows, key=lambda row: row["index"])]
+        report = json.loads((out / "results.json").read_text())["results"]["long"]
+        return [[sample["text"] for sample in problem] for problem in samples], report
+
+    first, report = await texts(tmp_path / "first")
+    assert sum(len(set(problem)) > 1 for problem in first) > 12
+    assert (report["problems"], report["samples"], report["errors"]) == (24, 96, 0)
+    assert 0 < report["mean_tokens"] <= 12
+    assert 0.0 <= report["avg@4"]["value"] <= report["pass@4"]["value"] <= 1.0
+    assert (await texts(tmp_path / "second"))[0] == first

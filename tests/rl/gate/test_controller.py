@@ -1,0 +1,459 @@
+"""The stop controller: every rule, threshold and warm-up is a setting of one code path."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pickle
+import random
+from typing import get_args
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from espo_gateway.stop import fit as estimator
+from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
+from espo_gateway.stop.recorded import pad, recorded_regrets
+from espo_gateway.stop.regret import RegretStatistics, smoothed_regret
+from espo_gateway.stop.replay import level_of
+from espo_gateway.stop.rules import THRESHOLDS, Gate, RuleName
+from espo_rl.config import Stopping
+from espo_rl.gate.controller import StopController
+from espo_rl.gate.outcomes import with_outcome
+from espo_rl.gate.warm_up import WarmUp
+from espo_rl.types import EndReason
+from tests.helpers.simulated import censored, critic_says, cuts, simulate
+
+AUDIT = 0.25
+
+
+def controller(steps=1000, **settings) -> StopController:
+    return StopController(Stopping(**settings), steps, random.Random(0))
+
+
+def play(stopping, batches, *, rollouts=150, seed=0, harmless=0.0, explained=0.5):
+    """Gate, sample, observe; returns the gates and the share each stopped."""
+    gates, shares = [], []
+    for batch in range(batches):
+        gate = stopping.gate(f"step-{batch}")
+        full = simulate(rollouts, 1000 * seed + batch, harmless=harmless)
+        seen = censored(full, gate, stopping.config.audit_share, batch)
+        values = critic_says(with_outcome(seen)) if stopping.needs_values else None
+        stopping.observe(seen, 0.4, explained, values)
+        gates.append(gate)
+        shares.append(sum(rollout.stopped for rollout in seen) / rollouts)
+    return gates, shares
+
+
+# -- all settings ----------------------------------------------------------------------------------
+
+SOURCES = ("constant", "stream", "critic")
+ALL = [
+    (rule, value, threshold, warmup)
+    for rule, value, threshold, warmup in itertools.product(
+        sorted({*get_args(RuleName)} - {"confidence"}),  # the recipe refuses it
+        SOURCES,
+        ("audit", "share", "quantile", "fixed"),
+        ("none", "batches", "critic-loss", "explained-variance"),
+    )
+    if value == "stream" or rule in ("value-gated", "value-only")
+]
+
+
+@pytest.mark.parametrize(("rule", "value", "threshold", "warmup"), ALL)
+def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup):
+    """A shaky rule may stay off under "audit", but it says why, and each gate is a valid one."""
+    settings = {"warmup_batches": 2, "audit_share": AUDIT, "warmup_explained": 0.1}
+    stopping = controller(
+        rule=rule, value=value, threshold=threshold, warmup=warmup, beta_min=0.01, **settings
+    )
+    for batch in range(5):
+        gate = stopping.gate(f"step-{batch}")
+        assert gate_from_json(gate_to_json(gate), has_critic=True) == gate
+        assert (gate.rule == rule) == (stopping.on or rule == "none")
+        assert (gate.version, gate.weights_version) == (batch, f"step-{batch}")
+        if stopping.on:
+            threshold_in_force = getattr(gate, THRESHOLDS[rule])
+            assert threshold_in_force == stopping.threshold
+        assert stopping.reason
+        seen = censored(simulate(120, batch), gate, AUDIT, batch)
+        before, was_on = stopping.threshold, stopping.on
+        values = critic_says(with_outcome(seen)) if stopping.needs_values else None
+        stopping.observe(seen, 0.4, 0.5, values)
+        stopping = pickle.loads(pickle.dumps(stopping))  # as a checkpoint does
+        if not was_on or stopping.threshold is None:
+            continue
+        looser = level_of(rule, stopping.threshold) - level_of(rule, before)
+        share = sum(rollout.stopped for rollout in seen) / 120
+        if threshold == "share" or rule == "random":
+            assert looser * (share - 0.25) <= 1e-12
+        elif threshold in ("quantile", "fixed"):
+            assert looser == 0.0
+    if rule == "none":
+        assert not stopping.on
+        assert stopping.reason == "no stop rule"
+    elif threshold != "audit":
+        assert stopping.on, stopping.reason
+        assert stopping.reason.startswith(("β = ", "p* = ", "hazard = "))
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "threshold"),
+    [
+        *(("regret-only", "constant", threshold) for threshold in ("share", "quantile")),
+        *(("value-gated", "stream", threshold) for threshold in ("share", "quantile")),
+        *(("success-probability", "stream", threshold) for threshold in ("share", "quantile")),
+        *(("random", "constant", threshold) for threshold in ("audit", "share", "fixed")),
+    ],
+)
+def test_a_wished_share_is_met_from_the_first_gated_batch(rule, value, threshold):
+    stopping = controller(
+        rule=rule,
+        value=value,
+        threshold=threshold,
+        target_share=0.3,
+        beta_min=0.01,
+        p_star_max=0.99,
+    )
+    # Half of the slips are harmless, so that no rollout is quite lost and levels are spread out.
+    gates, shares = play(stopping, 10, rollouts=250, harmless=0.5)
+    assert [gate.rule for gate in gates] == ["none"] * 4 + [rule] * 6
+    assert np.mean(shares[4:]) == pytest.approx(0.3, abs=0.08)
+
+
+def test_random_stops_follow_rollouts_that_become_shorter():
+    stopping = controller(rule="random", target_share=0.3, audit_share=0.0)
+    shares = []
+    for batch in range(30):
+        gate = stopping.gate("w")
+        full = simulate(300, batch)
+        if batch >= 10:
+            for rollout in full:
+                rollout.token_ids = rollout.token_ids[:15]
+                rollout.logprobs = rollout.logprobs[:15]
+                rollout.max_logprobs = rollout.max_logprobs[:15]
+        seen = censored(full, gate, 0.0, batch)
+        stopping.observe(seen, None)
+        shares.append(sum(rollout.stopped for rollout in seen) / 300)
+    assert shares[10] < 0.2
+    assert np.mean(shares[15:]) == pytest.approx(0.3, abs=0.03)
+
+
+# -- the audit, from end to end --------------------------------------------------------------------
+
+
+def realised(stopping, batches, **settings):
+    """False positives among all stops, and the share stopped, in gated batches."""
+    false = stops = gated = 0
+    for batch in range(batches):
+        gate = stopping.gate("w")
+        full = simulate(200, 77_000 + batch, **settings)
+        found = [r.correct for r, cut in zip(full, cuts(full, gate), strict=True) if cut]
+        false, stops = false + sum(found), stops + len(found)
+        gated += stopping.on
+        stopping.observe(censored(full, gate, stopping.config.audit_share, batch), None)
+    return false / max(stops, 1), stops / (gated or 1) / 200
+
+
+@pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
+def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule):
+    """70 % of these rollouts slip, visibly: half of them early enough to be worth a stop."""
+    stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1)
+    false, stopped = realised(stopping, 30)
+    assert false < 0.05
+    assert stopped > 0.5
+    assert stopping.false_positive_bound <= 0.05
+    assert stopping.known_outcomes > 45
+    assert "false positives with 90% confidence" in stopping.reason
+
+
+def test_the_audit_ends_a_rule_that_cannot_tell():
+    """Half of what looks like a slip is none: no threshold is safe, and a fixed one is not."""
+    settings = {"rule": "regret-only", "beta": 0.4, "beta_min": 0.1, "audit_share": 0.1}
+    careless, _ = realised(controller(threshold="fixed", **settings), 10, harmless=0.5)
+    assert careless > 0.15
+    stopping = controller(**settings)
+    gates, _ = play(stopping, 20, harmless=0.5)
+    assert [gate.rule for gate in gates].count("none") >= 15
+    if not stopping.on:
+        assert "no threshold keeps false positives under 5%" in stopping.reason
+
+
+def test_scores_are_made_before_the_estimator_has_seen_the_batch():
+    stopping = controller(warmup_batches=1)
+    stopping.observe(simulate(100, 0), None)
+    assert stopping.estimator is not None
+    assert stopping.known_outcomes == 0  # nothing could be said of the first batch
+    assert stopping.explained_variance is None
+    stopping.observe(simulate(100, 1), None)
+    assert stopping.known_outcomes > 0
+    assert stopping.explained_variance is not None
+
+
+def test_an_audited_rollout_is_evidence_for_all_that_were_stopped():
+    stopping = controller(rule="regret-only", audit_share=AUDIT, evidence=1, beta_min=0.01)
+    stopping.observe(simulate(200, 0), None)
+    gate = Gate(rule="regret-only", beta=0.3, statistics=stopping.statistics)
+    seen = censored(simulate(400, 1), gate, AUDIT, 1)
+    audited = sum(rollout.audited for rollout in seen)
+    others = sum(not rollout.stopped for rollout in seen)
+    assert audited > 50
+    stopping.observe(seen, None)
+    (evidence,) = stopping._threshold._evidence
+    assert evidence.weights.sum() == audited / AUDIT + others
+    assert evidence.weights[evidence.levels < level_of("regret-only", 0.3)].tolist() == (
+        [1 / AUDIT] * audited
+    )
+
+
+def test_what_a_checkpoint_keeps_does_not_grow_with_the_run():
+    stopping = controller(evidence=3, window=2, warmup_batches=1)
+    sizes = []
+    for batch in range(8):
+        stopping.observe(simulate(100, batch), 0.1)
+        sizes.append(len(pickle.dumps(stopping)))
+    assert max(sizes[4:]) < 1.05 * sizes[3]
+
+
+# -- warm-up ---------------------------------------------------------------------------------------
+
+
+def test_stopping_is_off_during_the_warm_up_and_on_after_it():
+    stopping = controller(warmup_batches=2)
+    for batch in range(2):
+        assert stopping.gate("w").rule == "none"
+        assert stopping.reason.startswith(("warm-up", f"{batch} of 2"))
+        stopping.observe(simulate(200, batch), critic_loss=0.5)
+    gate = stopping.gate("w")
+    assert (gate.rule, gate.version, gate.weights_version) == ("success-probability", 2, "w")
+    assert gate.estimator is not None
+
+
+def test_without_a_warm_up_the_papers_beta_gates_the_first_batch():
+    stopping = controller(rule="regret-only", threshold="share", warmup="none", audit_share=0.0)
+    gate = stopping.gate("w")
+    assert (gate.rule, gate.beta) == ("regret-only", 7.0)
+    given = controller(rule="regret-only", threshold="share", warmup="none", beta=3.0)
+    assert given.gate("w").beta == 3.0
+
+
+def test_without_a_warm_up_an_estimator_rule_starts_with_its_estimator():
+    stopping = controller(threshold="fixed", p_star=0.1, warmup="none")
+    assert stopping.gate("w").rule == "none"
+    assert "no estimator yet" in stopping.reason
+    stopping.observe(simulate(100, 0), None)
+    gate = stopping.gate("w")
+    assert gate.rule == "success-probability"
+    assert gate.p_star == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        ((3.0, 2.0, 1.5, 1.45), "moved less"),
+        ((9.0, 0.4, 0.2, 0.45), "below 0.5 three times"),
+        ((9.0, 8.0, 7.0, 6.0), "forced on after 4 steps"),
+        ((None, None, None, None), "forced on after 4 steps"),
+    ],
+)
+def test_the_papers_warm_up_is_row_8(losses, reason):
+    warmup = WarmUp(Stopping(warmup="critic-loss"), 40)
+    for loss in losses:
+        assert not warmup.done
+        assert warmup.reason.startswith("warm-up")
+        warmup.update(loss, 0.9)
+    assert warmup.done
+    assert reason in warmup.reason
+
+
+def test_a_warm_up_by_explained_variance_is_never_forced():
+    warmup = WarmUp(Stopping(warmup="explained-variance", warmup_explained=0.2), 10)
+    for explained in (None, 0.1, -3.0, 0.2, *[0.0] * 20):
+        warmup.update(0.01, explained)
+        assert not warmup.done
+        assert "never forced" in warmup.reason
+    warmup.update(0.01, 0.21)
+    assert warmup.done
+    assert warmup.reason == "explained variance 0.21, more than 0.2 wanted"
+
+
+@pytest.mark.parametrize(("value", "starts"), [("stream", False), ("critic", True)])
+def test_the_explained_variance_is_that_of_the_v_that_gates(value, starts):
+    stopping = controller(
+        rule="value-gated", value=value, warmup="explained-variance", warmup_explained=0.8
+    )
+    stopping.observe(simulate(100, 0), None, critic_explained_variance=0.81)
+    stopping.observe(simulate(100, 1), None, critic_explained_variance=0.81)
+    assert stopping.warmup.done == starts
+    assert (stopping.explained_variance == 0.81) == starts
+
+
+# -- the rest --------------------------------------------------------------------------------------
+
+
+def test_beta_starts_where_it_is_given_or_where_the_warm_up_puts_it():
+    settings = {"rule": "regret-only", "threshold": "share", "warmup_batches": 1, "beta_min": 0.01}
+    full = simulate(200, 6)
+    calibrated = controller(target_share=0.3, **settings)
+    calibrated.observe(full, None)
+    stopped = np.array(cuts(full, calibrated.gate("w"))) > 0
+    assert stopped.mean() == pytest.approx(0.3, abs=0.02)
+    before = calibrated.threshold
+    calibrated.observe(full, None)  # none of them is told to be stopped, so the share is 0
+    assert calibrated.threshold == pytest.approx(before + 0.1 * (0.0 - 0.3))
+
+    given = controller(beta=4.0, **settings)
+    given.observe(full, None)
+    assert given.threshold == 4.0
+
+
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
+def test_a_critics_threshold_starts_where_its_values_put_it(rule):
+    """V = ε instead would stop far fewer than wished."""
+    stopping = controller(
+        rule=rule, value="critic", threshold="share", target_share=0.3, warmup_batches=1
+    )
+    assert stopping.needs_values
+    full = simulate(400, 6)
+    stopping.observe(full, None, values=critic_says(full))
+    gate = stopping.gate("w")
+    assert gate.rule == rule
+    assert np.mean(np.array(cuts(full, gate)) > 0) == pytest.approx(0.3, abs=0.03)
+    assert not stopping.needs_values  # from here on the share alone moves it
+
+
+def test_what_no_critic_said_calibrates_nothing():
+    stopping = controller(rule="value-gated", value="critic", threshold="share", warmup_batches=1)
+    stopping.observe(simulate(100, 0), None)
+    assert not stopping.on
+    assert "no full rollout has been judged" in stopping.reason
+
+
+@pytest.mark.parametrize("rule", ["value-gated", "value-only"])
+def test_audits_bound_a_critics_rule(rule):
+    stopping = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
+    _, shares = play(stopping, 12)
+    assert stopping.needs_values
+    assert stopping.false_positive_bound <= 0.05
+    failing = 1.0 - 0.97**40
+    assert np.mean(shares[6:]) == pytest.approx(failing, abs=0.12)
+    # A critic that takes too much for fatal is not believed.
+    deceived = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
+    _, shares = play(deceived, 12, harmless=0.5)
+    assert deceived.false_positive_bound > 0.05
+    assert np.mean(shares) < 0.05
+
+
+def test_what_gated_a_batch_is_told_not_guessed():
+    """A batch that was sampled ahead, before stopping began, is no sign that too few stop."""
+    stopping = controller(rule="regret-only", threshold="share", warmup_batches=1)
+    stopping.observe(simulate(200, 0), None, gated=False)
+    before = stopping.threshold
+    stopping.observe(simulate(200, 1), None, gated=False)
+    assert stopping.threshold == before
+    stopping.observe(simulate(200, 2), None, gated=True)
+    assert stopping.threshold < before
+
+
+def test_only_a_rule_that_asks_a_critic_needs_its_values():
+    for settings in ({}, {"rule": "none"}, {"rule": "value-gated"}, {"rule": "regret-only"}):
+        assert not controller(**settings).needs_values
+
+
+def test_audits_are_drawn_at_the_wished_share_before_sampling():
+    drawn = controller(audit_share=0.25).draw_audits(4000)
+    assert sum(drawn) / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_statistics_are_of_all_tokens_of_the_batch():
+    stopping = controller()
+    batch = simulate(30, 7)
+    stopping.observe(batch, critic_loss=None)
+    regrets = recorded_regrets(
+        pad([r.logprobs for r in batch]), pad([r.max_logprobs for r in batch])
+    )
+    assert stopping.statistics.mean == pytest.approx(np.nanmean(regrets))
+    assert stopping.statistics.variance == pytest.approx(np.nanvar(regrets))
+    # Those of the second batch do not judge it.
+    before = stopping.statistics
+    other = simulate(30, 8)
+    stopping.observe(other, critic_loss=None)
+    regrets = recorded_regrets(
+        pad([r.logprobs for r in other]), pad([r.max_logprobs for r in other])
+    )
+    z = smoothed_regret(regrets, before, stopping.gate("w").monitor)
+    assert isinstance(before, RegretStatistics)
+    assert stopping.z_quantiles == pytest.approx(tuple(np.quantile(z, (0.5, 0.9, 0.99))))
+
+
+def test_a_batch_of_errors_teaches_nothing():
+    stopping = controller(warmup="none", threshold="fixed", rule="regret-only")
+    failed = simulate(3, 0)
+    for rollout in failed:
+        rollout.end = EndReason.ERROR
+    stopping.observe(failed, 0.1)
+    assert stopping.gate("w") == controller(
+        warmup="none", threshold="fixed", rule="regret-only"
+    ).gate("w")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"audit_share": 0.0}, "an estimator"),
+        ({"audit_share": 0.0, "rule": "value-only", "threshold": "share"}, "an estimator"),
+        ({"audit_share": 0.0, "rule": "regret-only"}, 'threshold = "audit"'),
+        (
+            {
+                "audit_share": 0.0,
+                "rule": "regret-only",
+                "threshold": "share",
+                "warmup": "explained-variance",
+            },
+            'warmup = "explained-variance"',
+        ),
+        ({"beta_min": 3.0, "beta_max": 2.0}, "beta_min = 3.0 must be below"),
+    ],
+)
+def test_settings_that_cannot_work_say_what_to_change(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        Stopping(**settings)
+
+
+def test_a_critic_is_read_in_the_unit_of_its_returns():
+    config = Stopping(rule="value-gated", value="critic", warmup="none")
+    gate = StopController(config, 10, random.Random(0), worth=(-1.0, 2.0)).gate("step-0")
+    assert [gate.success(said) for said in (-1.0, 0.5, 2.0)] == [0.0, 0.5, 1.0]
+    assert gate_from_json(gate_to_json(gate), has_critic=True) == gate
+
+
+def test_random_and_fixed_rules_need_no_audits():
+    for settings in ({"rule": "random"}, {"rule": "regret-only", "threshold": "fixed"}):
+        assert Stopping(audit_share=0.0, **settings).audit_share == 0.0
+    assert Gate.beta == 7.0  # the paper's β₀
+
+
+def test_the_next_gate_is_rehearsed_on_the_last_batch(monkeypatch):
+    """A refit that makes every rollout hopeless from its start must not stop the next batch."""
+    stopping = controller(warmup_batches=2)
+    for batch in range(4):
+        stopping.observe(simulate(200, batch), None)
+    assert stopping.gate("").rule == "success-probability"
+    fit = estimator.fit
+
+    def pessimistic(batches):
+        fitted = fit(batches)
+        return dataclasses.replace(fitted, bias=fitted.bias - 8.0)
+
+    monkeypatch.setattr(estimator, "fit", pessimistic)
+    last = simulate(200, 4)
+    stopping.observe(last, None)
+    gate = stopping.gate("")
+    if gate.rule != "none":
+        right = [
+            bool(rollout.correct)
+            for rollout, cut in zip(last, cuts(last, gate), strict=True)
+            if cut
+        ]
+        assert sum(right) <= 0.05 * len(right)

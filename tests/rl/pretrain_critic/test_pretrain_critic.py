@@ -1,0 +1,212 @@
+"""A critic fitted to recorded rollouts: what it learns, what is measured, what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import load_recipe
+from espo_rl.ppo.critic import Critic, Scaler
+from espo_rl.pretrain_critic import command as pretrain_critic
+from espo_rl.pretrain_critic.fit import PretrainError, Settings, split, usable, values_of
+from espo_rl.pretrain_critic.quality import auc, qualities
+from espo_rl.record.rollout_files import RolloutDumps, read_rollouts
+from espo_rl.types import EndReason, Problem, Rollout
+from tests.helpers.models import random_checkpoint
+from tests.helpers.trainer import Paths, trainer
+
+SLIP = 9  # the token after which all is lost
+RIGHT, WRONG = 1.0, -1.0
+
+
+def make_rollouts(count: int) -> list[Rollout]:
+    """Half of them hold the token SLIP somewhere, and just these are wrong."""
+    rng = np.random.default_rng(3)
+    rollouts = []
+    for number in range(count):
+        tokens = rng.integers(10, 30, rng.integers(8, 14))
+        correct = bool(rng.random() < 0.5)
+        if not correct:
+            tokens[rng.integers(1, len(tokens) // 2)] = SLIP
+        rollouts.append(
+            Rollout(
+                problem=Problem(f"p{number // 2}", "p", "1"),
+                prompt_ids=[2, 4 + number // 2 % 5, 3],
+                token_ids=tokens.tolist(),
+                logprobs=np.where(tokens == SLIP, -3.0, -0.1),
+                max_logprobs=np.full(len(tokens), -0.1),
+                text="",
+                end=EndReason.COMPLETED,
+                kept=len(tokens),
+                correct=correct,
+                reward=RIGHT if correct else WRONG,
+            )
+        )
+    return rollouts
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("base"), 0)
+
+
+def record(folder: Path, rollouts: list[Rollout]) -> Path:
+    """A run's folder with the rollouts in two files."""
+    dumps = RolloutDumps(load_recipe("arithmetic-mixed", [f"run.output={folder}"]))
+    half = len(rollouts) // 2
+    # An answer that no grader could tell is no rollout to learn from.
+    lost = replace(rollouts[0], end=EndReason.ERROR, correct=None)
+    rollouts = [*rollouts, lost]
+    dumps.write(1, rollouts[:half], Gate())
+    dumps.write(2, rollouts[half:], Gate())
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["pretrain_critic", *map(str, arguments)])
+    return pretrain_critic.main()
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch, statistics):
+    run, out, values = record(tmp_path / "run", make_rollouts(300)), tmp_path / "c", tmp_path / "v"
+    options = ["--learning-rate", "1e-3", "--epochs", "6", "--values", values]
+    options += ["--statistics"] if statistics else []
+    assert command(monkeypatch, run, "--model", base, "--output", out, *options) == 0
+
+    report = json.loads((out / "report.json").read_text())
+    assert report["epochs"] >= 1
+    assert sum(report["rollouts"].values()) == 300
+    found = report["held_out"]["with statistics" if statistics else "tokens alone"]
+    assert found["end"]["explained"] > 0.8
+    assert found["end"]["auc"] > 0.95
+    assert found["first token"]["explained"] < 0.2  # the prompt says nothing
+
+    # What the trainer makes of it is what was measured, and what the values say.
+    paths = Paths(base, out)
+    loaded = trainer(paths, critic_statistics=statistics)
+    full, there = 0, set()
+    for file in sorted(values.iterdir()):
+        rollouts, _ = read_rollouts(file)
+        column = pq.read_table(file)["values"].to_pylist()
+        for rollout, row in zip(rollouts, column, strict=True):
+            if rollout.end is EndReason.ERROR:
+                assert row == []
+                continue
+            expected = loaded.values(rollout.prompt_ids + rollout.token_ids)
+            assert row == pytest.approx(expected[len(rollout.prompt_ids) :], abs=1e-5)
+            assert len(row) == len(rollout.token_ids)
+            full, there = full + 1, there | {rollout.problem.id}
+    assert full == report["rollouts"]["held_out"] == 2 * len(there)
+    if statistics:
+        assert loaded._scaler is not None
+        assert loaded._scaler.count > 0
+        assert loaded.critic.module.statistics.weight.abs().max() > 0
+
+
+def test_v_is_of_the_prefix_that_ends_with_the_token(base):
+    classifier = pretrain_critic.load_critic(str(base), statistics=False, seed=0).classifier
+    torch.nn.init.normal_(classifier.score.weight)
+    critic = Critic(classifier)
+    rollouts = make_rollouts(5)
+    for rollout, values in zip(rollouts, values_of(critic, rollouts, Settings()), strict=True):
+        assert len(values) == len(rollout.token_ids) + 1
+        for kept in (0, 1, len(rollout.token_ids)):
+            prefix = rollout.prompt_ids + rollout.token_ids[:kept]
+            alone = critic(torch.tensor([prefix]))[0, -1].item()
+            assert values[kept] == pytest.approx(alone, abs=1e-3)
+
+
+def test_a_problem_is_on_one_side_only():
+    parts = split(make_rollouts(200), 0.3)
+    sides = [{one.problem.id for one in part} for part in vars(parts).values()]
+    assert len(set.union(*sides)) == sum(map(len, sides)) == 100
+    assert 30 < len(parts.held_out) < 90
+
+
+def test_an_audited_rollout_counts_in_full():
+    (stopped,) = make_rollouts(1)
+    stopped.end, stopped.audited, stopped.kept = EndReason.EARLY_STOP, True, 3
+    assert usable([stopped])[0].kept == len(stopped.token_ids)
+
+
+def test_ranks_of_ties_count_half():
+    outcomes = np.array([True, True, False, False])
+    assert auc(np.array([3.0, 1.0, 1.0, 0.0]), outcomes) == 0.875
+    assert math.isnan(auc(np.zeros(2), np.array([True, True])))
+
+
+def test_quality_by_hand():
+    values = [np.array([0.5, 1.0]), np.array([0.5, 0.0, -1.0])]
+    found = qualities(values, [True, False])
+    assert found["end"].explained == 1.0
+    assert found["end"].mse == 0.0
+    assert found["first token"].explained == 0.0
+    assert found["first token"].mse == pytest.approx((0.25 + 2.25) / 2)
+    assert found["first token"].bce == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    assert found["prompt, held"].auc == 0.5
+    errors = np.array([0.5, 0.0, -1.5, -1.0, 0.0])
+    variance = np.array([1.0, 1.0, -1.0, -1.0, -1.0]).var()
+    assert found["all tokens"].explained == pytest.approx(1 - errors.var() / variance)
+    assert found["all tokens"].states == 5
+
+
+def test_stopped_rollouts_of_unknown_outcome_are_refused():
+    rollouts = make_rollouts(4)
+    rollouts[1].end, rollouts[1].correct = EndReason.EARLY_STOP, None
+    with pytest.raises(PretrainError, match=r"1 of 4 .* stopping\.rule=none"):
+        usable(rollouts)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "arguments", "said"),
+    [
+        (0, [], "no rollouts"),
+        (4, [], "record more"),
+        (60, ["--model", "/"], "--model / cannot be loaded"),
+    ],
+)
+def test_what_cannot_work_is_said_and_leaves_nothing(
+    base, tmp_path, monkeypatch, capsys, rollouts, arguments, said
+):
+    run = record(tmp_path / "run", make_rollouts(rollouts)) if rollouts else tmp_path
+    out = tmp_path / "critic"
+    assert command(monkeypatch, run, "--model", base, "--output", out, *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_left_alone(base, tmp_path, monkeypatch, capsys):
+    run = record(tmp_path / "run", make_rollouts(60))
+    assert command(monkeypatch, run, "--model", base, "--output", base) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (base / "model.safetensors").exists()
+
+
+def test_a_fault_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
+    critic = pretrain_critic.load_critic(str(base), statistics=False, seed=0)
+    tokenizer = pretrain_critic.load_tokenizer(str(base))
+    with pytest.raises(TypeError):
+        pretrain_critic._write(tmp_path / "c", critic, Scaler(), {"no JSON": object()}, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_tokenizer_is_told(tmp_path):
+    with pytest.raises(PretrainError, match="has no tokenizer"):
+        pretrain_critic.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["--held-out=1", "--wrong-reward=1", "--epochs=0"])
+def test_arguments_that_make_no_sense(argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_critic.parse(["x", "--model", "m", "--output", "o", argument])
+    assert stopped.value.code == 2
+    assert argument.partition("=")[0] in capsys.readouterr().err

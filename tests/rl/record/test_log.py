@@ -1,0 +1,502 @@
+"""Where a run's numbers go: files, TensorBoard, Weights & Biases and the terminal."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import math
+import os
+import pty
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.record.files import LogError
+from espo_rl.record.log import RunLog, step_line
+from espo_rl.record.metrics import (
+    METRICS,
+    gate_metrics,
+    grouped,
+    rollout_metrics,
+    table,
+    undocumented,
+)
+from espo_rl.record.sinks import JsonLines
+from espo_rl.types import EndReason, Problem, Rollout
+
+NOTHING = np.empty(0)
+
+
+def rollout(kept: int, end: EndReason = EndReason.COMPLETED, **fields: Any) -> Rollout:
+    values: dict[str, Any] = {"token_ids": list(range(kept)), "kept": kept, **fields}
+    return Rollout(
+        problem=Problem("1", "1", "1"),
+        prompt_ids=[1],
+        logprobs=NOTHING,
+        max_logprobs=NOTHING,
+        text="",
+        end=end,
+        **values,
+    )
+
+
+def recipe_for(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(
+        "arithmetic",
+        [f"run.output={folder}", "run.steps=4", "logs.tensorboard=false", *overrides],
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+
+
+def write_steps(recipe: Recipe, *steps: int, start: int = 0, **metrics: float) -> None:
+    log = RunLog(recipe, Console(file=io.StringIO()))
+    log.start = start
+    with log:
+        for step in steps:
+            log.step(step, rollout={"tokens": 10 * step, **metrics}, stopping={}, ppo={"kl": 0.5})
+
+
+# -- the numbers of the rollouts -------------------------------------------------------------------
+
+STOPPED = EndReason.EARLY_STOP
+BATCH = [
+    rollout(10, correct=True, reward=1.0, weights_version="step-3"),
+    rollout(20, correct=False, reward=-1.0, weights_version="step-3"),
+    rollout(40, EndReason.LENGTH, correct=False, reward=-1.0, weights_version="step-2"),
+    rollout(
+        4,
+        STOPPED,
+        token_ids=list(range(24)),
+        audited=True,
+        correct=True,
+        reward=-1.0,
+        weights_version="step-3",
+    ),
+    rollout(6, STOPPED, overshoot=3, reward=-1.0, weights_version="step-3"),
+    rollout(0, EndReason.ERROR, error="gone"),
+]
+
+
+def test_numbers_of_a_batch() -> None:
+    numbers = rollout_metrics(BATCH, tokens=103, audit_share=0.25, weights_version="step-4")
+    assert numbers["reward"] == pytest.approx(-0.6)
+    # Weights: three that ended by themselves, and one audited that stands for four stopped.
+    assert numbers["accuracy"] == pytest.approx((1 + 4) / (3 + 4))
+    assert numbers["stop_share"] == pytest.approx(2 / 5)
+    assert numbers["completed_share"] == pytest.approx(2 / 5)
+    assert numbers["truncated_share"] == pytest.approx(1 / 5)
+    assert (numbers["length"], numbers["length_completed"]) == (16.0, 15.0)
+    assert (numbers["length_truncated"], numbers["length_stopped"]) == (40.0, 5.0)
+    assert (numbers["tokens"], numbers["overshoot"]) == (103, 3)
+    # 10 + 20 + 40 + 24, and 6 with the 20 more that the audited one had.
+    assert numbers["tokens_without_stopping"] == 120.0
+    assert numbers["length_without_stopping"] == 120.0 / 5
+    assert numbers["tokens_saved_share"] == pytest.approx(1 - 103 / 120)
+    assert (numbers["audited"], numbers["audited_correct"]) == (1, 1)
+    assert numbers["false_positive_rate"] == 1.0
+    assert numbers["errors"] == 1
+    assert numbers["weights_version"] == "step-3"
+    assert numbers["staleness"] == pytest.approx(4 - (3 * 4 + 2) / 5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("batch", [[], [rollout(0, EndReason.ERROR)], [rollout(6, STOPPED)]])
+def test_numbers_of_a_batch_that_says_little(batch: list[Rollout]) -> None:
+    numbers = rollout_metrics(batch, tokens=0, audit_share=0.0)
+    assert math.isnan(numbers["accuracy"])
+    assert math.isnan(numbers["false_positive_rate"])
+
+
+@pytest.mark.parametrize(
+    ("gate", "threshold"),
+    [
+        (Gate(rule="regret-only", beta=2.5, p_star=0.1), 2.5),
+        (Gate(rule="value-gated", beta=2.5, p_star=0.1), 2.5),
+        (Gate(beta=2.5), math.nan),
+    ],
+)
+def test_the_threshold_is_the_rules_own(gate: Gate, threshold: float) -> None:
+    assert gate_metrics(gate)["threshold"] == pytest.approx(threshold, nan_ok=True)
+
+
+def test_every_name_is_documented() -> None:
+    numbers = rollout_metrics(BATCH, tokens=1, audit_share=0.5)
+    row = grouped(rollout=numbers, stopping={**gate_metrics(Gate()), "on": True, "reason": ""})
+    assert undocumented(row) == set()
+    assert undocumented(["seconds/rollout", "stopping/z_p99", "evaluation/aime/avg@32"]) == set()
+    assert undocumented(["ppo/kl_", "rollout", "second/x"]) == {"ppo/kl_", "rollout", "second/x"}
+    assert all(f"| `{name}` | " in table() for name in METRICS)
+
+
+# -- metrics.jsonl ---------------------------------------------------------------------------------
+
+
+def test_a_row_has_all_groups_and_no_nan(tmp_path: Path) -> None:
+    log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
+    with log:
+        log.stopping(True, "enough seen")
+        log.step(
+            1,
+            rollout={"tokens": np.int64(7), "accuracy": math.nan, "weights_version": "step-0"},
+            stopping={"beta": np.float32(0.5)},
+            ppo={"kl": math.inf},
+            seconds={"rollout": 1.5},
+        )
+        log.write(1, evaluation={"accuracy": 0.25})
+    assert rows_of(tmp_path) == [
+        {
+            "step": 1,
+            "rollout/tokens": 7,
+            "rollout/accuracy": None,
+            "rollout/weights_version": "step-0",
+            "stopping/beta": 0.5,
+            "stopping/on": True,
+            "stopping/reason": "enough seen",
+            "ppo/kl": None,
+            "seconds/rollout": 1.5,
+        },
+        {"step": 1, "evaluation/accuracy": 0.25},
+    ]
+    assert json.loads((tmp_path / "recipe.json").read_text())["run"]["steps"] == 4
+
+
+def test_a_resumed_run_drops_what_comes_again(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path)
+    write_steps(recipe, 1, 2, 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "roll')
+    write_steps(recipe, 3, 4, start=2)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
+    write_steps(recipe, 1)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
+
+
+# -- TensorBoard -----------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_finite_numbers(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "logs.tensorboard=true")
+    write_steps(recipe, 1, 2, 3, reward=math.nan)
+    write_steps(recipe, 3, start=2, accuracy=0.75)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("rollout/tokens")] == [
+        (1, 10.0),
+        (2, 20.0),
+        (3, 30.0),
+    ]
+    assert [(e.step, e.value) for e in events.Scalars("rollout/accuracy")] == [(3, 0.75)]
+    assert set(events.Tags()["scalars"]) == {
+        "rollout/tokens",
+        "rollout/accuracy",
+        "ppo/kl",
+        "stopping/on",
+    }
+
+
+def test_tensorboard_gets_evaluations_and_accuracy_by_tokens(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "logs.tensorboard=true")
+
+    def row(total: int, accuracy: float) -> dict[str, Any]:
+        return {"tokens": 10, "tokens_total": total, "accuracy": accuracy}
+
+    def run(start: int, *accuracies: float) -> None:
+        log = RunLog(recipe, Console(file=io.StringIO()))
+        log.start = start
+        with log:
+            if not start:
+                average = {"value": 0.25, "interval": [0.125, 0.5]}
+                log.write(0, evaluation={"avg@1": average, "maj@1": {"value": None}})
+            for step, accuracy in enumerate(accuracies, start + 1):
+                log.step(step, rollout=row(10 * step, accuracy), stopping={})
+
+    run(0, 0.25, 0.5, 0.75)
+    run(2, 1.0)  # the third step again
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name, value in {"": 0.25, "/low": 0.125, "/high": 0.5}.items():
+        assert [(e.step, e.value) for e in events.Scalars("evaluation/avg@1" + name)] == [
+            (0, value)
+        ]
+    assert "evaluation/maj@1" not in events.Tags()["scalars"]
+    by_tokens = EventAccumulator(str(tmp_path / "tensorboard" / "by_tokens"))
+    by_tokens.Reload()
+    assert [(e.step, e.value) for e in by_tokens.Scalars("evaluation/avg@1")] == [(0, 0.25)]
+    accuracy = [(e.step, e.value) for e in by_tokens.Scalars("rollout/accuracy")]
+    assert accuracy == [(10, 0.25), (20, 0.5), (30, 1.0)]
+
+
+def test_a_kill_loses_no_event(tmp_path: Path) -> None:
+    with RunLog(recipe_for(tmp_path, "logs.tensorboard=true"), Console(file=io.StringIO())) as log:
+        log.write(1, ppo={"kl": 0.5})
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.value for event in events.Scalars("ppo/kl")] == [0.5]
+
+
+def test_tensorboard_can_be_turned_off(tmp_path: Path) -> None:
+    write_steps(recipe_for(tmp_path), 1)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+# -- Weights & Biases ------------------------------------------------------------------------------
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """What a .wandb file holds: records in LevelDB's log format, after a header of 7 bytes."""
+    data, position, record = path.read_bytes(), 7, b""
+    while position < len(data):
+        if (left := 32_768 - position % 32_768) < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def wandb_runs(folder: Path) -> list[tuple[str, list[Any]]]:
+    """The offline runs in the order they were made: each one's id and records."""
+    from wandb.proto import wandb_internal_pb2
+
+    runs = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime):
+        records = []
+        for data in wandb_records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            records.append(record)
+        runs.append((path.stem.removeprefix("run-"), records))
+    return runs
+
+
+def history(records: list[Any]) -> list[dict[str, float]]:
+    """The rows that a run logged."""
+    return [
+        {
+            item.key or ".".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = recipe_for(tmp_path, "logs.wandb=espo-test")
+    write_steps(recipe, 1, 2, reward=math.nan)
+    run_id = (tmp_path / "wandb_run").read_text()
+    write_steps(recipe, 2, 3, start=1, reward=0.5)
+    (first, records), (resumed, more) = wandb_runs(tmp_path)
+    assert first == resumed == run_id
+    rows, later = history(records), history(more)
+    assert [(row["step"], row["rollout/tokens"]) for row in rows] == [(1, 10.0), (2, 20.0)]
+    # The repeated step is there again, not dropped as older than the last; `step` is the x axis.
+    axes = [record.metric for record in more if record.WhichOneof("record_type") == "metric"]
+    assert ("*", "step") in [(axis.glob_name, axis.step_metric) for axis in axes]
+    assert [(row["step"], row["rollout/reward"]) for row in later] == [(2, 0.5), (3, 0.5)]
+    assert all("rollout/reward" not in row for row in rows)
+    write_steps(recipe, 1)
+    assert wandb_runs(tmp_path)[-1][0] == (tmp_path / "wandb_run").read_text() != run_id
+
+
+def test_wandb_that_cannot_start_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(LogError, match=r"logs\.wandb: no API key.*wandb login.*WANDB_MODE=offline"):
+        write_steps(recipe_for(tmp_path, "logs.wandb=espo-test"), 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "package", "fix"),
+    [
+        ("logs.wandb", "wandb", r"pip install 'espo\[wandb\]'"),
+        (
+            "logs.tensorboard",
+            "tensorboard",
+            r"pip install 'espo\[train\]'.*logs\.tensorboard=false",
+        ),
+    ],
+)
+def test_a_missing_package_is_found_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, package: str, fix: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
+    recipe = recipe_for(tmp_path, f"{key}=true" if package == "tensorboard" else f"{key}=mine")
+    with pytest.raises(RecipeError, match=f"{re.escape(key)} needs {package}: {fix}"):
+        RunLog(recipe)
+    assert not list(tmp_path.iterdir())
+
+
+# -- failures to write -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(LogError, match=r"metrics\.jsonl: No space left.*--resume auto"):
+        write_steps(recipe_for(tmp_path), 1)
+
+
+def test_a_full_disk_under_tensorboard_is_seen_in_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    whole, written = RecordWriter.write, []
+
+    def write(self: RecordWriter, data: bytes) -> None:
+        written.append(data)
+        if len(written) > 2:  # what opening the log writes still fits
+            raise OSError(28, "No space left on device")
+        whole(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr("threading.excepthook", lambda *_: None)  # of TensorBoard's own thread
+    log = RunLog(recipe_for(tmp_path, "logs.tensorboard=true"), Console(file=io.StringIO()))
+    log.__enter__()
+    with pytest.raises(LogError, match="tensorboard: No space left"):
+        log.write(1, ppo={"kl": 0.5})
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_closing_hides_no_error_of_the_run(tmp_path: Path) -> None:
+    class Full(JsonLines):
+        def close(self) -> None:
+            raise LogError("full")
+
+    log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
+    log.__enter__()
+    log._sinks = [Full(tmp_path / "metrics.jsonl", 0)]
+    log.__exit__(ValueError, ValueError("of the run"), None)
+    with pytest.raises(LogError, match="full"):
+        log.__exit__(None, None, None)
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LogError, match=r"file.*change run\.output"):
+        write_steps(recipe_for(tmp_path / "file"), 1)
+
+
+# -- the terminal ----------------------------------------------------------------------------------
+
+
+def test_a_change_of_stopping_is_said_once(tmp_path: Path) -> None:
+    said = io.StringIO()
+    log = RunLog(recipe_for(tmp_path), Console(file=said, soft_wrap=True))
+    with log:
+        for on, reason in [
+            (False, "warm-up: 1 of 2"),
+            (True, "2 of 2 batches"),
+            (True, "2 of 2 batches"),
+            (False, "false positives above the bound"),
+        ]:
+            log.stopping(on, reason)
+    assert said.getvalue().splitlines() == [
+        "stopping is on: 2 of 2 batches",
+        "stopping is off: false positives above the bound",
+    ]
+
+
+def test_the_line_of_a_step() -> None:
+    row = {
+        "rollout/reward": 0.314,
+        "rollout/stop_share": 0.4,
+        "rollout/audited": 12,
+        "rollout/audited_correct": 1,
+        "stopping/false_positives_upper": 0.048,
+        "rollout/tokens": 7012,
+        "rollout/tokens_saved_share": math.nan,
+        "stopping/on": True,
+        "stopping/rule": "value-gated",
+        "stopping/threshold": 2.34567,
+    }
+    line = step_line(3, 40, row)
+    assert line.startswith("step 3/40  reward 0.31  accuracy –  stopped 40% (false 1/12, ≤ 4.8%)")
+    assert "tokens 7,012 (– saved)" in line
+    assert line.endswith("[value-gated at 2.35]")
+    off = step_line(1, 40, {"stopping/on": False, "stopping/reason": "warm-up: 1 of 2"})
+    assert off.endswith("[off: warm-up: 1 of 2]")
+    assert "nan" not in (line + off).lower()
+
+
+def watch(console: Console, recipe: Recipe) -> None:
+    """One step, as a run shows it."""
+    with RunLog(recipe, console) as log, log.phase("rollouts", total=2) as advance:
+        advance()
+        log.step(1, rollout={"tokens": 5}, stopping={})
+        log._progress._bars.refresh()  # not left to its thread's clock
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[io.TextIOWrapper, int]]:
+    """What a program writes to, and where that is read."""
+    read, write = pty.openpty()
+    with builtins.open(write, "w") as file:
+        yield file, read
+    os.close(read)
+
+
+@pytest.mark.timeout(30)
+def test_a_terminal_has_bars(
+    tmp_path: Path, terminal: tuple[io.TextIOWrapper, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    file, read = terminal
+    watch(Console(file=file, width=200), recipe_for(tmp_path))
+    file.flush()
+    # A terminal hands on what was written piece by piece: what is missing here never comes.
+    seen = ""
+    wanted = ("steps (rollouts)", "  rollouts", "1/4 ", "1/2 ", "step 1/4  reward")
+    while not all(text in seen for text in wanted):
+        seen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(read, 1 << 16).decode())
+    assert seen.count("step 1/4") == 1
+
+
+def test_a_file_has_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as CIs do
+    said = io.StringIO()
+    watch(Console(file=said, highlight=False, soft_wrap=True), recipe_for(tmp_path))
+    (line,) = said.getvalue().splitlines()
+    assert line.startswith("step 1/4  reward")
+
+
+def test_phases_within_phases(tmp_path: Path) -> None:
+    log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
+    bars = log._progress._bars
+
+    def shown() -> list[str]:
+        return [task.description for task in bars.tasks]
+
+    with log:
+        with log.phase("evaluation"), log.phase("rollouts", total=2):
+            assert shown() == ["steps (rollouts)", "  rollouts"]
+        with log.phase("update"):
+            assert shown() == ["steps (update)"]
+        assert shown() == ["steps"]

@@ -1,0 +1,270 @@
+"""The replay of recorded rollouts: what it counts, what it refuses, and that it equals live."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import bench_replay
+from bench_replay import make_rollouts
+from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.watch import Watch
+from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.traces.detection import Judged, area, curve, difficulty
+from espo_gateway.traces.judge import fitted, fitted_elsewhere, grid_of, replayed
+from espo_rl.base_model import make_tokenizer
+from espo_rl.config import RolloutSection
+from espo_rl.record.rollout_files import rollouts_table
+from espo_rl.replay.command import Source, main
+from espo_rl.rollouts.collector import Collector, Prompter, Sample
+from espo_rl.types import EndReason, Problem, Rollout
+from tests.helpers.gateway import gateway_for
+
+
+def dump(path: Path, rollouts: list[Rollout], **more: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = rollouts_table(0, rollouts, Gate(), more.pop("about", {}))
+    for name, column in more.items():
+        table = table.append_column(name, pa.array(column, pa.list_(pa.float64())))
+    pq.write_table(table, path)
+    return path
+
+
+def live_cut(gate: Gate, rollout: Rollout, values: Any = None) -> int:
+    """The cut of a stream under a gate; the last token of a completed one is exempt."""
+    watch = Watch(gate, len(rollout.prompt_ids))
+    for token, pair in enumerate(zip(rollout.logprobs, rollout.max_logprobs, strict=True), 1):
+        last = rollout.end is not EndReason.LENGTH and token == len(rollout.logprobs)
+        watch.push(*map(float, pair), last=last)
+        if values is not None and token in watch._unsettled:
+            watch.settle(token, gate.success(float(values[token - 1])))
+    return watch.cut or 0
+
+
+def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: Path) -> None:
+    rollouts = make_rollouts(24, 60, seed=5)
+    rng = np.random.default_rng(0)
+    for rollout in rollouts[::3]:
+        rollout.logprobs[rng.integers(0, len(rollout.logprobs), 4)] = np.nan
+    rollouts[1].end = EndReason.LENGTH
+    values = [rng.random(len(rollout.logprobs)) for rollout in rollouts]
+    source = Source([dump(tmp_path / "a.parquet", rollouts, values=values)], "correct", None)
+    learnt = fitted(source.read, 2)
+    learnt.gate = dataclasses.replace(learnt.gate, critic_wrong=-1.0, critic_right=2.0)
+    chunk = next(iter(source.read()))
+    done = replayed(source.read, learnt)
+    assert len(done.rules) == 7
+    stops = 0
+    for judgement in done.rules.values():
+        field = RULES[judgement.gate.rule].threshold
+        assert field is not None
+        for row, rollout in enumerate(rollouts):
+            estimator = learnt.folds[chunk.keys[row] % 2]
+            for place, limit in enumerate(grid_of(judgement.gate)):
+                changes: dict[str, Any] = {field: float(limit), "estimator": estimator}
+                gate = dataclasses.replace(judgement.gate, **changes)
+                cut = live_cut(gate, rollout, values[row] if gate.needs_critic else None)
+                assert judgement.cuts[row, place] == cut, (gate.rule, row, limit)
+                stops += cut > 0
+    assert stops > 100
+
+
+async def test_the_replay_of_a_shadow_rollout_cuts_where_the_gateway_does(tmp_path: Path) -> None:
+    tokens = [Token("a", id=1, logprob=-0.1 - (k > 5) * 8.0, max_logprob=-0.1) for k in range(12)]
+    limit = float(grid_of(Gate(rule="regret-only"))[60])
+    gate = Gate(rule="regret-only", beta=limit)
+    async with (
+        FakeServer(lambda body: Script(tokens)) as server,
+        gateway_for(server, gate=gate_to_json(gate), attempts=1) as gateway,
+        Collector(
+            gateway.url, "fake", Prompter(make_tokenizer(), chat=False), RolloutSection(retries=1)
+        ) as collector,
+    ):
+        problem = Problem("p", "1", "1")
+        cut, whole = await collector.collect(
+            [Sample(problem, 0, "enforce"), Sample(problem, 1, "shadow")], temperature=1.0
+        )
+    assert cut.end is EndReason.EARLY_STOP
+    assert 0 < cut.kept < len(whole.token_ids) == 12
+    whole.correct = False
+    others = make_rollouts(40, 30)
+    learnt = fitted(Source([dump(tmp_path / "o.parquet", others)], "correct", None).read, 2)
+    learnt.gate = dataclasses.replace(learnt.gate, statistics=gate.statistics)
+    path = dump(tmp_path / "w.parquet", [whole, *others])
+    done = replayed(Source([path], "correct", None).read, learnt)
+    assert done.rules["regret-only"].cuts[0, 60] == cut.kept
+
+
+def judged(correct: list[int], prompts: list[int], weights: list[float] | None = None) -> Judged:
+    count = len(correct)
+    return Judged(
+        prompts=np.array(prompts),
+        lengths=np.full(count, 10),
+        prompt_tokens=np.full(count, 3.0),
+        correct=np.array(correct, bool),
+        weights=np.array(weights or [1.0] * count),
+    )
+
+
+def test_a_curve_counts_what_a_threshold_does() -> None:
+    found = curve(
+        judged([0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 3]),
+        np.array([[4, 2], [0, 5], [0, 0], [0, 9]], np.int32),
+        draws=50,
+    )
+    assert found.stopped[:, 0] == pytest.approx([1 / 6, 5 / 6])
+    assert found.saved[:, 0] == pytest.approx([6 / 60, (8 + 5 + 3) / 60])
+    assert found.false[:, 0] == pytest.approx([0, 3 / 5])
+    assert found.false_positive_rate[:, 0] == pytest.approx([0, 3 / 4])
+    assert found.recall[:, 0] == pytest.approx([1 / 2, 1])
+    assert found.position[:, 0] == pytest.approx([0.4, (0.2 + 0.5 + 3 * 0.9) / 5])
+    assert found.before_end[:, 0] == pytest.approx([6, 16 / 5])
+
+
+def test_the_area_is_the_share_of_pairs_in_order() -> None:
+    rollouts = judged([0, 0, 1, 1], [0, 1, 2, 3])
+    assert area(rollouts, np.array([1.0, 3.0, 2.0, np.inf]), draws=5).value == 0.75
+    assert area(rollouts, np.zeros(4), draws=5).value == 0.5
+    assert math.isnan(area(judged([1, 1], [0, 1]), np.zeros(2), draws=5).value)
+
+
+def test_rollouts_of_one_prompt_count_as_one_draw() -> None:
+    rng = np.random.default_rng(1)
+    correct = np.repeat(rng.random(40) < 0.5, 8)
+    levels = np.repeat(rng.normal(size=40), 8) + correct
+    alone = area(judged([*correct], [*range(320)]), levels, draws=200)
+    together = area(judged([*correct], [*np.repeat(np.arange(40), 8)]), levels, draws=200)
+    assert alone.value == together.value
+    assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_difficulty_is_the_prompts_own_success() -> None:
+    bins = difficulty(judged([0, 0, 1, 0, 1, 1], [0, 0, 1, 1, 2, 2]))
+    assert [(name, rows.sum()) for name, rows in bins] == [
+        ("never right", 2),
+        ("1/3 to 2/3", 2),
+        ("always right", 2),
+    ]
+    assert "prompt up to" in difficulty(judged([0, 1], [0, 1]))[0][0]
+
+
+def test_the_command_leaves_table_numbers_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    rollouts = make_rollouts(400, 80)
+    rollouts[0].end, rollouts[0].correct = EndReason.EARLY_STOP, None
+    rollouts[1].end, rollouts[1].audited = EndReason.EARLY_STOP, True
+    dump(run / "rollouts" / "step-00000001.parquet", rollouts)
+    out = tmp_path / "out"
+    assert main([str(run), "--output", str(out), "--bootstrap", "20"]) == 0
+    shown = capsys.readouterr().out
+    assert "399 full rollouts of 100 prompts" in shown
+    assert "1 left out" in shown
+    content = json.loads((out / "replay.json").read_text())
+    success = content["rules"]["success-probability"]
+    assert success["auc"][1] > content["rules"]["random"]["auc"][0]
+    assert success["recommended"]["gate"]["rule"] == "success-probability"
+    assert "at most" in success["recommended"]["reason"]
+    assert {part["bin"] for part in success["by_difficulty"]} <= {
+        *("never right", "right up to 1/3", "1/3 to 2/3", "over 2/3", "always right")
+    }
+    with open(out / "curves.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 121
+    assert (out / "replay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cut_ones_are_not_left_out_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts = make_rollouts(60, 40)
+    rollouts[0].end, rollouts[0].correct = EndReason.EARLY_STOP, None
+    assert main([str(dump(tmp_path / "a.parquet", rollouts)), "--output", str(tmp_path)]) == 1
+    assert "1 of 60 traces were cut and none" in capsys.readouterr().err
+
+
+def test_none_seen_is_not_none_there() -> None:
+    found = curve(judged([0] * 20, [*range(20)]), np.full((20, 1), 5, np.int32), draws=50)
+    assert found.false[0] == pytest.approx([0.0, 0.0, 1.0 - 0.025 ** (1 / 20)])
+
+
+def test_audited_rollouts_stand_for_the_stopped_ones(tmp_path: Path) -> None:
+    rollouts = make_rollouts(60, 40)
+    for rollout in rollouts[:9]:
+        rollout.end, rollout.correct, rollout.kept = EndReason.EARLY_STOP, None, 5
+    for rollout in rollouts[6:9]:
+        rollout.audited, rollout.correct = True, False
+    source = Source([dump(tmp_path / "a.parquet", rollouts)], "correct", None)
+    done = replayed(source.read, fitted(source.read, 2))
+    assert done.left_out == 6
+    assert done.judged.weights.tolist() == [3.0] * 3 + [1.0] * 51
+
+
+def test_an_estimator_of_another_run_judges_all(tmp_path: Path) -> None:
+    here, there = (
+        Source([dump(tmp_path / f"{seed}.parquet", make_rollouts(60, 40, seed))], "correct", None)
+        for seed in (1, 2)
+    )
+    learnt = fitted_elsewhere(there.read)
+    assert learnt.folds == [learnt.gate.estimator]
+    own, other = (replayed(here.read, fit) for fit in (fitted(here.read, 2), learnt))
+    name = "success-probability"
+    assert (own.rules[name].levels != other.rules[name].levels).any()
+    # What the written gate would do to the rollouts that it was fitted on, too.
+    assert (own.rules[name].rehearsed != own.rules[name].levels).any()
+    assert (other.rules[name].rehearsed == other.rules[name].levels).all()
+
+
+def outcomes(rollouts: list[Rollout], correct: bool | None) -> list[Rollout]:
+    return [dataclasses.replace(rollout, correct=correct) for rollout in rollouts]
+
+
+@pytest.mark.parametrize("correct", [None, True, False])
+def test_outcomes_that_tell_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], correct: bool | None
+) -> None:
+    path = dump(tmp_path / "a.parquet", outcomes(make_rollouts(20, 20), correct))
+    other = dump(tmp_path / "b.parquet", make_rollouts(40, 20))
+    assert main([str(path), "--output", str(tmp_path / "out")]) == 1
+    assert "nothing to tell apart" in capsys.readouterr().err
+    assert main([str(path), "--fit-on", str(other), "--output", str(tmp_path / "out")]) == 1
+    said = {None: "has an outcome", True: "are right", False: "are wrong"}[correct]
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert "holds no rollouts" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "no file or folder" in capsys.readouterr().err
+
+
+def test_a_mixture_of_recipes_is_said(tmp_path: Path) -> None:
+    for name in "ab":
+        dump(tmp_path / f"{name}.parquet", make_rollouts(2, 9), about={"espo.recipe": name})
+    assert "2 recipes" in Source([tmp_path], "correct", None).warnings()[0]
+    assert not Source([tmp_path / "a.parquet"], "correct", None).warnings()
+
+
+def test_memory_does_not_grow_with_the_tokens() -> None:
+    def peak(rollouts: int) -> float:
+        command = [sys.executable, bench_replay.__file__, str(rollouts), "--tokens", "2000"]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+        return float(json.loads(done.stdout)["peak_megabytes"])
+
+    # 1,536 rollouts more: 37 MB of logprobs alone, if all were kept.
+    assert peak(2048) < peak(512) * 1.25

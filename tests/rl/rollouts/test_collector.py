@@ -1,0 +1,323 @@
+"""Collecting rollouts: the official client, a real gateway, a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import tenacity
+from openai.types import Completion
+
+from espo_gateway.testing import FakeServer, Script, Token
+from espo_rl.base_model import make_tokenizer
+from espo_rl.config import RolloutSection
+from espo_rl.rollouts import collector as rollouts
+from espo_rl.rollouts.collector import Collector, Prompter, Sample, read_completion
+from espo_rl.types import EndReason, Problem, Rollout
+from tests.helpers.gateway import BAD, FAILING, GOOD, gateway_for
+
+PROBLEM = Problem(id="358c", prompt="358c", answer="164")
+PROMPTER = Prompter(make_tokenizer())
+
+
+@pytest.fixture(autouse=True)
+def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "wait_exponential_jitter", lambda **_: tenacity.wait_none())
+
+
+@asynccontextmanager
+async def collector_of(
+    server: FakeServer, gateway: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[Collector]:
+    """A collector that reaches the server through a gateway whose rule is on."""
+    config = RolloutSection(max_tokens=20, **settings)
+    async with (
+        gateway_for(server, **(gateway or {})) as started,
+        Collector(started.url, "fake", PROMPTER, config) as collector,
+    ):
+        yield collector
+
+
+def samples(count: int, **fields: Any) -> list[Sample]:
+    return [Sample(PROBLEM, seed=seed, **fields) for seed in range(count)]
+
+
+async def one(script: Any, **fields: Any) -> Rollout:
+    async with FakeServer(script) as server, collector_of(server) as collector:
+        (rollout,) = await collector.collect(samples(1, **fields), temperature=1.0)
+    return rollout
+
+
+# -- how a rollout ended ---------------------------------------------------------------------------
+
+
+async def test_completed_rollout_has_ids_and_logprobs_of_every_token() -> None:
+    # Two tokens with the same text, one without any: only ids can tell them apart.
+    tokens = [Token("a", -0.25, None, 7), Token("", -1.5, -0.5, 8), Token("a", -2.0, -0.25, 9)]
+    rollout = await one(Script(tokens))
+    assert (rollout.end, rollout.kept, rollout.error) == (EndReason.COMPLETED, 3, "")
+    assert rollout.token_ids == [7, 8, 9]
+    assert rollout.logprobs.tolist() == [-0.25, -1.5, -2.0]
+    assert rollout.max_logprobs.tolist() == [-0.25, -0.5, -0.25]
+    assert rollout.text == "aa"
+    assert rollout.prompt_ids == PROMPTER(PROBLEM)
+    assert (rollout.stopped, rollout.audited, rollout.generated) == (False, False, 3)
+    assert (rollout.gate_version, rollout.weights_version) == (3, "w5")
+
+
+async def test_length_is_not_completion() -> None:
+    rollout = await one(Script([GOOD] * 1000))
+    assert (rollout.end, rollout.kept, rollout.generated) == (EndReason.LENGTH, 20, 20)
+
+
+async def test_completion_at_exactly_the_limit_less_one_is_no_length() -> None:
+    assert (await one(Script([GOOD] * 19))).end is EndReason.COMPLETED
+
+
+@pytest.mark.parametrize("per_chunk", [1, 5, 16])
+async def test_early_stop_keeps_what_led_to_the_decision(per_chunk: int) -> None:
+    rollout = await one(dataclasses.replace(FAILING, per_chunk=per_chunk))
+    assert (rollout.end, rollout.kept) == (EndReason.EARLY_STOP, 8)
+    assert (rollout.stopped, rollout.audited) == (True, False)
+    assert rollout.token_ids == [1] * 6 + [2] * 2
+    assert rollout.logprobs.tolist() == [GOOD.logprob] * 6 + [BAD.logprob] * 2
+    assert rollout.max_logprobs.tolist() == [GOOD.logprob] * 6 + [BAD.max_logprob] * 2
+    assert rollout.text == "aaaaaabb"
+    assert rollout.correct is None
+
+
+async def test_overshoot_counts_what_the_server_sampled_past_the_cut() -> None:
+    # All sixteen tokens come in one chunk, so eight of them are past the decision.
+    rollout = await one(dataclasses.replace(FAILING, per_chunk=16))
+    assert (rollout.kept, rollout.overshoot, rollout.generated) == (8, 8, 16)
+
+
+@pytest.mark.parametrize("tokens", [16, 1000])
+async def test_audited_rollout_is_cut_for_training_and_known_to_its_end(tokens: int) -> None:
+    script = Script([GOOD] * 6 + [BAD] * (tokens - 6))
+    rollout = await one(script, mode="shadow")
+    # One that would have run into max_tokens was given up all the same.
+    assert (rollout.end, rollout.kept, rollout.audited) == (EndReason.EARLY_STOP, 8, True)
+    length = min(tokens, 20)
+    assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.max_logprobs) == length
+    assert rollout.text == "a" * 6 + "b" * (length - 6)
+    assert (rollout.overshoot, rollout.generated) == (0, length)
+
+
+async def test_shadow_mode_alone_is_no_audit() -> None:
+    rollout = await one(Script([GOOD] * 5), mode="shadow")
+    assert (rollout.end, rollout.kept, rollout.audited) == (EndReason.COMPLETED, 5, False)
+
+
+async def test_evaluation_is_never_stopped() -> None:
+    rollout = await one(FAILING, mode="off")
+    assert (rollout.end, rollout.kept, rollout.audited) == (EndReason.COMPLETED, 16, False)
+
+
+async def test_a_missing_logprob_is_nan_and_shifts_nothing() -> None:
+    rollout = await one(Script([GOOD, Token("c", None, None, 3), BAD]))
+    assert rollout.token_ids == [1, 3, 2]
+    np.testing.assert_array_equal(rollout.logprobs, [GOOD.logprob, math.nan, BAD.logprob])
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+async def test_what_the_server_gave_up_is_no_completion(reason: str) -> None:
+    rollout = await one(Script([GOOD] * 4, finish_reason=reason))
+    assert rollout.end is EndReason.ERROR
+    assert reason in rollout.error
+
+
+# -- what is asked -----------------------------------------------------------------------------
+
+
+async def test_the_request_asks_for_what_training_needs() -> None:
+    async with FakeServer(Script([GOOD])) as server, collector_of(server) as collector:
+        await collector.collect(samples(3), temperature=0.7)
+        bodies = sorted(server.bodies, key=lambda body: body["seed"])
+    assert [body["seed"] for body in bodies] == [0, 1, 2]
+    for body in bodies:
+        assert body["prompt"] == PROMPTER(PROBLEM)
+        assert (body["temperature"], body["max_tokens"]) == (0.7, 20)
+        assert body["return_token_ids"] is True
+        assert "n" not in body or body["n"] == 1
+
+
+async def test_rollouts_come_in_the_order_of_the_samples() -> None:
+    def by_seed(body: dict[str, Any]) -> Script:
+        return Script([Token("a", -0.1, None, body["seed"])] * (30 - 3 * body["seed"]))
+
+    done: list[Rollout] = []
+    async with FakeServer(by_seed) as server, collector_of(server) as collector:
+        result = await collector.collect(samples(10), temperature=1.0, on_done=done.append)
+    assert [rollout.token_ids[0] for rollout in result] == list(range(10))
+    assert sorted(map(id, done)) == sorted(map(id, result))
+
+
+async def test_no_more_requests_at_once_than_allowed() -> None:
+    seen: list[int] = []
+
+    def script(body: dict[str, Any]) -> Script:
+        seen.append(server.running + 1)
+        return Script([GOOD])
+
+    async with (
+        FakeServer(script, gated=True) as server,
+        collector_of(server, concurrency=3) as collector,
+    ):
+        collecting = asyncio.create_task(collector.collect(samples(8), temperature=1.0))
+        for finished in range(5):
+            begun = finished + 3
+            await server.until(lambda n=begun: len(server.bodies) >= n and server.running >= 3)
+            # Requests beyond the bound would be on their way by now: this comes after them.
+            await collector._client.models.list()
+            assert len(server.bodies) == begun
+            server.release()  # a rollout is one token
+            await server.until(lambda done=finished + 1: server.finished == done)
+        server.release(3)
+        assert len(await collecting) == 8
+    assert max(seen) == 3
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+
+async def test_a_failing_request_never_fails_the_step() -> None:
+    def script(body: dict[str, Any]) -> Script:
+        faults: dict[int, Any] = {
+            1: {"status": 400},
+            2: {"fault": "error", "after": 2},
+            3: {"fault": "garbage", "after": 2},
+            4: {"fault": "eof", "after": 2},
+        }
+        return Script([GOOD] * 5, **faults.get(body["seed"], {}))
+
+    done: list[Rollout] = []
+    async with FakeServer(script) as server, collector_of(server, retries=2) as collector:
+        result = await collector.collect(samples(6), temperature=1.0, on_done=done.append)
+    assert [rollout.end is EndReason.ERROR for rollout in result] == [False, *[True] * 4, False]
+    assert len(done) == 6
+    for rollout in result[1:5]:
+        assert (rollout.kept, rollout.generated, rollout.token_ids) == (0, 0, [])
+        assert rollout.prompt_ids == PROMPTER(PROBLEM)
+        assert rollout.error
+    assert "as scripted" in result[1].error
+
+
+async def test_a_transient_503_is_retried() -> None:
+    async with (
+        FakeServer(Script([GOOD] * 5)) as server,
+        collector_of(server, {"attempts": 1}, retries=3) as collector,
+    ):
+        server.queue += [Script([], status=503), Script([], status=503)]
+        (rollout,) = await collector.collect(samples(1), temperature=1.0)
+        assert len(server.bodies) == 3
+    assert (rollout.end, rollout.kept) == (EndReason.COMPLETED, 5)
+
+
+async def test_a_lasting_503_is_given_up_after_the_last_try() -> None:
+    async with (
+        FakeServer(Script([], status=503)) as server,
+        collector_of(server, {"attempts": 1}, retries=3) as collector,
+    ):
+        (rollout,) = await collector.collect(samples(1), temperature=1.0)
+        assert len(server.bodies) == 3
+    assert rollout.end is EndReason.ERROR
+    assert "503" in rollout.error
+
+
+async def test_a_refused_request_is_not_repeated() -> None:
+    async with FakeServer(Script([], status=400)) as server, collector_of(server) as collector:
+        (rollout,) = await collector.collect(samples(1), temperature=1.0)
+        assert len(server.bodies) == 1
+    assert "400" in rollout.error
+
+
+async def test_a_server_that_falls_silent_is_left() -> None:
+    async with (
+        FakeServer(Script([GOOD] * 5, fault="stall", after=2)) as server,
+        collector_of(server, timeout=0.3, retries=1) as collector,
+    ):
+        (rollout,) = await collector.collect(samples(1), temperature=1.0)
+        await server.until(lambda: server.aborted == 1)
+    assert rollout.end is EndReason.ERROR
+    assert "timed out" in rollout.error
+
+
+async def test_nobody_listens() -> None:
+    async with FakeServer(Script([GOOD])) as server:
+        gone = server.url
+    config = RolloutSection(retries=2)
+    async with Collector(gone, "fake", PROMPTER, config) as collector:
+        (rollout,) = await collector.collect(samples(1), temperature=1.0)
+    assert rollout.end is EndReason.ERROR
+    assert "Connection" in rollout.error
+
+
+async def test_an_answer_without_token_ids_says_what_to_do() -> None:
+    def forgetful(body: dict[str, Any]) -> Script:
+        del body["return_token_ids"]
+        return Script([GOOD] * 4)
+
+    rollout = await one(forgetful)
+    assert rollout.end is EndReason.ERROR
+    assert "0 token ids with 4 logprobs" in rollout.error
+    assert "return_token_ids" in rollout.error
+
+
+async def test_an_answer_without_logprobs_says_what_to_do() -> None:
+    rollout = await one(Script([GOOD] * 4, logprobs=False), mode="off")
+    assert rollout.end is EndReason.ERROR
+    assert "4 token ids with 0 logprobs" in rollout.error
+
+
+@pytest.mark.parametrize("choices", [[], None])
+async def test_an_answer_without_choices_is_a_value_error(choices: Any) -> None:
+    fields = {"id": "1", "created": 1, "model": "m", "object": "text_completion"}
+    completion = Completion.model_construct(**fields, choices=choices)
+    with pytest.raises(ValueError, match="no choice"):
+        read_completion(completion, PROBLEM, [1], "enforce")
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_plain_prompts_are_the_problem_alone() -> None:
+    tokenizer = make_tokenizer()
+    ids = Prompter(tokenizer, chat=False)(PROBLEM)
+    assert tokenizer.convert_ids_to_tokens(ids) == list("358c")
+
+
+def test_chat_prompts_open_the_assistants_turn_once() -> None:
+    tokenizer = make_tokenizer()
+    ids = Prompter(tokenizer)(PROBLEM)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<user>", *"358c", "<assistant>"]
+
+
+def test_special_tokens_are_not_doubled() -> None:
+    """A tokenizer that adds a token of its own to any text must not add it to a template's."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.chat_template = "<eos>" + tokenizer.chat_template
+    assert tokenizer.encode("3") == [1, *tokenizer.convert_tokens_to_ids(["3"])]
+    assert Prompter(tokenizer)(PROBLEM).count(1) == 1
+
+
+def test_the_system_prompt_comes_first() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<pad>' if m['role'] == 'system' else '<user>' }}"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    ids = Prompter(tokenizer, system="add")(PROBLEM)
+    tokens = ["<pad>", *"add", "<user>", *"358c", "<assistant>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens

@@ -1,0 +1,201 @@
+"""The servers of a run: what falls is noticed, named, and brought back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from espo_gateway.stop.rules import Gate
+from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
+from espo_rl.config import Recipe, load_recipe
+from espo_rl.servers.fleet import Servers, _servers, served_model
+from espo_rl.servers.server import Server, ServerError
+
+FAKE = str(Path(__file__).parents[2] / "helpers" / "fake_engine.py")
+
+
+def server(folder: Path, name: str, *flags: str, samples: bool = False) -> Server:
+    port = free_port()
+    return Server(
+        name,
+        f"http://127.0.0.1:{port}",
+        [sys.executable, FAKE, str(port), *flags],
+        log_path=folder / f"{name}.log",
+        samples=samples,
+        start_timeout=30.0,
+    )
+
+
+def recipe(**settings: object) -> Recipe:
+    overrides = [f"servers.{key}={value}" for key, value in settings.items()]
+    return load_recipe("arithmetic", ["model.path=none", *overrides])
+
+
+class Said(list[str]):
+    def __call__(self, text: str) -> None:
+        self.append(text)
+
+
+@pytest.fixture
+def said() -> Said:
+    return Said()
+
+
+Make = Callable[..., Servers]
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Make]:
+    made: list[Servers] = []
+
+    def servers(*flags: str, **settings: object) -> Servers:
+        policy = server(tmp_path, "policy server", *flags, samples=True)
+        made.append(Servers([policy], None, server(tmp_path, "gateway"), recipe(**settings)))
+        return made[-1]
+
+    yield servers
+    for one in made:
+        await asyncio.gather(*(server.stop() for server in one.all))
+
+
+def child(server: Server) -> psutil.Process:
+    """The command itself; `process` is its guard."""
+    assert server.process is not None
+    return psutil.Process(server.process.pid).children()[0]
+
+
+async def test_a_server_that_dies_is_named_with_the_end_of_its_log(make: Make, said: Said) -> None:
+    servers = make()
+    await servers.start(said)
+    assert servers.model == "fake"
+    failure = asyncio.ensure_future(servers.failure())
+    child(servers.policies[0]).kill()
+    assert "the policy server died; its log" in await failure
+    assert await servers.down() == servers.policies
+
+
+async def test_a_server_that_makes_no_token_though_it_has_work_hangs(
+    make: Make, said: Said
+) -> None:
+    servers = make("--stuck", hang_timeout=0.2)
+    await servers.start(said)
+    assert "the policy server gave no sign of life for 0.2 s" in await servers.failure()
+    # It still answered, and is ended so that it can be started anew.
+    assert await servers.down() == servers.policies
+
+
+async def test_a_stopped_process_hangs(make: Make, said: Said) -> None:
+    servers = make(hang_timeout=0.2)
+    await servers.start(said)
+    failure = asyncio.ensure_future(servers.failure())
+    os.kill(child(servers.gateway).pid, signal.SIGSTOP)
+    assert "the gateway gave no sign of life" in await failure
+
+
+async def test_a_restarted_server_has_its_address_and_a_log_of_its_own(
+    make: Make, said: Said, tmp_path: Path
+) -> None:
+    servers = make()
+    await servers.start(said)
+    (policy,) = servers.policies
+    child(policy).kill()
+    assert isinstance(policy.process, ServerProcess)
+    await policy.process.wait()
+    assert not await policy.is_up()
+    await servers.restart(policy, said)
+    assert await policy.is_up()
+    assert said == ["restarting the policy server"]
+    logs = {path for path in os.listdir(tmp_path) if path.startswith("policy")}
+    assert logs == {"policy server.log", "policy server.1.log"}
+
+
+async def test_a_server_that_keeps_falling_ends_the_run(make: Make, said: Said) -> None:
+    servers = make(restarts=2)
+    (policy,) = servers.policies
+    policy.command = [*policy.command, "--fail"]
+    with pytest.raises(ServerError, match=r"fell 3 times in a row.*restarts = 2") as error:
+        await servers.restart(policy, said)
+    assert "no memory left" in str(error.value)
+    assert sum("restarting" in line for line in said) == 2
+
+
+async def test_restarts_are_forgotten_once_a_step_is_done(make: Make, said: Said) -> None:
+    servers = make(restarts=1)
+    await servers.start(said)
+    for _ in range(3):
+        await servers.restart(servers.policies[0], said)
+        servers.forget_restarts()
+
+
+async def test_a_server_that_cannot_start_leaves_none_behind(make: Make, said: Said) -> None:
+    servers = make("--fail")
+    with pytest.raises(ServerStartError, match="no memory left"):
+        await servers.start(said)
+
+
+async def test_a_server_by_url_is_waited_for(said: Said, tmp_path: Path) -> None:
+    started, told = server(tmp_path, "one"), asyncio.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        told.set()
+
+    given = Server("policy server", started.url, start_timeout=30.0)
+    waiting = asyncio.ensure_future(given.start(say))
+    await told.wait()
+    assert "waiting for the policy server at http://127.0.0.1" in said[0]
+    await started.start(said)
+    await waiting
+    assert len(said) == 1
+    await started.stop()
+
+
+async def test_a_server_by_url_that_does_not_come_is_an_error_with_the_fix(said: Said) -> None:
+    given = Server("policy server", f"http://127.0.0.1:{free_port()}", start_timeout=0.0)
+    with pytest.raises(ServerError, match=r"does not answer /health; start it, or remove its URL"):
+        await given.start(said)
+
+
+async def test_tokens_are_counted_since_the_last_question_and_from_0_after_a_restart(
+    make: Make, said: Said
+) -> None:
+    servers = make()
+    await servers.start(said)
+    assert await servers.new_tokens() == 5
+    assert await servers.new_tokens() == 5
+    await servers.restart(servers.policies[0], said)
+    assert await servers.new_tokens() == 5
+    await servers.policies[0].stop()
+    assert await servers.new_tokens() is None
+
+
+async def test_a_gate_the_gateway_refuses_is_an_error(make: Make, said: Said) -> None:
+    servers = make()
+    await servers.start(said)
+    with pytest.raises(ServerError, match="refused the gate: beta: must be positive"):
+        await servers.push_gate(Gate())
+
+
+async def test_a_policy_server_that_is_not_there_is_named() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(ServerError, match=url):
+        await served_model(url)
+
+
+async def test_the_gateway_starts_also_while_the_policy_server_is_down(tmp_path: Path) -> None:
+    """Both may fall at once, and the gateway be missed first."""
+    url = f"http://127.0.0.1:{free_port()}"
+    made = _servers(recipe(policy_urls=[url]), "none", tmp_path, None)
+    await made.gateway.start(lambda _: None)
+    try:
+        assert made.gateway.process is not None
+        assert made.gateway.process.alive
+    finally:
+        await made.gateway.stop()

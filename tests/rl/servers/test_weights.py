@@ -1,0 +1,329 @@
+"""The bytes and the order of a weight update; no vLLM needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+from aiohttp import web
+from safetensors.torch import load_file
+
+from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
+from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.servers.weights import WeightParityError, WeightPublisher, write_safetensors
+from tests.helpers.models import (
+    PROBE,
+    logprobs,
+    random_checkpoint,
+    random_critic,
+    random_model,
+    values,
+)
+
+# Bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_memfd_holds_what_hugging_face_saves(tmp_path: Path, tied: bool) -> None:
+    model = random_model(1, tied=tied)
+    saved = load_file(random_checkpoint(tmp_path, 1, tied=tied) / "model.safetensors")
+    with os.fdopen(os.memfd_create("test"), "wb") as file:
+        size = write_safetensors(file, tensor_specs(model), gathered(model))
+        file.flush()
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        assert os.stat(path).st_size == size
+        written = load_file(path)
+    assert written.keys() == saved.keys()
+    assert ("lm_head.weight" in written) == (not tied)
+    for name, tensor in saved.items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_dtype_of_the_spec_is_what_is_written(tmp_path: Path) -> None:
+    values = torch.tensor([[1.0, 2.5], [-3.0, 1e-3]])
+    specs = [TensorSpec("odd", torch.float16, (3,)), TensorSpec("w", torch.bfloat16, (2, 2))]
+    with (tmp_path / "file").open("wb") as file:
+        # Neither contiguous nor of the file's dtype, and an odd number of bytes before it.
+        write_safetensors(file, specs, [("odd", torch.ones(3)), ("w", values.T)])
+    assert torch.equal(load_file(tmp_path / "file")["w"], values.T.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        pytest.param([], id="missing"),
+        pytest.param([("w", torch.ones(2)), ("x", torch.ones(2))], id="too many"),
+        pytest.param([("x", torch.ones(2))], id="another name"),
+        pytest.param([("w", torch.ones(2, 1))], id="another shape"),
+    ],
+)
+def test_tensors_that_are_not_the_specs_are_refused(
+    tmp_path: Path, tensors: list[tuple[str, torch.Tensor]]
+) -> None:
+    with (tmp_path / "file").open("wb") as file, pytest.raises(ValueError, match=r"expected w|zip"):
+        write_safetensors(file, [TensorSpec("w", torch.float32, (2,))], tensors)
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    spec = TensorSpec("w", torch.float32, (2,))
+    with (tmp_path / "file").open("wb") as file, pytest.raises(ValueError, match="twice"):
+        write_safetensors(file, [spec, spec], [("w", torch.ones(2)), ("w", torch.ones(2))])
+
+
+# The order of calls, against a server that only writes down what it is asked
+
+
+class Recorder:
+    """Answers like vLLM and notes the routes; `behaviour` may replace a route's answer."""
+
+    def __init__(self) -> None:
+        self.routes: list[str] = []
+        self.client_ports: list[int] = []
+        self.seen: dict[str, object] = {}
+        self.behaviour: dict[str, Callable[[web.Request], object]] = {}
+        self.url = ""
+        self.probe_logprob = -1.0
+        self.version = "1"
+        #: V of a prefix: its last token
+        self.pooled: Callable[[list[int]], float | None] = lambda prefix: float(prefix[-1])
+
+    async def handle(self, request: web.Request) -> web.Response:
+        self.routes.append(request.path)
+        assert request.transport is not None
+        self.client_ports.append(request.transport.get_extra_info("peername")[1])
+        self.seen[request.path] = await request.json() if request.can_read_body else None
+        if behaviour := self.behaviour.get(request.path):
+            answer = behaviour(request)
+            return await answer if asyncio.iscoroutine(answer) else answer
+        entry = {str(token): {"logprob": self.probe_logprob} for token in range(32)}
+        prefixes = (await request.json())["input"] if request.path == "/pooling" else []
+        answers: dict[str, object] = {
+            "/reset_prefix_cache": {"success": True},
+            "/weight_info": {"weight_version": self.version},
+            "/v1/models": {"data": [{"id": "policy"}]},
+            "/pooling": {"data": [{"data": [self.pooled(prefix)]} for prefix in prefixes]},
+            "/v1/completions": {"choices": [{"prompt_logprobs": [None, entry, entry]}]},
+        }
+        return web.json_response(answers.get(request.path, {}))
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[Recorder]:
+    recorder = Recorder()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", recorder.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    recorder.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield recorder
+    await runner.cleanup()
+
+
+@pytest_asyncio.fixture
+async def recorder() -> AsyncIterator[Recorder]:
+    async with serving() as recorder:
+        yield recorder
+
+
+UPDATE = [
+    "/init_weight_transfer_engine",
+    "/pause",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+    "/reset_prefix_cache",
+    "/resume",
+]
+
+
+def fail(status: int) -> Callable[[web.Request], web.Response]:
+    return lambda _: web.Response(status=status, text="the reason")
+
+
+async def test_order_of_an_update(recorder: Recorder) -> None:
+    async with WeightClient(recorder.url) as client:
+        await client.update(["/a", "/b"], version="7")
+    assert recorder.routes == UPDATE
+    assert recorder.seen["/update_weights"] == {"update_info": {"paths": ["/a", "/b"]}}
+    assert recorder.seen["/finish_weight_update"] == {"weight_version": "7"}
+
+
+@pytest.mark.parametrize("route", ["/pause", *UPDATE[3:6]])
+async def test_a_failure_is_raised_and_the_server_resumed(recorder: Recorder, route: str) -> None:
+    recorder.behaviour[route] = fail(500)
+    async with WeightClient(recorder.url) as client:
+        with pytest.raises(WeightRouteError, match="the reason") as error:
+            await client.update(["/a"], version="7")
+    assert (error.value.url, error.value.route, error.value.status) == (recorder.url, route, 500)
+    assert recorder.routes == [*UPDATE[: UPDATE.index(route) + 1], "/resume"]
+
+
+async def test_a_resume_that_fails_too_is_told(recorder: Recorder) -> None:
+    recorder.behaviour["/update_weights"] = fail(500)
+    recorder.behaviour["/resume"] = fail(503)
+    async with WeightClient(recorder.url) as client:
+        with pytest.raises(WeightRouteError, match="/update_weights") as error:
+            await client.update(["/a"], version="7")
+    assert "still paused" in error.value.__notes__[0]
+
+
+async def test_no_call_depends_on_the_connection_of_another(recorder: Recorder) -> None:
+    """vLLM closes the connection after an error, and what was sent on it meanwhile is lost."""
+    async with WeightClient(recorder.url) as client:
+        await client.update(["/a"], version="7")
+    assert len(set(recorder.client_ports)) == len(UPDATE)
+
+
+async def test_a_cache_that_was_not_dropped_is_a_failure(recorder: Recorder) -> None:
+    recorder.behaviour["/reset_prefix_cache"] = lambda _: web.json_response({"success": False})
+    async with WeightClient(recorder.url) as client:
+        with pytest.raises(WeightRouteError, match="cache was not dropped"):
+            await client.update(["/a"], version="7")
+    assert recorder.routes[-1] == "/resume"
+
+
+async def test_another_weight_transfer_is_refused_before_anything_pauses(
+    recorder: Recorder,
+) -> None:
+    recorder.behaviour["/init_weight_transfer_engine"] = fail(500)
+    async with WeightClient(recorder.url) as client:
+        with pytest.raises(WeightRouteError):
+            await client.update(["/a"], version="7")
+    assert recorder.routes == UPDATE[:1]
+
+
+async def test_a_hanging_server_is_an_error_and_is_resumed(recorder: Recorder) -> None:
+    recorder.behaviour["/update_weights"] = lambda _: asyncio.Event().wait()
+    async with WeightClient(recorder.url, timeout=0.3) as client:
+        with pytest.raises(WeightRouteError, match=r"/update_weights: no answer: none within"):
+            await client.update(["/a"], version="7")
+    assert recorder.routes[-1] == "/resume"
+
+
+async def test_a_cancelled_update_resumes_the_server(recorder: Recorder) -> None:
+    reached = asyncio.Event()
+
+    async def hang(_: web.Request) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    recorder.behaviour["/update_weights"] = hang
+    async with WeightClient(recorder.url) as client:
+        update = asyncio.create_task(client.update(["/a"], version="7"))
+        await reached.wait()
+        update.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await update
+        assert recorder.routes[-1] == "/resume"
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    async with WeightClient("http://127.0.0.1:1") as client:
+        with pytest.raises(WeightRouteError, match=r"http://127.0.0.1:1/init.*no answer"):
+            await client.update(["/a"], version="7")
+
+
+# The proof
+
+
+async def test_verify_returns_the_difference(recorder: Recorder) -> None:
+    async with WeightPublisher([recorder.url, recorder.url]) as publisher:
+        found = await publisher.verify([4, 5, 6], [-1.0, -1.01], version="1", tolerance=0.1)
+    assert found == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("served", [-1.5, float("nan")])
+async def test_verify_refuses_other_logprobs(recorder: Recorder, served: float) -> None:
+    recorder.probe_logprob = served
+    async with WeightPublisher([recorder.url]) as publisher:
+        with pytest.raises(WeightParityError, match="differs by"):
+            await publisher.verify([4, 5, 6], [-1.5, -1.0], version="1", tolerance=0.1)
+
+
+async def test_verify_refuses_another_version(recorder: Recorder) -> None:
+    async with WeightPublisher([recorder.url]) as publisher:
+        with pytest.raises(WeightParityError, match="version '1', not '2'"):
+            await publisher.verify([4, 5, 6], [-1.0, -1.0], version="2")
+
+
+async def test_verify_values_asks_for_each_prefix(recorder: Recorder) -> None:
+    async with WeightPublisher([recorder.url]) as publisher:
+        found = await publisher.verify_values(
+            [4, 5, 6], [4.0, 5.01, 6.0], version="1", tolerance=0.1
+        )
+    assert found == pytest.approx(0.01)
+    assert recorder.seen["/pooling"] == {
+        "model": "policy",
+        "input": [[4], [4, 5], [4, 5, 6]],
+        "use_activation": False,
+    }
+
+
+async def test_verify_values_refuses_other_values(recorder: Recorder) -> None:
+    expected = [4.0, 5.0, 6.0]
+    async with WeightPublisher([recorder.url]) as publisher:
+        await publisher.verify_values([4, 5, 6], expected, version="1")
+        with pytest.raises(WeightParityError, match="version '1', not '2'"):
+            await publisher.verify_values([4, 5, 6], expected, version="2")
+        with pytest.raises(WeightParityError, match="a value of the probe differs by"):
+            await publisher.verify_values([4, 5, 6], [4.0, 5.1, 6.0], version="1")
+        recorder.pooled = lambda prefix: None if len(prefix) == 2 else float(prefix[-1])
+        with pytest.raises(WeightParityError, match="differs by"):
+            await publisher.verify_values([4, 5, 6], expected, version="1")
+
+
+async def test_all_servers_get_the_weights_and_are_checked(recorder: Recorder) -> None:
+    model = random_model(3)
+    async with serving() as other, WeightPublisher([recorder.url, other.url]) as publisher:
+        await publisher.publish(tensor_specs(model), gathered(model), version="1")
+        assert recorder.routes == other.routes == UPDATE
+        await publisher.verify([4, 5, 6], [-1.0, -1.0], version="1")
+        for spoil in (
+            lambda: setattr(other, "version", "0"),
+            lambda: setattr(other, "probe_logprob", -2.0),
+        ):
+            spoil()
+            with pytest.raises(WeightParityError, match=other.url):
+                await publisher.verify([4, 5, 6], [-1.0, -1.0], version="1")
+            other.version = "1"
+
+
+async def test_a_server_that_fails_is_named_and_the_others_get_the_weights(
+    recorder: Recorder,
+) -> None:
+    model = random_model(3)
+    async with serving() as bad, WeightPublisher([bad.url, recorder.url]) as publisher:
+        bad.behaviour["/update_weights"] = fail(500)
+        with pytest.raises(WeightRouteError, match="the reason") as error:
+            await publisher.publish(tensor_specs(model), gathered(model), version="1")
+    assert error.value.url == bad.url
+    assert recorder.routes == UPDATE
+
+
+async def test_a_server_on_another_machine_reads_a_file(recorder: Recorder, tmp_path: Path) -> None:
+    model = random_model(3)
+    path = tmp_path / "weights.safetensors"
+    async with WeightPublisher([recorder.url], path=path) as publisher:
+        await publisher.publish(tensor_specs(model), gathered(model), version="1")
+    assert recorder.seen["/update_weights"] == {"update_info": {"paths": [str(path)]}}
+    assert torch.equal(load_file(path)["model.norm.weight"], model.model.norm.weight)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_probe_tells_policies_apart() -> None:
+    """Else the parity tests with a real server could not fail."""
+    one, other = (logprobs(random_model(seed), PROBE) for seed in (0, 1))
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
+
+
+def test_probe_tells_critics_apart() -> None:
+    one, other = (values(random_critic(seed), PROBE) for seed in (0, 1))
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5

@@ -1,0 +1,86 @@
+"""The base model's demonstrations: how often, where and by how much they slip."""
+
+import hashlib
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from espo_rl.base_model import BELIEF, slips
+from espo_rl.tasks.arithmetic import Arithmetic
+
+PAIRS = [(oldest, newest) for oldest in range(10) for newest in range(10)]
+
+
+def misses(kind, seed, rounds=200, error=0.06):
+    slip = slips(kind, random.Random(seed), error)
+    return {pair: [slip(*pair) for _ in range(rounds)] for pair in PAIRS}
+
+
+@pytest.mark.parametrize("kind", ["sampled", "believed", "doubtful"])
+def test_as_many_slips_of_every_kind(kind):
+    all_misses = [miss for of_pair in misses(kind, 0).values() for miss in of_pair]
+    # 20,000 draws: three standard deviations are half a per cent, and whole pairs may be wrong
+    assert sum(map(bool, all_misses)) / len(all_misses) == pytest.approx(0.06, abs=0.006)
+
+
+def test_a_sampled_slip_may_be_any_but_is_nowhere_the_likelier_digit():
+    for of_pair in misses("sampled", 0).values():
+        assert Counter(of_pair).most_common(1)[0][0] == 0
+        assert max(of_pair) > 1
+
+
+def test_a_believed_slip_is_the_likelier_digit_on_the_same_pairs_for_every_seed():
+    wrong = [
+        {pair for pair, of_pair in misses("believed", seed).items() if any(of_pair)}
+        for seed in (0, 1)
+    ]
+    assert wrong[0] == wrong[1]
+    assert len(wrong[0]) == round(100 * 0.06 / BELIEF)
+    for pair, of_pair in misses("believed", 2).items():
+        assert set(of_pair) == ({0, 1} if pair in wrong[0] else {0})
+        assert Counter(of_pair).most_common(1)[0][0] == (pair in wrong[0])
+
+
+def test_a_doubtful_slip_is_always_by_one():
+    assert {miss for of_pair in misses("doubtful", 0).values() for miss in of_pair} == {0, 1}
+
+
+def test_digits_that_change_places_do_no_harm():
+    task = Arithmetic()
+    for problem in task.held_out(50):
+        plain = task.solution(problem.prompt)
+        turned = task.solution(problem.prompt, swap=lambda: True)
+        assert turned.rpartition("#")[2] == problem.answer
+        sums, others = (re.findall(r"(\d)\+(\d)=(\d)", text) for text in (plain, turned))
+        assert [(b, a, total) for a, b, total in others] == sums
+
+
+def test_a_seed_stands_for_the_same_demonstrations_as_ever():
+    """The README's numbers are of one base: it must be made again by its seed."""
+    task, rng = Arithmetic(), random.Random(0)
+    shown = ""
+    for error in (0.0, 0.06):
+        slip = slips("sampled", rng, error)
+        shown += "".join(task.solution(task.problem(rng).prompt, slip) for _ in range(50))
+    assert hashlib.md5(shown.encode()).hexdigest() == "dfaa0b9711cf1f2bf6e8c96094d87055"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--min-steps", "5", "--max-steps", "4"], "--min-steps"),
+        (["--max-steps", "27"], "--max-steps"),
+        (["--error", "0.9"], "--error"),
+        (["--kind", "hidden"], "--kind"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(arguments, said, tmp_path):
+    command = [sys.executable, "-m", "espo_rl.base_model", "--out", str(tmp_path / "base")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "base").exists()

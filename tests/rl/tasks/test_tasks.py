@@ -1,0 +1,503 @@
+"""Tasks: which problems come, in what order, and what a user is told when they cannot be had."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import socket
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from espo_rl.config import TaskSection
+from espo_rl.tasks.arithmetic import Arithmetic
+from espo_rl.tasks.graders import exact
+from espo_rl.tasks.make import make_task
+from espo_rl.tasks.task import TaskError
+from espo_rl.types import Problem
+
+GSM8K = Path(__file__).parents[2] / "data" / "gsm8k_excerpt.jsonl"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("datasets-cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"problem": f"q{i}", "answer": i} for i in range(start, start + count)]
+
+
+def task_of(**settings: Any) -> Any:
+    return make_task(TaskSection(kind="dataset", **settings))
+
+
+def gym_of(name: str, **settings: Any) -> Any:
+    return make_task(TaskSection(kind="reasoning-gym", name=name, **settings))
+
+
+def first(task: Any, count: int, seed: int = 0) -> list[Problem]:
+    return list(islice(task.training(seed), count))
+
+
+def prompts(problems: Sequence[Problem]) -> list[str]:
+    return [problem.prompt for problem in problems]
+
+
+# -- arithmetic ------------------------------------------------------------------------------------
+
+
+def test_arithmetic_solutions_are_right_and_of_the_wished_lengths() -> None:
+    task, rng = Arithmetic(), random.Random(0)
+    assert task.solution("358c") == "c3+8=1b5+1=6a8+6=4#164"
+    for _ in range(300):
+        problem = task.problem(rng)
+        steps = ord(problem.prompt[3]) - ord("a") + 1
+        assert 2 <= steps <= 24
+        assert exact(task.solution(problem.prompt), problem.answer)
+
+
+def test_arithmetic_keeps_to_the_numbers_of_steps_it_is_given() -> None:
+    problems = make_task(TaskSection(steps=[2, 2, 24])).held_out(600)
+    drawn = [ord(problem.prompt[3]) - ord("a") + 1 for problem in problems]
+    assert {*drawn} == {2, 24}
+    assert drawn.count(2) / 600 == pytest.approx(2 / 3, abs=0.06)
+
+
+def test_one_slip_always_spoils_the_answer() -> None:
+    task = Arithmetic()
+    for at in range(24):
+        for by in range(1, 10):
+            misses = iter([0] * at + [by] + [0] * 24)
+            slipped = task.solution("358x", lambda oldest, newest, misses=misses: next(misses))
+            assert slipped.split("#")[1] != task.solution("358x").split("#")[1]
+
+
+# -- every kind ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[[str], Any]:
+    """A task of each kind with so few problems that both sides would meet."""
+
+    def make(kind: str) -> Any:
+        if kind == "arithmetic":
+            return Arithmetic(2, 3)
+        if kind == "reasoning-gym":
+            return gym_of("chain_sum", options={"max_terms": 2, "max_digits": 1})
+        return task_of(train=write_rows(tmp_path / "data.jsonl", numbered(20)))
+
+    return make
+
+
+KINDS = ("arithmetic", "dataset", "reasoning-gym")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_problems_repeat_by_seed(small: Callable[[str], Any], kind: str) -> None:
+    stream = first(small(kind), 200, seed=3)
+    assert stream == first(small(kind), 200, seed=3)
+    assert stream != first(small(kind), 200, seed=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_problems_are_never_trained_on(small: Callable[[str], Any], kind: str) -> None:
+    task = small(kind)
+    trained = {problem.prompt for seed in range(3) for problem in first(task, 300, seed)}
+    held_out = prompts(task.held_out(100))
+    assert held_out
+    assert not trained & set(held_out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_held_out_problems_are_the_first_of_more(
+    small: Callable[[str], Any], kind: str
+) -> None:
+    assert small(kind).held_out(2) == small(kind).held_out(50)[:2]
+    task = small(kind)
+    assert (task.held_out(50)[:2], len(task.held_out(2))) == (task.held_out(2), 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_template_goes_around_the_problem(
+    small: Callable[[str], Any], kind: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "arithmetic": {},
+        "dataset": {"train": write_rows(tmp_path / "data.jsonl", numbered(20))},
+        "reasoning-gym": {"name": "chain_sum"},
+    }[kind]
+    plain = make_task(TaskSection(kind=kind, **settings))
+    task = make_task(TaskSection(kind=kind, template="{x} {problem}\n\\boxed{}", **settings))
+    for bare, wrapped in (
+        (plain.held_out(1)[0], task.held_out(1)[0]),
+        (next(plain.training(0)), next(task.training(0))),
+    ):
+        assert wrapped.prompt == f"{{x}} {bare.prompt}\n\\boxed{{}}"
+        assert (wrapped.id, wrapped.answer) == (bare.id, bare.answer)
+
+
+# -- data sets: what comes -------------------------------------------------------------------------
+
+
+def test_problems_come_shuffled_each_epoch(tmp_path: Path) -> None:
+    task = task_of(train=write_rows(tmp_path / "data.jsonl", numbered(20)))
+    assert len(task.held_out(100)) == 2
+    epochs = prompts(first(task, 36))
+    assert sorted(epochs[:18]) == sorted(epochs[18:])
+    assert epochs[:18] != epochs[18:]
+
+
+def test_gsm8k_rows() -> None:
+    task = task_of(train=str(GSM8K))
+    problems = [*first(task, 18), *task.held_out(2)]
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    assert sorted((p.prompt, p.answer) for p in problems) == sorted(
+        (row["problem"], row["answer"]) for row in rows
+    )
+    assert all(p.extra == {"problem": p.prompt, "answer": p.answer} for p in problems)
+    assert len({p.id for p in problems}) == 20
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file(tmp_path: Path, ending: str) -> None:
+    path = str(tmp_path / f"data.{ending}")
+    data = datasets.Dataset.from_list(
+        [{"problem": f"{i}, {i}", "answer": str(i)} for i in range(9)]
+    )
+    if ending == "parquet":
+        data.to_parquet(path)
+    elif ending == "csv":
+        data.to_csv(path)
+    else:
+        data.to_json(path, lines=ending == "jsonl")
+    task = task_of(train=path)
+    assert {(p.prompt, p.answer) for p in first(task, 9)} == {
+        (f"{i}, {i}", f"{i}") for i in range(9)
+    }
+
+
+@pytest.mark.parametrize("cells", [{"1": "007", "2": "1.50"}, {"1": "NA", "2": "3", "x": "None"}])
+def test_csv_cells_are_taken_as_they_stand(tmp_path: Path, cells: dict[str, str]) -> None:
+    lines = ["problem,answer", *(f"{problem},{answer}" for problem, answer in cells.items())]
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    problems = first(task_of(train=str(tmp_path / "data.csv")), len(cells))
+    assert {p.prompt: p.answer for p in problems} == cells
+
+
+def test_a_chat_prompt_and_a_nested_answer_as_in_dapo_math(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": "not this"},
+                {"role": "assistant", "content": "nor this"},
+                {"role": "user", "content": f"what is {i}?"},
+            ],
+            "reward_model": {"ground_truth": str(i), "style": "rule"},
+        }
+        for i in range(5)
+    ]
+    task = task_of(
+        train=write_rows(tmp_path / "dapo.jsonl", rows),
+        problem_column="prompt",
+        answer_column="reward_model.ground_truth",
+    )
+    problems = first(task, 5)
+    assert {(p.prompt, p.answer) for p in problems} == {(f"what is {i}?", f"{i}") for i in range(5)}
+    assert all(p.extra["reward_model"]["style"] == "rule" for p in problems)
+
+
+def test_a_column_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.jsonl", [{"problem": "q", "final.answer": 7}])
+    assert first(task_of(train=path, answer_column="final.answer"), 1)[0].answer == "7"
+
+
+def test_the_answer_at_the_end_of_a_solution(tmp_path: Path) -> None:
+    rows = [{"question": "eggs?", "answer": "16 - 3 - 4 = <<16-3-4=9>>9.\n#### 1,234"}]
+    task = task_of(
+        train=write_rows(tmp_path / "gsm8k.jsonl", rows),
+        problem_column="question",
+        answer_pattern="#### (.*)",
+    )
+    assert first(task, 1)[0].answer == "1,234"
+    with pytest.raises(TaskError, match=r"task\.answer_pattern.*row 1 .*1,234"):
+        task_of(
+            train=str(tmp_path / "gsm8k.jsonl"), problem_column="question", answer_pattern="= (x)"
+        )
+
+
+def test_an_evaluation_set_laid_out_differently(tmp_path: Path) -> None:
+    task = task_of(
+        train=write_rows(tmp_path / "train.jsonl", numbered(5)),
+        answer_pattern="(.)",
+        eval=write_rows(tmp_path / "eval.jsonl", [{"q": "e", "x": {"a": "so 3."}}]),
+        eval_problem_column="q",
+        eval_answer_column="x.a",
+        eval_answer_pattern=r"so (\d)",
+    )
+    assert [(p.prompt, p.answer) for p in task.held_out(9)] == [("e", "3")]
+    assert len(set(prompts(first(task, 5)))) == 5
+
+
+def test_training_leaves_out_what_the_evaluation_set_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"problem": f"what is {i}?", "answer": i} for i in range(10)]
+    copied = [{"problem": f" what  is\n{i}?", "answer": 0} for i in range(3)]
+    with caplog.at_level(logging.WARNING):
+        task = task_of(
+            train=write_rows(tmp_path / "train.jsonl", rows),
+            eval=write_rows(tmp_path / "eval.jsonl", [*copied, {"problem": "new", "answer": 1}]),
+        )
+    assert "3 of 10 training problems are in the evaluation set" in caplog.text
+    assert sorted(prompts(first(task, 7))) == [f"what is {i}?" for i in range(3, 10)]
+    assert len(task.held_out(9)) == 4
+
+
+def test_a_clean_evaluation_set_is_not_spoken_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write_rows(tmp_path / "train.jsonl", numbered(10))
+    task_of(train=train, eval=write_rows(tmp_path / "eval.jsonl", numbered(10, start=10)))
+    assert not [record for record in caplog.records if record.name == "espo_rl.tasks.task"]
+
+
+def test_an_evaluation_set_that_is_the_training_set(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.jsonl", numbered(10))
+    with pytest.raises(TaskError, match=r"task\.eval"):
+        task_of(train=path, eval=path)
+
+
+def test_a_problem_that_repeats_counts_once(tmp_path: Path) -> None:
+    """As in DAPO-Math-17k, where every problem stands a hundred times."""
+    task = task_of(train=write_rows(tmp_path / "data.jsonl", numbered(20) * 10))
+    assert len(task.held_out(100)) == 2
+    assert len({p.prompt for p in first(task, 18)}) == 18
+
+
+def test_splits_and_subsets_of_a_folder(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", numbered(10))
+    write_rows(tmp_path / "test.jsonl", numbered(4, start=100))
+    task = task_of(train=str(tmp_path), eval=str(tmp_path))
+    assert sorted(prompts(task.held_out(9))) == [f"q{i}" for i in range(100, 104)]
+    assert sorted(prompts(first(task, 10))) == [f"q{i}" for i in range(10)]
+    task = task_of(train=str(tmp_path), train_split="train[:3]+test[:1]")
+    assert sorted(prompts(first(task, 4))) == ["q0", "q1", "q100", "q2"]
+
+
+def test_named_subsets_of_a_folder(tmp_path: Path) -> None:
+    for subset, start in (("easy", 0), ("hard", 50)):
+        (tmp_path / subset).mkdir()
+        write_rows(tmp_path / subset / "train.jsonl", numbered(5, start))
+    configs = "".join(f"\n- config_name: {s}\n  data_files: {s}/*.jsonl" for s in ("easy", "hard"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:{configs}\n---\n")
+    path = str(tmp_path)
+    hard = sorted(prompts(first(task_of(train=path, subset="hard"), 5)))
+    assert hard == [f"q{i}" for i in range(50, 55)]
+    task = task_of(train=path, subset="hard", eval=path, eval_subset="easy", eval_split="train")
+    assert sorted(prompts(task.held_out(9))) == [f"q{i}" for i in range(5)]
+    # The evaluation part of the same set is of the same subset, unless another is given.
+    halves = {"train_split": "train[2:]", "eval_split": "train[:2]"}
+    task = task_of(train=path, subset="hard", eval=path, **halves)
+    assert sorted(prompts(task.held_out(9))) == ["q50", "q51"]
+    with pytest.raises(TaskError, match=r"task\.subset: .*medium.*easy"):
+        task_of(train=path, subset="medium")
+
+
+def test_a_part_of_a_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.jsonl", numbered(10))
+    task = task_of(train=path, train_split="train[:3]", eval=path, eval_split="train[7:]")
+    assert sorted(prompts(first(task, 3))) == ["q0", "q1", "q2"]
+    assert sorted(prompts(task.held_out(9))) == ["q7", "q8", "q9"]
+
+
+def test_an_edited_file_is_read_anew(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "data.jsonl", numbered(3))
+    assert len(set(prompts(first(task_of(train=path), 3)))) == 3
+    write_rows(tmp_path / "data.jsonl", [{"problem": "new", "answer": "1"}])
+    assert prompts(first(task_of(train=path), 1)) == ["new"]
+
+
+def test_local_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    write_rows(tmp_path / "train.jsonl", numbered(10))
+    for train in (tmp_path / "train.jsonl", tmp_path):
+        assert first(task_of(train=str(train)), 1)
+
+
+# -- data sets: what is refused --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"problem": "x"}\n', r"task\.answer_column = 'answer'.*row 1 .*columns are problem"),
+        ('{"problem": "x", "answer": null}\n', r"task\.answer_column.*row 1 "),
+        (
+            '{"problem": "x", "answer": "1"}\n{"problem": " ", "answer": 1}\n',
+            "problem_column.*row 2 ",
+        ),
+        ('{"problem": "x", "answer": ["1"]}\n', r"task\.answer_column.*row 1 "),
+        ('{"problem": [{"role": "user"}], "answer": 1}\n', r"task\.problem_column.*row 1 "),
+        ("not json\n", "bad.jsonl.*JSON parse error"),
+        ('{"problem": "x", "answer": "1"}\n[]\n', "bad.jsonl"),
+        ("\n", r"task\.train: .*bad\.jsonl.*no data"),
+        ("", r"task\.train: .*bad\.jsonl.*nothing"),
+    ],
+)
+def test_a_malformed_file_names_the_row_or_the_column(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(TaskError, match=message):
+        task_of(train=str(path))
+
+
+def test_a_misspelt_column_is_set_right(tmp_path: Path) -> None:
+    rows = [{"problem": "x", "reward_model": {"ground_truth": "1"}}]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    meant = r"did you mean reward_model\.ground_truth\?"
+    with pytest.raises(TaskError, match=rf"reward_model\.truth.*columns are problem, .*{meant}"):
+        task_of(train=path, answer_column="reward_model.truth")
+    with pytest.raises(TaskError, match=r"task\.eval_problem_column = 'q'"):
+        task_of(
+            train=write_rows(tmp_path / "train.jsonl", numbered(2)),
+            eval=path,
+            eval_problem_column="q",
+        )
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_a_missing_file_is_named(tmp_path: Path, key: str) -> None:
+    there = write_rows(tmp_path / "there.jsonl", numbered(2))
+    settings = {"train": there, "eval": there, key: str(tmp_path / "nowhere.jsonl")}
+    with pytest.raises(TaskError, match=rf"task\.{key}: No such file.*nowhere"):
+        task_of(**settings)
+
+
+def test_a_misspelt_split_lists_those_there_are(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", numbered(3))
+    write_rows(tmp_path / "test.jsonl", numbered(3))
+    with pytest.raises(TaskError, match=r"task\.train_split: .*trian.*\['train', 'test'\]"):
+        task_of(train=str(tmp_path), train_split="trian")
+    with pytest.raises(TaskError, match=r"task\.eval_split: .*validation"):
+        task_of(train=str(tmp_path), eval=str(tmp_path), eval_split="validation")
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("x")
+    with pytest.raises(TaskError, match=r"task\.train: .*data\.txt.*\.parquet"):
+        task_of(train=str(tmp_path / "data.txt"))
+
+
+def test_a_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"task\.train: .*data files"):
+        task_of(train=str(tmp_path))
+
+
+def test_a_name_on_the_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TaskError, match=r"task\.train: .*openai/gsm8k.*Hugging Face hub"):
+        task_of(train="openai/gsm8k", subset="main")
+
+
+# -- reasoning-gym ---------------------------------------------------------------------------------
+
+
+def test_gym_problems_are_its_rows() -> None:
+    task = gym_of("leg_counting", options={"max_animals": 4})
+    problems = [*first(task, 50), *task.held_out(20)]
+    for problem in problems:
+        assert (problem.prompt, problem.answer) == (
+            problem.extra["question"],
+            problem.extra["answer"],
+        )
+        assert problem.extra["metadata"]["source_dataset"] == "leg_counting"
+    assert len({problem.id for problem in problems}) == len(set(prompts(problems)))
+
+
+def test_neighbouring_seeds_share_no_stream() -> None:
+    """reasoning-gym itself gives item i of seed s as item i - 1 of seed s + 1."""
+    streams = [set(prompts(first(gym_of("basic_arithmetic"), 100, seed))) for seed in (1, 2)]
+    assert len(streams[0] & streams[1]) < 10
+
+
+def test_a_gym_with_few_questions_ends_in_finite_time() -> None:
+    options = {"min_disks": 3, "max_disks": 3, "min_pegs": 3, "max_pegs": 3}
+    task = gym_of("tower_of_hanoi", options=options)
+    held_out = task.held_out(1000)
+    assert 0 <= len(held_out) < 10
+    assert len(set(prompts(held_out))) == len(held_out)
+
+
+def test_a_gym_whose_only_question_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Same:
+        def __init__(self, question: str) -> None:
+            self.question = question
+
+        def __getitem__(self, place: int) -> dict[str, Any]:
+            return {"question": self.question, "answer": "1"}
+
+    sides = []
+    for i in range(20):
+        monkeypatch.setattr("espo_rl.tasks.gym.gym_dataset", lambda *_, i=i, **__: Same(f"q{i}"))
+        task = gym_of("chain_sum")
+        sides.append(len(task.held_out(3)))
+        if sides[-1]:
+            with pytest.raises(TaskError, match=r"task\.name"):
+                next(task.training(0))
+        else:
+            assert next(task.training(0)).prompt == f"q{i}"
+    assert set(sides) == {0, 1}
+
+
+def test_a_mixture_of_gyms() -> None:
+    mixture = [
+        {"name": "chain_sum", "weight": 1.0, "config": {"max_terms": 3}},
+        {"name": "leg_counting", "weight": 1.0, "config": {}},
+    ]
+    problems = first(gym_of("composite", options={"datasets": mixture}), 40)
+    sources = {problem.extra["metadata"]["source_dataset"] for problem in problems}
+    assert sources == {"chain_sum", "leg_counting"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"name": "chain_sums"},
+            r"task\.name = 'chain_sums'.*did you mean chain_sum.*leg_counting",
+        ),
+        (
+            {"name": "chain_sum", "options": {"max_term": 3}},
+            r"task\.options: chain_sum has no max_term \(did you mean max_terms",
+        ),
+        ({"name": "chain_sum", "options": {"seed": 3}}, r"task\.options: chain_sum has no seed"),
+        ({"name": "chain_sum", "options": {"min_terms": 0}}, r"task\.options: .*min_terms"),
+        ({"name": "chain_sum", "options": {"min_terms": "x"}}, r"task\.options: chain_sum refuses"),
+        ({"name": "composite"}, r"task\.options: composite refuses.*datasets"),
+    ],
+)
+def test_a_gym_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        gym_of(**settings)
