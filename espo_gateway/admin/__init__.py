@@ -1,0 +1,1 @@
+"""The operator's side: the gate, the live page, what Prometheus reads."""

@@ -10,10 +10,11 @@ import heapq
 import itertools
 import time
 from collections import deque
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from espo_gateway.front.gateway import Gateway
+from espo_gateway.stop.rules import RULES
 from espo_gateway.stream.session import Session
 from espo_gateway.telemetry.metrics import total
 
@@ -93,7 +94,9 @@ class Live:
         if session not in self._ids:
             self._ids[session] = next(self._numbers)
         value = session.value if record["value"] is None else record["value"]
-        measure, threshold = _compared(session, value)
+        rule = RULES[session.gate.rule]
+        # Until a critic has been asked, the lowest that its answer could make it.
+        threshold = rule.bound(session.gate, value or 0.0) if rule.compared else None
         return {
             "id": self._ids[session],
             "name": str(head.get("id") or "")[:_LONGEST],
@@ -104,25 +107,11 @@ class Live:
             "cut": record["cut"],
             "mode": record["mode"],
             "rule": record["rule"],
-            "measure": measure,
+            "measure": rule.compared or "z",
             "z": record["z"],
             "value": value,
             "threshold": threshold if record["threshold"] is None else record["threshold"],
         }
-
-
-def _compared(session: Session, value: float | None) -> tuple[Literal["z", "value"], float | None]:
-    """What the rule looks at, and its threshold in the same unit; None where z has none."""
-    gate = session.gate
-    match gate.rule:
-        case "value-only" | "success-probability":
-            return "value", gate.p_star
-        case "value-gated":
-            # Until a critic has been asked, the lowest that its answer could make it.
-            return "z", gate.beta * max(value or 0.0, gate.epsilon)
-        case "regret-only":
-            return "z", gate.beta
-    return "z", None
 
 
 def _totals(gateway: Gateway) -> Json:

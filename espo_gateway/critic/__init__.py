@@ -1,0 +1,1 @@
+"""V from outside: a critic server, or a class of the user's own."""

@@ -1,17 +1,16 @@
-"""Fits the success estimator on rollouts whose outcome is known, given as arrays. Pure."""
+"""Fits the success estimator to recorded rollouts whose outcome is known, and judges it. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
-from espo_gateway.stop.estimate import SuccessEstimator, probabilities, stream_features
-from espo_gateway.stop.recorded import recorded_regrets
+from espo_gateway.stop.estimate import SuccessEstimator
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array
 
 #: Neighbouring tokens say almost the same; this many a rollout are enough to fit on.
@@ -27,70 +26,62 @@ class Examples:
     weights: NDArray[np.float32]  # [tokens]
 
 
-class KnownOutcomes:
-    """Rollouts of known outcome; features are made once.
+def examples(recorded: Recorded, correct: NDArray[np.bool_], weights: Array) -> Examples:
+    """Tokens of rollouts of known outcome to fit on.
 
     Args:
-        logprobs, max_logprobs: [rollouts, tokens], NaN where missing or past the end.
-        prompt_tokens, outcomes, weights: [rollouts]. weights: how many rollouts each stands for.
-        completed_at: length of those that ended by themselves, else 0, [rollouts].
+        correct: [rollouts].
+        weights: how many rollouts each stands for, [rollouts].
     """
+    chosen = recorded.known.copy()
+    stride = max(1, chosen.shape[1] // TOKENS_PER_ROLLOUT)
+    chosen[:, np.arange(chosen.shape[1]) % stride != stride - 1] = False
+    rows, _ = np.nonzero(chosen)
+    return Examples(
+        features=recorded.features[chosen].astype(np.float32),
+        outcomes=correct[rows],
+        weights=weights[rows].astype(np.float32),
+    )
 
-    def __init__(
-        self,
-        logprobs: Array,
-        max_logprobs: Array,
-        *,
-        prompt_tokens: Array,
-        completed_at: NDArray[np.int64],
-        outcomes: NDArray[np.bool_],
-        weights: Array,
-    ) -> None:
-        self.logprobs = logprobs
-        self.max_logprobs = max_logprobs
-        self.prompt_tokens = prompt_tokens
-        self.completed_at = completed_at
-        self.outcomes = outcomes
-        self.weights = weights
-        self.regrets = recorded_regrets(logprobs, max_logprobs)
-        self.real = ~np.isnan(self.regrets)
 
-    @cached_property
-    def features(self) -> Array:
-        """The stream's statistics after each token, [rollouts, tokens, features]."""
-        return stream_features(self.regrets, -self.logprobs, self.prompt_tokens)
+def explained_variance(
+    recorded: Recorded, correct: NDArray[np.bool_], weights: Array, expected: Array
+) -> float | None:
+    """1 - var(outcome - P)/var(outcome) over all tokens.
 
-    def probabilities(self, estimator: SuccessEstimator) -> Array:
-        """P(success) after each token, [rollouts, tokens]."""
-        return probabilities(estimator.logits(self.features))
+    Args:
+        correct, weights: as for `examples`.
+        expected: P, [rollouts, tokens], of an estimator that was not fitted on these rollouts.
 
-    def examples(self) -> Examples:
-        """Tokens to fit on."""
-        chosen = self.real.copy()
-        stride = max(1, chosen.shape[1] // TOKENS_PER_ROLLOUT)
-        chosen[:, np.arange(chosen.shape[1]) % stride != stride - 1] = False
-        rows, _ = np.nonzero(chosen)
-        return Examples(
-            features=self.features[chosen].astype(np.float32),
-            outcomes=self.outcomes[rows],
-            weights=self.weights[rows].astype(np.float32),
-        )
+    Returns:
+        None when all outcomes are the same.
+    """
+    variance, rest = Variance(), Variance()
+    rows, _ = np.nonzero(recorded.known)
+    outcomes, weight = correct[rows].astype(float), weights[rows]
+    variance.add(outcomes, weight)
+    rest.add(outcomes - expected[recorded.known], weight)
+    return 1.0 - rest.value / variance.value if variance.value else None
 
-    def explained_variance(self, expected: Array) -> float | None:
-        """1 - var(outcome - P)/var(outcome) over all tokens.
 
-        Args:
-            expected: P, [rollouts, tokens], of an estimator that was not fitted on these rollouts.
+class Variance:
+    """Of weighted numbers that come in parts."""
 
-        Returns:
-            None when all outcomes are the same.
-        """
-        rows, _ = np.nonzero(self.real)
-        outcomes, weight = self.outcomes[rows].astype(float), self.weights[rows]
-        total = _variance(outcomes, weight) if rows.size else 0.0
-        if total == 0.0:
-            return None
-        return 1.0 - _variance(outcomes - expected[self.real], weight) / total
+    def __init__(self) -> None:
+        self._weight = self._total = self._squares = 0.0
+
+    def add(self, numbers: Array, weights: Array | float = 1.0) -> None:
+        self._weight += float(np.broadcast_to(weights, numbers.shape).sum())
+        self._total += float((weights * numbers).sum())
+        self._squares += float((weights * numbers**2).sum())
+
+    @property
+    def value(self) -> float:
+        """0 where nothing has come, or all is the same."""
+        if not self._weight:
+            return 0.0
+        mean = self._total / self._weight
+        return max(self._squares / self._weight - mean * mean, 0.0)
 
 
 def fit(batches: Iterable[Examples]) -> SuccessEstimator | None:
@@ -115,8 +106,3 @@ def fit(batches: Iterable[Examples]) -> SuccessEstimator | None:
         weights=tuple(map(float, unscaled)),
         bias=float(model.intercept_[0] - unscaled @ scaler.mean_),
     )
-
-
-def _variance(values: Array, weight: Array) -> float:
-    mean = np.average(values, weights=weight)
-    return float(np.average((values - mean) ** 2, weights=weight))

@@ -1,26 +1,97 @@
-"""Recorded rollouts."""
+"""Many recorded rollouts, as arrays: what was known of each token when it was sampled. Pure."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from espo_gateway.stop.estimate import stream_features
 from espo_gateway.stop.regret import (
     MISSING_LOGPROB,
     Array,
+    MonitorConfig,
+    RegretStatistics,
+    smoothed_regret,
 )
 
+Counts = NDArray[np.int64]
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Recorded:
-    """Rollouts to replay, shape [rollouts, tokens]; known: where g is a number."""
+    """Recorded rollouts; what gates share of them is worked out once, when it is asked for.
+
+    Arrays are of shape [rollouts] or [rollouts, tokens], the latter NaN where a number is missing
+    or past the end (`pad` makes them).
+
+    logprobs, max_logprobs: of the sampled token, and the largest at its position, [.., tokens].
+    prompt_tokens: length of the prompts.
+    completed_at: length in tokens of each rollout that ended by itself, whose last token is exempt
+        from a stop; 0 for the others. None: nobody knows, so none is exempt.
+    critic: what a critic said after each token, in its own units (`Gate.success`), [.., tokens].
+    confidences: of each position (`tracks.token_confidence`), [.., tokens].
+    """
 
     logprobs: Array
-    known: NDArray[np.bool_]
-    confidences: Array | None
+    max_logprobs: Array
+    prompt_tokens: Array
+    completed_at: Counts | None = None
+    critic: Array | None = None
+    confidences: Array | None = None
+    _z: dict[tuple[RegretStatistics, MonitorConfig], Array] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        # By token in memory, which is how averages run along them.
+        self.logprobs = np.asfortranarray(self.logprobs)
+        self.max_logprobs = np.asfortranarray(self.max_logprobs)
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def where(self, rows: NDArray[Any]) -> Recorded:
+        """Some of the rollouts, by a mask or by their numbers."""
+        arrays = {
+            each.name: value[rows]
+            for each in dataclasses.fields(self)
+            if each.init and (value := getattr(self, each.name)) is not None
+        }
+        return Recorded(**arrays)
+
+    @cached_property
+    def regrets(self) -> Array:
+        """g, [rollouts, tokens], NaN where it cannot be known (row 1)."""
+        with np.errstate(invalid="ignore"):
+            known = [
+                (rows > MISSING_LOGPROB) & (rows < np.inf)
+                for rows in (self.logprobs, self.max_logprobs)
+            ]
+            regrets = np.maximum(self.max_logprobs - self.logprobs, 0.0)
+            return np.where(known[0] & known[1], regrets, np.nan)
+
+    @cached_property
+    def known(self) -> NDArray[np.bool_]:
+        """Where g is a number."""
+        return ~np.isnan(self.regrets)
+
+    @cached_property
+    def features(self) -> Array:
+        """The stream's statistics after each token, [rollouts, tokens, `estimate.FEATURES`]."""
+        return stream_features(self.regrets, -self.logprobs, self.prompt_tokens)
+
+    def z(self, statistics: RegretStatistics, monitor: MonitorConfig) -> Array:
+        """z (row 4), [rollouts, tokens]; past the end of a rollout it stays at its last value."""
+        key = statistics, monitor
+        if key not in self._z:
+            self._z[key] = smoothed_regret(self.regrets, *key)
+        return self._z[key]
 
 
 def pad(rows: Sequence[Sequence[float] | Array]) -> Array:
@@ -29,10 +100,3 @@ def pad(rows: Sequence[Sequence[float] | Array]) -> Array:
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = values
     return out
-
-
-def recorded_regrets(logprobs: Array, max_logprobs: Array) -> Array:
-    """g of recorded rollouts, NaN where `surrogate_regret` has no number; same shape."""
-    with np.errstate(invalid="ignore"):
-        known = [(rows > MISSING_LOGPROB) & (rows < np.inf) for rows in (logprobs, max_logprobs)]
-        return np.where(known[0] & known[1], np.maximum(max_logprobs - logprobs, 0.0), np.nan)

@@ -8,7 +8,9 @@ the last bit. Pure.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -23,8 +25,8 @@ from espo_gateway.stop.tracks import (
     StreamChance,
     Track,
     WindowedConfidence,
-    _window_means,
     stream_draws,
+    windowed_confidences,
 )
 
 RuleName = Literal[
@@ -42,19 +44,46 @@ ValueName = Literal["constant", "stream", "critic"]
 
 @dataclass(frozen=True)
 class Threshold:
-    """A field of the gate that scores are compared with.
+    """A field of the gate that scores are compared with, and all that is particular to it.
 
-    above: a score stops above it; else below it.
-    level, at: to a scale where higher always stops more, and back.
+    name: of the field. symbol: as people write it. above: a score stops above it; else below it.
+    strictest, loosest: beyond these no controller and no recommendation goes by itself.
+    grid: what a replay tries, from strict to loose.
     """
 
+    name: str
+    symbol: str
     above: bool
-    level: Callable[[Any], Any]
-    at: Callable[[float], float]
+    strictest: float
+    loosest: float
+    grid: Array = field(repr=False, compare=False)
+    _level: Callable[[Any], Any]
+    _at: Callable[[float], float]
 
-    def crossed(self, score: Any, limit: float) -> Any:
+    def of(self, gate: Gate) -> float:
+        """Its value in a gate."""
+        return getattr(gate, self.name)
+
+    def set(self, gate: Gate, value: float) -> Gate:
+        """The gate with another value of it."""
+        changes: dict[str, Any] = {self.name: value}
+        return dataclasses.replace(gate, **changes)
+
+    def crossed(self, score: Any, limit: Any) -> Any:
         """Whether a score, or each of an array, stops; NaN never does."""
         return score > limit if self.above else score < limit
+
+    def level(self, value: Any) -> Any:
+        """How loose a threshold or a score is, or each of an array: higher always stops more.
+
+        -β, log p*/(1 - p*), the confidence or log hazard.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._level(value)
+
+    def at(self, level: float) -> float:
+        """The inverse of `level`."""
+        return self._at(level)
 
 
 def _log_odds(value: Any) -> Any:
@@ -63,48 +92,68 @@ def _log_odds(value: Any) -> Any:
     return np.log(share) - np.log1p(-share)
 
 
-THRESHOLD: dict[str, Threshold] = {
-    "beta": Threshold(True, lambda x: -x, lambda x: -x),
-    "p_star": Threshold(False, _log_odds, sigmoid),
-    "hazard": Threshold(False, np.log, math.exp),
-    "confidence": Threshold(False, lambda x: x, lambda x: x),
-}
+_POINTS = 121
+BETA = Threshold(
+    *("beta", "β", True, 50.0, 0.05),
+    grid=np.geomspace(20.0, 0.1, _POINTS),
+    _level=operator.neg,
+    _at=operator.neg,
+)
+P_STAR = Threshold(
+    *("p_star", "p*", False, 1e-6, 0.5),
+    grid=1.0 / (1.0 + np.exp(np.linspace(13.8, -6.9, _POINTS))),
+    _level=_log_odds,
+    _at=sigmoid,
+)
+CONFIDENCE = Threshold(
+    *("confidence", "confidence", False, 1e-3, 1e3),
+    grid=np.geomspace(1e-3, 1e3, _POINTS),
+    _level=operator.pos,
+    _at=operator.pos,
+)
+HAZARD = Threshold(
+    *("hazard", "hazard", False, 1e-9, 0.5),
+    grid=np.geomspace(1e-6, 0.5, _POINTS),
+    _level=np.log,
+    _at=math.exp,
+)
 
 
 class Rule:
-    """A stop rule, here the one that never stops.
+    """Never stops: plain PPO. Also what all rules have in common.
 
-    threshold: the field of `Gate` that its score is compared with. valued: it needs V.
-    compares_z: it looks at z. source: where V comes from whatever the gate says.
+    threshold: what its score is compared with; None for no stop at all.
+    valued: it needs V. source: where V comes from whatever the gate says.
+    compared: which of z and V people see held against the threshold, if any.
     """
 
-    threshold: ClassVar[str | None] = None
+    threshold: ClassVar[Threshold | None] = None
     valued: ClassVar[bool] = False
-    compares_z: ClassVar[bool] = True
     source: ClassVar[Literal["stream"] | None] = None
+    compared: ClassVar[Literal["z", "value"] | None] = None
 
     def floor(self, gate: Gate) -> float:
         """z up to which no token stops, whatever else there is; costs such a token nothing."""
         return math.inf
 
-    def score(self, gate: Gate, z: float, told: float) -> float:
-        """What is compared. told: V, or what the rule's track says."""
+    def score(self, gate: Gate, z: float, v: float) -> float:
+        """What is compared. v: V, or what the rule's track gives in its place."""
         return z
 
-    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
+    def scores(self, gate: Gate, z: Array, v: Array) -> Array:
         """The same for arrays of one shape."""
         return z
 
-    def bound(self, gate: Gate, told: float) -> float | None:
+    def bound(self, gate: Gate, v: float) -> float | None:
         """The threshold as it is reported: of rules that compare z, in units of z."""
-        return None if self.threshold is None else getattr(gate, self.threshold)
+        return None if self.threshold is None else self.threshold.of(gate)
 
     def track(self, gate: Gate) -> Track | None:
         """What must follow a live stream beside z."""
         return None
 
     def tracks(self, gate: Gate, recorded: Recorded) -> Array | None:
-        """What `track` would have said, [rollouts, tokens]."""
+        """What `track` would have given, [rollouts, tokens]."""
         return None
 
     def alternatives(self, gate: Gate) -> int:
@@ -113,56 +162,67 @@ class Rule:
 
 
 class RegretOnly(Rule):
-    threshold = "beta"
+    """z > β: the paper's ablation "regret-only stop" (arXiv 2605.29860)."""
+
+    threshold = BETA
+    compared = "z"
 
     def floor(self, gate: Gate) -> float:
         return gate.beta
 
 
 class ValueGated(Rule):
-    threshold = "beta"
+    """z > β · max(V, ε): the paper's rule (arXiv 2605.29860, row 5)."""
+
+    threshold = BETA
     valued = True
+    compared = "z"
 
     def floor(self, gate: Gate) -> float:
         # max(V, ε) >= ε. A little less, as the score is a quotient and this a product.
         return gate.beta * gate.epsilon * (1.0 - 1e-9)
 
-    def score(self, gate: Gate, z: float, told: float) -> float:
-        return z / max(told, gate.epsilon)
+    def score(self, gate: Gate, z: float, v: float) -> float:
+        return z / max(v, gate.epsilon)
 
-    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
-        return z / np.maximum(told, gate.epsilon)
+    def scores(self, gate: Gate, z: Array, v: Array) -> Array:
+        return z / np.maximum(v, gate.epsilon)
 
-    def bound(self, gate: Gate, told: float) -> float:
-        return gate.beta * max(told, gate.epsilon)
+    def bound(self, gate: Gate, v: float) -> float:
+        return gate.beta * max(v, gate.epsilon)
 
 
-class Told(Rule):
-    """Compares what it is told alone, whatever z is."""
-
-    compares_z = False
+class WithoutRegret(Rule):
+    """Looks at v alone, whatever z is."""
 
     def floor(self, gate: Gate) -> float:
         return -math.inf
 
-    def score(self, gate: Gate, z: float, told: float) -> float:
-        return told
+    def score(self, gate: Gate, z: float, v: float) -> float:
+        return v
 
-    def scores(self, gate: Gate, z: Array, told: Array) -> Array:
-        return told
+    def scores(self, gate: Gate, z: Array, v: Array) -> Array:
+        return v
 
 
-class ValueOnly(Told):
-    threshold = "p_star"
+class ValueOnly(WithoutRegret):
+    """V < p*: the paper's ablation "value-only stop" (arXiv 2605.29860)."""
+
+    threshold = P_STAR
     valued = True
+    compared = "value"
 
 
 class SuccessProbability(ValueOnly):
+    """P(success) < p*, by the stream's own statistics (`estimate.py`); ours, not the paper's."""
+
     source = "stream"
 
 
-class Surprise(Told):
-    threshold = "beta"
+class Surprise(WithoutRegret):
+    """Smoothed -log p of the sampled tokens > β: the simple rival of every comparison."""
+
+    threshold = BETA
 
     def track(self, gate: Gate) -> Track:
         return MeanSurprise(gate.monitor.smoothing)
@@ -172,8 +232,10 @@ class Surprise(Told):
         return moving_average(surprises, gate.monitor.smoothing)
 
 
-class Confidence(Told):
-    threshold = "confidence"
+class Confidence(WithoutRegret):
+    """Mean confidence of the last tokens < a bound: DeepConf's windowed one (arXiv 2508.15260)."""
+
+    threshold = CONFIDENCE
 
     def track(self, gate: Gate) -> Track:
         return WindowedConfidence(gate.confidence_window)
@@ -182,17 +244,16 @@ class Confidence(Told):
         if recorded.confidences is None:
             raise ValueError("the confidence rule needs the recorded confidences")
         usable = recorded.known & np.isfinite(recorded.confidences)
-        out = np.full(recorded.confidences.shape, np.nan)
-        for row, values, there in zip(out, recorded.confidences, usable, strict=True):
-            row[there] = _window_means(values[there], gate.confidence_window)
-        return out
+        return windowed_confidences(recorded.confidences, usable, gate.confidence_window)
 
     def alternatives(self, gate: Gate) -> int:
         return gate.confidence_top_k
 
 
-class Random(Told):
-    threshold = "hazard"
+class Random(WithoutRegret):
+    """A coin at each token, heads with probability `hazard`: the paper's "random stop"."""
+
+    threshold = HAZARD
 
     def track(self, gate: Gate) -> Track:
         return StreamChance(gate.version)
@@ -213,10 +274,12 @@ RULES: dict[RuleName, Rule] = {
 }
 
 
-#: The field of `Gate` that each rule compares with.
-THRESHOLDS: dict[RuleName, str] = {
-    name: rule.threshold for name, rule in RULES.items() if rule.threshold is not None
-}
+def threshold_of(rule: RuleName) -> Threshold:
+    """What a rule's score is compared with. Raises ValueError for the rule that has none."""
+    threshold = RULES[rule].threshold
+    if threshold is None:
+        raise ValueError(f"rule {rule!r} has no threshold")
+    return threshold
 
 
 def value_source(rule: RuleName, value: ValueName) -> ValueName | None:
@@ -229,12 +292,7 @@ def value_source(rule: RuleName, value: ValueName) -> ValueName | None:
 class Gate:
     """All that a decision depends on beside the stream; made by the trainer, frozen for a batch.
 
-    rule: "none" never stops; "value-gated" is the paper's z > β·max(V, ε) (row 5); "regret-only" is
-        z > β; "value-only" stops when V < p_star; "success-probability" is value-only with V from
-        the stream; "surprise" stops when the average of -log p, smoothed as z is, exceeds β;
-        "confidence" when the mean of the last `confidence_window` tokens' confidence over
-        `confidence_top_k` alternatives is below `confidence` (`scores.token_confidence`); "random"
-        stops at each token with probability `hazard`.
+    rule: see the class that `RULES` names.
     value: where V, the chance of success, comes from: a constant, the stream's statistics, or a
         critic server.
     critic_wrong, critic_right: what the critic says of a wrong and of a right answer; V lies

@@ -118,12 +118,22 @@ class WindowedConfidence:
         return (self._total - self._sums[0]) / (len(self._sums) - 1)
 
 
-def _window_means(values: Array, window: int) -> Array:
-    """`WindowedConfidence` of a whole stream, shape [tokens]."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+def windowed_confidences(confidences: Array, usable: NDArray[np.bool_], window: int) -> Array:
+    """What `WindowedConfidence` gives for many recorded rollouts, token for token.
+
+    Args:
+        confidences, usable: [rollouts, tokens]; where not usable there is nothing to decide by.
+
+    Returns:
+        [rollouts, tokens], NaN where not usable.
+    """
+    out = np.full(confidences.shape, np.nan)
+    for row, values, there in zip(out, confidences, usable, strict=True):
+        sums = np.concatenate([[0.0], np.cumsum(values[there])])
+        ends = np.arange(1, len(sums))
+        starts = np.maximum(ends - window, 0)
+        row[there] = (sums[ends] - sums[starts]) / (ends - starts)
+    return out
 
 
 def token_confidence(alternatives: Sequence[float | None], top_k: int) -> float | None:

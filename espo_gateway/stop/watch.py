@@ -16,7 +16,7 @@ import math
 
 from espo_gateway.stop.estimate import StreamStatistics, sigmoid
 from espo_gateway.stop.regret import MISSING_LOGPROB
-from espo_gateway.stop.rules import RULES, THRESHOLD, Gate
+from espo_gateway.stop.rules import RULES, Gate
 
 
 class Verdict(enum.Enum):
@@ -82,8 +82,8 @@ class Watch:
         self._rule = rule = RULES[gate.rule]
         self._source = gate.source
         self._floor = rule.floor(gate)
-        self._threshold = THRESHOLD.get(rule.threshold or "")
-        self._limit = 0.0 if rule.threshold is None else getattr(gate, rule.threshold)
+        self._threshold = threshold = rule.threshold
+        self._limit = 0.0 if threshold is None else threshold.of(gate)
         self._statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
         self._track = rule.track(gate)
         self._follows = self._statistics is not None or self._track is not None

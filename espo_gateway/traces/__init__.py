@@ -1,0 +1,1 @@
+"""Recorded streams: written, read back, judged, and a gate recommended from them."""

@@ -7,21 +7,21 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
-from espo_gateway.stop.replay import threshold_at
-from espo_gateway.stop.rules import RULES, Gate, value_source
-from espo_gateway.traces.cross_fit import UNFITTED, Fit, Row, judge, learn, rows_at
-from espo_gateway.traces.reader import Chunk, Known, TraceError, read_chunks, read_outcomes
+from espo_gateway.stop.rules import HAZARD, RULES, Gate, threshold_of, value_source
+from espo_gateway.traces.cross_fit import UNFITTED, CalibrationError, CrossFit, learn
+from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
 from espo_gateway.traces.recommend import (
-    CalibrationError,
-    Sample,
+    JudgedTraces,
+    Row,
+    judge,
     level_for_bound,
     level_for_share,
+    rows_at,
 )
 
 _DESCRIPTION = """\
@@ -40,10 +40,7 @@ or, as "request", its X-Request-Id. Rollouts that the trainer dumped (Parquet) h
 """
 #: Shares that the table shows.
 _SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-_RULES = tuple(
-    name for name, rule in RULES.items() if rule.threshold in ("beta", "p_star", "confidence")
-)
-_SYMBOLS = {"beta": "β", "p_star": "p*", "confidence": "confidence"}
+_RULES = tuple(name for name, rule in RULES.items() if rule.threshold not in (None, HAZARD))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -124,22 +121,16 @@ def _run(options: argparse.Namespace) -> None:
             "no outcome is known: give --stop-share, or outcomes (--outcome, --outcomes)"
         )
     learnt = learn(reader.read, gate, folds=options.folds)
-    sample = judge(reader.read, learnt)
-    level, reason = _level(options, learnt, sample)
-    levels = sorted({level, *(level_for_share(sample, learnt.gate, s) for s in _SHARES)})
-    rows = rows_at(reader.read, learnt, sample, levels)
-    _print(learnt, sample, rows, levels.index(level), reason)
-    changes: dict[str, Any] = {_threshold(gate): threshold_at(gate.rule, level)}
-    chosen = dataclasses.replace(learnt.gate, **changes)
+    judged = judge(reader.read, learnt)
+    level, reason = _level(options, learnt, judged)
+    levels = sorted({level, *(level_for_share(judged, learnt.gate, s) for s in _SHARES)})
+    rows = rows_at(reader.read, learnt, judged, levels)
+    _print(learnt, judged, rows, levels.index(level), reason)
+    threshold = threshold_of(gate.rule)
+    chosen = threshold.set(learnt.gate, threshold.at(level))
     if options.output is not None:
         options.output.write_bytes(msgspec.json.format(gate_to_json(chosen), indent=2) + b"\n")
         print(f"\nwritten to {options.output}: python -m espo_gateway --gate {options.output}")
-
-
-def _threshold(gate: Gate) -> str:
-    name = RULES[gate.rule].threshold
-    assert name is not None
-    return name
 
 
 class _Reader:
@@ -149,22 +140,22 @@ class _Reader:
         self._paths, self._outcome, self._outcomes = paths, outcome, known
         self.traces = self.tokens = self.cut = self.known = self.right = 0
 
-    def read(self) -> Iterator[Chunk]:
+    def read(self) -> Iterator[Traces]:
         done = 0
-        for chunk in read_chunks(self._paths, outcome=self._outcome, known=self._outcomes):
-            yield chunk
-            done += len(chunk.keys)
+        for traces in read_traces(self._paths, outcome=self._outcome, known=self._outcomes):
+            yield traces
+            done += len(traces)
             if sys.stderr.isatty():
                 print(f"\r{done:,} traces", end="", file=sys.stderr, flush=True)
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
-    def count(self, chunk: Chunk) -> None:
-        self.traces += len(chunk.keys)
-        self.tokens += int(chunk.lengths.sum())
-        self.cut += int(chunk.cut.sum())
-        self.known += int((chunk.correct == chunk.correct).sum())
-        self.right += int((chunk.correct == 1.0).sum())
+    def count(self, traces: Traces) -> None:
+        self.traces += len(traces)
+        self.tokens += int(traces.lengths.sum())
+        self.cut += int(traces.cut.sum())
+        self.known += int((traces.correct == traces.correct).sum())
+        self.right += int((traces.correct == 1.0).sum())
 
     def summary(self) -> str:
         text = f"{self.traces:,} traces, {self.tokens:,} tokens"
@@ -199,25 +190,29 @@ def _base(options: argparse.Namespace, *, has_outcomes: bool) -> Gate:
     return gate
 
 
-def _level(options: argparse.Namespace, learnt: Fit, sample: Sample) -> tuple[float, str]:
+def _level(
+    options: argparse.Namespace, learnt: CrossFit, judged: JudgedTraces
+) -> tuple[float, str]:
     if options.stop_share is not None:
-        level = level_for_share(sample, learnt.gate, options.stop_share)
+        level = level_for_share(judged, learnt.gate, options.stop_share)
         return level, f"nearest to {options.stop_share:.1%} stopped"
     return level_for_bound(
-        sample,
+        judged,
         learnt.gate,
         false_positives=options.false_positives,
         confidence=options.confidence,
     )
 
 
-def _print(learnt: Fit, sample: Sample, rows: Iterable[Row], chosen: int, reason: str) -> None:
+def _print(
+    learnt: CrossFit, judged: JudgedTraces, rows: Iterable[Row], chosen: int, reason: str
+) -> None:
     gate = learnt.gate
     print(f"rule {gate.rule}; regret mean {gate.statistics.mean:.4g}", end="")
     print(f", variance {gate.statistics.variance:.4g}")
-    if (explained := sample.explained_variance) is not None:
+    if (explained := judged.explained_variance) is not None:
         print(f"explained variance of the estimator, out of sample: {explained:.2f}")
-    symbol = _SYMBOLS[_threshold(gate)]
+    symbol = threshold_of(gate.rule).symbol
     print(f"\n{symbol:>12} {'stopped':>9} {'saved':>9} {'false':>9} {'undecided':>10}")
     for number, row in enumerate(rows):
         false = "unknown" if row.false is None else f"{row.false:.1%}"

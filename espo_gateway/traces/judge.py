@@ -14,24 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import logits_by, probabilities
 from espo_gateway.stop.regret import Array
-from espo_gateway.stop.replay import Replay, crossings
-from espo_gateway.stop.rules import RULES, Gate
-from espo_gateway.traces.cross_fit import UNFITTED, Fit, Read, learn
+from espo_gateway.stop.replay import crossings, scores, stop_levels
+from espo_gateway.stop.rules import Gate, threshold_of
+from espo_gateway.traces.cross_fit import (
+    UNFITTED,
+    CalibrationError,
+    CrossFit,
+    Read,
+    check_spared,
+    learn,
+    spared_weight,
+)
 from espo_gateway.traces.detection import Judged
-from espo_gateway.traces.reader import Chunk
-from espo_gateway.traces.recommend import CalibrationError, check_spared, spared_weight
+from espo_gateway.traces.reader import Traces
 
-_POINTS = 121
-#: Thresholds that each rule is tried with, from strict to loose.
-GRIDS: Mapping[str, Array] = {
-    "beta": np.geomspace(20.0, 0.1, _POINTS),
-    "p_star": 1.0 / (1.0 + np.exp(np.linspace(13.8, -6.9, _POINTS))),
-    "confidence": np.geomspace(1e-3, 1e3, _POINTS),
-    "hazard": np.geomspace(1e-6, 0.5, _POINTS),
-}
-_NO_LIMITS = np.empty(0)
 BASE = Gate(rule="success-probability", estimator=UNFITTED)
 
 
@@ -62,8 +59,8 @@ class Replayed:
     left_out: int
 
 
-def gates(learnt: Fit, chunk: Chunk) -> dict[str, Gate]:
-    """The rules that a chunk's columns allow, by the name of their row."""
+def gates(learnt: CrossFit, traces: Traces) -> dict[str, Gate]:
+    """The rules that the traces' columns allow, by the name of their row."""
     gate = learnt.gate
     made: dict[str, dict[str, Any]] = {
         "value-gated (stream)": {"rule": "value-gated", "value": "stream"},
@@ -72,34 +69,27 @@ def gates(learnt: Fit, chunk: Chunk) -> dict[str, Gate]:
         "surprise": {"rule": "surprise"},
         "random": {"rule": "random"},
     }
-    if chunk.values is not None:
+    if traces.recorded.critic is not None:
         made["value-gated (critic)"] = {"rule": "value-gated", "value": "critic"}
         made["value-only (critic)"] = {"rule": "value-only", "value": "critic"}
-    if chunk.confidences is not None:
+    if traces.recorded.confidences is not None:
         made["confidence"] = {"rule": "confidence"}
     return {name: dataclasses.replace(gate, **fields) for name, fields in made.items()}
 
 
-def fitted(read: Read, folds: int) -> Fit:
+def fitted(read: Read, folds: int) -> CrossFit:
     """Statistics and estimators from rollouts with outcomes. Raises CalibrationError."""
     return learn(read, BASE, folds=folds)
 
 
-def fitted_elsewhere(read: Read) -> Fit:
+def fitted_elsewhere(read: Read) -> CrossFit:
     """The same from rollouts of another run, all of which judge those of this one."""
     learnt = learn(read, BASE, folds=2)
     assert learnt.gate.estimator is not None
-    return Fit(learnt.gate, [learnt.gate.estimator])
+    return CrossFit(learnt.gate, [learnt.gate.estimator])
 
 
-def grid_of(gate: Gate) -> Array:
-    """The thresholds a rule is tried with, from strict to loose."""
-    name = RULES[gate.rule].threshold
-    assert name is not None
-    return GRIDS[name]
-
-
-def replayed(read: Read, learnt: Fit) -> Replayed:
+def replayed(read: Read, learnt: CrossFit) -> Replayed:
     """One pass.
 
     Raises:
@@ -109,19 +99,20 @@ def replayed(read: Read, learnt: Fit) -> Replayed:
     columns: dict[str, list[NDArray[Any]]] = {}
     parts: dict[str, list[tuple[NDArray[np.int32], Array, Array]]] = {}
     made: dict[str, Gate] = {}
-    cut = spared = traces = left_out = 0
-    for chunk in read():
-        traces += chunk.cut.size
-        cut += int(chunk.cut.sum())
-        spared += int(chunk.spared.sum())
-        rows = ~chunk.cut & ~np.isnan(chunk.correct)
+    cut = spared = count = left_out = 0
+    for traces in read():
+        count += len(traces)
+        cut += int(traces.cut.sum())
+        spared += int(traces.spared.sum())
+        rows = ~traces.cut & ~np.isnan(traces.correct)
         left_out += int((~rows).sum())
         if not rows.any():
             continue
-        chunk = only(chunk, rows)
-        for name in ("keys", "lengths", "prompt_tokens", "correct", "spared"):
-            columns.setdefault(name, []).append(getattr(chunk, name))
-        there = gates(learnt, chunk)
+        traces = traces.where(rows)
+        for name in ("keys", "lengths", "correct", "spared"):
+            columns.setdefault(name, []).append(getattr(traces, name))
+        columns.setdefault("prompt_tokens", []).append(traces.recorded.prompt_tokens)
+        there = gates(learnt, traces)
         if made and there.keys() != made.keys():
             differing = ", ".join(sorted(there.keys() ^ made.keys()))
             raise CalibrationError(
@@ -129,9 +120,9 @@ def replayed(read: Read, learnt: Fit) -> Replayed:
                 "replay them apart"
             )
         made = there
-        for name, found in judge(chunk, learnt, made):
+        for name, found in judge(traces, learnt, made):
             parts.setdefault(name, []).append(found)
-    check_spared(cut, spared, traces)
+    check_spared(cut, spared, count)
     if not made:
         raise CalibrationError(
             "no rollout was generated to its end and has an outcome; record with stopping off, in "
@@ -159,42 +150,19 @@ def replayed(read: Read, learnt: Fit) -> Replayed:
 
 
 def judge(
-    chunk: Chunk, learnt: Fit, made: Mapping[str, Gate]
+    traces: Traces, learnt: CrossFit, made: Mapping[str, Gate]
 ) -> list[tuple[str, tuple[NDArray[np.int32], Array, Array]]]:
-    """Cuts, levels and rehearsed levels of a chunk's rollouts under each rule."""
-    replay = Replay(
-        chunk.logprobs,
-        chunk.max_logprobs,
-        chunk.prompt_tokens,
-        completed_at=chunk.completed_at,
-        confidences=chunk.confidences,
-    )
-    which = chunk.keys % len(learnt.folds)
-    unseen = probabilities(logits_by(learnt.folds, which, replay.features))
-    assert learnt.gate.estimator is not None
-    final = probabilities(learnt.gate.estimator.logits(replay.features))
-    del replay.features
-    said = None if chunk.values is None else learnt.gate.success(chunk.values)
-    sources = {"stream": unseen, "critic": said, "constant": None, None: None}
+    """Cuts, levels and rehearsed levels of some rollouts under each rule."""
+    recorded = traces.recorded
+    unseen, final = learnt.values(traces)
+    del recorded.features
     found = []
     for name, gate in made.items():
-        cuts, levels = crossings(
-            gate.rule, replay.scores(gate, sources[gate.source]), grid_of(gate)
-        )
+        threshold, streams = threshold_of(gate.rule), gate.source == "stream"
+        judged = scores(gate, recorded, unseen if streams else None)
+        cuts, levels = crossings(threshold, judged, threshold.grid)
         rehearsed = levels
-        if gate.source == "stream" and len(learnt.folds) > 1:
-            _, rehearsed = crossings(gate.rule, replay.scores(gate, final), _NO_LIMITS)
+        if streams and len(learnt.folds) > 1:
+            rehearsed = stop_levels(gate, recorded, final)
         found.append((name, (cuts.astype(np.int32), levels, rehearsed)))
     return found
-
-
-def only(chunk: Chunk, rows: NDArray[np.bool_]) -> Chunk:
-    """Some of a chunk's rollouts."""
-    if rows.all():
-        return chunk
-    fields = {
-        field.name: getattr(chunk, field.name)
-        for field in dataclasses.fields(chunk)
-        if getattr(chunk, field.name) is not None
-    }
-    return dataclasses.replace(chunk, **{name: column[rows] for name, column in fields.items()})

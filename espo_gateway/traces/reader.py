@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
-from espo_gateway.stop.recorded import pad
+from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import Array
 
-#: Limits of one chunk, padding included.
+#: Limits of what is read at once, padding included.
 _TRACES, _NUMBERS = 256, 2**20
 _COLUMNS = (
     *("problem_id", "prompt_ids", "logprobs", "max_logprobs"),
@@ -57,23 +57,38 @@ class Trace(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some traces as arrays, [traces] or [traces, tokens]; correct: NaN where unknown."""
+class Traces:
+    """Some traces as arrays, [traces].
+
+    keys: of the prompt or request. recorded: their tokens; critic: as it was recorded.
+    correct: NaN where unknown. cut, spared: see `Trace`.
+    """
 
     keys: NDArray[np.uint32]
-    logprobs: Array
-    max_logprobs: Array
-    confidences: Array | None
-    prompt_tokens: Array
+    recorded: Recorded
     lengths: NDArray[np.int64]
-    completed_at: NDArray[np.int64]
     cut: NDArray[np.bool_]
     spared: NDArray[np.bool_]
     correct: Array
-    values: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def where(self, rows: NDArray[np.bool_]) -> Traces:
+        """Some of them."""
+        if rows.all():
+            return self
+        return Traces(
+            keys=self.keys[rows],
+            recorded=self.recorded.where(rows),
+            lengths=self.lengths[rows],
+            cut=self.cut[rows],
+            spared=self.spared[rows],
+            correct=self.correct[rows],
+        )
 
 
-def read_chunks(paths: Iterable[Path], *, outcome: str, known: Known | None) -> Iterator[Chunk]:
+def read_traces(paths: Iterable[Path], *, outcome: str, known: Known | None) -> Iterator[Traces]:
     """All traces that ended by themselves, by their limit or by a stop.
 
     Args:
@@ -91,12 +106,12 @@ def read_chunks(paths: Iterable[Path], *, outcome: str, known: Known | None) -> 
                 continue
             length = max(longest, len(trace.logprobs))
             if waiting and (len(waiting) == _TRACES or length * (len(waiting) + 1) > _NUMBERS):
-                yield _chunk(waiting)
+                yield _stacked(waiting)
                 waiting, length = [], len(trace.logprobs)
             waiting.append(trace)
             longest = length
     if waiting:
-        yield _chunk(waiting)
+        yield _stacked(waiting)
 
 
 def read_outcomes(path: Path, outcome: str) -> dict[tuple[str, int | None], bool]:
@@ -235,23 +250,25 @@ def _lists(column: Any) -> list[Array]:
     return [numbers[start:end] for start, end in itertools.pairwise(offsets)]
 
 
-def _chunk(traces: list[Trace]) -> Chunk:
+def _stacked(traces: list[Trace]) -> Traces:
     lengths = np.array([len(trace.logprobs) for trace in traces], dtype=np.int64)
     completed = np.array([trace.completed for trace in traces])
     prompts = [math.nan if t.prompt_tokens is None else t.prompt_tokens for t in traces]
     correct = [math.nan if t.correct is None else float(t.correct) for t in traces]
-    return Chunk(
+    return Traces(
         keys=np.array([zlib.crc32(trace.key.encode()) for trace in traces], dtype=np.uint32),
-        logprobs=pad([trace.logprobs for trace in traces]),
-        max_logprobs=pad([trace.max_logprobs for trace in traces]),
-        confidences=_padded([trace.confidences for trace in traces], lengths.max()),
-        prompt_tokens=np.array(prompts, dtype=np.float64),
+        recorded=Recorded(
+            logprobs=pad([trace.logprobs for trace in traces]),
+            max_logprobs=pad([trace.max_logprobs for trace in traces]),
+            prompt_tokens=np.array(prompts, dtype=np.float64),
+            completed_at=np.where(completed, lengths, 0),
+            critic=_padded([trace.values for trace in traces], lengths.max()),
+            confidences=_padded([trace.confidences for trace in traces], lengths.max()),
+        ),
         lengths=lengths,
-        completed_at=np.where(completed, lengths, 0),
         cut=np.array([trace.cut for trace in traces]),
         spared=np.array([trace.spared for trace in traces]),
         correct=np.array(correct),
-        values=_padded([trace.values for trace in traces], lengths.max()),
     )
 
 

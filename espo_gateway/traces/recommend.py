@@ -1,4 +1,5 @@
-"""The threshold that judged traces recommend: for a share of stops, or a bound on errors. Pure.
+"""What thresholds do to recorded traces, and which one they recommend: for a share of stops, or a
+bound on errors.
 
 A trace's level says at which thresholds it would have been stopped (`replay.stop_levels`). One that
 was cut is evidence up to there: a threshold that would have cut it by then is known to, a stricter
@@ -8,27 +9,31 @@ one is not, and there the trace is left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from espo_gateway.stop.fit import Variance
 from espo_gateway.stop.regret import Array
-from espo_gateway.stop.replay import level_of
-from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.replay import stop_levels, token_levels
+from espo_gateway.stop.rules import RULES, Gate, threshold_of
 from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, upper_bound
-
-#: The strictest and the loosest threshold that is recommended, by field of the gate.
-_RANGES = {"beta": (50.0, 0.05), "p_star": (1e-6, 0.5), "confidence": (1e-3, 1e3)}
-
-
-class CalibrationError(ValueError):
-    """The traces do not carry a recommendation; the message says what would."""
+from espo_gateway.traces.cross_fit import (
+    CalibrationError,
+    CrossFit,
+    Read,
+    check_spared,
+    spared_weight,
+)
+from espo_gateway.traces.reader import Traces
 
 
 @dataclass
-class Sample:
-    """All traces, judged; arrays of shape [traces]."""
+class JudgedTraces:
+    """All traces under a gate; arrays of shape [traces]."""
 
     levels: Array
     cut: NDArray[np.bool_]
@@ -62,28 +67,109 @@ class Sample:
         return below / np.maximum(self.levels.size - undecided, 1), undecided
 
 
-def level_for_share(sample: Sample, gate: Gate, share: float) -> float:
+@dataclass(frozen=True)
+class Row:
+    """What a threshold would have done to the traces.
+
+    stopped: share of those that can tell. undecided: traces that were cut before it can be known.
+    saved: share of the tokens, of traces that were not cut. false: of the stopped ones of known
+    outcome, the share that would have been right; None when none is known.
+    """
+
+    threshold: float
+    stopped: float
+    undecided: int
+    saved: float
+    false: float | None
+
+
+def judge(read: Read, learnt: CrossFit) -> JudgedTraces:
+    """The levels of all traces: one pass."""
+    columns: dict[str, list[NDArray[Any]]] = {
+        name: [] for name in ("levels", "cut", "spared", "correct", "rehearsed")
+    }
+    variance, rest = Variance(), Variance()
+    for traces in read():
+        _check_confidences(learnt.gate, traces)
+        unseen, final = learnt.values(traces)
+        columns["levels"].append(stop_levels(learnt.gate, traces.recorded, unseen))
+        for name in ("cut", "spared", "correct"):
+            columns[name].append(getattr(traces, name))
+        if unseen is not None:
+            columns["rehearsed"].append(stop_levels(learnt.gate, traces.recorded, final))
+            known = traces.recorded.known & ~np.isnan(traces.correct)[:, None]
+            outcomes = np.broadcast_to(traces.correct[:, None], known.shape)[known]
+            variance.add(outcomes)
+            rest.add(outcomes - unseen[known])
+    joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts}
+    return JudgedTraces(
+        levels=joined["levels"],
+        cut=joined["cut"],
+        spared=joined["spared"],
+        correct=joined["correct"],
+        rehearsed=joined.get("rehearsed"),
+        explained_variance=1.0 - rest.value / variance.value if variance.value else None,
+    )
+
+
+def rows_at(
+    read: Read, learnt: CrossFit, judged: JudgedTraces, levels: Sequence[float]
+) -> list[Row]:
+    """What each of some levels would have done: one pass."""
+    saved, total = np.zeros(len(levels)), 0.0
+    weight = spared_weight(int(judged.cut.sum()), int(judged.spared.sum()))
+    for traces in read():
+        whole = ~traces.cut
+        lengths = traces.lengths[whole]
+        weights = np.where(traces.spared[whole], weight, 1.0)
+        total += float(weights @ lengths)
+        unseen, _ = learnt.values(traces)
+        tokens = token_levels(learnt.gate, traces.recorded, unseen)[whole]
+        for k, level in enumerate(levels):
+            crossed = tokens < level
+            cuts = np.where(crossed.any(axis=1), crossed.argmax(axis=1) + 1, lengths)
+            saved[k] += weights @ (lengths - cuts)
+    shares, undecided = judged.shares(np.array(levels))
+    threshold = threshold_of(learnt.gate.rule)
+    rows = []
+    for k, level in enumerate(levels):
+        stopped = judged.known & (judged.levels < level)
+        some = stopped.any()
+        false = np.average(judged.correct[stopped], weights=judged.weights[stopped]) if some else 0
+        rows.append(
+            Row(
+                threshold=threshold.at(level),
+                stopped=float(shares[k]),
+                undecided=int(undecided[k]),
+                saved=float(saved[k] / total) if total else math.nan,
+                false=float(false) if some else None,
+            )
+        )
+    return rows
+
+
+def level_for_share(judged: JudgedTraces, gate: Gate, share: float) -> float:
     """The level whose share of stopped traces is nearest to a wished one."""
     low, high = _range(gate)
-    levels = np.unique(sample.levels[np.isfinite(sample.levels)])
+    levels = np.unique(judged.levels[np.isfinite(judged.levels)])
     candidates = np.array([low, *(levels[:-1] + levels[1:]) / 2.0, high])
     candidates = np.unique(np.clip(candidates, low, high))
-    shares, _ = sample.shares(candidates)
+    shares, _ = judged.shares(candidates)
     return float(candidates[np.abs(shares - share).argmin()])
 
 
 def level_for_bound(
-    sample: Sample, gate: Gate, *, false_positives: float, confidence: float
+    judged: JudgedTraces, gate: Gate, *, false_positives: float, confidence: float
 ) -> tuple[float, str]:
     """The loosest level with at most so many false positives, and why.
 
     Raises:
         CalibrationError: no threshold holds the bound; says how many more outcomes would do.
     """
-    check_spared(int(sample.cut.sum()), int(sample.spared.sum()), sample.cut.size)
+    check_spared(int(judged.cut.sum()), int(judged.spared.sum()), judged.cut.size)
     return bounded_level(
-        sample.outcomes(sample.levels),
-        None if sample.rehearsed is None else sample.outcomes(sample.rehearsed),
+        judged.outcomes(judged.levels),
+        None if judged.rehearsed is None else judged.outcomes(judged.rehearsed),
         gate,
         false_positives=false_positives,
         confidence=confidence,
@@ -115,10 +201,16 @@ def bounded_level(
 
 
 def _range(gate: Gate) -> tuple[float, float]:
-    name = RULES[gate.rule].threshold
-    assert name is not None
-    strict, loose = _RANGES[name]
-    return level_of(gate.rule, strict), level_of(gate.rule, loose)
+    threshold = threshold_of(gate.rule)
+    return threshold.level(threshold.strictest), threshold.level(threshold.loosest)
+
+
+def _check_confidences(gate: Gate, traces: Traces) -> None:
+    if RULES[gate.rule].alternatives(gate) > 1 and traces.recorded.confidences is None:
+        raise CalibrationError(
+            "the confidence rule needs recorded confidences: record them under a gate of that "
+            'rule, with "espo": {"mode": "shadow"} in the requests'
+        )
 
 
 def _missing(audit: AuditThreshold, known: int, limit: float, confidence: float) -> str:
@@ -140,20 +232,3 @@ def _missing(audit: AuditThreshold, known: int, limit: float, confidence: float)
         f"the best one stops {stopped:.0f} of them, with at most {audit.bound:.1%} false; about "
         f"{max(more, 1):,} more outcomes are needed"
     )
-
-
-def check_spared(cut: int, spared: int, traces: int) -> None:
-    """Raises CalibrationError when the traces that rules cut are known by none: what is left is no
-    fair sample."""
-    if cut and not spared:
-        raise CalibrationError(
-            f"{cut} of {traces} traces were cut and none of those that a rule would have cut was "
-            "spared, so nothing is known of false positives: record with "
-            '"espo": {"mode": "shadow"} or {"audit": 0.1} in the requests, or train with '
-            "stopping.audit_share above 0"
-        )
-
-
-def spared_weight(cut: int, spared: int) -> float:
-    """How many traces each spared one stands for."""
-    return (cut + spared) / spared if spared else 1.0

@@ -1,0 +1,1 @@
+"""A gateway that finds its own threshold, and keeps it over a restart."""

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.rules import BETA, RULES, Gate
 from espo_gateway.stop.thresholds import share_level, steered
 from espo_gateway.stop.watch import Follower, Verdict, Watch
 
-#: η of row 6, and the bounds of β: the paper's, but that a calm model may need a small one.
-STEP, BETA_MIN, BETA_MAX = 0.1, 0.05, 50.0
+#: η of row 6.
+STEP = 0.1
+_BOUNDS = BETA.level(BETA.strictest), BETA.level(BETA.loosest)
 
 Phase = Literal["statistics", "threshold", "steering"]
 
@@ -100,8 +101,8 @@ class Tuning:
     def __init__(self, gate: Gate, *, target: float, warmup: int, window: int) -> None:
         if gate.rule == "none":
             gate = dataclasses.replace(gate, rule="regret-only")
-        if RULES[gate.rule].threshold != "beta":
-            fitting = ", ".join(name for name, r in RULES.items() if r.threshold == "beta")
+        if RULES[gate.rule].threshold is not BETA:
+            fitting = ", ".join(name for name, r in RULES.items() if r.threshold is BETA)
             raise InvalidRequest(
                 f"target_share: rule {gate.rule!r} has no β to tune; use one of {fitting}, or "
                 "leave --target-share out",
@@ -160,10 +161,10 @@ class Tuning:
         return True
 
     def _set_threshold(self) -> None:
-        level = share_level(np.array(self.levels), self.target, (-BETA_MAX, -BETA_MIN))
+        level = share_level(np.array(self.levels), self.target, _BOUNDS)
         self.levels = []
         self.phase = "steering"
-        self._change(beta=-level)
+        self._change(beta=BETA.at(level))
 
     def _step(self) -> None:
         window = self.window
@@ -176,8 +177,8 @@ class Tuning:
             self.phase = "threshold"
         elif window.judged:
             self.share = window.stopped / window.judged
-            bounds = (-BETA_MAX, -BETA_MIN)
-            changes["beta"] = -steered(-self.judging.beta, self.share, self.target, STEP, bounds)
+            level = BETA.level(self.judging.beta)
+            changes["beta"] = BETA.at(steered(level, self.share, self.target, STEP, _BOUNDS))
         self._change(**changes)
 
     def _change(self, **changes: Any) -> None:

@@ -1,0 +1,1 @@
+"""`python -m espo_rl.evaluate`: avg@k, pass@k and maj@k of a model."""

@@ -13,23 +13,20 @@ import math
 import random
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from espo_gateway.stop import fit as estimator
-from espo_gateway.stop.estimate import SuccessEstimator
-from espo_gateway.stop.recorded import pad
-from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics, smoothed_regret
-from espo_gateway.stop.replay import level_of, stop_levels, threshold_at
-from espo_gateway.stop.rules import THRESHOLDS, Gate, value_source
+from espo_gateway.stop.estimate import SuccessEstimator, probabilities
+from espo_gateway.stop.fit import Examples, fit
+from espo_gateway.stop.recorded import Recorded
+from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
+from espo_gateway.stop.replay import stop_levels
+from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_source
 from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, ShareThreshold
 from espo_rl.config import Stopping
-from espo_rl.gate.outcomes import KnownRollouts, regrets_of
+from espo_rl.gate.outcomes import KnownRollouts, recorded_of
 from espo_rl.gate.warm_up import WarmUp
 from espo_rl.types import EndReason, Rollout
-
-_NAMES = {"beta": "β", "p_star": "p*", "hazard": "hazard"}
 
 
 class StopController:
@@ -61,7 +58,7 @@ class StopController:
         explained = config.warmup == "explained-variance" and self._source != "critic"
         self._estimates = self._source == "stream" or (explained and config.rule != "none")
         self._threshold = None if config.rule == "none" else make_threshold(config)
-        self._recent: deque[estimator.Examples] = deque(maxlen=config.window)
+        self._recent: deque[Examples] = deque(maxlen=config.window)
         self._rng = rng
         self._worth = worth
 
@@ -73,8 +70,8 @@ class StopController:
         if not self.on:
             return gate
         rule = self.config.rule
-        changes: dict[str, Any] = {"rule": rule, THRESHOLDS[rule]: self.threshold}
-        return dataclasses.replace(gate, **changes)
+        assert self.threshold is not None
+        return threshold_of(rule).set(dataclasses.replace(gate, rule=rule), self.threshold)
 
     def draw_audits(self, count: int) -> list[bool]:
         """Which of `count` rollouts are generated to the end even if the rule stops them.
@@ -100,15 +97,15 @@ class StopController:
             return "no estimator yet: all outcomes so far are the same"
         if self.threshold is None:
             return self._threshold.reason
-        name = _NAMES[THRESHOLDS[self.config.rule]]
-        return f"{name} = {self.threshold:.3g}: {self._threshold.reason}"
+        symbol = threshold_of(self.config.rule).symbol
+        return f"{symbol} = {self.threshold:.3g}: {self._threshold.reason}"
 
     @property
     def threshold(self) -> float | None:
         """β, p* or the hazard of the next batch; None when there is none to be had."""
         if self._threshold is None or self._threshold.level is None:
             return None
-        return threshold_at(self.config.rule, self._threshold.level)
+        return threshold_of(self.config.rule).at(self._threshold.level)
 
     @property
     def false_positive_bound(self) -> float | None:
@@ -183,16 +180,15 @@ class StopController:
         if not usable:
             return
         was_on = self.on if gated is None else gated
-        known = KnownRollouts(usable, self.config.audit_share)
-        regrets = regrets_of(usable)
-        updated = self.statistics.updated(regrets)
+        known = KnownRollouts.of(usable, self.config.audit_share, values)
+        recorded = recorded_of(usable)
+        updated = self.statistics.updated(recorded.regrets)
         # The first batch had no statistics in force: its own stand in.
         in_force = self.statistics if self.statistics.batches else updated
-        self.z_quantiles = self._quantiles(regrets, in_force)
+        self.z_quantiles = self._quantiles(recorded, in_force)
         # Before the estimator learns of the batch: what it says here must be out of sample.
-        expected = known.probabilities(self.estimator) if self.estimator is not None else None
-        said = None if values is None else self._gate("").success(pad(values))
-        outcomes = self._outcomes(known, expected, said, in_force)
+        expected = self._expected(known)
+        outcomes = self._outcomes(known, expected, in_force)
         if self._source == "critic":
             self.explained_variance = critic_explained_variance
         elif expected is not None:
@@ -200,56 +196,51 @@ class StopController:
         self.statistics = updated
         if self._estimates:
             self._recent.append(known.examples())
-            self.estimator = estimator.fit(self._recent) or self.estimator
+            self.estimator = fit(self._recent) or self.estimator
         self.warmup.update(critic_loss, self.explained_variance)
         if self._threshold is not None:
             share = sum(rollout.stopped for rollout in usable) / len(usable)
             audited = [bool(rollout.correct) for rollout in usable if rollout.audited]
-            learnt = known.probabilities(self.estimator) if self.estimator is not None else None
             self._threshold.update(
                 outcomes,
                 share if was_on else None,
                 ready=self.warmup.done,
-                rehearsal=self._outcomes(known, learnt, said, self.statistics),
+                rehearsal=self._outcomes(known, self._expected(known), self.statistics),
                 audits=(len(audited), sum(audited)),
             )
         self.version += 1
 
     def _quantiles(
-        self, regrets: Array, statistics: RegretStatistics
+        self, recorded: Recorded, statistics: RegretStatistics
     ) -> tuple[float, float, float] | None:
-        z = smoothed_regret(regrets, statistics, self._monitor)[~np.isnan(regrets)]
+        z = recorded.z(statistics, self._monitor)[recorded.known]
         if not z.size:
             return None
         half, most, nearly_all = np.quantile(z, (0.5, 0.9, 0.99))
         return float(half), float(most), float(nearly_all)
 
+    def _expected(self, known: KnownRollouts) -> Array | None:
+        """V at each token by the estimator as it is now, [rollouts, tokens]; None without one."""
+        if self.estimator is None:
+            return None
+        return probabilities(self.estimator.logits(known.recorded.features))
+
     def _outcomes(
-        self,
-        known: KnownRollouts,
-        expected: Array | None,
-        said: Array | None,
-        statistics: RegretStatistics,
+        self, known: KnownRollouts, expected: Array | None, statistics: RegretStatistics
     ) -> Outcomes | None:
         """What the batch says about thresholds; None when the rule cannot be replayed on it.
 
-        expected, said: V at each token by the stream's estimator, by the critic.
+        expected: V at each token by the stream's estimator.
         """
-        values = {"stream": expected, "critic": said}.get(self._source or "")
-        unknown = values is None and self._source in ("stream", "critic")
+        values = {"stream": expected, "critic": known.recorded.critic}
+        unknown = self._source in values and values[self._source] is None
         if self._threshold is None or unknown:
             return None
-        levels = stop_levels(
-            dataclasses.replace(self._gate(""), rule=self.config.rule, statistics=statistics),
-            known.logprobs,
-            known.max_logprobs,
-            known.prompt_tokens,
-            completed_at=known.completed_at,
-            values=values,
-        )
+        gate = dataclasses.replace(self._gate(""), rule=self.config.rule, statistics=statistics)
+        levels = stop_levels(gate, known.recorded, expected if self._source == "stream" else None)
         return Outcomes(
             levels=levels.astype(np.float32),
-            correct=known.outcomes,
+            correct=known.correct,
             weights=known.weights.astype(np.float32),
         )
 
@@ -257,10 +248,13 @@ class StopController:
 def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
     """The controller of the rule's threshold, by `config.threshold`."""
     rule, target = config.rule, config.target_share
-    name = THRESHOLDS[rule]
-    strictest = {"beta": config.beta_max, "p_star": 1e-6, "hazard": 1e-9}[name]
-    loosest = {"beta": config.beta_min, "p_star": config.p_star_max, "hazard": 0.5}[name]
-    low, high = level_of(rule, strictest), level_of(rule, loosest)
+    threshold = threshold_of(rule)
+    strictest, loosest = threshold.strictest, threshold.loosest
+    if threshold is BETA:
+        strictest, loosest = config.beta_max, config.beta_min
+    elif threshold is P_STAR:
+        loosest = config.p_star_max
+    low, high = threshold.level(strictest), threshold.level(loosest)
     if rule == "random":
         # Half a Newton step toward the share 1 - (1 - hazard)^length, as one batch's is noisy.
         step = -0.5 / ((1.0 - target) * math.log1p(-target))
@@ -273,9 +267,9 @@ def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
             low=low,
             high=high,
         )
-    default = level_of(rule, getattr(Gate, name))
-    given = config.beta if name == "beta" else config.p_star
-    start = None if given is None else level_of(rule, given)
+    default = threshold.level(threshold.of(Gate()))
+    given = config.beta if threshold is BETA else config.p_star
+    start = None if given is None else threshold.level(given)
     if config.threshold == "fixed":
         start = default if start is None else start
         return ShareThreshold(target=target, step=0.0, low=-math.inf, high=math.inf, start=start)

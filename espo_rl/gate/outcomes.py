@@ -1,4 +1,4 @@
-"""Rollouts of known outcome, as arrays for `espo_gateway.estimator`.
+"""Rollouts of known outcome, as arrays for `espo_gateway.stop`.
 
 Stopping censors the data: the outcome of a stopped rollout is known only when it was audited.
 Audited ones therefore stand for all stopped ones, weighted by one over the audit share.
@@ -7,13 +7,13 @@ Audited ones therefore stand for all stopped ones, weighted by one over the audi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import stream_features
-from espo_gateway.stop.fit import KnownOutcomes
-from espo_gateway.stop.recorded import pad, recorded_regrets
+from espo_gateway.stop import fit
+from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import Array
 from espo_rl.types import EndReason, Rollout
 
@@ -28,39 +28,56 @@ def weights(rollouts: Sequence[Rollout], audit_share: float) -> Array:
     return np.array([1.0 / audit_share if rollout.stopped else 1.0 for rollout in rollouts])
 
 
-def regrets_of(rollouts: Sequence[Rollout]) -> Array:
-    """g of every token, [rollouts, tokens], NaN where missing or past the end."""
-    return recorded_regrets(
-        pad([rollout.logprobs for rollout in rollouts]),
-        pad([rollout.max_logprobs for rollout in rollouts]),
-    )
-
-
-def features(rollouts: Sequence[Rollout]) -> tuple[Array, NDArray[np.bool_]]:
-    """Features [rollouts, tokens, features] and which of the [rollouts, tokens] are real tokens."""
-    recorded = regrets_of(rollouts)
-    surprises = -pad([rollout.logprobs for rollout in rollouts])
-    prompts = np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=float)
-    return stream_features(recorded, surprises, prompts), ~np.isnan(recorded)
-
-
-class KnownRollouts(KnownOutcomes):
-    """The rollouts of one batch whose outcome is known.
+def recorded_of(
+    rollouts: Sequence[Rollout], critic: Sequence[Sequence[float] | Array] | None = None
+) -> Recorded:
+    """Rollouts as arrays. critic: what a critic said after each token, [tokens] each.
 
     How an audited one ended is not recorded; it is taken to have completed, which matters only for
     a decision at its last token.
     """
+    return Recorded(
+        pad([rollout.logprobs for rollout in rollouts]),
+        pad([rollout.max_logprobs for rollout in rollouts]),
+        np.array([len(rollout.prompt_ids) for rollout in rollouts], dtype=float),
+        completed_at=np.array(
+            [0 if r.end is EndReason.LENGTH else len(r.token_ids) for r in rollouts],
+            dtype=np.int64,
+        ),
+        critic=None if critic is None else pad(critic),
+    )
 
-    def __init__(self, rollouts: Sequence[Rollout], audit_share: float) -> None:
+
+@dataclass(frozen=True)
+class KnownRollouts:
+    """The rollouts of one batch whose outcome is known.
+
+    correct, weights: [rollouts].
+    """
+
+    recorded: Recorded
+    correct: NDArray[np.bool_]
+    weights: Array
+
+    @classmethod
+    def of(
+        cls,
+        rollouts: Sequence[Rollout],
+        audit_share: float,
+        critic: Sequence[Sequence[float] | Array] | None = None,
+    ) -> KnownRollouts:
+        """critic: as `recorded_of` takes it, of those `with_outcome`."""
         known = with_outcome(rollouts)
-        super().__init__(
-            pad([rollout.logprobs for rollout in known]),
-            pad([rollout.max_logprobs for rollout in known]),
-            prompt_tokens=np.array([len(rollout.prompt_ids) for rollout in known], dtype=float),
-            completed_at=np.array(
-                [0 if r.end is EndReason.LENGTH else len(r.token_ids) for r in known],
-                dtype=np.int64,
-            ),
-            outcomes=np.array([bool(rollout.correct) for rollout in known], dtype=np.bool_),
-            weights=weights(known, audit_share),
+        return cls(
+            recorded_of(known, critic),
+            np.array([bool(rollout.correct) for rollout in known], dtype=np.bool_),
+            weights(known, audit_share),
         )
+
+    def examples(self) -> fit.Examples:
+        """Tokens to fit an estimator on."""
+        return fit.examples(self.recorded, self.correct, self.weights)
+
+    def explained_variance(self, expected: Array) -> float | None:
+        """See `fit.explained_variance`. expected: V at each token, [rollouts, tokens]."""
+        return fit.explained_variance(self.recorded, self.correct, self.weights, expected)

@@ -1,0 +1,1 @@
+"""The update: samples, advantages, losses, DeepSpeed engines, ranks."""

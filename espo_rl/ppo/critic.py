@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from espo_gateway.stop.estimate import FEATURES, StreamStatistics
-from espo_rl.gate import outcomes as estimator
+from espo_rl.gate.outcomes import recorded_of
 from espo_rl.types import Rollout
 
 Array = NDArray[np.float64]
@@ -115,7 +115,7 @@ def state_statistics(rollouts: Sequence[Rollout]) -> list[Array]:
     Returns:
         for each rollout [kept + 1, features]; row t is what is known when token t is sampled.
     """
-    after, _ = estimator.features(rollouts)
+    after = recorded_of(rollouts).features
     return [
         np.vstack([StreamStatistics(len(rollout.prompt_ids)).features(), rows[: rollout.kept]])
         for rollout, rows in zip(rollouts, after, strict=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from espo_gateway.stop.rules import THRESHOLDS, Gate
+from espo_gateway.stop.rules import RULES, Gate
 from espo_rl.gate.outcomes import weights, with_outcome
 from espo_rl.ppo.experience import METRICS as UPDATE_METRICS
 from espo_rl.record.totals import Totals
@@ -151,11 +151,11 @@ def rollout_metrics(
 
 def gate_metrics(gate: Gate) -> dict[str, Metric]:
     """What the group `stopping` says of the gate that a step was sampled with."""
-    name = THRESHOLDS.get(gate.rule)
+    threshold = RULES[gate.rule].threshold
     return {
         "rule": gate.rule,
         "gate_version": gate.version,
-        "threshold": math.nan if name is None else getattr(gate, name),
+        "threshold": math.nan if threshold is None else threshold.of(gate),
         "beta": gate.beta,
         "p_star": gate.p_star,
         "hazard": gate.hazard,

@@ -1,0 +1,1 @@
+"""`python -m espo_rl.replay`: every stop rule over recorded rollouts."""

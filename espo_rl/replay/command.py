@@ -24,21 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from espo_gateway.stop.gate_json import gate_to_json
-from espo_gateway.stop.replay import threshold_at
-from espo_gateway.stop.rules import RULES
+from espo_gateway.stop.rules import HAZARD, threshold_of
 from espo_gateway.stop.thresholds import Outcomes
-from espo_gateway.traces.cross_fit import Fit
+from espo_gateway.traces.cross_fit import CalibrationError, CrossFit
 from espo_gateway.traces.detection import Curve, Estimate, Judged, area, curve, difficulty
 from espo_gateway.traces.judge import (
     Judgement,
     Replayed,
     fitted,
     fitted_elsewhere,
-    grid_of,
     replayed,
 )
-from espo_gateway.traces.reader import Chunk, Known, TraceError, read_chunks, read_outcomes
-from espo_gateway.traces.recommend import CalibrationError, bounded_level
+from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
+from espo_gateway.traces.recommend import bounded_level
 from espo_rl.record.files import rollout_files, write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.replay.plot import draw
@@ -58,15 +56,15 @@ class Source:
         self._outcome, self._known = outcome, known
         self.tokens = 0
 
-    def read(self) -> Iterator[Chunk]:
+    def read(self) -> Iterator[Traces]:
         """All rollouts, in chunks."""
         self.tokens = 0
         with progress_bar() as bar:
             line = bar.add_task("reading files", total=len(self.files))
             for file in self.files:
-                for chunk in read_chunks([file], outcome=self._outcome, known=self._known):
-                    self.tokens += int(chunk.lengths.sum())
-                    yield chunk
+                for traces in read_traces([file], outcome=self._outcome, known=self._known):
+                    self.tokens += int(traces.lengths.sum())
+                    yield traces
                 bar.advance(line)
 
     def warnings(self) -> list[str]:
@@ -135,10 +133,8 @@ def recommend(
     judged: Judged, judgement: Judgement, found: Curve, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The loosest threshold of the grid under the wished bound, and what it does."""
-    gate = judgement.gate
-    field = RULES[gate.rule].threshold
-    assert field is not None
-    if field == "hazard":
+    gate, threshold = judgement.gate, threshold_of(judgement.gate.rule)
+    if threshold is HAZARD:
         return {"threshold": None, "reason": "chance is here to compare with"}
     outcomes, rehearsal = (
         Outcomes(levels.astype(np.float32), judged.correct, judged.weights.astype(np.float32))
@@ -154,17 +150,15 @@ def recommend(
         )
     except CalibrationError as error:
         return {"threshold": None, "reason": str(error)}
-    limit = threshold_at(gate.rule, level)
-    grid = grid_of(gate)
-    stricter = grid >= limit if field == "beta" else grid <= limit
+    grid = threshold.grid
+    stricter = threshold.level(grid) <= level
     if not stricter.any():
         return {"threshold": None, "reason": f"only thresholds beyond {grid[0]:g} keep the bound"}
     place = int(stricter.sum()) - 1
-    changes: dict[str, Any] = {field: float(grid[place])}
-    chosen = dataclasses.replace(gate, **changes)
+    chosen = threshold.set(gate, float(grid[place]))
     return {
         "threshold": float(grid[place]),
-        "field": field,
+        "field": threshold.name,
         "reason": reason,
         "grid_place": place,
         "gate": json.loads(gate_to_json(chosen)),
@@ -205,7 +199,7 @@ def write(
         tails = ("", "_low", "_high")
         rows.writerow(["rule", "threshold", *(name + tail for name in _FIELDS for tail in tails)])
         for rule, found in curves.items():
-            for place, limit in enumerate(grid_of(done.rules[rule].gate)):
+            for place, limit in enumerate(threshold_of(done.rules[rule].gate.rule).grid):
                 numbers = [n for name in _FIELDS for n in getattr(found, name)[place]]
                 rows.writerow([rule, limit, *numbers])
     draw(curves, folder / "replay.png")
@@ -228,7 +222,7 @@ def table(content: Mapping[str, Any]) -> Table:
         if chosen["threshold"] is None:
             cells += ["none", *["—"] * 5]
         else:
-            symbol = {"beta": "β", "p_star": "p*"}.get(chosen["field"], chosen["field"])
+            symbol = threshold_of(chosen["gate"]["rule"]).symbol
             cells.append(f"{symbol} = {chosen['threshold']:.4g}")
             shares = ("saved", "false", "recall", "position")
             cells += [_cell(chosen[field], "{:.1%}") for field in shares]
@@ -252,7 +246,7 @@ def _triple(numbers: Any) -> list[float | None]:
     return [float(n) if math.isfinite(n) else None for n in numbers]
 
 
-def learnt_from(options: argparse.Namespace, source: Source, known: Known | None) -> Fit:
+def learnt_from(options: argparse.Namespace, source: Source, known: Known | None) -> CrossFit:
     """The estimators, of this run by folds of prompts or of another run."""
     if options.fit_on is None:
         learnt = fitted(source.read, options.folds)

@@ -1,0 +1,1 @@
+"""`python -m espo_rl.report`: a run as one HTML page."""

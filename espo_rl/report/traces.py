@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.stop.watch import Follower
 from espo_rl.record.run_folder import Row
 from espo_rl.report.token_texts import Pieces, token_texts
@@ -72,23 +72,13 @@ def trace(rollout: Rollout, gate: Gate, tokenizer: Any | None, pieces: Pieces, l
     return shown
 
 
-def compared(gate: Gate) -> Literal["z", "value"] | None:
-    """Which of z and V the gate's rule holds against its threshold; None: neither."""
-    match gate.rule:
-        case "value-gated" | "regret-only":
-            return "z"
-        case "value-only" | "success-probability":
-            return "value"
-    return None
-
-
 def gate_row(gate: Gate) -> Row:
     """What the page says of a gate."""
     return {
         "rule": gate.rule,
         "version": gate.version,
         "source": gate.source,
-        "compared": compared(gate),
+        "compared": RULES[gate.rule].compared,
     }
 
 

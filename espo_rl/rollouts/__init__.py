@@ -1,0 +1,1 @@
+"""Samples asked of the gateway, and a batch that survives a restart."""

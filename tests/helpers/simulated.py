@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from espo_gateway.stop.recorded import pad
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
+from espo_rl.gate.outcomes import recorded_of
 from espo_rl.types import EndReason, Problem, Rollout
 
 LENGTH, SLIP = 40, 0.03
@@ -59,11 +59,7 @@ def critic_says(rollouts: Sequence[Rollout]) -> list[Array]:
 
 def cuts(rollouts: Sequence[Rollout], gate: Gate) -> list[int]:
     """Where the gate stops each, 0 for nowhere."""
-    arrays = [pad([getattr(r, name) for r in rollouts]) for name in ("logprobs", "max_logprobs")]
-    prompts: Array = np.array([float(len(rollout.prompt_ids)) for rollout in rollouts])
-    ends = np.array([len(rollout.token_ids) for rollout in rollouts])
-    values = pad(critic_says(rollouts)) if gate.needs_critic else None
-    return first_stops(gate, *arrays, prompts, completed_at=ends, values=values).tolist()
+    return first_stops(gate, recorded_of(rollouts, critic_says(rollouts))).tolist()
 
 
 def censored(

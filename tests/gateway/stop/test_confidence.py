@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.tracks import token_confidence
@@ -106,7 +107,7 @@ def test_memory_is_bounded_by_the_window() -> None:
 def test_a_replay_needs_the_recorded_confidences() -> None:
     rows = np.full((1, 3), -0.1)
     with pytest.raises(ValueError, match="needs the recorded confidences"):
-        first_stops(Gate(rule="confidence"), rows, rows, np.ones(1))
+        first_stops(Gate(rule="confidence"), Recorded(rows, rows, np.ones(1)))
 
 
 def test_a_gate_says_how_many_alternatives_it_reads() -> None:

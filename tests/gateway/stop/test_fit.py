@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from espo_gateway.stop import fit as estimator
-from espo_gateway.stop.estimate import SuccessEstimator, sigmoid
+from espo_gateway.stop.estimate import SuccessEstimator, probabilities, sigmoid
 from espo_gateway.stop.rules import Gate
-from espo_rl.gate.outcomes import KnownRollouts, features
+from espo_rl.gate.outcomes import KnownRollouts, recorded_of
 from espo_rl.types import EndReason
 from tests.helpers.simulated import LENGTH, SLIP, censored, simulate
 
 
 def fit(rollouts, audit_share=1.0):
-    return estimator.fit([KnownRollouts(rollouts, audit_share).examples()])
+    return estimator.fit([KnownRollouts.of(rollouts, audit_share).examples()])
 
 
 def explained_variance(fitted, rollouts, audit_share=1.0):
-    known = KnownRollouts(rollouts, audit_share)
-    return known.explained_variance(known.probabilities(fitted))
+    known = KnownRollouts.of(rollouts, audit_share)
+    return known.explained_variance(probabilities(fitted.logits(known.recorded.features)))
 
 
 def true_probabilities(rollouts):
@@ -31,9 +31,9 @@ def true_probabilities(rollouts):
 
 def calibration_error(fitted, rollouts):
     """Mean |P - truth| over tokens."""
-    found, real = features(rollouts)
-    probabilities = np.vectorize(sigmoid)(fitted.logits(found))
-    return np.abs(probabilities - true_probabilities(rollouts))[real].mean()
+    recorded = recorded_of(rollouts)
+    estimated = np.vectorize(sigmoid)(fitted.logits(recorded.features))
+    return np.abs(estimated - true_probabilities(rollouts))[recorded.known].mean()
 
 
 def test_the_estimate_is_the_true_probability():
@@ -63,7 +63,7 @@ def test_audits_undo_the_censoring_by_stops():
 
 def test_batches_fitted_one_by_one_count_as_one():
     rollouts = simulate(600, 6)
-    parts = [KnownRollouts(rollouts[i : i + 200], 1.0).examples() for i in (0, 200, 400)]
+    parts = [KnownRollouts.of(rollouts[i : i + 200], 1.0).examples() for i in (0, 200, 400)]
     together = fit(rollouts)
     assert estimator.fit(parts).weights == pytest.approx(together.weights, rel=1e-3, abs=1e-3)
 
@@ -78,7 +78,7 @@ def test_examples_of_long_rollouts_are_thinned_and_small():
         )
         for rollout in simulate(3, 0)
     ]
-    examples = KnownRollouts(long, 1.0).examples()
+    examples = KnownRollouts.of(long, 1.0).examples()
     assert len(examples.outcomes) in range(3 * 40, 3 * 60)
     assert examples.features.dtype == np.float32
     assert examples.features[:, 1].max() == pytest.approx(math.sqrt(4000), rel=0.02)
@@ -90,7 +90,7 @@ def test_only_a_length_limit_leaves_the_last_token_open():
         dataclasses.replace(rollout, end=end, audited=end is EndReason.EARLY_STOP)
         for rollout, end in zip(simulate(3, 0), kinds, strict=True)
     ]
-    assert KnownRollouts(rollouts, 0.1).completed_at.tolist() == [LENGTH, 0, LENGTH]
+    assert KnownRollouts.of(rollouts, 0.1).recorded.completed_at.tolist() == [LENGTH, 0, LENGTH]
 
 
 def test_nothing_to_tell_apart_gives_no_estimator():

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 from scipy.stats import norm
 
-from espo_gateway.stop.replay import level_of, threshold_at
+from espo_gateway.stop.rules import threshold_of
 from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, ShareThreshold, upper_bound
 
-LOW, HIGH = level_of("value-only", 1e-6), 0.0
+LOW, HIGH = threshold_of("value-only").level(1e-6), 0.0
 
 
 def outcomes(levels, correct, weights=None) -> Outcomes:
@@ -30,23 +30,23 @@ def outcomes(levels, correct, weights=None) -> Outcomes:
 
 @given(st.floats(1, 15), st.lists(st.floats(0, 1), max_size=20))
 def test_the_controller_is_row_6(beta, shares):
-    low, high = level_of("value-gated", 9.0), level_of("value-gated", 2.0)
-    start = level_of("value-gated", beta)
+    low, high = threshold_of("value-gated").level(9.0), threshold_of("value-gated").level(2.0)
+    start = threshold_of("value-gated").level(beta)
     controller = ShareThreshold(target=0.25, step=0.1, low=low, high=high, start=start)
     beta = min(max(beta, 2.0), 9.0)
     for share in shares:
         controller.update(None, share, ready=True)
         beta = min(max(beta + 0.1 * (share - 0.25), 2.0), 9.0)
-        assert threshold_at("value-gated", controller.level) == pytest.approx(beta)
+        assert threshold_of("value-gated").at(controller.level) == pytest.approx(beta)
 
 
 @pytest.mark.parametrize("rule", ["value-gated", "value-only", "random"])
 def test_more_stops_than_wished_make_every_rule_stricter(rule):
-    start = level_of(rule, 0.4)
+    start = threshold_of(rule).level(0.4)
     for share, stricter in ((0.9, True), (0.0, False)):
         controller = ShareThreshold(target=0.25, step=0.1, low=-9.0, high=9.0, start=start)
         controller.update(None, share, ready=True)
-        moved = threshold_at(rule, controller.level)
+        moved = threshold_of(rule).at(controller.level)
         assert (moved > 0.4) == (stricter if rule == "value-gated" else not stricter)
 
 
@@ -271,8 +271,8 @@ OVERCONFIDENT = Policy(gap=2.7, scale=2.0, shift=-2.0)
 
 def test_the_overconfident_policy_breaks_an_assumed_p_star():
     """As measured in training: 17 to 20 % false positives under p* = 0.1."""
-    assert 0.15 < OVERCONFIDENT.false_share(level_of("value-only", 0.1))[0] < 0.25
-    assert CALIBRATED.false_share(level_of("value-only", 0.1))[0] < 0.05
+    assert 0.15 < OVERCONFIDENT.false_share(threshold_of("value-only").level(0.1))[0] < 0.25
+    assert CALIBRATED.false_share(threshold_of("value-only").level(0.1))[0] < 0.05
 
 
 @pytest.mark.parametrize("policy", [CALIBRATED, OVERCONFIDENT], ids=["calibrated", "overconfident"])
@@ -351,11 +351,11 @@ def test_audits_are_forgotten_after_the_window():
 def test_of_rollouts_that_tie_a_rounding_stops_none():
     """Whatever the level, a gate made from it stops none of those who have it."""
     for share in np.random.default_rng(0).uniform(0.1, 0.9, 200):
-        tied = level_of("value-only", share)
+        tied = threshold_of("value-only").level(share)
         known = outcomes([tied] * 200 + [-6.0] * 200, [True] * 200 + [False] * 200)
-        controller = audit(high=level_of("value-only", 0.95))
+        controller = audit(high=threshold_of("value-only").level(0.95))
         controller.update(known, None, ready=True)
-        assert share >= threshold_at("value-only", controller.level)
+        assert share >= threshold_of("value-only").at(controller.level)
 
 
 def test_without_audits_of_the_stopped_nothing_is_learned_of_them():

@@ -15,15 +15,15 @@ from espo_gateway.stop.estimate import (
     SuccessEstimator,
     stream_features,
 )
-from espo_gateway.stop.recorded import pad
+from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import (
     MonitorConfig,
     RegretMonitor,
     RegretStatistics,
     surrogate_regret,
 )
-from espo_gateway.stop.replay import first_stops, level_of, stop_levels, threshold_at
-from espo_gateway.stop.rules import THRESHOLDS, Gate, RuleName
+from espo_gateway.stop.replay import first_stops, stop_levels
+from espo_gateway.stop.rules import BETA, CONFIDENCE, HAZARD, P_STAR, Gate, RuleName, threshold_of
 from espo_gateway.stop.watch import Verdict, Watch
 
 GATE = {
@@ -62,12 +62,13 @@ def gates(estimator, version=0):
     ]
 
 
-def matrices(rows):
-    """logprobs and max_logprobs as a replay gets them."""
-    return [
+def recorded(rows, prompt_tokens=1, **arrays):
+    """Rows of (logprob, max_logprob) as a replay gets them."""
+    matrices = [
         pad([[math.nan if pair[k] is None else pair[k] for pair in row] for row in rows])
         for k in (0, 1)
     ]
+    return Recorded(*matrices, np.full(len(rows), prompt_tokens), **arrays)
 
 
 def live_cut(gate, row, prompt_tokens, *, completed=False, values=(), confidences=()):
@@ -106,58 +107,59 @@ def test_replay_equals_the_live_decision_token_for_token(
             )
             for row, done in zip(rows, completed, strict=False)
         ]
-        replayed = first_stops(
-            gate,
-            *matrices(rows),
-            np.full(len(rows), prompt_tokens),
-            completed_at=ends,
-            values=values if gate.needs_critic else None,
-            confidences=sure,
-        )
-        assert replayed.tolist() == live
+        replayed = recorded(rows, prompt_tokens, completed_at=ends, critic=values, confidences=sure)
+        assert first_stops(gate, replayed).tolist() == live
 
 
 @given(streams, estimators, st.booleans(), st.floats(0.001, 0.999), st.floats(-0.5, 1.5))
 def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator, done, share, said):
-    prompts = np.full(len(rows), 7)
-    ends = np.array([len(row) * done for row in rows])
+    shape = len(rows), max(map(len, rows))
+    replayed = recorded(
+        rows,
+        prompt_tokens=7,
+        completed_at=np.array([len(row) * done for row in rows]),
+        critic=np.full(shape, said),
+        confidences=np.resize([0.3, 2.0, math.nan, 1.1], shape),
+    )
     for gate in gates(estimator)[1:]:
-        values = np.full(matrices(rows)[0].shape, said) if gate.needs_critic else None
-        sure = np.resize([0.3, 2.0, math.nan, 1.1], matrices(rows)[0].shape)
-        replay = {"completed_at": ends, "values": values, "confidences": sure}
-        levels = stop_levels(gate, *matrices(rows), prompts, **replay)
-        threshold = share if THRESHOLDS[gate.rule] in ("p_star", "hazard") else 5 * share
-        level = level_of(gate.rule, threshold)
-        assert threshold_at(gate.rule, level) == pytest.approx(threshold)
-        looser = dataclasses.replace(gate, **{THRESHOLDS[gate.rule]: threshold})
-        stopped = first_stops(looser, *matrices(rows), prompts, **replay) > 0
+        levels = stop_levels(gate, replayed)
+        threshold = threshold_of(gate.rule)
+        limit = share if threshold in (P_STAR, HAZARD) else 5 * share
+        level = threshold.level(limit)
+        assert threshold.at(level) == pytest.approx(limit)
+        stopped = first_stops(threshold.set(gate, limit), replayed) > 0
         clear = np.abs(levels - level) > 1e-9  # a logarithm may round across the threshold
         assert (stopped == (levels < level))[clear].all()
 
 
-def test_a_higher_level_is_a_looser_threshold():
-    assert level_of("regret-only", 2.0) > level_of("value-gated", 3.0)
-    assert level_of("value-only", 0.1) > level_of("success-probability", 0.05)
-    assert level_of("random", 0.1) > level_of("random", 0.05)
-    assert level_of("surprise", 1.0) > level_of("surprise", 2.0)
-    assert level_of("confidence", 2.0) > level_of("confidence", 1.0)
+@pytest.mark.parametrize(
+    ("threshold", "loose", "strict"),
+    [(BETA, 2.0, 3.0), (P_STAR, 0.1, 0.05), (HAZARD, 0.1, 0.05), (CONFIDENCE, 2.0, 1.0)],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_a_higher_level_is_a_looser_threshold(threshold, loose, strict):
+    assert threshold.level(loose) > threshold.level(strict)
+    assert threshold.level(threshold.loosest) > threshold.level(threshold.strictest)
+    assert (np.diff(threshold.level(threshold.grid)) > 0).all()
+
+
+def test_the_rule_that_never_stops_has_no_threshold():
     with pytest.raises(ValueError, match="'none' has no threshold"):
-        level_of("none", 1.0)
+        threshold_of("none")
 
 
 def test_a_critics_unknown_values_give_the_strictest_level_possible():
     rows = [[(-9.0, 0.0)] * 10, [(-3.0, 0.0)] * 10]
     gate = Gate(rule="value-gated", value="critic", epsilon=0.25, **GATE)
-    prompts = np.ones(2)
-    unknown = stop_levels(gate, *matrices(rows), prompts)
+    unknown = stop_levels(gate, recorded(rows))
     for value in (0.0, 0.25, 0.9):
-        known = stop_levels(gate, *matrices(rows), prompts, values=np.full((2, 10), value))
+        known = stop_levels(gate, recorded(rows, critic=np.full((2, 10), value)))
         assert (unknown <= known).all()
         assert (unknown == known).all() == (value <= 0.25)
     asked = Gate(rule="value-only", value="critic")
     for replay in (first_stops, stop_levels):
         with pytest.raises(ValueError, match="give the recorded ones"):
-            replay(asked, *matrices(rows), prompts)
+            replay(asked, recorded(rows))
 
 
 @given(st.integers(0, 2**31), st.floats(0.01, 0.9))
@@ -165,7 +167,8 @@ def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed, hazard):
     rng = np.random.default_rng(seed)
     logprobs = -rng.exponential(1.0, (2000, 30))
     gate = Gate(rule="random", hazard=hazard, min_tokens=3, version=seed)
-    cuts = first_stops(gate, logprobs, np.zeros_like(logprobs), np.ones(2000))
+    streams = Recorded(logprobs, np.zeros_like(logprobs), np.ones(2000))
+    cuts = first_stops(gate, streams)
     for token in (3, 7):
         alive = (cuts == 0) | (cuts >= token)
         if alive.sum() < 200:
@@ -174,9 +177,7 @@ def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed, hazard):
         assert stopped == pytest.approx(hazard, abs=5 * math.sqrt(0.25 / alive.sum()))
     # Another batch draws anew.
     other = dataclasses.replace(gate, version=seed + 1)
-    assert first_stops(other, logprobs, np.zeros_like(logprobs), np.ones(2000)).tolist() != (
-        cuts.tolist()
-    )
+    assert first_stops(other, streams).tolist() != (cuts.tolist())
 
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.floats(0.2, 4), st.floats(0, 1))
@@ -262,7 +263,7 @@ def test_a_look_tells_what_the_last_token_was_compared_with(rows, estimator):
             elif gate.rule == "none":
                 assert threshold is None
             else:
-                assert threshold == getattr(gate, THRESHOLDS[gate.rule])
+                assert threshold == threshold_of(gate.rule).of(gate)
 
 
 def test_no_rule_stops_before_min_tokens():

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_gateway.stop.gate_json import Control
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.request import plan
@@ -117,6 +118,7 @@ def test_a_replay_of_what_was_received_gives_the_same_cut(
     shadow = played(chunks, gate, mode="shadow")
     row = np.array([logprobs])
     completed_at = np.array([len(logprobs) if finish == "stop" else 0])
-    cut = first_stops(gate, row, np.maximum(row, CALM), np.array([3.0]), completed_at=completed_at)
+    recorded = Recorded(row, np.maximum(row, CALM), np.array([3.0]), completed_at)
+    cut = first_stops(gate, recorded)
     assert (shadow.record["cut"] or 0) == cut[0]
     assert not math.isnan(shadow.record["z"])

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.traces import calibrate
-from espo_gateway.traces.reader import TraceError, read_chunks, read_outcomes
+from espo_gateway.traces.reader import TraceError, read_outcomes, read_traces
 from espo_rl.config import load_recipe
 from espo_rl.record.rollout_files import RolloutDumps
 from espo_rl.types import EndReason, Rollout
@@ -115,7 +116,8 @@ def test_confidence_is_calibrated_from_recorded_confidences(tmp_path: Path) -> N
     rows = [np.array([told[name] for told in lines]) for name in ("logprobs", "max_logprobs")]
     sure = np.array([told["confidences"] for told in lines])
     ends = np.full(len(lines), LENGTH)
-    stops = first_stops(gate, *rows, np.full(400, 5.0), completed_at=ends, confidences=sure)
+    replayed = Recorded(*rows, np.full(400, 5.0), completed_at=ends, confidences=sure)
+    stops = first_stops(gate, replayed)
     assert (stops > 0).mean() == pytest.approx(0.2, abs=0.01)
 
 
@@ -282,23 +284,23 @@ def test_a_cut_rollout_of_a_dump_ends_at_its_cut(tmp_path: Path) -> None:
     spared = dataclasses.replace(cut, audited=True, correct=False)
     overrides = [f"run.output={tmp_path}", "logs.rollouts=true"]
     RolloutDumps(load_recipe("arithmetic", overrides)).write(1, [cut, spared], Gate())
-    [chunk] = read_chunks((tmp_path / "rollouts").glob("*"), outcome="correct", known=None)
-    assert chunk.lengths.tolist() == [7, LENGTH]
-    assert chunk.cut.tolist() == [True, False]
-    assert chunk.spared.tolist() == [False, True]
-    assert [math.isnan(chunk.correct[0]), chunk.correct[1]] == [True, 0.0]
+    [traces] = read_traces((tmp_path / "rollouts").glob("*"), outcome="correct", known=None)
+    assert traces.lengths.tolist() == [7, LENGTH]
+    assert traces.cut.tolist() == [True, False]
+    assert traces.spared.tolist() == [False, True]
+    assert [math.isnan(traces.correct[0]), traces.correct[1]] == [True, 0.0]
 
 
 def test_a_long_file_is_read_in_parts(tmp_path: Path) -> None:
     path = recorded(tmp_path, simulate(700, 0))
-    chunks = list(read_chunks([path], outcome="correct", known=None))
-    assert [len(chunk.keys) for chunk in chunks] == [256, 256, 188]
+    parts = list(read_traces([path], outcome="correct", known=None))
+    assert [len(part) for part in parts] == [256, 256, 188]
     long = write(tmp_path / "long.jsonl", [line(simulate(1, 0)[0], 0)] * 3)
     text = [json.loads(told) for told in long.read_text().splitlines()]
     for told in text:
         told["logprobs"] = told["max_logprobs"] = [-0.1] * 400_000
     write(long, text)
-    assert [len(chunk.keys) for chunk in read_chunks([long], outcome="c", known=None)] == [2, 1]
+    assert [len(part) for part in read_traces([long], outcome="c", known=None)] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +319,7 @@ def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None
     path = tmp_path / "t.jsonl"
     path.write_text(content)
     with pytest.raises(TraceError, match=message):
-        list(read_chunks([path], outcome="correct", known=None))
+        list(read_traces([path], outcome="correct", known=None))
 
 
 @pytest.mark.parametrize(

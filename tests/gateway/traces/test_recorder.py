@@ -16,6 +16,7 @@ import pytest
 
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.traces import recorder as recording
@@ -96,7 +97,7 @@ async def test_every_kind_of_end_is_told_and_a_stop_is_kept_to_its_cut(tmp_path:
     assert shadow["logprobs"][:8] == stopped["logprobs"]
     gate = gate_from_json(b'{"rule": "regret-only", "beta": 1.0}', has_critic=False)
     rows = [np.array([shadow[name]]) for name in ("logprobs", "max_logprobs")]
-    assert first_stops(gate, *rows, np.array([3.0])).tolist() == [8]
+    assert first_stops(gate, Recorded(*rows, np.array([3.0]))).tolist() == [8]
 
 
 async def test_each_choice_of_a_request_is_a_line(tmp_path: Path) -> None:

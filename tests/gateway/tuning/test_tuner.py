@@ -18,13 +18,13 @@ import pytest
 from espo_gateway.config import Config
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.front.gateway import Gateway
-from espo_gateway.stop.recorded import recorded_regrets
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import MonitorConfig
 from espo_gateway.stop.replay import stop_levels
-from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.rules import BETA, Gate
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.tuning.observers import ObservedWatch
-from espo_gateway.tuning.tuner import BETA_MAX, BETA_MIN, STEP, Evidence, Tuning
+from espo_gateway.tuning.tuner import STEP, Evidence, Tuning
 from tests.helpers.gateway import (
     BAD,
     COMPLETIONS,
@@ -109,7 +109,7 @@ def test_then_each_window_is_row_6_and_row_2() -> None:
             regrets += [m - p for p, m in stream[: watch.cut]]
             assert finish(tuning, watch) == (number == 15)
         share = np.mean(cuts)
-        expected = min(max(before.beta + STEP * (share - 0.2), BETA_MIN), BETA_MAX)
+        expected = min(max(before.beta + STEP * (share - 0.2), BETA.loosest), BETA.strictest)
         assert tuning.gate.beta == pytest.approx(expected)
         assert tuning.share == share
         assert tuning.gate.version == before.version + 1
@@ -176,9 +176,10 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
             np.array([[math.nan, math.nan, *(pair[k] for pair in stream)]], float) for k in (0, 1)
         ]
         completed = np.array([len(stream) + 2])
-        levels = stop_levels(gate, *rows, np.array([3.0]), completed_at=completed)
+        recorded = Recorded(*rows, np.array([3.0]), completed_at=completed)
+        levels = stop_levels(gate, recorded)
         assert -evidence.highest == levels[0]
-        regrets = recorded_regrets(*rows)[0, 2:]
+        regrets = recorded.regrets[0, 2:]
         assert evidence.count == len(stream)
         assert evidence.total == pytest.approx(regrets.sum())
         assert evidence.squares == pytest.approx((regrets**2).sum())

@@ -14,13 +14,11 @@ from pydantic import ValidationError
 
 from espo_gateway.stop import fit as estimator
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
-from espo_gateway.stop.recorded import pad, recorded_regrets
 from espo_gateway.stop.regret import RegretStatistics, smoothed_regret
-from espo_gateway.stop.replay import level_of
-from espo_gateway.stop.rules import THRESHOLDS, Gate, RuleName
+from espo_gateway.stop.rules import Gate, RuleName, threshold_of
 from espo_rl.config import Stopping
 from espo_rl.gate.controller import StopController
-from espo_rl.gate.outcomes import with_outcome
+from espo_rl.gate.outcomes import recorded_of, with_outcome
 from espo_rl.gate.warm_up import WarmUp
 from espo_rl.types import EndReason
 from tests.helpers.simulated import censored, critic_says, cuts, simulate
@@ -74,7 +72,7 @@ def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup)
         assert (gate.rule == rule) == (stopping.on or rule == "none")
         assert (gate.version, gate.weights_version) == (batch, f"step-{batch}")
         if stopping.on:
-            threshold_in_force = getattr(gate, THRESHOLDS[rule])
+            threshold_in_force = threshold_of(rule).of(gate)
             assert threshold_in_force == stopping.threshold
         assert stopping.reason
         seen = censored(simulate(120, batch), gate, AUDIT, batch)
@@ -84,7 +82,7 @@ def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup)
         stopping = pickle.loads(pickle.dumps(stopping))  # as a checkpoint does
         if not was_on or stopping.threshold is None:
             continue
-        looser = level_of(rule, stopping.threshold) - level_of(rule, before)
+        looser = threshold_of(rule).level(stopping.threshold) - threshold_of(rule).level(before)
         share = sum(rollout.stopped for rollout in seen) / 120
         if threshold == "share" or rule == "random":
             assert looser * (share - 0.25) <= 1e-12
@@ -202,7 +200,7 @@ def test_an_audited_rollout_is_evidence_for_all_that_were_stopped():
     stopping.observe(seen, None)
     (evidence,) = stopping._threshold._evidence
     assert evidence.weights.sum() == audited / AUDIT + others
-    assert evidence.weights[evidence.levels < level_of("regret-only", 0.3)].tolist() == (
+    assert evidence.weights[evidence.levels < threshold_of("regret-only").level(0.3)].tolist() == (
         [1 / AUDIT] * audited
     )
 
@@ -370,18 +368,14 @@ def test_statistics_are_of_all_tokens_of_the_batch():
     stopping = controller()
     batch = simulate(30, 7)
     stopping.observe(batch, critic_loss=None)
-    regrets = recorded_regrets(
-        pad([r.logprobs for r in batch]), pad([r.max_logprobs for r in batch])
-    )
+    regrets = recorded_of(batch).regrets
     assert stopping.statistics.mean == pytest.approx(np.nanmean(regrets))
     assert stopping.statistics.variance == pytest.approx(np.nanvar(regrets))
     # Those of the second batch do not judge it.
     before = stopping.statistics
     other = simulate(30, 8)
     stopping.observe(other, critic_loss=None)
-    regrets = recorded_regrets(
-        pad([r.logprobs for r in other]), pad([r.max_logprobs for r in other])
-    )
+    regrets = recorded_of(other).regrets
     z = smoothed_regret(regrets, before, stopping.gate("w").monitor)
     assert isinstance(before, RegretStatistics)
     assert stopping.z_quantiles == pytest.approx(tuple(np.quantile(z, (0.5, 0.9, 0.99))))

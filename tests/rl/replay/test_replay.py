@@ -19,11 +19,11 @@ import pytest
 import bench_replay
 from bench_replay import make_rollouts
 from espo_gateway.stop.gate_json import gate_to_json
-from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.rules import BETA, Gate, threshold_of
 from espo_gateway.stop.watch import Watch
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.traces.detection import Judged, area, curve, difficulty
-from espo_gateway.traces.judge import fitted, fitted_elsewhere, grid_of, replayed
+from espo_gateway.traces.judge import fitted, fitted_elsewhere, replayed
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.record.rollout_files import rollouts_table
@@ -63,18 +63,17 @@ def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: P
     source = Source([dump(tmp_path / "a.parquet", rollouts, values=values)], "correct", None)
     learnt = fitted(source.read, 2)
     learnt.gate = dataclasses.replace(learnt.gate, critic_wrong=-1.0, critic_right=2.0)
-    chunk = next(iter(source.read()))
+    traces = next(iter(source.read()))
     done = replayed(source.read, learnt)
     assert len(done.rules) == 7
     stops = 0
     for judgement in done.rules.values():
-        field = RULES[judgement.gate.rule].threshold
-        assert field is not None
+        threshold = threshold_of(judgement.gate.rule)
         for row, rollout in enumerate(rollouts):
-            estimator = learnt.folds[chunk.keys[row] % 2]
-            for place, limit in enumerate(grid_of(judgement.gate)):
-                changes: dict[str, Any] = {field: float(limit), "estimator": estimator}
-                gate = dataclasses.replace(judgement.gate, **changes)
+            estimator = learnt.folds[traces.keys[row] % 2]
+            for place, limit in enumerate(threshold.grid):
+                gate = threshold.set(judgement.gate, float(limit))
+                gate = dataclasses.replace(gate, estimator=estimator)
                 cut = live_cut(gate, rollout, values[row] if gate.needs_critic else None)
                 assert judgement.cuts[row, place] == cut, (gate.rule, row, limit)
                 stops += cut > 0
@@ -83,7 +82,7 @@ def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: P
 
 async def test_the_replay_of_a_shadow_rollout_cuts_where_the_gateway_does(tmp_path: Path) -> None:
     tokens = [Token("a", id=1, logprob=-0.1 - (k > 5) * 8.0, max_logprob=-0.1) for k in range(12)]
-    limit = float(grid_of(Gate(rule="regret-only"))[60])
+    limit = float(BETA.grid[60])
     gate = Gate(rule="regret-only", beta=limit)
     async with (
         FakeServer(lambda body: Script(tokens)) as server,
