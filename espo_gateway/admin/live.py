@@ -93,7 +93,7 @@ class Live:
         record, head = session.record, session.head
         if session not in self._ids:
             self._ids[session] = next(self._numbers)
-        value = session.value if record["value"] is None else record["value"]
+        value = session.value if record.value is None else record.value
         rule = RULES[session.gate.rule]
         # Until a critic has been asked, the lowest that its answer could make it.
         threshold = rule.bound(session.gate, value or 0.0) if rule.compared else None
@@ -104,13 +104,13 @@ class Live:
             "index": session.index,
             "age": now - session.started,
             "tokens": session.tokens,
-            "cut": record["cut"],
-            "mode": record["mode"],
-            "rule": record["rule"],
+            "cut": record.cut,
+            "mode": record.mode,
+            "rule": record.rule,
             "measure": rule.compared or "z",
-            "z": record["z"],
+            "z": record.z,
             "value": value,
-            "threshold": threshold if record["threshold"] is None else record["threshold"],
+            "threshold": threshold if record.threshold is None else record.threshold,
         }
 
 

@@ -51,7 +51,7 @@ async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> we
             chat=planned.chat,
             policy=gateway.policy,
             began=began,
-            watching=gateway.observers.watching(),
+            followers=gateway.observers.followers(gate),
         )
         for single in planned.singles
     ]

@@ -44,7 +44,6 @@ class Watch:
         "_mean",
         "_min_tokens",
         "_move",
-        "_regret",
         "_rule",
         "_source",
         "_statistics",
@@ -54,13 +53,15 @@ class Watch:
         "cut",
         "gate",
         "missing",
+        "regret",
         "threshold",
         "tokens",
         "value",
         "z",
     )
 
-    def __init__(self, gate: Gate, prompt_tokens: int) -> None:
+    def __init__(self, gate: Gate, prompt_tokens: int, *, decides: bool = True) -> None:
+        """decides: else it follows the stream to its end and stops nothing."""
         self.gate = gate
         self.tokens = 0
         #: tokens whose logprobs were missing or no numbers
@@ -70,7 +71,8 @@ class Watch:
         self.z = 0.0
         self.threshold: float | None = None
         self.value: float | None = None
-        self._regret: float | None = None
+        #: g of the last token; None when it is missing
+        self.regret: float | None = None
         self._unsettled: dict[int, float] = {}
         self._min_tokens = gate.min_tokens
         # The constants of `RegretMonitor`, whose arithmetic `push` repeats.
@@ -81,7 +83,7 @@ class Watch:
         self._move = 1.0 - gate.monitor.smoothing
         self._rule = rule = RULES[gate.rule]
         self._source = gate.source
-        self._floor = rule.floor(gate)
+        self._floor = rule.floor(gate) if decides else math.inf
         self._threshold = threshold = rule.threshold
         self._limit = 0.0 if threshold is None else threshold.of(gate)
         self._statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
@@ -114,14 +116,14 @@ class Watch:
             or not MISSING_LOGPROB < max_logprob < math.inf
         ):
             self.missing += 1
-            self._regret = None
+            self.regret = None
             if self._statistics is not None:
                 self._statistics.push(None, None)
             return _GO
         regret = max_logprob - logprob
         if regret < 0.0:
             regret = 0.0
-        self._regret = regret
+        self.regret = regret
         step = (regret - self._mean) * self._deviations
         clip = self._clip
         if step > clip:
@@ -189,9 +191,9 @@ class Watch:
         a critic knows it: the threshold is then the least it could be.
         """
         if self.cut is not None:
-            return self._regret, self.z, self.threshold, self.value
+            return self.regret, self.z, self.threshold, self.value
         value = self.estimate
-        return self._regret, self.z, self._rule.bound(self.gate, value or 0.0), value
+        return self.regret, self.z, self._rule.bound(self.gate, value or 0.0), value
 
     @property
     def estimate(self) -> float | None:
@@ -218,12 +220,3 @@ class Watch:
         assert self._statistics is not None
         assert self.gate.estimator is not None
         return sigmoid(self.gate.estimator.logit(self._statistics.features()))
-
-
-class Follower(Watch):
-    """Follows a stream as a `Watch` does, to its end: decides nothing."""
-
-    __slots__ = ()
-
-    def _decide(self, token: int, z: float, told: float) -> Verdict:
-        return _GO

@@ -1,4 +1,4 @@
-"""OpenAI and vLLM chunks to per-token signals: token, its logprob, the largest one there. Pure.
+"""What OpenAI's and vLLM's chunks hold: the sampled tokens, their logprobs and where text is. Pure.
 
 Under load a server merges several tokens into one chunk, and a token may have no text: only the
 logprob entries count tokens.
@@ -14,8 +14,22 @@ import msgspec
 
 from espo_gateway.stop.tracks import token_confidence
 
+Chunk = dict[str, Any]
 
-class Signal(NamedTuple):
+
+class TextDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A chat's delta that has text, in one of these fields, and nothing else."""
+
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+#: Where a chat's delta may have its text.
+TEXT_FIELDS = TextDelta.__struct_fields__
+
+
+class SampledToken(NamedTuple):
     """One sampled token.
 
     token_id: None unless token ids were asked for. text: as the server writes the token beside its
@@ -31,7 +45,7 @@ class Signal(NamedTuple):
     confidence: float | None = None
 
 
-def decode_chunk(data: bytes) -> dict[str, Any]:
+def decode_chunk(data: bytes) -> Chunk:
     """The JSON object of one event. Raises ValueError when it is none."""
     try:
         chunk = msgspec.json.decode(data)
@@ -43,7 +57,7 @@ def decode_chunk(data: bytes) -> dict[str, Any]:
     return chunk
 
 
-def read_signals(choice: dict[str, Any], top_k: int = 0) -> list[Signal]:
+def sampled_tokens(choice: Chunk, top_k: int = 0) -> list[SampledToken]:
     """The tokens of one chunk's choice, of either API. Raises ValueError on a malformed one.
 
     top_k: alternatives that make up a position's confidence; 0 for none.
@@ -53,33 +67,32 @@ def read_signals(choice: dict[str, Any], top_k: int = 0) -> list[Signal]:
         return []
     try:
         if "token_logprobs" in logprobs:
-            return _completion_signals(logprobs, choice.get("token_ids"), top_k)
-        return _chat_signals(logprobs.get("content") or [], choice.get("token_ids"), top_k)
+            return _of_completion(logprobs, choice.get("token_ids"), top_k)
+        return _of_chat(logprobs.get("content") or [], choice.get("token_ids"), top_k)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"malformed logprobs: {error!r}") from error
 
 
-def _completion_signals(
-    logprobs: dict[str, Any], ids: list[int] | None, top_k: int
-) -> list[Signal]:
+def _of_completion(logprobs: Chunk, ids: list[int] | None, top_k: int) -> list[SampledToken]:
     sampled = logprobs["token_logprobs"] or ()
     count = len(sampled)
     texts = _sized(logprobs.get("tokens"), count, "")
     tops = _sized(logprobs.get("top_logprobs"), count, None)
     token_ids = _sized(ids, count, None)
     return [
-        Signal(token_ids[i], texts[i], x, *_position(x, (top or {}).values(), top_k))
+        SampledToken(token_ids[i], texts[i], x, *_position(x, (top or {}).values(), top_k))
         for i, (x, top) in enumerate(zip(sampled, tops, strict=True))
     ]
 
 
-def _chat_signals(content: list[dict[str, Any]], ids: list[int] | None, top_k: int) -> list[Signal]:
-    signals = []
+def _of_chat(content: list[Chunk], ids: list[int] | None, top_k: int) -> list[SampledToken]:
+    tokens = []
     for token_id, entry in zip(_sized(ids, len(content), None), content, strict=True):
         logprob = entry.get("logprob")
         tops = [top.get("logprob") for top in entry.get("top_logprobs") or ()]
-        signals.append(Signal(token_id, entry["token"], logprob, *_position(logprob, tops, top_k)))
-    return signals
+        position = _position(logprob, tops, top_k)
+        tokens.append(SampledToken(token_id, entry["token"], logprob, *position))
+    return tokens
 
 
 def _sized(values: list[Any] | None, count: int, default: Any) -> list[Any]:
@@ -92,11 +105,11 @@ def _position(
 ) -> tuple[float | None, float | None]:
     """The largest logprob and the confidence at a position."""
     confidence = token_confidence([*alternatives], top_k) if top_k else None
-    return _largest(logprob, alternatives), confidence
+    return largest_logprob(logprob, alternatives), confidence
 
 
-def _largest(logprob: float | None, alternatives: Iterable[float | None]) -> float | None:
-    """The largest logprob, None if it cannot be known.
+def largest_logprob(logprob: float | None, alternatives: Iterable[float | None]) -> float | None:
+    """The largest logprob at a position, None if it cannot be known.
 
     The sampled token alone is not enough (g would be 0 whatever was sampled), and an unreadable
     alternative may have been the largest.
@@ -111,6 +124,3 @@ def _largest(logprob: float | None, alternatives: Iterable[float | None]) -> flo
         if alternative > largest:
             largest = alternative
     return largest if known else None
-
-
-Chunk = dict[str, Any]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-Choice = dict[str, Any]
+from espo_gateway.stream.chunks import TEXT_FIELDS
 
-#: Where a chat's delta may have its text.
-_TEXTS = ("content", "reasoning", "reasoning_content")
+Choice = dict[str, Any]
 
 
 class HeldText:
@@ -73,7 +72,7 @@ def text_of(choice: Choice, *, chat: bool) -> str:
     if not chat:
         return choice.get("text") or ""
     delta = choice.get("delta") or {}
-    return next((delta[name] for name in _TEXTS if delta.get(name)), "")
+    return next((delta[name] for name in TEXT_FIELDS if delta.get(name)), "")
 
 
 def set_text(choice: Choice, text: str, *, chat: bool) -> None:
@@ -82,7 +81,7 @@ def set_text(choice: Choice, text: str, *, chat: bool) -> None:
         choice["text"] = text
         return
     delta = choice.setdefault("delta", {})
-    name = next((name for name in _TEXTS if delta.get(name)), "content")
+    name = next((name for name in TEXT_FIELDS if delta.get(name)), "content")
     # A delta of another kind (a tool call) has no text of its own to cut.
     if text or name in delta:
         delta[name] = text

@@ -1,12 +1,22 @@
-"""What a client is told of a choice."""
+"""The record of a choice: what its client, the counters and the log are told of it. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from espo_gateway.stop.gate_json import Mode
+from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.watch import Watch
 
-@dataclass(frozen=True)
+#: How a choice ended; "aborted" until it has, and when the client left or the server failed.
+End = Literal["completed", "length", "early_stop", "aborted"]
+
+#: In the order of `Watch.look`.
+_TRACED = ("g", "z", "threshold", "value")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """What the monitor saw and did, in each finished choice's `espo`.
 
@@ -15,11 +25,10 @@ class Record:
     the cut. missing: tokens without a usable logprob. reason: why the choice was not monitored.
     """
 
-    mode: Literal["enforce", "shadow", "off"]
-    stopped: bool
-    audited: bool = False
-    reason: str | None = None
     rule: str | None = None
+    mode: Mode
+    audited: bool = False
+    stopped: bool
     cut: int | None = None
     tokens: int = 0
     overshoot: int = 0
@@ -30,7 +39,81 @@ class Record:
     beta: float | None = None
     gate_version: int = 0
     weights_version: str = ""
+    reason: str | None = None
     trace: list[Any] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        gate: Gate,
+        watch: Watch | None,
+        *,
+        mode: Mode,
+        audited: bool,
+        stopped: bool,
+        reason: str | None,
+        trace: list[dict[str, Any]] | None,
+    ) -> Record:
+        """Of a choice under a gate. watch: None before its first token."""
+        watch = watch or Watch(gate, 0)
+        cut = watch.cut
+        return cls(
+            rule=gate.rule,
+            mode=mode,
+            audited=audited,
+            stopped=stopped,
+            cut=cut,
+            tokens=watch.tokens,
+            overshoot=watch.tokens - cut if stopped and cut is not None else 0,
+            missing=watch.missing,
+            z=watch.z if watch.tokens and reason is None else None,
+            threshold=watch.threshold,
+            value=watch.value,
+            beta=gate.beta,
+            gate_version=gate.version,
+            weights_version=gate.weights_version,
+            reason=reason,
+            trace=trace[:cut] if trace is not None and stopped else trace,
+        )
 
-End = Literal["completed", "length", "early_stop", "aborted"]
+    def json(self) -> dict[str, Any]:
+        """As a client gets it: without a reason or a trace where there is none."""
+        fields = dict(vars(self))
+        for name in ("reason", "trace"):
+            if fields[name] is None:
+                del fields[name]
+        return fields
+
+
+class TokenTrace:
+    """g, z, threshold and V of every token, for a request that wants them in its record.
+
+    Goes on past the cut, as the answer does in shadow mode, where the watch that decides does not:
+    so it has one of its own.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.tokens: list[dict[str, Any]] = []
+        self._gate = gate
+        self._watch = Watch(gate, 0, decides=False)
+
+    def begin(self, prompt_tokens: int) -> None:
+        self._watch = Watch(self._gate, prompt_tokens, decides=False)
+
+    def push(
+        self,
+        logprob: float | None,
+        max_logprob: float | None,
+        confidence: float | None,
+        regret: float | None,
+        z: float | None,
+        *,
+        last: bool,
+    ) -> None:
+        self._watch.push(logprob, max_logprob, confidence=confidence)
+        self.tokens.append(dict(zip(_TRACED, self._watch.look(), strict=True)))
+
+    def settle(self, token: int, value: float) -> None:
+        """Take what a critic has answered for a token: its V."""
+        bound = RULES[self._gate.rule].bound(self._gate, value)
+        self.tokens[token - 1].update(value=value, threshold=bound)

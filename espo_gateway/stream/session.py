@@ -1,46 +1,37 @@
-"""One monitored choice: upstream chunks in, the client's chunks out, cut at the decision token.
+"""One monitored choice: what the server sends is watched, and cut at the decision token.
 
 A `Session` does no I/O: give `receive` every event, send on what `drain` gives, and end with
 `finish`. When `ended` turns true nothing more is needed from the server and its request can be
 cancelled.
 
-It keeps no chunk longer than it must: one that a critic's answer could still cut, and the last.
+It owns what comes in: the events read, the watch, the questions to a critic, the usage. What may go
+out is its `Outbox`'s, what is told of it the `Record`'s. It keeps no chunk longer than it must: one
+that a critic's answer could still cut, and the last.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from espo_gateway.errors import EXCERPT, UpstreamProtocolError, UpstreamStatusError
-from espo_gateway.stop.gate_json import Control
-from espo_gateway.stop.rules import RULES, Gate
-from espo_gateway.stop.watch import Follower, Verdict, Watch
-from espo_gateway.stream.chunks import Chunk, Signal, decode_chunk, read_signals
-from espo_gateway.stream.cut import (
-    HeldText,
-    keep_tokens,
-    kept_text,
-    set_text,
-    strip_logprobs,
-    text_of,
-)
-from espo_gateway.stream.outbox import _Held
-from espo_gateway.stream.record import End
+from espo_gateway.stop.gate_json import Control, Mode
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.watch import Verdict, Watch
+from espo_gateway.stream.chunks import Chunk, SampledToken, decode_chunk, sampled_tokens
+from espo_gateway.stream.cut import text_of
+from espo_gateway.stream.followers import Followed, Follower
+from espo_gateway.stream.outbox import Outbox
+from espo_gateway.stream.record import End, Record, TokenTrace
 from espo_gateway.stream.request import Asked, Single
 from espo_gateway.stream.templates import Output, Template, template_of
 
-_HEAD = ("id", "object", "created", "model")
 #: What watches a stream that cannot be monitored.
-NEVER = Gate()
+_NEVER = Gate()
 #: Finish reasons of a completion that ended by itself.
 _COMPLETED = ("stop", "tool_calls")
-#: What a trace tells of each token.
-_TRACED = ("g", "z", "threshold", "value")
-_NOT_ON_LAST = (*_HEAD, "choices", "usage")
 
 
 @dataclass(frozen=True)
@@ -57,9 +48,9 @@ class Policy:
 
 
 class Session:
-    """The monitor, the cut, the accounting and the record of one choice.
+    """The monitor of one choice.
 
-    began: called when its first token comes. watching: makes what watches it.
+    began: called when its first token comes. followers: of this choice alone.
     """
 
     def __init__(
@@ -72,10 +63,10 @@ class Session:
         chat: bool,
         policy: Policy | None = None,
         began: Callable[[], None] | None = None,
-        watching: Callable[[Gate, int], Watch] = Watch,
+        followers: Sequence[Follower] = (),
     ) -> None:
         self.gate = control.applied(gate)
-        self.mode = control.mode
+        self.mode: Mode = control.mode
         #: drawn to be generated to the end even if it would be stopped
         self.audited = control.audit is not None and random.random() < control.audit
         if self.audited:
@@ -87,8 +78,6 @@ class Session:
         #: when it began, and when its first token came, by `time.monotonic`
         self.started = time.monotonic()
         self.first_token: float | None = None
-        #: tokens the server has sent
-        self.tokens = 0
         #: tokens of the prompt, None until known
         self.prompt_tokens = single.prompt_tokens
         #: ids of prompt and sampled tokens, kept only when a critic needs them
@@ -100,39 +89,42 @@ class Session:
         #: how many there were, and the last V that was answered
         self.asked = 0
         self._answered: float | None = None
+        #: what watches it; None before the first token
+        self.watch: Watch | None = None
+        #: `watch.push`, or that of what the followers follow
+        self._push: Callable[..., Verdict]
+        self._trace = TokenTrace(self.gate) if control.trace else None
+        #: none follows a choice that is not monitored
+        self.followers = (*followers, *([] if self._trace is None else [self._trace]))
         self._began = began
-        self._policy = policy or Policy()
+        self._policy = policy = policy or Policy()
         self._asked = asked
         self._chat = chat
-        self._watch: Watch | None = None
-        self._watching = watching
         self._model = single.body.get("model")
-        self._trace: list[Chunk] | None = [] if control.trace else None
-        self._tracer: Follower | None = None
         #: alternatives a token whose logprobs make up its confidence
         self._top_k = self.gate.top_logprobs if self.gate.top_logprobs > 1 else 0
         #: whether a critic will be asked, who reads token ids
         self.wants_ids = self.gate.needs_critic
-        self._held: deque[_Held] = deque()
-        self._lag = HeldText(single.body)
-        self._chat_echo = bool(chat and single.body.get("echo"))
-        #: plain chunks may be treated as such: whatever else a chunk tells is not for this client
-        self._plain = not (
+        self._echo = bool(chat and single.body.get("echo"))
+        self._outbox = Outbox(
+            asked,
+            single,
+            chat=chat,
+            finish_reason=policy.finish_reason,
+            hide_ids=self.wants_ids and not asked.token_ids,
+        )
+        #: whatever a chunk tells beside its text is not for this client
+        self._text_only = not (
             asked.logprobs is not None
             or asked.token_ids
             or asked.continuous_usage
             or self.wants_ids
-            or self._lag.holds
-            or self._chat_echo
-            or control.trace
+            or self._outbox.lags
+            or self._echo
             or self._top_k
         )
         self._template: Template | None = None
-        self._ready: list[Output] = []
-        self._last: Chunk | None = None
-        self._head: Chunk = {}
         self._usage: Chunk | None = None
-        self._tail: Chunk = {}
 
     # -- what the server sends -----------------------------------------------------------------
 
@@ -143,39 +135,30 @@ class Session:
             UpstreamStatusError: the event is an error.
             UpstreamProtocolError: it is malformed, or has tokens but no logprobs.
         """
-        template, watch = self._template, self._watch
-        if template is None or watch is None or watch.cut is not None or self._held:
-            self._feed(data)
+        template, watch, outbox = self._template, self.watch, self._outbox
+        if template is None or watch is None or watch.cut is not None or outbox.held:
+            self._receive_any(data)
             return
-        plain = template.read(data)
-        if plain is None:
-            self._feed(data)
+        read = template.read(data)
+        if read is None:
+            self._receive_any(data)
             return
         # A usage that is not the last would be wrong in the end.
         self._usage = None
-        text, signals = plain
-        push = watch.push
-        for logprob, max_logprob in signals:
+        text, logprobs = read
+        push = self._push
+        for logprob, max_logprob in logprobs:
             push(logprob, max_logprob)
-        self.tokens = watch.tokens
         if watch.cut is None or self.mode != "enforce":
-            self._ready.append((template, text))
+            outbox.ready.append((template, text))
         else:
-            chunk = self._decoded(data)
+            chunk = _decoded(data)
             chunk.pop("usage", None)
             choice = chunk["choices"][0]
-            self._hold(chunk, choice, read_signals(choice, self._top_k))
+            outbox.hold(chunk, choice, sampled_tokens(choice), watch.tokens)
 
-    def _decoded(self, data: bytes) -> Chunk:
-        try:
-            return decode_chunk(data)
-        except ValueError as error:
-            raise UpstreamProtocolError(
-                f"the upstream sent no JSON object: {data[:EXCERPT]!r}"
-            ) from error
-
-    def _feed(self, data: bytes) -> None:
-        chunk = self._decoded(data)
+    def _receive_any(self, data: bytes) -> None:
+        chunk = _decoded(data)
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
@@ -184,33 +167,28 @@ class Session:
                 del chunk["usage"]
         choices = chunk.get("choices")
         if not choices:
-            self._take_rest(chunk, choices)
+            self._receive_rest(chunk, choices)
             return
         try:
             choice = choices[0]
-            signals = read_signals(choice, self._top_k)
+            tokens = sampled_tokens(choice, self._top_k)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
         was_cut = self._cut is not None
-        if signals:
-            self._watch_tokens(signals, completed=choice.get("finish_reason") in _COMPLETED)
+        if tokens:
+            self._watch_tokens(tokens, completed=choice.get("finish_reason") in _COMPLETED)
         elif not self.tokens:
             self._check_monitorable(choice)
         if self.wants_ids:
             self._collect_ids(chunk, choice)
         if was_cut:
             return  # beyond the cut: counted, not kept
-        if self._plain and (template := template_of(data, chat=self._chat)):
+        if self._text_only and (template := template_of(data, chat=self._chat)):
             template.write(chunk)
             self._template = template
-        self._hold(chunk, choice, signals)
+        self._outbox.hold(chunk, choice, tokens, self.tokens)
 
-    def _hold(self, chunk: Chunk, choice: Chunk, signals: list[Signal]) -> None:
-        texts = [signal.text for signal in signals]
-        lag = self._lag.before(text_of(choice, chat=self._chat), texts)
-        self._held.append(_Held(chunk, texts, self.tokens, lag))
-
-    def _take_rest(self, chunk: Chunk, choices: object) -> None:
+    def _receive_rest(self, chunk: Chunk, choices: object) -> None:
         if "error" in chunk:
             error = chunk["error"]
             code = error.get("code") if isinstance(error, dict) else None
@@ -218,42 +196,47 @@ class Session:
             raise UpstreamStatusError(status, chunk)
         if choices is None:
             raise UpstreamProtocolError("the upstream sent a chunk without choices")
-        self._tail = chunk
+        self._outbox.tail = chunk
 
-    def _watch_tokens(self, signals: list[Signal], *, completed: bool) -> None:
-        watch = self._watch
-        if watch is None:
-            if self.prompt_tokens is None and self.gate.needs_estimator:
-                self.give_up(
-                    "the estimator needs the prompt's length and the upstream does not tell it "
-                    "(stream_options.continuous_usage_stats): send token ids, or use another rule"
-                )
-            watch = self._watch = self._watch or self._watching(self.gate, self.prompt_tokens or 0)
-            if self._trace is not None:
-                self._tracer = Follower(self.gate, self.prompt_tokens or 0)
-            self.first_token = time.monotonic()
-            if self._began is not None:
-                self._began()
+    def _watch_tokens(self, tokens: list[SampledToken], *, completed: bool) -> None:
+        watch = self.watch or self._begin()
+        push = self._push
         # Where the server tells the end in a chunk of its own nothing is exempt: whether it came
         # before or after a decision would be a matter of timing. vLLM tells it with the token.
-        last = watch.tokens + len(signals) if completed else None
-        for _, _, logprob, max_logprob, confidence in signals:
-            verdict = watch.push(
+        last = watch.tokens + len(tokens) if completed else None
+        for _, _, logprob, max_logprob, confidence in tokens:
+            verdict = push(
                 logprob, max_logprob, last=watch.tokens + 1 == last, confidence=confidence
             )
             if verdict is Verdict.ASK:
                 self.asked += 1
                 self.questions.append(watch.tokens)
                 self._unanswered.add(watch.tokens)
-            if self._trace is not None and self._tracer is not None:
-                self._tracer.push(logprob, max_logprob, confidence=confidence)
-                look = zip(_TRACED, self._tracer.look(), strict=True)
-                self._trace.append(dict(look))
-        self.tokens = watch.tokens
+
+    def _begin(self) -> Watch:
+        """The first token is there."""
+        if self.prompt_tokens is None and self.gate.needs_estimator:
+            self.give_up(
+                "the estimator needs the prompt's length and the upstream does not tell it "
+                "(stream_options.continuous_usage_stats): send token ids, or use another rule"
+            )
+        prompt_tokens = self.prompt_tokens or 0
+        watch = self._watch_by(self.gate, prompt_tokens)
+        for follower in self.followers:
+            follower.begin(prompt_tokens)
+        self.first_token = time.monotonic()
+        if self._began is not None:
+            self._began()
+        return watch
+
+    def _watch_by(self, gate: Gate, prompt_tokens: int) -> Watch:
+        watch = self.watch = Watch(gate, prompt_tokens)
+        self._push = Followed(watch, self.followers).push if self.followers else watch.push
+        return watch
 
     def _check_monitorable(self, choice: Chunk) -> None:
-        told = choice.get("token_ids") or text_of(choice, chat=self._chat)
-        if told and self.gate.rule != "none" and not self._chat_echo:
+        content = choice.get("token_ids") or text_of(choice, chat=self._chat)
+        if content and self.gate.rule != "none" and not self._echo:
             self.give_up(
                 "the upstream sends no logprobs though asked, so nothing can be monitored: "
                 'enable them there, or send "espo": {"mode": "off"}'
@@ -269,39 +252,36 @@ class Session:
         if self.unmonitored is None:
             self.unmonitored = reason
             self.mode = "off"
-            self.gate = NEVER
-            self._watch = Watch(NEVER, 0)
-            self._watch.tokens = self.tokens
+            self.gate = _NEVER
+            self.followers = ()
+            tokens = self.tokens
+            self._watch_by(_NEVER, 0).tokens = tokens
             self.questions.clear()
             self._unanswered.clear()
 
     def _collect_ids(self, chunk: Chunk, choice: Chunk) -> None:
         # Completions tell the prompt's ids in the choice, chat at the top; both once.
         for place in (choice, chunk):
-            ids = place.get("prompt_token_ids")
-            if ids is not None:
+            if (ids := place.get("prompt_token_ids")) is not None:
                 self.prompt_token_ids = ids
-                if not self._asked.token_ids:
-                    del place["prompt_token_ids"]
         self.token_ids += choice.get("token_ids") or ()
 
-    def answer(self, token: int, said: float | None) -> None:
-        """What a critic says of a token it was asked for; None when it could not be had."""
-        assert self._watch is not None
-        value = None if said is None else self.gate.success(said)
+    def answer(self, token: int, output: float | None) -> None:
+        """Take a critic's output for a token it was asked for; None when it could not be had."""
+        assert self.watch is not None
+        value = None if output is None else self.gate.success(output)
         self._unanswered.discard(token)
         self._answered = self._answered if value is None else value
-        self._watch.settle(token, value)
+        self.watch.settle(token, value)
         if self._trace is not None and value is not None:
-            bound = RULES[self.gate.rule].bound(self.gate, value)
-            self._trace[token - 1].update(value=value, threshold=bound)
+            self._trace.settle(token, value)
 
     # -- what the client gets ------------------------------------------------------------------
 
     @property
     def _cut(self) -> int | None:
         """Tokens kept, once it is certain that the choice is cut."""
-        watch = self._watch
+        watch = self.watch
         if watch is None or watch.cut is None or self.mode != "enforce":
             return None
         return watch.cut if watch.settled else None
@@ -309,7 +289,7 @@ class Session:
     @property
     def decided(self) -> bool:
         """No answer of a critic that is still out could change the cut."""
-        watch = self._watch
+        watch = self.watch
         return not self._unanswered or (
             watch is not None and watch.cut is not None and watch.settled
         )
@@ -317,62 +297,25 @@ class Session:
     @property
     def ended(self) -> bool:
         """Nothing that the server could still send belongs to the answer."""
-        return self._last is not None and self._cut is not None
+        return self._outbox.last is not None and self._cut is not None
 
     def drain(self) -> list[Output]:
         """What is certain by now, stripped of what the client did not ask for."""
-        ready, self._ready = self._ready, []
-        held = self._held
-        if not held or self._unproven(held[-1].chunk):
-            return ready
-        waits = self._unanswered and self.mode == "enforce"
-        limit = min(self._unanswered) if waits else None
-        cut = self._cut
-        while held and (cut is not None or limit is None or held[0].end < limit):
-            item = held.popleft()
-            chunk = item.chunk
-            if not self._head:
-                self._head = {name: chunk.get(name) for name in _HEAD}
-            choice = chunk["choices"][0]
-            if cut is not None and item.end >= cut:
-                self._end_at(cut, item, choice)
-            choice["index"] = self.index
-            self._strip(choice)
-            if choice.get("finish_reason") is None:
-                ready.append(chunk)
-            else:
-                self._last = chunk
-                held.clear()
+        outbox = self._outbox
+        if outbox.held and self._proven:
+            waits = self._unanswered and self.mode == "enforce"
+            outbox.release(self._cut, min(self._unanswered) if waits else None)
+        ready, outbox.ready = outbox.ready, []
         return ready
 
-    def _unproven(self, last: Chunk) -> bool:
-        """Nothing has shown yet that this server can be monitored.
+    @property
+    def _proven(self) -> bool:
+        """Whether this server has shown that it can be monitored, as far as it must.
 
         A chat begins with a chunk that names the role: it waits for the first token, so that a
         client still gets an error status when logprobs are missing there.
         """
-        if self.tokens or self.gate.rule == "none" or self._chat_echo:
-            return False
-        return last["choices"][0].get("finish_reason") is None
-
-    def _end_at(self, cut: int, item: _Held, choice: Chunk) -> None:
-        """End the choice at token `cut`, which lies in this chunk."""
-        kept = len(item.texts) - (item.end - cut)
-        text = kept_text(text_of(choice, chat=self._chat), item.texts, kept, item.lag)
-        set_text(choice, text, chat=self._chat)
-        keep_tokens(choice, kept)
-        choice["finish_reason"] = self._policy.finish_reason
-        choice["stop_reason"] = "espo"
-        if self._asked.continuous_usage and (usage := self.usage):
-            item.chunk["usage"] = usage
-
-    def _strip(self, choice: Chunk) -> None:
-        if self._asked.logprobs is None:
-            choice["logprobs"] = None
-        else:
-            strip_logprobs(choice, self._asked.logprobs)
-        if self.wants_ids and not self._asked.token_ids:
-            choice.pop("token_ids", None)
+        return bool(self.tokens or self.gate.rule == "none" or self._echo or self._outbox.complete)
 
     def finish(self) -> Chunk:
         """The choice's last chunk, with the record. Call when the server is done, or when `ended`.
@@ -380,13 +323,18 @@ class Session:
         Raises:
             UpstreamProtocolError: the server's stream ended before its choice did.
         """
-        if self._last is None:
-            raise UpstreamProtocolError("the upstream's stream ended before its choice did")
-        if not (self._asked.stream and self._asked.usage):
-            # vLLM has put it on the usage chunk, which we asked for and the client did not.
-            self._last.update((k, v) for k, v in self._tail.items() if k not in _NOT_ON_LAST)
-        self._last["choices"][0]["espo"] = self.record
-        return self._last
+        return self._outbox.finish(self.record, self.usage)
+
+    def usage_chunk(self, usage: Chunk | None) -> Chunk:
+        """The chunk after the last, for a client that asked for usage."""
+        return self._outbox.usage_chunk(usage)
+
+    # -- what is told of it --------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the server has sent."""
+        return 0 if self.watch is None else self.watch.tokens
 
     @property
     def usage(self) -> Chunk | None:
@@ -402,16 +350,12 @@ class Session:
             "completion_tokens": cut,
         }
 
-    def usage_chunk(self, usage: Chunk | None) -> Chunk:
-        """The chunk after the last, for a client that asked for usage."""
-        return {**self._head, **self._tail, "choices": [], "usage": usage}
-
     @property
     def end(self) -> End:
-        """How it ended; "aborted" until it has, and when the client left or the server failed."""
+        """How it ended."""
         if self._cut is not None:
             return "early_stop"
-        reason = self._last["choices"][0].get("finish_reason") if self._last else None
+        reason = self._outbox.finish_reason
         if reason in _COMPLETED:
             return "completed"
         return "length" if reason == "length" else "aborted"
@@ -419,60 +363,38 @@ class Session:
     @property
     def head(self) -> Chunk:
         """`id` and `model` as the server tells them; empty before the first token."""
-        return self._head
+        return self._outbox.head
+
+    @property
+    def model(self) -> object:
+        """As the server tells it; before, as the client has asked for it."""
+        return self.head.get("model", self._model)
 
     @property
     def value(self) -> float | None:
         """V as the rule saw it last; None where the rule has none, or no critic has answered."""
-        if self._answered is not None or self._watch is None:
+        if self._answered is not None or self.watch is None:
             return self._answered
-        return self._watch.estimate
+        return self.watch.estimate
 
     @property
-    def watch(self) -> Watch | None:
-        """What watches it; None before the first token."""
-        return self._watch
+    def record(self) -> Record:
+        """What the monitor saw and did."""
+        return Record.of(
+            self.gate,
+            self.watch,
+            mode=self.mode,
+            audited=self.audited,
+            stopped=self._cut is not None,
+            reason=self.unmonitored,
+            trace=None if self._trace is None else self._trace.tokens,
+        )
 
-    @property
-    def about(self) -> Chunk:
-        """What a recorded trace says beside its numbers."""
-        watch = self._watch
-        return {
-            "id": self._head.get("id"),
-            "index": self.index,
-            "model": self._head.get("model", self._model),
-            "gate_version": self.gate.version,
-            "rule": self.gate.rule,
-            "mode": self.mode,
-            "prompt_tokens": self.prompt_tokens,
-            "end": self.end,
-            "cut": watch.cut if watch is not None else None,
-        }
 
-    @property
-    def record(self) -> Chunk:
-        """What the monitor saw and did: `choice["espo"]`."""
-        watch, gate = self._watch, self.gate
-        cut = watch.cut if watch is not None else None
-        stopped = self._cut is not None
-        record: Chunk = {
-            "rule": gate.rule,
-            "mode": self.mode,
-            "audited": self.audited,
-            "stopped": stopped,
-            "cut": cut,
-            "tokens": self.tokens,
-            "overshoot": self.tokens - cut if stopped and cut is not None else 0,
-            "missing": watch.missing if watch is not None else 0,
-            "z": watch.z if watch is not None and not self.unmonitored else None,
-            "threshold": watch.threshold if watch is not None else None,
-            "value": watch.value if watch is not None else None,
-            "beta": gate.beta,
-            "gate_version": gate.version,
-            "weights_version": gate.weights_version,
-        }
-        if self.unmonitored is not None:
-            record["reason"] = self.unmonitored
-        if self._trace is not None:
-            record["trace"] = self._trace[:cut] if stopped else self._trace
-        return record
+def _decoded(data: bytes) -> Chunk:
+    try:
+        return decode_chunk(data)
+    except ValueError as error:
+        raise UpstreamProtocolError(
+            f"the upstream sent no JSON object: {data[:EXCERPT]!r}"
+        ) from error

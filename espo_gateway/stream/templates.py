@@ -1,8 +1,8 @@
-"""Plain chunks, which carry tokens and nothing else: read, and written again, at little cost.
+"""Text chunks, which carry text, its logprobs and nothing else: read and written at little cost.
 
-Nearly all chunks of a stream are plain. Only what the monitor needs of them is decoded, and the
-client's are made from the bytes of an earlier one with another text. Whatever is not plain by the
-strict types below takes the general way through `signals` and `session`, with the same result (but
+Nearly all chunks of a stream are of this kind. Only what the monitor needs of them is decoded, and
+the client's are made from the bytes of an earlier one with another text. Whatever is not by the
+strict types below takes the general way through `chunks` and `outbox`, with the same result (but
 that a field which is null may be left out, or the other way round). Pure.
 """
 
@@ -12,7 +12,7 @@ import secrets
 
 import msgspec
 
-from espo_gateway.stream.chunks import Chunk
+from espo_gateway.stream.chunks import Chunk, TextDelta, largest_logprob
 
 _encode = msgspec.json.Encoder().encode
 #: Stands for the text while a chunk is made into a template; in no server's answer.
@@ -20,7 +20,7 @@ _MARK = secrets.token_hex(16)
 
 
 class _Strict(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """Any field that is not listed makes a chunk not plain."""
+    """Any field that is not listed makes it another kind of chunk."""
 
 
 class _Top(msgspec.Struct, gc=False):
@@ -36,15 +36,9 @@ class _ChatLogprobs(msgspec.Struct, gc=False):
     content: list[_Entry]
 
 
-class _Delta(_Strict):
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-
-
 class _ChatChoice(_Strict):
     index: int
-    delta: _Delta
+    delta: TextDelta
     logprobs: _ChatLogprobs
     finish_reason: None = None
     stop_reason: None = None
@@ -81,12 +75,12 @@ _decode_completion = msgspec.json.Decoder(_CompletionChunk).decode
 #: What follows the head of a chunk: its id, its model and what else never changes.
 _CHOICES = b'"choices":'
 
-#: (logprob, largest logprob) of each token of a chunk
-Signals = list[tuple[float, float]]
+#: (logprob, largest logprob) of each token of a chunk; the second is never None where there are any
+Logprobs = list[tuple[float, float | None]]
 
 
 class Template:
-    """Reads the plain chunks of one stream, and writes the client's.
+    """Reads the text chunks of one stream, and writes the client's.
 
     Made from a chunk that the general way has read: `template_of`.
 
@@ -102,16 +96,16 @@ class Template:
         self._chunk: Chunk = {}
         self._before = self._after = b""
 
-    def read(self, data: bytes) -> tuple[str, Signals] | None:
+    def read(self, data: bytes) -> tuple[str, Logprobs] | None:
         """An event's text and tokens; None when it differs in anything else from the template."""
         if not data.startswith(self._head):
             return None
         try:
             read = _completion if self.field == "text" else _chat
-            field, text, signals = read(b"{" + data[self._size :])
+            field, text, logprobs = read(b"{" + data[self._size :])
         except msgspec.MsgspecError:
             return None
-        return (text, signals) if field == self.field and signals else None
+        return (text, logprobs) if field == self.field and logprobs else None
 
     def write(self, chunk: Chunk) -> None:
         """Take the chunk as the client gets it."""
@@ -129,18 +123,18 @@ class Template:
 
 
 def template_of(data: bytes, *, chat: bool) -> Template | None:
-    """A template like this event, if it is plain itself."""
+    """A template like this event, if it is a text chunk itself."""
     size = data.find(_CHOICES)
     if size < 1:
         return None
     try:
-        field, _, signals = (_chat if chat else _completion)(b"{" + data[size:])
+        field, _, logprobs = (_chat if chat else _completion)(b"{" + data[size:])
     except msgspec.MsgspecError:
         return None
-    return Template(data[:size], field) if field and signals else None
+    return Template(data[:size], field) if field and logprobs else None
 
 
-def _chat(data: bytes) -> tuple[str, str, Signals]:
+def _chat(data: bytes) -> tuple[str, str, Logprobs]:
     """The name of the text ("" for none or several), it, and the tokens."""
     choice = _decode_chat(data).choices[0]
     delta = choice.delta
@@ -151,28 +145,29 @@ def _chat(data: bytes) -> tuple[str, str, Signals]:
             text, field = delta.reasoning_content, "reasoning_content"
     elif delta.reasoning is not None or delta.reasoning_content is not None:
         field = ""
-    signals = []
+    logprobs: Logprobs = []
     for entry in choice.logprobs.content:
         largest = logprob = entry.logprob
         tops = entry.top_logprobs
         if not tops:
             return "", "", []
+        # `largest_logprob` written out: as a call it would be a tenth of a token's whole cost.
         for top in tops:
             if top.logprob > largest:
                 largest = top.logprob
-        signals.append((logprob, largest))
-    return field if text is not None else "", text or "", signals
+        logprobs.append((logprob, largest))
+    return field if text is not None else "", text or "", logprobs
 
 
-def _completion(data: bytes) -> tuple[str, str, Signals]:
+def _completion(data: bytes) -> tuple[str, str, Logprobs]:
     choice = _decode_completion(data).choices[0]
     logprobs = choice.logprobs
     sampled, tops = logprobs.token_logprobs, logprobs.top_logprobs
     if len(tops) != len(sampled) or not all(tops):
         return "", "", []
     pairs = zip(sampled, tops, strict=True)
-    return "text", choice.text, [(x, max(x, *top.values())) for x, top in pairs]
+    return "text", choice.text, [(x, largest_logprob(x, top.values())) for x, top in pairs]
 
 
-#: What a client gets: a chunk, or the text of a plain one.
+#: What a client gets: a chunk, or a template and its text.
 Output = Chunk | tuple[Template, str]

@@ -54,9 +54,10 @@ class Entry:
 
     def count(self, session: Session) -> None:
         """Take a choice that has ended."""
-        self.tokens += session.record["tokens"]
-        if session.record["stopped"]:
-            self.stopped.append(session.record["rule"])
+        record = session.record
+        self.tokens += record.tokens
+        if record.stopped:
+            self.stopped.append(session.gate.rule)
 
     @property
     def seconds(self) -> float:

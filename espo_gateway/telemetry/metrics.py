@@ -166,25 +166,25 @@ class Metrics:
             self.count_unmonitored(session.unmonitored)
             return
         record, end = session.record, session.end
-        tokens, cut = record["tokens"], record["cut"]
+        tokens, cut = record.tokens, record.cut
         self.choices.labels(end).inc()
         self.tokens.inc(tokens)
-        self.missing.inc(record["missing"])
-        self.overshoot.inc(record["overshoot"])
-        if session.first_token is not None:
-            self.z.labels("stop" if cut is not None else "none").observe(record["z"])
+        self.missing.inc(record.missing)
+        self.overshoot.inc(record.overshoot)
+        if session.first_token is not None and record.z is not None:
+            self.z.labels("stop" if cut is not None else "none").observe(record.z)
             if tokens > 1:
                 taken = time.monotonic() - session.first_token
                 self.token_seconds.observe(taken / (tokens - 1))
-        if end == "early_stop":
-            self.saved.inc(self._savings.estimate(cut))
-        elif end != "aborted":
+        if end in ("completed", "length"):
             self._savings.ended(tokens)
         if cut is not None:
-            self.stops.labels(record["rule"], record["mode"]).inc()
-            if record["threshold"] is not None:
-                self.threshold.labels(record["rule"]).observe(record["threshold"])
-            if end != "early_stop":
+            self.stops.labels(record.rule, record.mode).inc()
+            if record.threshold is not None:
+                self.threshold.labels(record.rule).observe(record.threshold)
+            if end == "early_stop":
+                self.saved.inc(self._savings.estimate(cut))
+            else:
                 self.shadow_saved.inc(tokens - cut)
         if session.gate.needs_critic:
             self.critic_tokens.labels("asked").inc(session.asked)

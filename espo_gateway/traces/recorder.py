@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from espo_gateway.errors import InvalidRequest, said
+from espo_gateway.stream.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 2**23
 
 
-class Trace:
-    """The numbers of one stream, 8 bytes each; NaN where missing."""
+class Columns:
+    """The numbers of one choice, which they follow: 8 bytes each, NaN where missing."""
 
     __slots__ = ("confidences", "logprobs", "max_logprobs")
 
@@ -37,17 +38,26 @@ class Trace:
         self.max_logprobs = array("d")
         self.confidences = array("d") if confidences else None
 
+    def begin(self, prompt_tokens: int) -> None:
+        pass
+
     def push(
-        self, logprob: float | None, max_logprob: float | None, confidence: float | None
+        self,
+        logprob: float | None,
+        max_logprob: float | None,
+        confidence: float | None,
+        regret: float | None,
+        z: float | None,
+        *,
+        last: bool,
     ) -> None:
-        """Take the next token's."""
         self.logprobs.append(math.nan if logprob is None else logprob)
         self.max_logprobs.append(math.nan if max_logprob is None else max_logprob)
         if self.confidences is not None:
             self.confidences.append(math.nan if confidence is None else confidence)
 
-    def columns(self, tokens: int | None) -> dict[str, array[float]]:
-        """The first that many tokens."""
+    def first(self, tokens: int | None) -> dict[str, array[float]]:
+        """The first that many tokens' by name; None for all."""
         columns = {"logprobs": self.logprobs, "max_logprobs": self.max_logprobs}
         if self.confidences is not None:
             columns["confidences"] = self.confidences
@@ -76,6 +86,23 @@ class Recorder:
                 f"record: cannot append to {path}: {error.strerror}", param="record"
             ) from error
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="espo-record")
+
+    def take(self, session: Session, columns: Columns, request_id: str | None) -> None:
+        """Append the trace of a choice that has ended; of one that was cut, up to there."""
+        record, end = session.record, session.end
+        about = {
+            "request": request_id,
+            "id": session.head.get("id"),
+            "index": session.index,
+            "model": session.model,
+            "gate_version": record.gate_version,
+            "rule": record.rule,
+            "mode": record.mode,
+            "prompt_tokens": session.prompt_tokens,
+            "end": end,
+            "cut": record.cut,
+        }
+        self.write(about, columns.first(record.cut if end == "early_stop" else None))
 
     def write(self, about: dict[str, Any], columns: dict[str, array[float]]) -> None:
         """Append a trace soon, unless recording has ended."""

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from espo_gateway.errors import InvalidRequest
+from espo_gateway.stop.estimate import StreamStatistics, sigmoid
 from espo_gateway.stop.rules import BETA, RULES, Gate
 from espo_gateway.stop.thresholds import share_level, steered
-from espo_gateway.stop.watch import Follower, Verdict, Watch
+from espo_gateway.stop.watch import Watch
 
 #: η of row 6.
 STEP = 0.1
@@ -28,45 +29,84 @@ _BOUNDS = BETA.level(BETA.strictest), BETA.level(BETA.loosest)
 Phase = Literal["statistics", "threshold", "steering"]
 
 
-class Evidence(Follower):
-    """What one stream tells: the sums of its regrets, and its highest score under a gate.
+class Evidence:
+    """What one stream tells up to its cut: the sums of its regrets, and its highest score.
 
-    It stops nothing. A critic is not asked: V = ε stands in, so that the score is as high as it
-    can be.
+    Follows a watch whose statistics are the gate's. A critic is not asked: V = 0 stands in, so that
+    the score is as high as it can be.
+
+    Args:
+        scored: else the gate's rule decides by itself, and no score is needed.
     """
 
-    __slots__ = ("count", "highest", "squares", "total")
+    __slots__ = (
+        "_scored",
+        "_statistics",
+        "_tokens",
+        "_track",
+        "_value",
+        "count",
+        "gate",
+        "highest",
+        "squares",
+        "total",
+    )
 
-    def __init__(self, gate: Gate, prompt_tokens: int) -> None:
-        super().__init__(gate, prompt_tokens)
+    def __init__(self, gate: Gate, *, scored: bool = True) -> None:
+        self.gate = gate
         self.count = 0
         self.total = self.squares = 0.0
         self.highest = -math.inf
-        self._floor = -math.inf
+        self._scored = scored
+        self._tokens = 0
+        self._track = RULES[gate.rule].track(gate)
+        self._value = gate.constant if gate.source == "constant" else 0.0
+        self._statistics: StreamStatistics | None = None
+
+    def begin(self, prompt_tokens: int) -> None:
+        if self.gate.needs_estimator:
+            self._statistics = StreamStatistics(prompt_tokens)
 
     def push(
         self,
         logprob: float | None,
         max_logprob: float | None,
+        confidence: float | None,
+        regret: float | None,
+        z: float | None,
         *,
-        last: bool = False,
-        confidence: float | None = None,
-    ) -> Verdict:
-        verdict = super().push(logprob, max_logprob, last=last, confidence=confidence)
-        regret = self._regret
+        last: bool,
+    ) -> None:
+        if z is None:
+            return
+        self._tokens += 1
         if regret is not None:
             self.count += 1
             self.total += regret
             self.squares += regret * regret
-        return verdict
+        if self._scored:
+            self._score(logprob, confidence, regret, z, last)
 
-    def _decide(self, token: int, z: float, told: float) -> Verdict:
-        if self._source is not None:
-            told = 0.0 if self._source == "critic" else self._known_value()
-        score = self._rule.score(self.gate, z, told)
-        if score > self.highest:
-            self.highest = score
-        return Verdict.GO
+    def _score(
+        self,
+        logprob: float | None,
+        confidence: float | None,
+        regret: float | None,
+        z: float,
+        last: bool,
+    ) -> None:
+        gate, statistics, compared = self.gate, self._statistics, self._value
+        if statistics is not None:
+            statistics.push(regret, None if regret is None or logprob is None else -logprob)
+        if regret is None or logprob is None:
+            return
+        if self._track is not None:
+            compared = self._track.push(logprob, confidence)
+        if last or self._tokens < gate.min_tokens:
+            return
+        if statistics is not None and gate.estimator is not None:
+            compared = sigmoid(gate.estimator.logit(statistics.features()))
+        self.highest = max(self.highest, RULES[gate.rule].score(gate, z, compared))
 
 
 @dataclass
@@ -131,6 +171,10 @@ class Tuning:
         self._judging = gate
         # One object a gate: a request with constants of its own is told by it.
         self._waiting = dataclasses.replace(gate, rule="none")
+
+    def evidence(self) -> Evidence:
+        """What is to follow a choice that begins now."""
+        return Evidence(self.judging, scored=self.phase == "threshold")
 
     def take(self, evidence: Evidence, watch: Watch) -> bool:
         """Take a choice that ended by itself, by its limit or by the rule.

@@ -1,6 +1,6 @@
 """What a report shows of single rollouts: a row for its table, and g, z, threshold and V by token.
 
-The numbers come from the gate that was stored with the rollout, through `rules.Follower`.
+The numbers come from the gate that was stored with the rollout, through a `Watch` of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from espo_gateway.stop.rules import RULES, Gate
-from espo_gateway.stop.watch import Follower
+from espo_gateway.stop.watch import Watch
 from espo_rl.record.run_folder import Row
 from espo_rl.report.token_texts import Pieces, token_texts
 from espo_rl.types import EndReason, Rollout
@@ -44,17 +44,17 @@ def trace(rollout: Rollout, gate: Gate, tokenizer: Any | None, pieces: Pieces, l
     """
     start = _start(rollout, longest)
     end = min(start + longest, len(rollout.token_ids))
-    follower = Follower(gate, len(rollout.prompt_ids))
+    watch = Watch(gate, len(rollout.prompt_ids), decides=False)
     last = len(rollout.token_ids) if rollout.end is EndReason.COMPLETED else 0
     looks = []
     for place in range(end):
-        follower.push(
+        watch.push(
             float(rollout.logprobs[place]),
             float(rollout.max_logprobs[place]),
             last=place + 1 == last,
         )
         if place >= start:
-            looks.append(follower.look())
+            looks.append(watch.look())
     regrets, zs, thresholds, values = zip(*looks, strict=True) if looks else ((), (), (), ())
     shown: Row = {
         "start": start,

@@ -22,7 +22,7 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from espo_gateway.stream.chunks import read_signals
+from espo_gateway.stream.chunks import sampled_tokens
 from espo_rl.config import RolloutSection
 from espo_rl.types import EndReason, Problem, Rollout
 
@@ -166,10 +166,10 @@ def read_completion(
         raise ValueError("the server's answer has no choice in it")
     choice = completion.choices[0].to_dict()
     token_ids: Any = choice.get("token_ids")
-    signals = read_signals(choice)
-    if not token_ids or len(signals) != len(token_ids):
+    tokens = sampled_tokens(choice)
+    if not token_ids or len(tokens) != len(token_ids):
         raise ValueError(
-            f"{len(token_ids or [])} token ids with {len(signals)} logprobs: the server must send "
+            f"{len(token_ids or [])} token ids with {len(tokens)} logprobs: the server must send "
             "both (vLLM with return_token_ids and logprobs)"
         )
     record: Any = choice.get("espo") or {}
@@ -185,8 +185,8 @@ def read_completion(
         problem=problem,
         prompt_ids=prompt_ids,
         token_ids=list(token_ids),
-        logprobs=np.array([_number(signal.logprob) for signal in signals]),
-        max_logprobs=np.array([_number(signal.max_logprob) for signal in signals]),
+        logprobs=np.array([_number(token.logprob) for token in tokens]),
+        max_logprobs=np.array([_number(token.max_logprob) for token in tokens]),
         text=str(choice["text"]),
         end=end,
         kept=cut if audited else len(token_ids),

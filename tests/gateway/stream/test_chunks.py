@@ -1,4 +1,4 @@
-"""Chunks to signals, and chunks cut down."""
+"""Chunks to sampled tokens, and chunks cut down."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from espo_gateway.stop.regret import surrogate_regret
-from espo_gateway.stream.chunks import Signal, decode_chunk, read_signals
+from espo_gateway.stream.chunks import SampledToken, decode_chunk, sampled_tokens
 from espo_gateway.stream.cut import HeldText, keep_tokens, kept_text, strip_logprobs
 
 
@@ -28,26 +28,31 @@ def test_completion_chunk_with_merged_tokens() -> None:
         [{"a": -1.0, "x": -0.5}, {"": -2.0, "y": -0.2}, {"c": -0.1}],
     )
     choice = {"text": "ac", "logprobs": logprobs, "token_ids": [7, 8, 9]}
-    assert read_signals(choice) == [
-        Signal(7, "a", -1.0, -0.5),
-        Signal(8, "", -2.0, -0.2),
-        Signal(9, "c", -0.1, -0.1),
+    assert sampled_tokens(choice) == [
+        SampledToken(7, "a", -1.0, -0.5),
+        SampledToken(8, "", -2.0, -0.2),
+        SampledToken(9, "c", -0.1, -0.1),
     ]
 
 
 def test_chat_chunk_with_merged_tokens() -> None:
     content = [entry("a", -1.0, -1.0, -0.5), entry("b", -0.1, -0.1, -3.0)]
     choice = {"delta": {"content": "ab"}, "logprobs": {"content": content}}
-    assert read_signals(choice) == [Signal(None, "a", -1.0, -0.5), Signal(None, "b", -0.1, -0.1)]
+    assert sampled_tokens(choice) == [
+        SampledToken(None, "a", -1.0, -0.5),
+        SampledToken(None, "b", -0.1, -0.1),
+    ]
 
 
 def test_the_sampled_token_may_be_the_largest_though_not_listed() -> None:
-    assert read_signals({"logprobs": {"content": [entry("a", -0.1, -2.0)]}})[0].max_logprob == -0.1
+    assert (
+        sampled_tokens({"logprobs": {"content": [entry("a", -0.1, -2.0)]}})[0].max_logprob == -0.1
+    )
 
 
 @pytest.mark.parametrize("choice", [{}, {"logprobs": None}, {"logprobs": {"content": None}}])
 def test_no_logprobs(choice: dict[str, Any]) -> None:
-    assert read_signals(choice) == []
+    assert sampled_tokens(choice) == []
 
 
 @pytest.mark.parametrize(
@@ -70,14 +75,14 @@ def test_bad_numbers_carry_no_regret(logprob: float | None, tops: list[float | N
         {"logprobs": {"content": [entry("a", logprob, *tops)]}},
         {"logprobs": completion(["a"], [logprob], [named])},
     ):
-        (signal,) = read_signals(choice)
-        assert surrogate_regret(signal.logprob, signal.max_logprob) is None
+        (token,) = sampled_tokens(choice)
+        assert surrogate_regret(token.logprob, token.max_logprob) is None
 
 
 def test_top_logprobs_missing_altogether_is_no_evidence() -> None:
     for top in (None, [None]):
         logprobs = {"tokens": ["a"], "token_logprobs": [-4.0], "top_logprobs": top}
-        assert read_signals({"logprobs": logprobs}) == [Signal(None, "a", -4.0, None)]
+        assert sampled_tokens({"logprobs": logprobs}) == [SampledToken(None, "a", -4.0, None)]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_top_logprobs_missing_altogether_is_no_evidence() -> None:
 )
 def test_malformed_logprobs(logprobs: Any) -> None:
     with pytest.raises(ValueError, match="malformed logprobs"):
-        read_signals({"logprobs": logprobs})
+        sampled_tokens({"logprobs": logprobs})
 
 
 def test_python_json_is_understood() -> None:

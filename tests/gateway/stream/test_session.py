@@ -34,19 +34,19 @@ def session(gate: Gate, **control: Any) -> Session:
 def chunk(logprobs: list[float], finish: str | None = None) -> bytes:
     tokens = ["t"] * len(logprobs)
     tops = [{"t": logprob, "top": max(logprob, CALM)} for logprob in logprobs]
-    told = {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": tops}
+    numbers = {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": tops}
     choice = {"index": 0, "text": "".join(tokens), "finish_reason": finish}
     head = {"id": "c", "object": "text_completion", "created": 1, "model": "m"}
     return json.dumps(
-        {**head, "choices": [{**choice, "logprobs": told if logprobs else None}]}
+        {**head, "choices": [{**choice, "logprobs": numbers if logprobs else None}]}
     ).encode()
 
 
 def played(chunks: list[bytes], gate: Gate = GATE, **control: Any) -> Session:
     """As `relay.follow` does it, up to the end of the stream or of the choice."""
     one = session(gate, **control)
-    for told in chunks:
-        one.receive(told)
+    for event in chunks:
+        one.receive(event)
         one.drain()
         if one.ended:
             break
@@ -55,7 +55,7 @@ def played(chunks: list[bytes], gate: Gate = GATE, **control: Any) -> Session:
 
 def ending(one: Session) -> tuple[str, int | None, bool]:
     record = one.record
-    return one.finish()["choices"][0]["finish_reason"], record["cut"], record["stopped"]
+    return one.finish()["choices"][0]["finish_reason"], record.cut, record.stopped
 
 
 @pytest.mark.parametrize("chunking", [[5], [4, 1], [1] * 5, [3, 2]])
@@ -83,8 +83,8 @@ def test_an_end_told_in_a_chunk_of_its_own_comes_too_late() -> None:
     chunks = [chunk([CALM, WILD]), chunk([WILD]), chunk([], "stop")]
     assert ending(played(chunks)) == ("length", 3, True)
     late = session(GATE)
-    for told in chunks:
-        late.receive(told)
+    for event in chunks:
+        late.receive(event)
     late.drain()
     assert ending(late) == ("length", 3, True)
 
@@ -120,5 +120,6 @@ def test_a_replay_of_what_was_received_gives_the_same_cut(
     completed_at = np.array([len(logprobs) if finish == "stop" else 0])
     recorded = Recorded(row, np.maximum(row, CALM), np.array([3.0]), completed_at)
     cut = first_stops(gate, recorded)
-    assert (shadow.record["cut"] or 0) == cut[0]
-    assert not math.isnan(shadow.record["z"])
+    assert (shadow.record.cut or 0) == cut[0]
+    assert shadow.record.z is not None
+    assert not math.isnan(shadow.record.z)

@@ -85,8 +85,8 @@ async def test_every_kind_of_end_is_told_and_a_stop_is_kept_to_its_cut(tmp_path:
         async with gateway_for(server, record=path) as gateway:
             for espo in ({}, {}, {}, {}, {"mode": "shadow"}):
                 await post(gateway.url + COMPLETIONS, completion_body(espo=espo))
-    told = [(line["end"], line["cut"], len(line["logprobs"])) for line in lines(path)]
-    assert told == [
+    ends = [(line["end"], line["cut"], len(line["logprobs"])) for line in lines(path)]
+    assert ends == [
         ("completed", None, 5),
         ("length", None, 5),
         ("early_stop", 8, 8),

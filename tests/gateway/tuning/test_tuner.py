@@ -22,8 +22,9 @@ from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import MonitorConfig
 from espo_gateway.stop.replay import stop_levels
 from espo_gateway.stop.rules import BETA, Gate
+from espo_gateway.stop.watch import Verdict, Watch
+from espo_gateway.stream.followers import Followed
 from espo_gateway.testing import FakeServer, Script
-from espo_gateway.tuning.observers import ObservedWatch
 from espo_gateway.tuning.tuner import STEP, Evidence, Tuning
 from tests.helpers.gateway import (
     BAD,
@@ -49,19 +50,21 @@ def streams(seed: int, scale: float = 1.0) -> Iterator[Stream]:
         yield [(-0.1 - float(g), -0.1) for g in regrets]
 
 
-def follow(tuning: Tuning, stream: Stream, gate: Gate | None = None) -> ObservedWatch:
+def follow(tuning: Tuning, stream: Stream, gate: Gate | None = None) -> tuple[Evidence, Watch]:
     """As a gateway does: the gate in force at the beginning, to the cut or the end."""
-    watch = ObservedWatch(gate or tuning.gate, 3, judging=tuning.judging)
+    evidence, watch = tuning.evidence(), Watch(gate or tuning.gate, 3)
+    evidence.begin(3)
+    followed = Followed(watch, [evidence])
     for t, pair in enumerate(stream, 1):
-        watch.push(*pair, last=t == len(stream))
+        followed.push(*pair, last=t == len(stream))
         if watch.cut is not None:
             break
-    return watch
+    return evidence, watch
 
 
-def finish(tuning: Tuning, watch: ObservedWatch) -> bool:
-    assert watch.evidence is not None
-    return tuning.take(watch.evidence, watch)
+def stopped(tuning: Tuning, source: Iterator[Stream]) -> bool:
+    _, watch = follow(tuning, next(source))
+    return watch.cut is not None
 
 
 def tuned(rule: Any = "none", **fields: Any) -> Tuning:
@@ -77,7 +80,7 @@ def test_the_first_window_sets_the_statistics() -> None:
     seen: list[Stream] = []
     for number in range(16):
         seen.append(next(source))
-        assert finish(tuning, follow(tuning, seen[-1])) == (number == 15)
+        assert tuning.take(*follow(tuning, seen[-1])) == (number == 15)
     regrets = np.concatenate([[m - p for p, m in stream] for stream in seen])
     assert tuning.judging.statistics.mean == pytest.approx(regrets.mean())
     assert tuning.judging.statistics.variance == pytest.approx(regrets.var())
@@ -89,25 +92,25 @@ def test_after_the_warm_up_the_wished_share_is_stopped(rule: Any) -> None:
     tuning, source = tuned(rule, warmup=400), streams(1)
     for number in range(400):
         assert tuning.gate.rule == "none", f"stopping after {number} of 400"
-        watch = follow(tuning, next(source))
+        evidence, watch = follow(tuning, next(source))
         assert watch.cut is None
-        finish(tuning, watch)
+        tuning.take(evidence, watch)
     assert tuning.gate.rule == ("regret-only" if rule == "none" else rule)
-    held_out = [follow(tuning, next(source)).cut is not None for _ in range(2000)]
+    held_out = [stopped(tuning, source) for _ in range(2000)]
     assert np.mean(held_out) == pytest.approx(0.2, abs=0.05)
 
 
 def test_then_each_window_is_row_6_and_row_2() -> None:
     tuning, source = tuned(), streams(2)
     while tuning.phase != "steering":
-        finish(tuning, follow(tuning, next(source)))
+        tuning.take(*follow(tuning, next(source)))
     for _ in range(5):
         before, cuts, regrets = tuning.judging, [], []
         for number in range(16):
-            watch = follow(tuning, stream := next(source))
+            evidence, watch = follow(tuning, stream := next(source))
             cuts.append(watch.cut is not None)
             regrets += [m - p for p, m in stream[: watch.cut]]
-            assert finish(tuning, watch) == (number == 15)
+            assert tuning.take(evidence, watch) == (number == 15)
         share = np.mean(cuts)
         expected = min(max(before.beta + STEP * (share - 0.2), BETA.loosest), BETA.strictest)
         assert tuning.gate.beta == pytest.approx(expected)
@@ -121,12 +124,12 @@ def test_then_each_window_is_row_6_and_row_2() -> None:
 def test_the_share_returns_after_the_streams_have_changed() -> None:
     tuning, source = tuned(window=8, warmup=100), streams(3)
     for _ in range(100):
-        finish(tuning, follow(tuning, next(source)))
+        tuning.take(*follow(tuning, next(source)))
     wilder = streams(4, scale=3.0)
-    at_once = np.mean([follow(tuning, next(wilder)).cut is not None for _ in range(500)])
+    at_once = np.mean([stopped(tuning, wilder) for _ in range(500)])
     for _ in range(6000):
-        finish(tuning, follow(tuning, next(wilder)))
-    later = np.mean([follow(tuning, next(wilder)).cut is not None for _ in range(500)])
+        tuning.take(*follow(tuning, next(wilder)))
+    later = np.mean([stopped(tuning, wilder) for _ in range(500)])
     assert at_once > 0.3
     assert later == pytest.approx(0.2, abs=0.08)
 
@@ -134,23 +137,23 @@ def test_the_share_returns_after_the_streams_have_changed() -> None:
 def test_a_step_waits_for_streams_that_saw_the_last_one() -> None:
     tuning, source = tuned(window=2, warmup=4), streams(5)
     old = [follow(tuning, next(source)) for _ in range(10)]
-    assert [finish(tuning, watch) for watch in old[:3]] == [False, True, False]
+    assert [tuning.take(*one) for one in old[:3]] == [False, True, False]
     # Judged under other statistics, so no evidence of the threshold.
-    assert not any(finish(tuning, watch) for watch in old[3:])
+    assert not any(tuning.take(*one) for one in old[3:])
     assert tuning.levels == []
-    finish(tuning, follow(tuning, next(source)))
-    assert finish(tuning, follow(tuning, next(source)))
+    tuning.take(*follow(tuning, next(source)))
+    assert tuning.take(*follow(tuning, next(source)))
     assert tuning.phase == "steering"
 
 
 def test_constants_of_a_requests_own_do_not_move_beta() -> None:
     tuning, source = tuned(window=2, warmup=4), streams(6)
     while tuning.phase != "steering":
-        finish(tuning, follow(tuning, next(source)))
+        tuning.take(*follow(tuning, next(source)))
     beta = tuning.gate.beta
     for _ in range(2):
         own = dataclasses.replace(tuning.gate, beta=0.06)
-        finish(tuning, follow(tuning, next(source), own))
+        tuning.take(*follow(tuning, next(source), own))
     assert (tuning.gate.beta, tuning.share) == (beta, None)
 
 
@@ -167,11 +170,12 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
     source = streams(7)
     for _ in range(20):
         stream = next(source)
-        evidence = Evidence(gate, 3)
-        evidence.push(None, None)
-        evidence.push(math.nan, -0.1)
+        evidence = Evidence(gate)
+        evidence.begin(3)
+        followed = Followed(Watch(dataclasses.replace(gate, rule="none"), 3), [evidence])
+        verdicts = {followed.push(None, None), followed.push(math.nan, -0.1)}
         for t, pair in enumerate(stream, 1):
-            evidence.push(*pair, last=t == len(stream))
+            verdicts.add(followed.push(*pair, last=t == len(stream)))
         rows = [
             np.array([[math.nan, math.nan, *(pair[k] for pair in stream)]], float) for k in (0, 1)
         ]
@@ -183,7 +187,7 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
         assert evidence.count == len(stream)
         assert evidence.total == pytest.approx(regrets.sum())
         assert evidence.squares == pytest.approx((regrets**2).sum())
-        assert not evidence._unsettled
+        assert verdicts == {Verdict.GO}
 
 
 @pytest.mark.parametrize("rule", ["random", "confidence"])
@@ -240,12 +244,12 @@ async def test_it_learns_by_itself_and_stops_about_the_share() -> None:
         versions = [record["gate_version"] for record in records]
         assert versions == sorted(versions)
         assert len(set(versions)) == 10
-        told = json.loads(await get_text(gateway.url + "/espo/statistics"))
-        assert told["gate"]["rule"] == "regret-only"
-        assert told["tuning"]["phase"] == "steering"
-        assert told["tuning"]["finished"] == 180
-        assert told["tuning"]["warmup_finished"] == 60
-        assert 0.0 <= told["tuning"]["share_last_window"] <= 1.0
+        statistics = json.loads(await get_text(gateway.url + "/espo/statistics"))
+        assert statistics["gate"]["rule"] == "regret-only"
+        assert statistics["tuning"]["phase"] == "steering"
+        assert statistics["tuning"]["finished"] == 180
+        assert statistics["tuning"]["warmup_finished"] == 60
+        assert 0.0 <= statistics["tuning"]["share_last_window"] <= 1.0
 
 
 async def test_shadow_requests_are_evidence_and_off_ones_are_none() -> None:
