@@ -302,20 +302,20 @@ class Session:
     def drain(self) -> list[Output]:
         """What is certain by now, stripped of what the client did not ask for."""
         outbox = self._outbox
-        if outbox.held and self._proven:
+        if outbox.held and (self.watch is not None or self._excused):
             waits = self._unanswered and self.mode == "enforce"
             outbox.release(self._cut, min(self._unanswered) if waits else None)
         ready, outbox.ready = outbox.ready, []
         return ready
 
     @property
-    def _proven(self) -> bool:
-        """Whether this server has shown that it can be monitored, as far as it must.
+    def _excused(self) -> bool:
+        """Whether chunks may go out before any token has shown that this server can be monitored.
 
         A chat begins with a chunk that names the role: it waits for the first token, so that a
         client still gets an error status when logprobs are missing there.
         """
-        return bool(self.tokens or self.gate.rule == "none" or self._echo or self._outbox.complete)
+        return self.gate.rule == "none" or self._echo or self._outbox.complete
 
     def finish(self) -> Chunk:
         """The choice's last chunk, with the record. Call when the server is done, or when `ended`.
