@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from espo_gateway.stop.watch import Verdict, Watch
+
+
+class Step(NamedTuple):
+    """One token, and what the watch has made of it.
+
+    logprob, max_logprob, confidence, last: as `Watch.push` takes them.
+    regret: None when it is missing. z: None past the cut, where the rule follows no more.
+    """
+
+    logprob: float | None
+    max_logprob: float | None
+    confidence: float | None
+    last: bool
+    regret: float | None
+    z: float | None
 
 
 class Follower(Protocol):
@@ -14,21 +29,8 @@ class Follower(Protocol):
     def begin(self, prompt_tokens: int) -> None:
         """Take the prompt's length, before the first token; 0 where it is not known."""
 
-    def push(
-        self,
-        logprob: float | None,
-        max_logprob: float | None,
-        confidence: float | None,
-        regret: float | None,
-        z: float | None,
-        *,
-        last: bool,
-    ) -> None:
-        """Take the next token.
-
-        logprob, max_logprob, confidence, last: as `Watch.push` takes them.
-        regret: None when it is missing. z: None past the cut, where the rule follows no more.
-        """
+    def push(self, step: Step) -> None:
+        """Take the next token."""
 
 
 class Followed:
@@ -53,6 +55,7 @@ class Followed:
         going_on = watch.cut is None
         verdict = watch.push(logprob, max_logprob, last=last, confidence=confidence)
         regret, z = (watch.regret, watch.z) if going_on else (None, None)
+        step = Step(logprob, max_logprob, confidence, last, regret, z)
         for follower in self._followers:
-            follower.push(logprob, max_logprob, confidence, regret, z, last=last)
+            follower.push(step)
         return verdict

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.stop.watch import Watch
+from espo_gateway.stream.followers import Step
 
 #: How a choice ended; "aborted" until it has, and when the client left or the server failed.
 End = Literal["completed", "length", "early_stop", "aborted"]
@@ -100,17 +101,8 @@ class TokenTrace:
     def begin(self, prompt_tokens: int) -> None:
         self._watch = Watch(self._gate, prompt_tokens, decides=False)
 
-    def push(
-        self,
-        logprob: float | None,
-        max_logprob: float | None,
-        confidence: float | None,
-        regret: float | None,
-        z: float | None,
-        *,
-        last: bool,
-    ) -> None:
-        self._watch.push(logprob, max_logprob, confidence=confidence)
+    def push(self, step: Step) -> None:
+        self._watch.push(step.logprob, step.max_logprob, confidence=step.confidence)
         self.tokens.append(dict(zip(_TRACED, self._watch.look(), strict=True)))
 
     def settle(self, token: int, value: float) -> None:

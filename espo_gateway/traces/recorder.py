@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from espo_gateway.errors import InvalidRequest, said
+from espo_gateway.stream.followers import Step
 from espo_gateway.stream.session import Session
 
 log = logging.getLogger(__name__)
@@ -41,20 +42,11 @@ class Columns:
     def begin(self, prompt_tokens: int) -> None:
         pass
 
-    def push(
-        self,
-        logprob: float | None,
-        max_logprob: float | None,
-        confidence: float | None,
-        regret: float | None,
-        z: float | None,
-        *,
-        last: bool,
-    ) -> None:
-        self.logprobs.append(math.nan if logprob is None else logprob)
-        self.max_logprobs.append(math.nan if max_logprob is None else max_logprob)
+    def push(self, step: Step) -> None:
+        self.logprobs.append(math.nan if step.logprob is None else step.logprob)
+        self.max_logprobs.append(math.nan if step.max_logprob is None else step.max_logprob)
         if self.confidences is not None:
-            self.confidences.append(math.nan if confidence is None else confidence)
+            self.confidences.append(math.nan if step.confidence is None else step.confidence)
 
     def first(self, tokens: int | None) -> dict[str, array[float]]:
         """The first that many tokens' by name; None for all."""

@@ -21,6 +21,7 @@ from espo_gateway.stop.estimate import StreamStatistics, sigmoid
 from espo_gateway.stop.rules import BETA, RULES, Gate
 from espo_gateway.stop.thresholds import share_level, steered
 from espo_gateway.stop.watch import Watch
+from espo_gateway.stream.followers import Step
 
 #: η of row 6.
 STEP = 0.1
@@ -39,19 +40,6 @@ class Evidence:
         scored: else the gate's rule decides by itself, and no score is needed.
     """
 
-    __slots__ = (
-        "_scored",
-        "_statistics",
-        "_tokens",
-        "_track",
-        "_value",
-        "count",
-        "gate",
-        "highest",
-        "squares",
-        "total",
-    )
-
     def __init__(self, gate: Gate, *, scored: bool = True) -> None:
         self.gate = gate
         self.count = 0
@@ -67,42 +55,30 @@ class Evidence:
         if self.gate.needs_estimator:
             self._statistics = StreamStatistics(prompt_tokens)
 
-    def push(
-        self,
-        logprob: float | None,
-        max_logprob: float | None,
-        confidence: float | None,
-        regret: float | None,
-        z: float | None,
-        *,
-        last: bool,
-    ) -> None:
-        if z is None:
+    def push(self, step: Step) -> None:
+        if step.z is None:
             return
         self._tokens += 1
+        regret = step.regret
         if regret is not None:
             self.count += 1
             self.total += regret
             self.squares += regret * regret
         if self._scored:
-            self._score(logprob, confidence, regret, z, last)
+            self._score(step, step.z)
 
-    def _score(
-        self,
-        logprob: float | None,
-        confidence: float | None,
-        regret: float | None,
-        z: float,
-        last: bool,
-    ) -> None:
+    def _score(self, step: Step, z: float) -> None:
         gate, statistics, compared = self.gate, self._statistics, self._value
-        if statistics is not None:
-            statistics.push(regret, None if regret is None or logprob is None else -logprob)
-        if regret is None or logprob is None:
+        logprob, regret = step.logprob, step.regret
+        if logprob is None or regret is None:
+            if statistics is not None:
+                statistics.push(None, None)
             return
+        if statistics is not None:
+            statistics.push(regret, -logprob)
         if self._track is not None:
-            compared = self._track.push(logprob, confidence)
-        if last or self._tokens < gate.min_tokens:
+            compared = self._track.push(logprob, step.confidence)
+        if step.last or self._tokens < gate.min_tokens:
             return
         if statistics is not None and gate.estimator is not None:
             compared = sigmoid(gate.estimator.logit(statistics.features()))

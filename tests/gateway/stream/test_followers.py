@@ -10,6 +10,7 @@ import pytest
 from espo_gateway.stop.gate_json import Control
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.watch import Watch
+from espo_gateway.stream.followers import Step
 from espo_gateway.stream.request import plan
 from espo_gateway.stream.session import Policy, Session
 
@@ -25,24 +26,13 @@ class Listener:
 
     def __init__(self) -> None:
         self.prompts: list[int] = []
-        self.heard: list[tuple[float | None, ...]] = []
-        self.lasts: list[bool] = []
+        self.heard: list[Step] = []
 
     def begin(self, prompt_tokens: int) -> None:
         self.prompts.append(prompt_tokens)
 
-    def push(
-        self,
-        logprob: float | None,
-        max_logprob: float | None,
-        confidence: float | None,
-        regret: float | None,
-        z: float | None,
-        *,
-        last: bool,
-    ) -> None:
-        self.heard.append((logprob, max_logprob, confidence, regret, z))
-        self.lasts.append(last)
+    def push(self, step: Step) -> None:
+        self.heard.append(step)
 
 
 def chunk(logprob: float | None, finish: str | None = None) -> bytes:
@@ -73,7 +63,7 @@ def test_they_hear_every_token_and_the_watchs_numbers_up_to_the_cut(asked: dict[
     listeners = Listener(), Listener()
     session, alone = followed(*listeners, **asked), followed(**asked)
     watch = Watch(GATE, 3)
-    expected: list[tuple[float | None, ...]] = []
+    expected: list[Step] = []
     for t, logprob in enumerate(LOGPROBS, 1):
         event = chunk(logprob, "stop" if t == len(LOGPROBS) else None)
         assert not listeners[0].heard[t - 1 :]
@@ -82,13 +72,12 @@ def test_they_hear_every_token_and_the_watchs_numbers_up_to_the_cut(asked: dict[
             one.drain()
         watch.push(logprob, CALM)
         numbers = (watch.regret, watch.z) if t <= CUT else (None, None)
-        expected.append((logprob, CALM, None, *numbers))
+        expected.append(Step(logprob, CALM, None, t == len(LOGPROBS), *numbers))
     assert session.record.cut == CUT
     assert session.record == alone.record
     for listener in listeners:
         assert listener.prompts == [3]
         assert listener.heard == expected
-        assert listener.lasts == [False] * (len(LOGPROBS) - 1) + [True]
 
 
 def test_a_missing_regret_is_told_as_missing() -> None:
@@ -96,9 +85,9 @@ def test_a_missing_regret_is_told_as_missing() -> None:
     session = followed(listener)
     session.receive(chunk(WILD))
     session.receive(chunk(None))
-    (_, _, _, regret, z), missing = listener.heard
-    assert regret == pytest.approx(CALM - WILD)
-    assert missing == (None, None, None, None, z)
+    first, missing = listener.heard
+    assert first.regret == pytest.approx(CALM - WILD)
+    assert missing == Step(None, None, None, False, None, first.z)
 
 
 def test_nobody_follows_what_is_not_monitored() -> None:
