@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from espo_gateway.errors import InvalidRequest, said
+from espo_gateway.files import written_whole
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.tuning.tuner import Phase, Tuning
 
@@ -95,14 +94,8 @@ class StateFile:
         self._writer.shutdown(wait=True)
 
     def _write(self, data: bytes) -> None:
-        scratch = self.path.with_name(self.path.name + ".tmp")
         try:
-            with open(scratch, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self.path)
+            with written_whole(self.path, fsync=True) as scratch:
+                scratch.write_bytes(data)
         except OSError as error:
             log.error("state: cannot write %s: %s; going on without", self.path, said(error))
-            with suppress(OSError):
-                scratch.unlink(missing_ok=True)

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
+from espo_gateway.files import written_whole
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe
-from espo_rl.record.files import LogError, log_errors, versions, written_whole
+from espo_rl.record.files import LogError, log_errors, versions
 from espo_rl.types import EndReason, Problem, Rollout
 
 _IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
