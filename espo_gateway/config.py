@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from espo_gateway.addresses import is_loopback
+
 _DESCRIPTION = """\
 An OpenAI-compatible gateway that watches the tokens of every completion and ends a generation the
 moment it has failed. Put it in front of one or more vLLM servers and point clients at it:
@@ -126,6 +128,11 @@ class Config:
     def critic_url(self) -> str | None:
         """The critic when it is a server."""
         return None if self.critic_class else self.critic
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        return is_loopback(self.host)
 
     def read_gate(self) -> bytes | None:
         """The gate's JSON. Raises OSError."""

@@ -18,7 +18,7 @@ import aiohttp
 from espo_gateway.config import Config
 from espo_gateway.critic.server import CriticServer
 from espo_gateway.errors import UpstreamError, said
-from espo_gateway.front.auth import Keys, is_loopback
+from espo_gateway.front.auth import Keys
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.upstream.server import base_url
 
@@ -225,7 +225,7 @@ def summary(config: Config, keys: Keys) -> list[str]:
     """How the gateway is set up, in lines for the log."""
     if keys.admin is not None:
         administration = "with the admin key"
-    elif not is_loopback(config.host):
+    elif not config.loopback:
         administration = "off (--admin-key-file turns it on)"
     else:
         administration = "from this machine" + (" with an API key" if keys.api else ", without key")

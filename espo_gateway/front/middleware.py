@@ -92,7 +92,7 @@ async def _answered(
 
 
 async def _admitted(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
-    authorize(request, gateway.keys, loopback=gateway.loopback)
+    authorize(request, gateway.keys, loopback=gateway.config.loopback)
     with gateway.traffic.one() if request.path.startswith("/v1/") else nullcontext():
         await receive(request, gateway.config)
         response = await handler(request)

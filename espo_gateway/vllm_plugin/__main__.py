@@ -15,7 +15,6 @@ network around the server is trusted.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from espo_gateway.addresses import is_loopback
 from espo_gateway.supervisor import PortInUseError, check_port_free
 from espo_gateway.vllm_plugin import BACKEND
 
@@ -174,14 +174,6 @@ def check_host(host: str, environment: Mapping[str, str]) -> None:
         f"WARNING: {host} is reachable from outside and administration is open there",
         file=sys.stderr,
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def is_cpu_build() -> bool:
