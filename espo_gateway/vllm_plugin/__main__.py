@@ -192,7 +192,10 @@ def is_cpu_build() -> bool:
 
 
 def main() -> int:
-    """The command line; becomes vLLM, so it returns only on errors."""
+    """The command line; becomes vLLM, so it returns only from its help and on errors."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
         command, environment = server_command(
             sys.argv[1:], cpu=is_cpu_build(), environment=os.environ
