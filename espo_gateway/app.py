@@ -18,12 +18,12 @@ from espo_gateway.admin.live import Live
 from espo_gateway.admin.routes import admin_routes
 from espo_gateway.admin.scrape import GatewayCollector
 from espo_gateway.config import Config
-from espo_gateway.critic.custom import OwnCritic, load_critic
+from espo_gateway.critic.custom import CustomCritic, load_critic
 from espo_gateway.critic.server import CriticServer, ValueServer
 from espo_gateway.front.auth import read_keys
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.generation import generate
-from espo_gateway.front.middleware import identify, observing
+from espo_gateway.front.middleware import identify, middleware
 from espo_gateway.front.openapi import description
 from espo_gateway.front.passthrough import pass_through
 from espo_gateway.telemetry.logs import http_log
@@ -65,7 +65,7 @@ def application(gateway: Gateway) -> web.Application:
         )
 
     app = web.Application(
-        middlewares=[observing(gateway)], client_max_size=gateway.config.max_request_bytes
+        middlewares=[middleware(gateway)], client_max_size=gateway.config.max_request_bytes
     )
     app.on_response_prepare.append(identify)
     app.add_routes(
@@ -159,7 +159,7 @@ async def running(
             critic = await stack.enter_async_context(
                 CriticServer(config.critic, **options)
                 if config.critic_class is None
-                else OwnCritic(load_critic(config.critic), name=config.critic, **options)
+                else CustomCritic(load_critic(config.critic), name=config.critic, **options)
             )
         gateway = Gateway(pool, config, metrics, keys, critic=critic)
         sock = sock or listen(config.host, config.port)

@@ -7,13 +7,15 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+
+from espo_gateway.addresses import is_loopback
 
 _DESCRIPTION = """\
 An OpenAI-compatible gateway that watches the tokens of every completion and ends a generation the
@@ -34,19 +36,25 @@ ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
 
 `python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
-_PREFIX = "ESPO_GATEWAY_"
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-#: Where a field stands in the help.
-_SERVERS, _LISTENING, _STOPPING, _SECURITY, _LOGS = (
-    "servers",
-    "listening",
-    "stopping",
-    "security",
-    "logs",
-)
+#: Groups of the help, by the field that each begins with.
+_GROUPS = {
+    "upstreams": "servers",
+    "host": "listening",
+    "gate": "stopping",
+    "api_keys": "security",
+    "log_level": "logs",
+}
+Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+def _setting(default: Any, text: str, *, metavar: str | None = None) -> Any:
+    """A setting that is a flag too, with its help. metavar: by default as the type suggests."""
+    metavar = metavar or {int: "N", float: "SECONDS"}.get(type(default), "FILE")
+    return field(default=default, metadata={"metavar": metavar, "help": text})
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -57,47 +65,98 @@ class Config:
         that never stops.
     """
 
-    upstreams: tuple[str, ...]
-    critic: str | None = None
-    affinity: Literal["none", "session", "prefix"] = "none"
-    attempts: Annotated[int, Field(ge=1)] = 3
-    connect_timeout: Positive = 5.0
-    first_token_timeout: Positive = 600.0
-    idle_timeout: Positive = 600.0
-    total_timeout: NotNegative = 0.0
-    critic_timeout: Positive = 60.0
-    health_interval: NotNegative = 5.0
-    breaker_failures: Annotated[int, Field(ge=1)] = 5
-    breaker_timeout: Positive = 10.0
-    wait: NotNegative = 0.0
+    upstreams: tuple[str, ...] = field(
+        metadata={
+            "metavar": "URL",
+            "help": "an OpenAI-compatible server, http://host:port; several share the load",
+        }
+    )
+    critic: str | None = _setting(
+        None,
+        "for gates with value 'critic': a vLLM server of the critic (start it with `python -m "
+        "espo_gateway.vllm_plugin MODEL --critic`), or your own class, as package.module:Class",
+        metavar="URL",
+    )
+    affinity: Literal["none", "session", "prefix"] = _setting(
+        "none",
+        "keep a session (its X-Session-ID header, or `user`), or requests whose prompts begin "
+        "alike (prefix), on one server, for its prefix cache",
+    )
+    attempts: Count = _setting(3, "tries of a request before its answer has begun")
+    connect_timeout: Positive = _setting(5.0, "longest wait for a connection")
+    first_token_timeout: Positive = _setting(
+        600.0, "longest wait for an answer to begin, the server's queue included"
+    )
+    idle_timeout: Positive = _setting(600.0, "longest silence within an answer")
+    total_timeout: NotNegative = _setting(0.0, "longest answer; 0: no limit")
+    critic_timeout: Positive = _setting(
+        60.0, "longest wait for a value, then the token does not stop"
+    )
+    health_interval: NotNegative = _setting(5.0, "time between two health checks; 0: none")
+    breaker_failures: Count = _setting(5, "failures in a row after which a server is left alone")
+    breaker_timeout: Positive = _setting(10.0, "how long, before a request may try it again")
+    wait: NotNegative = _setting(
+        0.0, "at the start, wait this long for all servers to answer, and give up if they do not"
+    )
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, lt=2**16)] = 8100
-    max_in_flight: Annotated[int, Field(ge=1)] = 4096
-    max_queue: Annotated[int, Field(ge=0)] = 4096
-    max_request_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
-    request_timeout: Positive = 60.0
-    drain_timeout: NotNegative = 600.0
+    host: str = _setting("127.0.0.1", "address to listen on", metavar="ADDRESS")
+    port: Annotated[int, Field(ge=0, lt=2**16)] = _setting(8100, "0 takes a free one")
+    max_in_flight: Count = _setting(4096, "requests served at a time")
+    max_queue: Annotated[int, Field(ge=0)] = _setting(
+        4096, "requests that may wait beyond these; the next gets a 429"
+    )
+    max_request_bytes: Count = _setting(64 * 2**20, "largest request body")
+    request_timeout: Positive = _setting(60.0, "longest time a client may take to send its request")
+    drain_timeout: NotNegative = _setting(
+        600.0,
+        "on SIGTERM running requests may take this long to finish; a second one ends them at once",
+    )
 
-    gate: bytes | Path | None = None
-    target_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    warmup: Annotated[int, Field(ge=2)] = 512
-    window: Annotated[int, Field(ge=1)] = 64
-    state: Path | None = None
-    record: Path | None = None
-    record_megabytes: Positive = 1024.0
-    unmonitored: Literal["pass", "refuse"] = "pass"
-    finish_reason: str = "length"
+    gate: bytes | Path | None = _setting(None, "the gate to start with, as JSON")
+    target_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = _setting(
+        None,
+        "stop about this share of the requests: the gateway keeps the statistics and the "
+        "threshold by itself (rule regret-only, or the gate's)",
+        metavar="SHARE",
+    )
+    warmup: Annotated[int, Field(ge=2)] = _setting(
+        512, "with --target-share: finished requests to learn from before any is stopped"
+    )
+    window: Count = _setting(64, "with --target-share: finished requests between two updates")
+    state: Path | None = _setting(
+        None, "with --target-share: where to keep what was learned, and to take it up from"
+    )
+    record: Path | None = _setting(
+        None,
+        "append a trace of every finished request, numbers only, as JSON lines for `calibrate`",
+    )
+    record_megabytes: Positive = _setting(
+        1024.0, "stop recording when the file is this large", metavar="MB"
+    )
+    unmonitored: Literal["pass", "refuse"] = _setting(
+        "pass",
+        "requests that cannot be monitored (beam search, a server without logprobs): 'pass' "
+        "serves and marks them, 'refuse' answers with an error",
+    )
+    finish_reason: str = _setting(
+        "length",
+        "finish_reason of a stopped choice; strict clients break on words that OpenAI does not use",
+        metavar="WORD",
+    )
 
     api_keys: tuple[SecretStr, ...] = ()
-    api_keys_file: Path | None = None
+    api_keys_file: Path | None = _setting(
+        None, "keys that clients may use, one a line; none: no key"
+    )
     admin_key: SecretStr | None = None
-    admin_key_file: Path | None = None
+    admin_key_file: Path | None = _setting(
+        None, "key of /espo; without one these routes are there only on a loopback address"
+    )
     upstream_key: SecretStr | None = None
-    upstream_key_file: Path | None = None
+    upstream_key_file: Path | None = _setting(None, "the key that is sent to the servers")
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how much is logged")
+    log_format: Literal["text", "json"] = _setting("text", "lines to read, or JSON")
 
     def __post_init__(self) -> None:
         if not self.upstreams:
@@ -127,124 +186,14 @@ class Config:
         """The critic when it is a server."""
         return None if self.critic_class else self.critic
 
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        return is_loopback(self.host)
+
     def read_gate(self) -> bytes | None:
         """The gate's JSON. Raises OSError."""
         return self.gate.read_bytes() if isinstance(self.gate, Path) else self.gate
-
-
-#: Group, metavar and help of each field that is a flag.
-_FLAGS: dict[str, tuple[str, str, str]] = {
-    "upstreams": (
-        _SERVERS,
-        "URL",
-        "an OpenAI-compatible server, http://host:port; several share the load",
-    ),
-    "critic": (
-        _SERVERS,
-        "URL",
-        "for gates with value 'critic': a vLLM server of the critic (start it with `python -m "
-        "espo_gateway.vllm_plugin MODEL --critic`), or your own class, as package.module:Class",
-    ),
-    "affinity": (
-        _SERVERS,
-        "KIND",
-        "keep a session (its X-Session-ID header, or `user`), or requests whose prompts begin "
-        "alike (prefix), on one server, for its prefix cache",
-    ),
-    "attempts": (_SERVERS, "N", "tries of a request before its answer has begun"),
-    "connect_timeout": (_SERVERS, "SECONDS", "longest wait for a connection"),
-    "first_token_timeout": (
-        _SERVERS,
-        "SECONDS",
-        "longest wait for an answer to begin, the server's queue included",
-    ),
-    "idle_timeout": (_SERVERS, "SECONDS", "longest silence within an answer"),
-    "total_timeout": (_SERVERS, "SECONDS", "longest answer; 0: no limit"),
-    "critic_timeout": (
-        _SERVERS,
-        "SECONDS",
-        "longest wait for a value, then the token does not stop",
-    ),
-    "health_interval": (_SERVERS, "SECONDS", "time between two health checks; 0: none"),
-    "breaker_failures": (
-        _SERVERS,
-        "N",
-        "failures in a row after which a server is left alone",
-    ),
-    "breaker_timeout": (
-        _SERVERS,
-        "SECONDS",
-        "how long, before a request may try it again",
-    ),
-    "wait": (
-        _SERVERS,
-        "SECONDS",
-        "at the start, wait this long for all servers to answer, and give up if they do not",
-    ),
-    "host": (_LISTENING, "ADDRESS", "address to listen on"),
-    "port": (_LISTENING, "N", "0 takes a free one"),
-    "max_in_flight": (_LISTENING, "N", "requests served at a time"),
-    "max_queue": (_LISTENING, "N", "requests that may wait beyond these; the next gets a 429"),
-    "max_request_bytes": (_LISTENING, "N", "largest request body"),
-    "request_timeout": (
-        _LISTENING,
-        "SECONDS",
-        "longest time a client may take to send its request",
-    ),
-    "drain_timeout": (
-        _LISTENING,
-        "SECONDS",
-        "on SIGTERM running requests may take this long to finish; a second one ends them at once",
-    ),
-    "gate": (_STOPPING, "FILE", "the gate to start with, as JSON"),
-    "target_share": (
-        _STOPPING,
-        "SHARE",
-        "stop about this share of the requests: the gateway keeps the statistics and the "
-        "threshold by itself (rule regret-only, or the gate's)",
-    ),
-    "warmup": (
-        _STOPPING,
-        "N",
-        "with --target-share: finished requests to learn from before any is stopped",
-    ),
-    "window": (
-        _STOPPING,
-        "N",
-        "with --target-share: finished requests between two updates",
-    ),
-    "state": (
-        _STOPPING,
-        "FILE",
-        "with --target-share: where to keep what was learned, and to take it up from",
-    ),
-    "record": (
-        _STOPPING,
-        "FILE",
-        "append a trace of every finished request, numbers only, as JSON lines for `calibrate`",
-    ),
-    "record_megabytes": (_STOPPING, "MB", "stop recording when the file is this large"),
-    "unmonitored": (
-        _STOPPING,
-        "HOW",
-        "requests that cannot be monitored (beam search, a server without logprobs): 'pass' serves "
-        "and marks them, 'refuse' answers with an error",
-    ),
-    "finish_reason": (
-        _STOPPING,
-        "WORD",
-        "finish_reason of a stopped choice; strict clients break on words that OpenAI does not use",
-    ),
-    "api_keys_file": (_SECURITY, "FILE", "keys that clients may use, one a line; none: no key"),
-    "admin_key_file": (
-        _SECURITY,
-        "FILE",
-        "key of /espo; without one these routes are there only on a loopback address",
-    ),
-    "upstream_key_file": (_SECURITY, "FILE", "the key that is sent to the servers"),
-    "log_level": (_LOGS, "LEVEL", "how much is logged"),
-    "log_format": (_LOGS, "FORMAT", "lines to read, or JSON"),
-}
 
 
 def parse(
@@ -254,8 +203,10 @@ def parse(
     parser = _parser()
     flags = vars(parser.parse_args(arguments))
     path: Path | None = flags.pop("config")
+    variables: dict[str, Any] = {}
     try:
-        given = {**_from_file(path), **_from_environment(environment), **flags}
+        variables = _from_environment(environment)
+        given = {**_from_file(path), **variables, **flags}
         if "gate" in given:
             given["gate"] = Path(given["gate"])
             given["gate"].read_bytes()  # one that is not there is known at once
@@ -264,10 +215,19 @@ def parse(
         return TypeAdapter(Config).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        parser.error(f"{where}: {message}" if where else message)
-    except (OSError, ValueError) as error:
+        if first["loc"]:
+            name = str(first["loc"][0])
+            source = f"{path}: {name}"
+            if name in flags:
+                source = _flag(name)
+            elif name in variables:
+                source = _variable(name)
+            message = f"{source}: {message}"
+        parser.error(message)
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
+    except ValueError as error:
         parser.error(str(error))
 
 
@@ -283,28 +243,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=Path, default=None, metavar="FILE", help="a TOML file of settings"
     )
-    defaults = {field.name: field.default for field in fields(Config)}
-    groups: dict[str, Any] = {}
-    for name, (group, metavar, text) in _FLAGS.items():
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        default = defaults[name]
-        if choices := _choices(name):
-            metavar = "{" + ",".join(choices) + "}"
-        if default not in (None, MISSING):
-            shown = f"{default:g}" if isinstance(default, float) else default
+    hints = get_type_hints(Config)
+    for one in fields(Config):
+        if one.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[one.name])
+        if not one.metadata:
+            continue
+        text = one.metadata["help"]
+        if one.default not in (None, MISSING):
+            shown = f"{one.default:g}" if isinstance(one.default, float) else one.default
             text += f" (default: {shown})"
-        extra: dict[str, Any] = {"choices": choices} if choices else {}
-        flag = "--" + name.replace("_", "-")
-        if name == "upstreams":
-            flag, extra = "--upstream", {"nargs": "+", "action": "extend", "dest": name}
-        groups[group].add_argument(flag, metavar=metavar, help=text.replace("%", "%%"), **extra)
+        options: dict[str, Any] = {"metavar": one.metadata["metavar"]}
+        if get_origin(hints[one.name]) is Literal:
+            options = {"choices": get_args(hints[one.name])}
+        if one.name == "upstreams":
+            options |= {"nargs": "+", "action": "extend", "dest": one.name}
+        group.add_argument(_flag(one.name), help=text.replace("%", "%%"), **options)
     return parser
 
 
-def _choices(name: str) -> tuple[str, ...]:
-    hint = get_type_hints(Config)[name]
-    return get_args(hint) if get_origin(hint) is Literal else ()
+def _flag(name: str) -> str:
+    return "--upstream" if name == "upstreams" else "--" + name.replace("_", "-")
+
+
+def _variable(name: str) -> str:
+    return "ESPO_GATEWAY_" + name.upper()
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:
@@ -317,8 +280,8 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    names = {_PREFIX + field.name.upper(): field.name for field in fields(Config)}
-    unknown = [n for n in environment if n.startswith(_PREFIX) and n not in names]
+    names = {_variable(one.name): one.name for one in fields(Config)}
+    unknown = [n for n in environment if n.startswith(_variable("")) and n not in names]
     if unknown:
         raise ValueError(f"{unknown[0]}: no such setting; see --help")
     found: dict[str, Any] = {names[n]: environment[n] for n in environment if n in names}

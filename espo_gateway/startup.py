@@ -18,7 +18,7 @@ import aiohttp
 from espo_gateway.config import Config
 from espo_gateway.critic.server import CriticServer
 from espo_gateway.errors import UpstreamError, said
-from espo_gateway.front.auth import Keys, is_loopback
+from espo_gateway.front.auth import Keys
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.upstream.server import base_url
 
@@ -33,7 +33,7 @@ _CERTAIN = -0.1
 
 
 @dataclass(frozen=True)
-class Answer:
+class JsonAnswer:
     """Of one question to a server. data: its JSON, None when it is none."""
 
     status: int
@@ -97,7 +97,7 @@ async def check_servers(config: Config, keys: Keys) -> None:
 async def _check_upstream(
     session: aiohttp.ClientSession,
     url: str,
-    listed: Answer,
+    listed: JsonAnswer,
     config: Config,
     keys: Keys,
     alternatives: int,
@@ -195,7 +195,7 @@ async def _ask(
     url: str,
     headers: Mapping[str, str],
     body: Mapping[str, Any] | None = None,
-) -> Answer | None:
+) -> JsonAnswer | None:
     """None when nothing answers, or a proxy that has lost its server does."""
     method = "GET" if body is None else "POST"
     try:
@@ -203,21 +203,21 @@ async def _ask(
             if body is None and response.status in (502, 503, 504):
                 return None
             try:
-                return Answer(response.status, await response.json(content_type=None))
+                return JsonAnswer(response.status, await response.json(content_type=None))
             except ValueError:
-                return Answer(response.status, None)
+                return JsonAnswer(response.status, None)
     except (aiohttp.ClientError, TimeoutError) as error:
         log.debug("%s: %s", url, said(error))
         return None
 
 
-def _models(listed: Answer) -> list[dict[str, Any]]:
+def _models(listed: JsonAnswer) -> list[dict[str, Any]]:
     data = listed.data.get("data") if isinstance(listed.data, dict) else None
     models = data if isinstance(data, list) else []
     return [model for model in models if isinstance(model, dict) and "id" in model]
 
 
-def _names(listed: Answer) -> list[str]:
+def _names(listed: JsonAnswer) -> list[str]:
     return [str(model["id"]) for model in _models(listed)]
 
 
@@ -225,7 +225,7 @@ def summary(config: Config, keys: Keys) -> list[str]:
     """How the gateway is set up, in lines for the log."""
     if keys.admin is not None:
         administration = "with the admin key"
-    elif not is_loopback(config.host):
+    elif not config.loopback:
         administration = "off (--admin-key-file turns it on)"
     else:
         administration = "from this machine" + (" with an API key" if keys.api else ", without key")

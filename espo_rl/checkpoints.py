@@ -6,13 +6,14 @@ renamed once complete, so a kill at any moment leaves the last whole one.
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from espo_gateway.files import written_whole
 
 
 class CheckpointError(RuntimeError):
@@ -37,19 +38,13 @@ class CheckpointStore:
     def save(self, step: int, loop_state: Any, save_models: Callable[[Path], None]) -> Path:
         """Write a checkpoint after `step` steps; drop the oldest beyond `keep`, and later steps."""
         final = self.folder / f"step-{step:08d}"
-        scratch = final.with_suffix(".tmp")
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            save_models(scratch)
-            with open(scratch / "loop.pkl", "wb") as file:
-                pickle.dump(loop_state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.rmtree(final, ignore_errors=True)
-            scratch.rename(final)
+            with written_whole(final, fsync=True) as scratch:
+                scratch.mkdir(parents=True)
+                save_models(scratch)
+                with open(scratch / "loop.pkl", "wb") as file:
+                    pickle.dump(loop_state, file)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-            shutil.rmtree(scratch, ignore_errors=True)
             raise CheckpointError(
                 f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; "
                 "free space or change run.output"

@@ -17,11 +17,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from espo_gateway.files import written_whole
 from espo_gateway.stop.rules import Gate
 from espo_rl.evaluate.command import Command, parse, run_command
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, SampleResult
-from espo_rl.record.files import written_whole
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
 from espo_rl.rollouts.collector import Collector, Sample

@@ -25,7 +25,7 @@ LADDERS = {
         ("upstream",),
         ("stop", "vllm_plugin"),
         ("config",),
-        ("errors", "files", "optional", "supervisor"),
+        ("addresses", "errors", "files", "optional", "supervisor"),
     ),
     "espo_rl": (
         ("run",),

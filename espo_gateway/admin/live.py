@@ -1,4 +1,4 @@
-"""What the page at /espo shows: the gateway as it is now, as plain data.
+"""What the page at /espo shows: the gateway as it is now, as JSON values.
 
 Nothing is kept per token. A snapshot reads the sessions; the page makes lines of successive ones.
 No prompt and no completion is in it.

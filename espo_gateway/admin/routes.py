@@ -8,7 +8,7 @@ from aiohttp import web
 from espo_gateway.admin.live import Live
 from espo_gateway.admin.page import page_routes
 from espo_gateway.front.gateway import Gateway
-from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.gate_json import gate_to_dict, gate_to_json
 
 
 def admin_routes(gateway: Gateway, live: Live) -> list[web.RouteDef]:
@@ -32,7 +32,7 @@ def admin_routes(gateway: Gateway, live: Live) -> list[web.RouteDef]:
         return web.Response(body=data, content_type="application/json", headers=headers)
 
     async def statistics(request: web.Request) -> web.Response:
-        gate = msgspec.to_builtins(gateway.gate)
+        gate = gate_to_dict(gateway.gate)
         return web.json_response({"gate": gate, **gateway.observers.report()})
 
     return [

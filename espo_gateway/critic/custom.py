@@ -64,7 +64,7 @@ def load_critic(path: str) -> ValueServer:
     return made
 
 
-class OwnCritic:
+class CustomCritic:
     """A user's object as a `ValueServer`: bounded in time and number, its faults kept away.
 
     After a failure one question at a time is put to it, and the others get no value at once, until

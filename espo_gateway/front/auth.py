@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-import ipaddress
 import logging
 import re
 import stat
@@ -170,11 +169,3 @@ def _presented(header: str | None) -> bytes | None:
         except (binascii.Error, ValueError):
             return None
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address that is listened on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -9,7 +9,7 @@ from espo_gateway.config import Config
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.front.admission import Admission
-from espo_gateway.front.auth import Keys, is_loopback, read_keys
+from espo_gateway.front.auth import Keys, read_keys
 from espo_gateway.front.drain import Traffic
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
@@ -42,7 +42,6 @@ class Gateway:
         self.critic = critic
         self.metrics = metrics
         self.keys = keys
-        self.loopback = is_loopback(config.host)
         self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
         self.traffic = Traffic()
         self.admission = Admission(config.max_in_flight, config.max_queue)

@@ -14,7 +14,7 @@ from espo_gateway.front.bodies import decode
 from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.passthrough import forwarded_headers, generation_headers, pass_marked
-from espo_gateway.front.relay import Sink, follow
+from espo_gateway.front.relay import OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
 from espo_gateway.stream.request import Plan, plan
 from espo_gateway.stream.session import Session
@@ -69,7 +69,7 @@ async def _follow_all(
     request: web.Request,
     planned: Plan,
     sessions: list[Session],
-    sinks: Sequence[Sink],
+    sinks: Sequence[OutputSink],
 ) -> None:
     """Follow every choice; the first that fails ends the others."""
     headers = forwarded_headers(gateway.keys, request, json=True)

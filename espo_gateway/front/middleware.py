@@ -14,7 +14,7 @@ from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.front.auth import authorize
 from espo_gateway.front.bodies import receive
 from espo_gateway.front.gateway import Gateway
-from espo_gateway.telemetry.logs import REQUEST_ID, Entry, current
+from espo_gateway.telemetry.logs import REQUEST_ID, AccessEntry, current
 from espo_gateway.telemetry.metrics import ARRIVED
 
 log = logging.getLogger(__name__)
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def observing(gateway: Gateway) -> Middleware:
+def middleware(gateway: Gateway) -> Middleware:
     """Log every request, count those for the servers, and tell every error in OpenAI's shape."""
     metrics = gateway.metrics
 
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-        entry = Entry.of(request)
+        entry = AccessEntry.of(request)
         current.set(entry)
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
@@ -64,7 +64,7 @@ async def identify(request: web.Request, response: web.StreamResponse) -> None:
 
 
 async def _answered(
-    gateway: Gateway, request: web.Request, handler: Handler, entry: Entry
+    gateway: Gateway, request: web.Request, handler: Handler, entry: AccessEntry
 ) -> web.StreamResponse:
     try:
         return await _admitted(gateway, request, handler)
@@ -92,7 +92,7 @@ async def _answered(
 
 
 async def _admitted(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
-    authorize(request, gateway.keys, loopback=gateway.loopback)
+    authorize(request, gateway.keys, loopback=gateway.config.loopback)
     with gateway.traffic.one() if request.path.startswith("/v1/") else nullcontext():
         await receive(request, gateway.config)
         response = await handler(request)

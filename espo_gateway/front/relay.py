@@ -25,7 +25,7 @@ from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 
-class Sink(Protocol):
+class OutputSink(Protocol):
     """Where a client's outputs go."""
 
     @property
@@ -45,7 +45,7 @@ async def follow(
     headers: Mapping[str, str],
     single: Single,
     session: Session,
-    sink: Sink,
+    sink: OutputSink,
     critic: ValueServer | None = None,
 ) -> None:
     """Deliver one choice to its client.
@@ -79,7 +79,9 @@ async def follow(
 class _Relay:
     """From a reply through a session to a sink."""
 
-    def __init__(self, reply: Reply, session: Session, sink: Sink, inquiry: Inquiry | None) -> None:
+    def __init__(
+        self, reply: Reply, session: Session, sink: OutputSink, inquiry: Inquiry | None
+    ) -> None:
         self._reply = reply
         self._session = session
         self._sink = sink

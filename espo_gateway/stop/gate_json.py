@@ -1,4 +1,7 @@
-"""A pushed `Gate` and a request's `Control` from JSON, every field checked. Pure."""
+"""A `Gate` as JSON and back, and a request's `Control` from JSON, every field checked. Pure.
+
+The one format of a gate: pushed, on disk, and in what a run reports.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,12 @@ def control_from_json(value: object) -> Control:
 
 def gate_to_json(gate: Gate) -> bytes:
     """What `gate_from_json` reads."""
-    return msgspec.json.encode(gate)
+    return _ADAPTERS[Gate].dump_json(gate)
+
+
+def gate_to_dict(gate: Gate) -> dict[str, Any]:
+    """The same as a part of a larger JSON document."""
+    return _ADAPTERS[Gate].dump_python(gate, mode="json")
 
 
 def _checked(cls: type[T], data: bytes, where: str) -> T:

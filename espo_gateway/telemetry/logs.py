@@ -30,7 +30,7 @@ http_log = logging.getLogger("espo_gateway.http")
 
 
 @dataclass
-class Entry:
+class AccessEntry:
     """What is known of a request under way.
 
     given: whether the client chose the id. response: once its head has been sent.
@@ -45,7 +45,7 @@ class Entry:
     stopped: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: web.Request) -> Entry:
+    def of(cls, request: web.Request) -> AccessEntry:
         """With the client's id where that is fit for a log and a header, else a new one."""
         given = request.headers.get(REQUEST_ID, "")
         if _SANE.fullmatch(given):
@@ -85,7 +85,7 @@ class Entry:
 
 
 #: The request that the running code serves.
-current: ContextVar[Entry | None] = ContextVar("current", default=None)
+current: ContextVar[AccessEntry | None] = ContextVar("current", default=None)
 
 
 class _WithRequestId(logging.Filter):

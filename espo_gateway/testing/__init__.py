@@ -32,7 +32,7 @@ Every generation gets `server.script`, or the next of `server.queue`; a function
 script makes one from the request's body. `running`, `aborted`, `failed`, `finished` and `generated`
 count what became of them: assert on the server's side too that nothing kept running.
 
-`FakeCritic`, a critic server, is in `espo_gateway.testing_critic`.
+`FakeCritic`, a critic server, is in `espo_gateway.testing.critic`.
 """
 
 from espo_gateway.testing.fake import Fake

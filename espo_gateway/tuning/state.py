@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from espo_gateway.errors import InvalidRequest, said
-from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.files import written_whole
+from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.tuning.tuner import Phase, Tuning
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
     share: float | None
     #: None: a choice that no β would stop
     levels: list[float | None]
-    gate: dict[str, Any]
+    gate: msgspec.Raw
 
 
 class StateFile:
@@ -61,7 +60,7 @@ class StateFile:
             if version != _VERSION:
                 raise refused(f"is of version {version!r}, and this gateway reads {_VERSION}")
             saved = msgspec.json.decode(data, type=_Saved)
-            gate = gate_from_json(msgspec.json.encode(saved.gate), has_critic=has_critic)
+            gate = gate_from_json(bytes(saved.gate), has_critic=has_critic)
         except msgspec.MsgspecError as error:
             raise refused(f"is damaged, or no state: {error}") from error
         except InvalidRequest as error:
@@ -86,7 +85,7 @@ class StateFile:
             finished=tuning.finished,
             share=tuning.share,
             levels=[level if math.isfinite(level) else None for level in tuning.levels],
-            gate=msgspec.to_builtins(tuning.judging),
+            gate=msgspec.Raw(gate_to_json(tuning.judging)),
         )
         self._writer.submit(self._write, msgspec.json.encode(saved))
 
@@ -95,14 +94,8 @@ class StateFile:
         self._writer.shutdown(wait=True)
 
     def _write(self, data: bytes) -> None:
-        scratch = self.path.with_name(self.path.name + ".tmp")
         try:
-            with open(scratch, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self.path)
+            with written_whole(self.path, fsync=True) as scratch:
+                scratch.write_bytes(data)
         except OSError as error:
             log.error("state: cannot write %s: %s; going on without", self.path, said(error))
-            with suppress(OSError):
-                scratch.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ network around the server is trusted.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from espo_gateway.addresses import is_loopback
 from espo_gateway.supervisor import PortInUseError, check_port_free
 from espo_gateway.vllm_plugin import BACKEND
 
@@ -176,14 +176,6 @@ def check_host(host: str, environment: Mapping[str, str]) -> None:
     )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is built for CPU; its metadata tell, importing it takes seconds.
 
@@ -200,7 +192,10 @@ def is_cpu_build() -> bool:
 
 
 def main() -> int:
-    """The command line; becomes vLLM, so it returns only on errors."""
+    """The command line; becomes vLLM, so it returns only from its help and on errors."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     try:
         command, environment = server_command(
             sys.argv[1:], cpu=is_cpu_build(), environment=os.environ

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import json
 import re
 import signal
 import sys
@@ -28,7 +27,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
+from espo_gateway.stop.gate_json import gate_from_json, gate_to_dict
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerStartError
 from espo_rl.config import Model, Recipe, RecipeError, RolloutSection, Servers, TaskSection
@@ -93,7 +92,7 @@ class Command:
     def settings(self) -> dict[str, Any]:
         """All that the results depend on, beside the problems, which stand in the results."""
         names = ["k", "temperature", "top_p", "max_tokens", "seed", "vllm_args"]
-        gate = None if self.gate is None else json.loads(gate_to_json(self.gate))
+        gate = None if self.gate is None else gate_to_dict(self.gate)
         return {
             "model": self.options.model,
             "model_files": model_files(Path(self.options.model)),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +28,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from espo_gateway.files import written_whole
 from espo_rl.config import Ppo
 from espo_rl.ppo.critic import Critic, Scaler, load_classifier, save_statistics_head
 from espo_rl.pretrain_critic.fit import (
@@ -40,7 +40,7 @@ from espo_rl.pretrain_critic.fit import (
     values_of,
 )
 from espo_rl.pretrain_critic.quality import Quality, qualities
-from espo_rl.record.files import rollout_files, written_whole
+from espo_rl.record.files import rollout_files
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.types import Rollout
@@ -154,10 +154,7 @@ def _measured(
 def _write(
     output: Path, critic: Critic, scaler: Scaler, about: dict[str, Any], tokenizer: Any
 ) -> None:
-    """Whole or not at all."""
-    scratch = output.with_name(output.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    with written_whole(output) as scratch:
         critic.classifier.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         if critic.statistics is not None:
@@ -165,10 +162,7 @@ def _write(
             save_statistics_head(scratch, head, scaler)
         (scratch / "report.json").write_text(json.dumps(about, indent=2) + "\n")
         if output.exists():
-            output.rmdir()
-        scratch.rename(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            output.rmdir()  # refuses one that was filled meanwhile
 
 
 def _write_values(

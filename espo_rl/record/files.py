@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all; and where rollouts lie."""
+"""What all records share: JSON written whole, versions, where rollouts lie, a log's own error."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A scratch path beside `path`: it takes its name when the block ends well, else it goes."""
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+from espo_gateway.files import written_whole
 
 
 def write_json(path: Path, content: Any) -> None:

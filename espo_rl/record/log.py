@@ -6,7 +6,6 @@ What the numbers mean stands in `metrics.METRICS`; nothing here computes any.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from espo_rl.config import Recipe, RecipeError
-from espo_rl.record.files import LogError, log_errors
+from espo_rl.record.files import LogError, log_errors, write_json
 from espo_rl.record.metrics import Metric, grouped
 from espo_rl.record.progress import RunProgress
 from espo_rl.record.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
@@ -51,8 +50,7 @@ class RunLog:
         folder, logs = self._recipe.run.output, self._recipe.logs
         with log_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            recipe = self._recipe.model_dump(mode="json")
-            (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+            write_json(folder / "recipe.json", self._recipe.model_dump(mode="json"))
         self._sinks = [JsonLines(folder / "metrics.jsonl", self.start)]
         if logs.tensorboard:
             self._sinks.append(TensorBoard(folder / "tensorboard", self.start))

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter
 
+from espo_gateway.errors import InvalidRequest
+from espo_gateway.files import written_whole
+from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe
-from espo_rl.record.files import LogError, log_errors, versions, written_whole
+from espo_rl.record.files import LogError, log_errors, versions
 from espo_rl.types import EndReason, Problem, Rollout
 
 _IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
@@ -48,7 +50,6 @@ SCHEMA = pa.schema(
         "error": pa.string(),
     }
 )
-_GATE = TypeAdapter(Gate)
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 
@@ -114,9 +115,10 @@ def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
     with open(path, "rb") as file:
         try:
             table = pq.read_table(file)
-            gate = _GATE.validate_json((table.schema.metadata or {})[b"espo.gate"])
+            text = (table.schema.metadata or {})[b"espo.gate"]
+            gate = gate_from_json(text, has_critic=True)
             rows = table.select(SCHEMA.names).to_pylist()
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, InvalidRequest) as error:
             raise ValueError(f"{path} is no dump of rollouts, or damaged: {error}") from error
     return [_rollout(row) for row in rows], gate
 
@@ -149,7 +151,7 @@ def rollouts_table(
         elif field.type == _LOGPROBS:
             values = [np.asarray(value, np.float64) for value in values]
         columns.append(pa.array(values, field.type))
-    notes = {**about, "espo.gate": _GATE.dump_json(gate).decode()}
+    notes = {**about, "espo.gate": gate_to_json(gate).decode()}
     return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(notes))
 
 

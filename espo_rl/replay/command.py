@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.stop.rules import HAZARD, threshold_of
 from espo_gateway.stop.thresholds import Outcomes
 from espo_gateway.traces.cross_fit import CalibrationError, CrossFit
@@ -161,7 +160,7 @@ def recommend(
         "field": threshold.name,
         "reason": reason,
         "grid_place": place,
-        "gate": json.loads(gate_to_json(chosen)),
+        "gate": gate_to_dict(chosen),
         **{name: _triple(getattr(found, name)[place]) for name in _FIELDS},
     }
 

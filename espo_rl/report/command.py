@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from espo_rl.record.files import written_whole
+from espo_gateway.files import written_whole
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import RunFolder, RunFolderError, read_run
 from espo_rl.report.curves import panels, tiles

@@ -15,8 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
+from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerStartError, free_port
 from espo_rl.config import Recipe
@@ -143,7 +142,7 @@ class Servers:
         status, text = await call(
             "PUT",
             f"{self.gateway_url}/espo/gate",
-            data=TypeAdapter(Gate).dump_json(gate),
+            data=gate_to_json(gate),
             headers={"Content-Type": "application/json"},
         )
         if status != 200:

@@ -22,6 +22,7 @@ from typing import BinaryIO, Self
 
 import torch
 
+from espo_gateway.files import written_whole
 from espo_gateway.vllm_plugin.client import WeightClient, WeightSyncError
 from espo_rl.ppo.parameters import TensorSpec
 
@@ -123,13 +124,8 @@ class WeightPublisher:
         """
         if self._path is not None:
             # A server must never see half a file, not even one that was left by a crash.
-            written = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-            try:
-                with written.open("wb") as file:
-                    write_safetensors(file, specs, tensors)
-                written.replace(self._path)
-            finally:
-                written.unlink(missing_ok=True)
+            with written_whole(self._path) as scratch, scratch.open("wb") as file:
+                write_safetensors(file, specs, tensors)
             await self._update(str(self._path), version)
             return
         with os.fdopen(os.memfd_create("espo-weights"), "wb") as file:

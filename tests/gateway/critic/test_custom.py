@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from espo_gateway.critic.custom import CALLS, OwnCritic, load_critic
+from espo_gateway.critic.custom import CALLS, CustomCritic, load_critic
 from espo_gateway.errors import InvalidRequest, UpstreamError
 from espo_gateway.testing import FakeServer
 from tests.helpers import own_critics
@@ -48,7 +48,7 @@ async def test_one_that_fails_costs_stops_not_requests(
 
 
 async def test_its_calls_are_bounded() -> None:
-    async with OwnCritic(own_critics.Crowded(), name="c") as critic:
+    async with CustomCritic(own_critics.Crowded(), name="c") as critic:
         values = await asyncio.gather(*(critic.value([1], [2]) for _ in range(3 * CALLS)))
     assert set(values) == {0.5}
     assert own_critics.Crowded.most == CALLS
@@ -56,7 +56,7 @@ async def test_its_calls_are_bounded() -> None:
 
 async def test_nobody_waits_for_one_that_hangs_and_it_is_tried_again() -> None:
     own = own_critics.Hanging()
-    async with OwnCritic(own, name="c", timeout=0.02) as critic:
+    async with CustomCritic(own, name="c", timeout=0.02) as critic:
         with pytest.raises(UpstreamError, match=r"within 0\.02 s"):
             await critic.value([1], [2])
         trial = asyncio.create_task(critic.value([1], [2]))
@@ -71,7 +71,7 @@ async def test_nobody_waits_for_one_that_hangs_and_it_is_tried_again() -> None:
 
 
 async def test_a_question_taken_back_leaves_nothing_behind() -> None:
-    async with OwnCritic(own_critics.Hanging(), name="c") as critic:
+    async with CustomCritic(own_critics.Hanging(), name="c") as critic:
         tasks = [asyncio.create_task(critic.value([1], [2])) for _ in range(2 * CALLS)]
         await asyncio.sleep(0)
         for task in tasks:

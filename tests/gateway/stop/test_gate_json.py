@@ -6,11 +6,18 @@ import json
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
-from espo_gateway.stop.gate_json import Control, control_from_json, gate_from_json, gate_to_json
+from espo_gateway.stop.gate_json import (
+    Control,
+    control_from_json,
+    gate_from_json,
+    gate_to_dict,
+    gate_to_json,
+)
 from espo_gateway.stop.regret import MonitorConfig, RegretStatistics
 from espo_gateway.stop.rules import Gate
 from espo_gateway.testing import FakeServer
@@ -27,6 +34,43 @@ def test_a_gate_survives_the_wire() -> None:
         monitor=MonitorConfig(clip=3),
         estimator=SuccessEstimator(weights=tuple(i / 7 for i in range(len(FEATURES))), bias=-1.0),
     )
+    assert gate_from_json(gate_to_json(gate), has_critic=False) == gate
+
+
+#: A gate as it lies in rollouts, states and folders of results.
+ON_DISK = b"""
+{"version": 7, "weights_version": "step-7", "rule": "value-gated",
+ "statistics": {"mean": 0.1, "variance": 0.3, "decay": 0.99, "batches": 4},
+ "monitor": {"smoothing": 0.9, "clip": 3.0, "delta": 1e-6},
+ "beta": 2.5, "epsilon": 0.2, "value": "stream", "constant": 1.0,
+ "critic_wrong": -1.0, "critic_right": 1.0,
+ "estimator": {"weights": [0.0, 1.5, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25],
+               "bias": -1.0},
+ "p_star": 0.05, "confidence": 1.0, "confidence_window": 2048, "confidence_top_k": 20,
+ "hazard": 0.0, "min_tokens": 4}
+"""
+
+
+def test_a_gate_on_disk_is_written_and_read_as_ever() -> None:
+    gate = Gate(
+        version=7,
+        weights_version="step-7",
+        rule="value-gated",
+        value="stream",
+        statistics=RegretStatistics(mean=0.1, variance=0.3, batches=4),
+        monitor=MonitorConfig(clip=3.0),
+        beta=2.5,
+        critic_wrong=-1.0,
+        estimator=SuccessEstimator(weights=(0.0, 1.5, -2.0, *[0.0] * 8, 0.25), bias=-1.0),
+    )
+    assert gate_from_json(ON_DISK, has_critic=False) == gate
+    assert json.loads(gate_to_json(gate)) == gate_to_dict(gate) == json.loads(ON_DISK)
+    # Before a critic had a unit of its own, and a rule its confidence.
+    assert gate_from_json(b'{"rule": "regret-only", "beta": 3}', has_critic=False).critic_wrong == 0
+
+
+def test_numbers_of_numpy_are_written() -> None:
+    gate = Gate(beta=np.float64(2.5), statistics=RegretStatistics(mean=np.float64(0.1)))
     assert gate_from_json(gate_to_json(gate), has_critic=False) == gate
 
 

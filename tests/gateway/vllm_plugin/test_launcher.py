@@ -184,3 +184,9 @@ def test_command_line_without_a_model() -> None:
     result = run("--port", "1")
     assert result.returncode == 2
     assert "usage" in result.stderr
+
+
+def test_command_line_help_needs_no_vllm() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    assert "espo_gateway.vllm_plugin MODEL [--critic]" in result.stdout

@@ -1,0 +1,56 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path, *, fsync: bool = False) -> Iterator[Path]:
+    """A scratch path beside `path`, for a file or a folder: it takes the name when the block ends
+    well and is removed when it does not.
+
+    A kill at any moment leaves under the name what was there before or the new one, whole; and
+    maybe the scratch, which the next write removes. (A folder that was there is removed before the
+    new one takes its name: a kill between the two leaves none.)
+
+    Args:
+        fsync: the same holds when the machine goes down: nothing takes the name before all of it
+            is on the disk.
+
+    Raises:
+        OSError: what the block raises, and a name that cannot be taken.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    _remove(scratch)
+    try:
+        yield scratch
+        if fsync:
+            for part in (scratch, *scratch.rglob("*")):
+                _fsync(part)
+        if scratch.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        scratch.replace(path)
+    finally:
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    """Without an error of its own, which would hide that of the write."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,50 @@
+"""Settings: what wins over what, and where a bad one is said to come from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from espo_gateway.config import parse
+
+UPSTREAM = ["--upstream", "http://a", "http://b"]
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text('upstreams = ["http://c"]\nport = 1\nattempts = 1\nwindow = 1\n')
+    environment = {"ESPO_GATEWAY_PORT": "2", "ESPO_GATEWAY_ATTEMPTS": "2", "ELSE": "x"}
+    config = parse(["--config", str(file), "--port", "3", *UPSTREAM], environment)
+    assert (config.port, config.attempts, config.window) == (3, 2, 1)
+    assert config.upstreams == ("http://a", "http://b")
+    assert parse([], {"ESPO_GATEWAY_UPSTREAMS": "http://a, http://b"}).upstreams == config.upstreams
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "text", "message"),
+    [
+        (["--port", "x"], {"ESPO_GATEWAY_PORT": "1"}, "port = 1", "--port: .*integer"),
+        ([], {"ESPO_GATEWAY_PORT": "x"}, "port = 1", "ESPO_GATEWAY_PORT: .*integer"),
+        ([], {}, "port = 'x'", r"g\.toml: port: .*integer"),
+        ([], {}, "prot = 1", r"g\.toml: prot: "),
+        ([], {"ESPO_GATEWAY_PROT": "1"}, "", "ESPO_GATEWAY_PROT: no such setting; see --help"),
+        ([], {}, "port = ", r"g\.toml: Invalid value"),
+        (["--gate", "/no/such"], {}, "", "cannot read /no/such: No such file"),
+        (["--log-level", "x"], {}, "", "--log-level: invalid choice"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_source(
+    flags: list[str],
+    environment: dict[str, str],
+    text: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "g.toml").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--config", str(tmp_path / "g.toml"), *UPSTREAM, *flags], environment)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
