@@ -46,6 +46,11 @@ from espo_rl.types import EndReason, Rollout
 
 T = TypeVar("T")
 
+#: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
+DYNAMIC_ROUNDS = 3
+#: times that a failed rollout is asked for again
+RESAMPLES = 2
+
 
 class Interrupted(Exception):
     """The run was asked to end, has finished its step and saved."""
@@ -233,7 +238,7 @@ class Loop:
         await self.fill(batch, f"step {batch.step}: rollouts", abandon)
         while config.dynamic_sampling and not batch.waiting:
             informative = len({rollout.group for rollout in batch.informative()})
-            if informative >= config.prompts_per_step or batch.rounds >= config.dynamic_rounds:
+            if informative >= config.prompts_per_step or batch.rounds >= DYNAMIC_ROUNDS:
                 break
             self.ask(batch, config.prompts_per_step - informative)
             await self.fill(batch, f"step {batch.step}: more", abandon)
@@ -260,7 +265,7 @@ class Loop:
                 continue
             with self.timed("score"), self.log.phase("grading"):
                 await self.score(batch)
-            batch.ask_failed_again(self.recipe.rollout.resamples)
+            batch.ask_failed_again(RESAMPLES)
             batch.tokens = await self.count_tokens(batch)
 
     async def prepare(self, batch: Batch | None = None) -> None:

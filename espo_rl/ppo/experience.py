@@ -51,7 +51,7 @@ class Before:
     reported: Tensor  # as the server reports them: raw, or at the sampling temperature
     entropy: Tensor
     reference: Tensor | None = None  # log π of the reference model at the sampling temperature
-    values: Tensor | None = None  # V before each token and after the last, [kept + 1]
+    values: Tensor | None = None  # V before each token
 
 
 def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Metrics:
@@ -87,7 +87,7 @@ def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Me
     if returns is not None:
         targets = columns["returns"] = torch.from_numpy(np.concatenate(returns))
         old_values = columns["old_values"] = torch.cat(
-            [one.values[:-1] for one in before if one.values is not None]
+            [one.values for one in before if one.values is not None]
         )
         total = float(targets.var())
         metrics["critic_explained_variance"] = (

@@ -24,7 +24,6 @@ class Sample:
     end: EndReason
     group: int
     reward: float
-    statistics: Tensor | None = None  # inputs of the critic at each state, [kept + 1, features]
     columns: dict[str, Tensor] = field(default_factory=dict)  # one number a kept token, each [kept]
 
     @classmethod
@@ -52,7 +51,6 @@ class MicroBatch:
     indices: list[int]  # which samples the rows are
     tokens: Tensor  # [rows, time]
     response: Tensor  # where the next token is a kept one, bool [rows, time - 1]
-    statistics: Tensor | None  # [rows, time, features]
     columns: dict[str, Tensor]  # each [kept tokens of all rows], row after row
 
     @property
@@ -101,22 +99,10 @@ def _collate(
     texts = [row.tokens for row in rows] or [samples[0].tokens[:2]]
     tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     response = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
-    statistics = None
-    if samples[0].statistics is not None:
-        statistics = torch.zeros(*tokens.shape, samples[0].statistics.shape[1])
     for i, row in enumerate(rows):
         response[i, row.prompt - 1 : len(row.tokens) - 1] = True
-        if statistics is not None:
-            assert row.statistics is not None
-            statistics[i, row.prompt - 1 : len(row.tokens)] = row.statistics
     columns = {
         name: torch.cat([row.columns[name] for row in rows] or [torch.zeros(0)]).to(device)
         for name in samples[0].columns
     }
-    return MicroBatch(
-        indices,
-        tokens.to(device),
-        response.to(device),
-        None if statistics is None else statistics.to(device),
-        columns,
-    )
+    return MicroBatch(indices, tokens.to(device), response.to(device), columns)

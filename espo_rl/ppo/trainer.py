@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espo_rl.config import Recipe
-from espo_rl.ppo.critic import (
-    Critic,
-    Scaler,
-    load_classifier,
-    load_statistics_head,
-    save_statistics_head,
-    state_statistics,
-)
+from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
 from espo_rl.ppo.experience import Before, Metrics, prepare
 from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
@@ -37,6 +30,9 @@ from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
 from espo_rl.types import Rollout
 
 logger = logging.getLogger(__name__)
+
+#: mean KL(server‖trainer) a token above which something is wrong, not merely rounded
+MISMATCH_WARNING = 0.05
 
 ModelName = Literal["actor", "critic"]
 T = TypeVar("T")
@@ -64,21 +60,17 @@ class PpoTrainer:
         actor = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)
         if model.gradient_checkpointing:
             actor.gradient_checkpointing_enable()
-        self.actor = Engine(recipe, actor, [{"params": list(actor.parameters()), "lr": rate}])
+        self.actor = Engine(recipe, actor, rate)
 
         self.critic: Engine | None = None
-        self._scaler = Scaler() if model.critic_statistics else None
         if recipe.needs_critic:
             classifier = load_classifier(
                 model.critic or model.path, fresh=model.critic is None, dtype=dtype
             )
             if model.gradient_checkpointing:
                 classifier.gradient_checkpointing_enable()
-            critic = Critic(classifier, statistics=model.critic_statistics)
-            if self._scaler is not None:
-                load_statistics_head(model.critic or model.path, critic, self._scaler)
-            groups = critic.parameter_groups(self._ppo.critic_learning_rate or rate)
-            self.critic = Engine(recipe, critic, groups)
+            rate = self._ppo.critic_learning_rate or rate
+            self.critic = Engine(recipe, Critic(classifier), rate)
 
         self._reference: Any = None
         if self._ppo.kl_coefficient:
@@ -104,27 +96,18 @@ class PpoTrainer:
         usable = [rollout for rollout in rollouts if rollout.kept]
         if not usable:
             raise ValueError("no rollout has a token to train on")
-        metrics = self._update(self._samples(usable))
+        metrics = self._update([Sample.of(rollout) for rollout in usable])
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
-        if worst > self._ppo.mismatch_warning:
+        if worst > MISMATCH_WARNING:
             logger.warning(
                 "the server samples from another policy than the trainer computes: KL %.3g a token "
-                "(largest difference %.3g) is above ppo.mismatch_warning = %g; check dtypes, "
-                "servers.logprobs_mode, and whether the weights arrive",
+                "(largest difference %.3g) is above %g; check dtypes, servers.logprobs_mode, and "
+                "whether the weights arrive",
                 worst,
                 metrics["mismatch_max"],
-                self._ppo.mismatch_warning,
+                MISMATCH_WARNING,
             )
         return metrics
-
-    def _samples(self, rollouts: Sequence[Rollout]) -> list[Sample]:
-        samples = [Sample.of(rollout) for rollout in rollouts]
-        if self._scaler is not None:
-            statistics = state_statistics(rollouts)
-            self._scaler.update(np.concatenate(statistics))
-            for sample, rows in zip(samples, statistics, strict=True):
-                sample.statistics = torch.from_numpy(self._scaler.scaled(rows))
-        return samples
 
     @collective
     def _update(self, samples: list[Sample]) -> Metrics:
@@ -166,7 +149,7 @@ class PpoTrainer:
                 flat["reference"] = token_logprobs(reference, batch.targets)
             values = None
             if self.critic is not None:
-                values = self.critic(batch.tokens, batch.statistics).cpu()
+                values = self.critic(batch.tokens).cpu()
             kept = [samples[i].kept for i in batch.indices]
             rows = zip(*(column.cpu().split(kept) for column in flat.values()), strict=True)
             for row, (index, parts) in enumerate(zip(batch.indices, rows, strict=True)):
@@ -174,7 +157,7 @@ class PpoTrainer:
                 mine[index] = Before(**{k: v.clone() for k, v in zip(flat, parts, strict=True)})
                 if values is not None:
                     sample = samples[index]
-                    states = slice(sample.prompt - 1, len(sample.tokens))
+                    states = slice(sample.prompt - 1, len(sample.tokens) - 1)
                     mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
@@ -195,7 +178,7 @@ class PpoTrainer:
                 loss, reports = actor_loss(logits, batch.targets, batch.columns, ppo)
                 self.actor.backward((loss * weight).sum() * ranks)
             if self.critic is not None:
-                values = self.critic(batch.tokens, batch.statistics)[:, :-1][batch.response]
+                values = self.critic(batch.tokens)[:, :-1][batch.response]
                 old, returns = batch.columns["old_values"], batch.columns["returns"]
                 reports["critic_loss"] = value_loss(values, old, returns, ppo.value_clip)
                 self.critic.backward((reports["critic_loss"] * weight).sum() * ranks)
@@ -282,7 +265,7 @@ class PpoTrainer:
     @collective
     @torch.no_grad()
     def values(self, token_ids: Sequence[int]) -> list[float]:
-        """V of the state after each token, by the tokens alone: [tokens]."""
+        """V of the state after each token: [tokens]."""
         if self.critic is None:
             raise ValueError("this recipe trains no critic")
         self.critic.train(False)
@@ -314,10 +297,6 @@ class PpoTrainer:
             weights = self._whole(model)
             if self.ranks.rank == 0:
                 model.save_pretrained(folder / name, state_dict=weights)
-        if self.critic is not None and self._scaler is not None:
-            head = self._whole(self.critic.module.statistics)
-            if self.ranks.rank == 0:
-                save_statistics_head(folder / "critic", head, self._scaler)
 
     def _whole(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of all parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""
@@ -328,11 +307,7 @@ class PpoTrainer:
     @collective
     def save(self, folder: Path) -> None:
         """Write all that the next update depends on, in DeepSpeed's format, for every rank."""
-        state = {
-            "rng": self._rng.bit_generator.state,
-            "updates": self._updates,
-            "scaler": asdict(self._scaler) if self._scaler is not None else None,
-        }
+        state = {"rng": self._rng.bit_generator.state, "updates": self._updates}
         for name, engine in self._engines.items():
             engine.save(folder / name, state)
 
@@ -347,8 +322,6 @@ class PpoTrainer:
             state = engine.load(folder / name)
         self._rng.bit_generator.state = state["rng"]
         self._updates = state["updates"]
-        if self._scaler is not None:
-            self._scaler = Scaler(**state["scaler"])
 
     def close(self) -> None:
         """Let the other ranks go."""

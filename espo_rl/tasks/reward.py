@@ -11,7 +11,7 @@ def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
 
     A stopped one gets r_fail (row 7), audited or not: its score is not the sample's. Else the
     score lies between wrong and right, less DAPO's penalty for overlong ones (arXiv 2503.14476,
-    eq. 13), which over the last overlong_buffer tokens before max_tokens grows to overlong_penalty.
+    eq. 13), which over the last overlong_buffer tokens before max_tokens grows to 1.
 
     Args:
         score: in [0, 1]; None is for stopped ones alone.
@@ -23,5 +23,5 @@ def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
     value = ppo.wrong_reward + (ppo.right_reward - ppo.wrong_reward) * score
     if buffer:
         excess = rollout.kept - (recipe.rollout.max_tokens - buffer)
-        value -= ppo.overlong_penalty * min(max(excess / buffer, 0.0), 1.0)
+        value -= min(max(excess / buffer, 0.0), 1.0)
     return value
