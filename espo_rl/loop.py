@@ -19,27 +19,28 @@ from typing import Any, TypeVar, cast
 
 from transformers import AutoTokenizer
 
+from espo_gateway.stop.gate_json import Mode
 from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.evaluate.evaluator import evaluate
-from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, Sampling
+from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sampling
 from espo_rl.evaluate.table import as_dict
 from espo_rl.gate.controller import StopController
 from espo_rl.gate.outcomes import with_outcome
 from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.record.log import RunLog
 from espo_rl.record.metrics import gate_metrics, rollout_metrics
-from espo_rl.record.rollout_files import RolloutDumps
+from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
-from espo_rl.rollouts.collector import Collector, Mode, Prompter
-from espo_rl.servers import fleet as servers
+from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.servers.fleet import open_fleet
 from espo_rl.servers.server import ServerError
 from espo_rl.servers.weights import WeightPublisher
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
-from espo_rl.tasks.make import make_task
+from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import reward
 from espo_rl.tasks.task import Task
 from espo_rl.types import EndReason, Rollout
@@ -78,7 +79,7 @@ class Loop:
         )
         self.grader = GraderPool(recipe.task)
         self.log = RunLog(recipe)
-        self.dumps = RolloutDumps(recipe)
+        self.rollout_files = RolloutFiles(recipe)
         # Last, as loading takes long.
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
@@ -102,7 +103,7 @@ class Loop:
         recipe = self.recipe
         async with AsyncExitStack() as stack:
             stack.enter_context(self.log)
-            self.dumps.drop_after(self.step)
+            self.rollout_files.drop_after(self.step)
             self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
             with self.timed("start"):
                 await self.start(stack)
@@ -132,7 +133,7 @@ class Loop:
             self.trainer.module("critic").config.save_pretrained(critic_path)
             self.tokenizer.save_pretrained(critic_path)
         self.servers = await enter(
-            servers.running(
+            open_fleet(
                 recipe,
                 recipe.model.path,
                 recipe.run.output / "logs",
@@ -190,7 +191,7 @@ class Loop:
             sync={"parity": parity, "restarts": self.summary.restarts},
             seconds=spent | {"step": time.monotonic() - begin},
         )
-        self.dumps.write(self.step, batch.all, batch.gate)
+        self.rollout_files.write(self.step, batch.all, batch.gate)
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
             await self.evaluate()

@@ -33,13 +33,15 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerStartError
 from espo_rl.config import Model, Recipe, RecipeError, RolloutSection, Servers, TaskSection
 from espo_rl.evaluate.evaluator import evaluate
-from espo_rl.evaluate.folder import ResultsFolder, write_json
-from espo_rl.evaluate.outcome import EvaluationError, Report, Sampling
-from espo_rl.evaluate.table import as_dict, machine, table
-from espo_rl.record.files import versions
+from espo_rl.evaluate.results import EvaluationError, Report, Sampling
+from espo_rl.evaluate.results_folder import ResultsFolder
+from espo_rl.evaluate.table import as_dict, table
+from espo_rl.record.files import write_json
 from espo_rl.record.progress import progress_bar
+from espo_rl.record.provenance import machine, versions
 from espo_rl.rollouts.collector import Collector, Prompter
-from espo_rl.servers import fleet as servers
+from espo_rl.servers.fleet import open_fleet
+from espo_rl.servers.server import ServerError
 from espo_rl.tasks.dataset import Split
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
@@ -47,7 +49,7 @@ from espo_rl.tasks.task import TaskError
 from espo_rl.types import Problem
 
 #: fields of the task that the results depend on; where the data lies is none of them
-ASKING = ("chat", "system", "template", "grader", "pattern", "answer_pattern")
+TASK_FIELDS = ("chat", "system", "template", "grader", "pattern", "answer_pattern")
 
 
 class Command:
@@ -99,7 +101,7 @@ class Command:
             "model_files": model_files(Path(self.options.model)),
             "dtype": self.recipe.model.dtype,
             **{name: getattr(self.options, name) for name in names},
-            **{name: getattr(self.recipe.task, name) for name in ASKING},
+            **{name: getattr(self.recipe.task, name) for name in TASK_FIELDS},
             "gate": gate,
             "audit": self.options.audit if gate else None,
         }
@@ -111,12 +113,12 @@ class Command:
             self.say(f"starting the policy server with {recipe.model.path}, and the gateway")
         started = time.monotonic()
         async with (
-            servers.running(recipe, recipe.model.path, self.folder.path / "logs") as running,
-            Collector(running.gateway_url, running.model, self.prompter, recipe.rollout) as asker,
+            open_fleet(recipe, recipe.model.path, self.folder.path / "logs") as fleet,
+            Collector(fleet.gateway_url, fleet.model, self.prompter, recipe.rollout) as asker,
             self.grader as grader,
         ):
             if self.gate is not None:
-                await running.push_gate(self.gate)
+                await fleet.push_gate(self.gate)
             reports = {
                 name: await self.evaluate(name, problems, asker, grader)
                 for name, problems in self.problems.items()
@@ -225,7 +227,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
             eval_split=options.split,
             problem_column=options.problem_column,
             answer_column=options.answer_column,
-            **{name: getattr(options, name) for name in ASKING},
+            **{name: getattr(options, name) for name in TASK_FIELDS},
         ),
         rollout=RolloutSection(max_tokens=options.max_tokens, concurrency=options.concurrency),
         servers=Servers(
@@ -378,7 +380,7 @@ def run_command(make: Callable[[], Command]) -> int:
             print(f"espo: {error}", file=sys.stderr)
             return 2
         return 0 if asyncio.run(command.run()) else 1
-    except (EvaluationError, servers.ServerError, ServerStartError, OSError) as error:
+    except (EvaluationError, ServerError, ServerStartError, OSError) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_rl.config import Ppo
-from espo_rl.types import EndReason
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trajectory:
     """What the advantages of one rollout depend on.
 
     reward: comes with the last token; a stopped rollout's is r_fail.
@@ -26,7 +25,6 @@ class Outcome:
     values: V before each token, [tokens]; None without a critic.
     """
 
-    end: EndReason
     group: int
     reward: float
     penalties: Array
@@ -40,24 +38,26 @@ class Outcome:
         return rewards
 
 
-def estimate(outcomes: Sequence[Outcome], ppo: Ppo) -> tuple[list[Array], list[Array] | None]:
+def estimate(
+    trajectories: Sequence[Trajectory], ppo: Ppo
+) -> tuple[list[Array], list[Array] | None]:
     """Advantages and the critic's targets of each rollout, [tokens] each; no targets without V.
 
     A completed or early-stopped rollout is terminal: nothing follows, so for a stopped one a single
     negative TD error stands at the stop and is passed back to the steps before it (arXiv
     2605.29860, row 7 of the method). One cut by length is terminal too.
     """
-    valued = [(outcome, outcome.values) for outcome in outcomes if outcome.values is not None]
+    valued = [(one, one.values) for one in trajectories if one.values is not None]
     rows = [gae(values, one.rewards, gamma=ppo.gamma, lam=ppo.lam) for one, values in valued]
-    targets = [row + values for row, (_, values) in zip(rows, valued, strict=True)]
+    targets = [row + values for row, (_, values) in zip(rows, valued, strict=True)] or None
     if ppo.advantage == "group":
         advantages = group_advantages(
-            [float(outcome.rewards.sum()) for outcome in outcomes],
-            [outcome.group for outcome in outcomes],
+            [float(one.rewards.sum()) for one in trajectories],
+            [one.group for one in trajectories],
         )
-        broadcast = zip(outcomes, advantages, strict=True)
-        return [np.full_like(outcome.penalties, one) for outcome, one in broadcast], targets or None
-    return whiten(rows) if ppo.whiten else rows, targets or None
+        of_all = zip(trajectories, advantages, strict=True)
+        return [np.full_like(one.penalties, advantage) for one, advantage in of_all], targets
+    return whiten(rows) if ppo.whiten else rows, targets
 
 
 def gae(values: Array, rewards: Array, *, gamma: float, lam: float) -> Array:

@@ -1,6 +1,6 @@
 """What a PPO step learns from: samples with all that the losses need, and how they look.
 
-Pure: the models' answers come in as `Before`.
+Pure: the models' answers come in as `ModelOutputs`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from espo_rl.config import Ppo
-from espo_rl.ppo.advantages import Outcome, estimate
+from espo_rl.ppo.advantages import Trajectory, estimate
 from espo_rl.ppo.losses import importance_weights, kl_estimate
 from espo_rl.ppo.samples import Sample
 
@@ -44,7 +44,7 @@ Metrics = dict[str, float]
 
 
 @dataclass
-class Before:
+class ModelOutputs:
     """What the models say of a sample before the update; arrays are [kept]."""
 
     logprobs: Tensor  # at the sampling temperature
@@ -54,7 +54,7 @@ class Before:
     values: Tensor | None = None  # V before each token
 
 
-def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Metrics:
+def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo) -> Metrics:
     """Give each sample the columns of the losses; returns the metrics known before the update."""
     kept = [sample.kept for sample in samples]
     old = torch.cat([one.logprobs for one in before])
@@ -78,11 +78,11 @@ def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Me
         metrics["importance_capped"] = float(capped.mean())
 
     values = [None if one.values is None else one.values.numpy() for one in before]
-    outcomes = [
-        Outcome(sample.end, sample.group, sample.reward, penalty.numpy(), value)
+    trajectories = [
+        Trajectory(sample.group, sample.reward, penalty.numpy(), value)
         for sample, penalty, value in zip(samples, penalties.split(kept), values, strict=True)
     ]
-    advantages, returns = estimate(outcomes, ppo)
+    advantages, returns = estimate(trajectories, ppo)
     columns["advantages"] = torch.from_numpy(np.concatenate(advantages))
     if returns is not None:
         targets = columns["returns"] = torch.from_numpy(np.concatenate(returns))

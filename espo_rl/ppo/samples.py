@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from espo_gateway.stop.regret import MISSING_LOGPROB
-from espo_rl.types import EndReason, Rollout
+from espo_rl.types import Rollout
 
 
 @dataclass
 class Sample:
-    """What the trainer knows of a rollout: its prompt, the tokens it keeps, how it ended."""
+    """What the trainer knows of a rollout: its prompt, the tokens it keeps, its reward."""
 
     tokens: Tensor  # [prompt + kept]
     prompt: int
-    end: EndReason
     group: int
     reward: float
     columns: dict[str, Tensor] = field(default_factory=dict)  # one number a kept token, each [kept]
@@ -33,7 +32,6 @@ class Sample:
         return cls(
             tokens=torch.tensor(rollout.prompt_ids + rollout.token_ids[: rollout.kept]),
             prompt=len(rollout.prompt_ids),
-            end=rollout.end,
             group=rollout.group,
             reward=rollout.reward,
             columns={"served_logprobs": served.where(served > MISSING_LOGPROB, torch.nan)},

@@ -1,4 +1,4 @@
-"""PPO updates of actor and critic, each a DeepSpeed engine of its own.
+"""PPO updates of actor and critic, each a DeepSpeed engine of its own: `PpoTrainer.update`.
 
 Knows rollouts with rewards; knows nothing of servers, gates or tasks. Started as several processes,
 every rank makes a `PpoTrainer`; rank 0 uses it as if it were alone, the others follow (`ranks.py`).
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from espo_rl.config import Recipe
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
-from espo_rl.ppo.experience import Before, Metrics, prepare
+from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare
 from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
 from espo_rl.ppo.ranks import Ranks, collective
@@ -130,10 +130,10 @@ class PpoTrainer:
         return metrics | {name: sum(share[name] for share in shares) for name in sums}
 
     @torch.no_grad()
-    def _forward(self, samples: list[Sample]) -> list[Before]:
+    def _forward(self, samples: list[Sample]) -> list[ModelOutputs]:
         """What the models say now; every rank asks for its share and knows all answers."""
         processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
-        mine: dict[int, Before] = {}
+        mine: dict[int, ModelOutputs] = {}
         self._train(False)
         for batch in self._batches(samples):
             raw = self._logits(self.actor, batch)
@@ -154,7 +154,9 @@ class PpoTrainer:
             rows = zip(*(column.cpu().split(kept) for column in flat.values()), strict=True)
             for row, (index, parts) in enumerate(zip(batch.indices, rows, strict=True)):
                 # Clones, as a pickled view takes all that it is a view of along.
-                mine[index] = Before(**{k: v.clone() for k, v in zip(flat, parts, strict=True)})
+                mine[index] = ModelOutputs(
+                    **{k: v.clone() for k, v in zip(flat, parts, strict=True)}
+                )
                 if values is not None:
                     sample = samples[index]
                     states = slice(sample.prompt - 1, len(sample.tokens) - 1)

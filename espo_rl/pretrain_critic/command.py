@@ -40,14 +40,15 @@ from espo_rl.pretrain_critic.fit import (
     values_of,
 )
 from espo_rl.pretrain_critic.quality import Quality, qualities
-from espo_rl.record.files import rollout_files, written_whole
+from espo_rl.record.files import written_whole
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
+from espo_rl.record.run_folder import rollout_files
 from espo_rl.types import Rollout
 
 
 def recorded_files(paths: Sequence[Path]) -> list[Path]:
-    """The dumps among files, folders of them and folders of runs.
+    """The rollout files among files, folders of them and folders of runs.
 
     Raises:
         PretrainError: a path holds none.

@@ -1,6 +1,6 @@
 """What a report shows of single rollouts: a row for its table, and g, z, threshold and V by token.
 
-The numbers come from the gate that was stored with the rollout, through `rules.Follower`.
+The numbers come from the gate that was stored with the rollout, through `watch.Follower`.
 """
 
 from __future__ import annotations

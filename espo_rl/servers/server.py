@@ -1,4 +1,4 @@
-"""One server of a run."""
+"""One server of a run: started or waited for, watched for death and silence, stopped."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
-from espo_rl.tasks.task import _prompt
+from espo_rl.tasks.task import fill_template
 from espo_rl.types import Problem
 
 
@@ -32,7 +32,7 @@ class Arithmetic:
         steps = rng.choice(self.steps or range(self.min_steps, self.max_steps + 1))
         text = f"{rng.randrange(1000):03d}{ascii_lowercase[steps - 1]}"
         answer = self.solution(text).rpartition("#")[2]
-        return Problem(id=text, prompt=_prompt(self.template, text), answer=answer)
+        return Problem(id=text, prompt=fill_template(self.template, text), answer=answer)
 
     def solution(self, text: str, slip: Callable[[int, int], int] | None = None) -> str:
         """The written-out solution.

@@ -1,4 +1,4 @@
-"""From an outcome to a reward."""
+"""What a rollout is worth: from how it ended, and the grader's score, to its reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The collector: full rollouts with outcomes, in the dumps' format, once each."""
+"""The collector: full rollouts with outcomes, in a run's format, once each."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from espo_rl.config import Ppo
 from espo_rl.ppo.advantages import gae, group_advantages, whiten
-from espo_rl.ppo.experience import Before, mismatch, prepare
+from espo_rl.ppo.experience import ModelOutputs, mismatch, prepare
 from espo_rl.ppo.losses import (
     actor_loss,
     aggregation_weights,
@@ -24,7 +24,6 @@ from espo_rl.ppo.losses import (
     value_loss,
 )
 from espo_rl.ppo.samples import Sample
-from espo_rl.types import EndReason
 
 values_of_a_rollout = st.integers(1, 12).flatmap(
     lambda n: arrays(np.float32, n, elements=st.floats(-1, 1, width=32))
@@ -67,33 +66,35 @@ def test_whitening_is_over_all_tokens_of_the_batch():
     assert flat.std() == pytest.approx(1.0, abs=1e-5)
 
 
-def made(end, kept, reward, group, rng, *, critic=True) -> tuple[Sample, Before]:
+def made(kept, reward, group, rng, *, critic=True) -> tuple[Sample, ModelOutputs]:
     """A sample with a prompt of three tokens, and made-up answers of the models."""
-    sample = Sample(torch.arange(3 + kept), 3, end, group, reward)
+    sample = Sample(torch.arange(3 + kept), 3, group, reward)
     sample.columns["served_logprobs"] = torch.full((kept,), -1.0)
     logprobs, reference = torch.tensor(rng.normal(-1, 0.5, (2, kept)), dtype=torch.float32)
     values = torch.tensor(rng.normal(0, 1, kept), dtype=torch.float32)
-    answers = Before(logprobs, logprobs, torch.ones(kept), reference, values if critic else None)
+    answers = ModelOutputs(
+        logprobs, logprobs, torch.ones(kept), reference, values if critic else None
+    )
     return sample, answers
 
 
-def batch_of_all_ends(*, critic=True) -> tuple[list[Sample], list[Before]]:
+def batch_of_six(*, critic=True) -> tuple[list[Sample], list[ModelOutputs]]:
     """Two groups of three; the last rollout has a single token."""
     rng = np.random.default_rng(11)
     rows = [
-        (EndReason.COMPLETED, 5, 1.0, 0),
-        (EndReason.EARLY_STOP, 3, -1.0, 0),
-        (EndReason.LENGTH, 6, -0.5, 0),
-        (EndReason.COMPLETED, 4, 1.0, 7),
-        (EndReason.LENGTH, 2, 0.25, 7),
-        (EndReason.EARLY_STOP, 1, -1.0, 7),
+        (5, 1.0, 0),
+        (3, -1.0, 0),
+        (6, -0.5, 0),
+        (4, 1.0, 7),
+        (2, 0.25, 7),
+        (1, -1.0, 7),
     ]
     pairs = [made(*row, rng, critic=critic) for row in rows]
     return [sample for sample, _ in pairs], [answers for _, answers in pairs]
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_advantages_of_every_end(coefficient):
+def test_advantages_and_returns(coefficient):
     ppo = Ppo(
         gamma=0.9,
         lam=0.8,
@@ -102,7 +103,7 @@ def test_advantages_of_every_end(coefficient):
         kl_place="reward",
         kl_estimator="k1",
     )
-    samples, before = batch_of_all_ends()
+    samples, before = batch_of_six()
     prepare(samples, before, ppo)
     for sample, answers in zip(samples, before, strict=True):
         values = answers.values.double().numpy()
@@ -125,7 +126,7 @@ def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
         kl_place="reward",
         kl_estimator="k2",
     )
-    samples, before = batch_of_all_ends(critic=critic)
+    samples, before = batch_of_six(critic=critic)
     prepare(samples, before, ppo)
     returns = [
         sample.reward - coefficient * float((0.5 * (b.logprobs - b.reference) ** 2).sum())

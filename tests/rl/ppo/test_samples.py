@@ -28,7 +28,7 @@ def test_every_sample_is_in_one_micro_batch_of_one_rank(lengths, budget, ranks):
 
 def sample(prompt, kept):
     tokens = torch.arange(1, prompt + kept + 1) + 100 * kept
-    made = Sample(tokens, prompt, EndReason.COMPLETED, 0, 1.0)
+    made = Sample(tokens, prompt, 0, 1.0)
     made.columns["x"] = made.tokens[prompt:].float()
     return made
 

@@ -18,7 +18,7 @@ from espo_rl.ppo.critic import Critic
 from espo_rl.pretrain_critic import command as pretrain_critic
 from espo_rl.pretrain_critic.fit import PretrainError, Settings, split, usable, values_of
 from espo_rl.pretrain_critic.quality import auc, qualities
-from espo_rl.record.rollout_files import RolloutDumps, read_rollouts
+from espo_rl.record.rollout_files import RolloutFiles, read_rollouts
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.models import random_checkpoint
 from tests.helpers.trainer import Paths, trainer
@@ -60,13 +60,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def record(folder: Path, rollouts: list[Rollout]) -> Path:
     """A run's folder with the rollouts in two files."""
-    dumps = RolloutDumps(load_recipe("arithmetic-mixed", [f"run.output={folder}"]))
+    files = RolloutFiles(load_recipe("arithmetic-mixed", [f"run.output={folder}"]))
     half = len(rollouts) // 2
     # An answer that no grader could tell is no rollout to learn from.
     lost = replace(rollouts[0], end=EndReason.ERROR, correct=None)
     rollouts = [*rollouts, lost]
-    dumps.write(1, rollouts[:half], Gate())
-    dumps.write(2, rollouts[half:], Gate())
+    files.write(1, rollouts[:half], Gate())
+    files.write(2, rollouts[half:], Gate())
     return folder
 
 

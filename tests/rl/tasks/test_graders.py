@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from espo_rl.config import Recipe, RecipeError, TaskSection
 from espo_rl.tasks.graders import exact, make_grader, math, regex
-from espo_rl.tasks.make import make_task
+from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import reward
 from espo_rl.types import EndReason, Problem, Rollout
 
