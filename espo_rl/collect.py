@@ -29,7 +29,7 @@ from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import Problem, Rollout
 
 #: What is trained on is sampled from the whole policy, and so is what a detector is judged on.
-_DEFAULTS = {"k": 8, "temperature": 1.0, "top_p": 1.0}
+DEFAULTS = {"k": 8, "temperature": 1.0, "top_p": 1.0}
 
 
 class Keeper:
@@ -145,7 +145,7 @@ class CollectCommand(Command):
 
 def command(arguments: Sequence[str] | None = None) -> CollectCommand:
     """What the arguments ask for. Raises EvaluationError."""
-    options = parse(arguments, prog="python -m espo_rl.collect", about=__doc__, defaults=_DEFAULTS)
+    options = parse(arguments, prog="python -m espo_rl.collect", about=__doc__, defaults=DEFAULTS)
     if options.gate is not None:
         raise EvaluationError("--gate: full rollouts are collected without stops")
     return CollectCommand(options)

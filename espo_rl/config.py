@@ -383,6 +383,16 @@ class Recipe(Section):
         return self
 
 
+def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, dotted; with both values."""
+    pairs = (
+        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
+        for section in Recipe.model_fields
+        for key, value in getattr(now, section)
+    )
+    return {key: values for key, values in pairs if values[0] != values[1]}
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe: a file, or the name of one that ships with the package.
 

@@ -52,7 +52,7 @@ class PpoTrainer:
         self._recipe, self._ppo = recipe, recipe.ppo
         self.ranks = Ranks()
         self._rng = np.random.default_rng(recipe.run.seed)
-        self._updates = 0
+        self.updates = 0  # done so far; the weights' version
         model, rate = recipe.model, recipe.ppo.learning_rate
         dtype = getattr(torch, model.dtype)
         torch.manual_seed(recipe.run.seed)
@@ -113,7 +113,7 @@ class PpoTrainer:
     def _update(self, samples: list[Sample]) -> Metrics:
         ppo = self._ppo
         metrics = prepare(samples, self._forward(samples), ppo)
-        trains_actor = self._updates >= ppo.critic_only_steps
+        trains_actor = self.updates >= ppo.critic_only_steps
         if trains_actor:
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
@@ -125,7 +125,7 @@ class PpoTrainer:
                 report = self._minibatch([samples[i] for i in chosen], trains_actor)
                 for name, value in report.items():
                     sums[name] += value / (ppo.epochs * parts)
-        self._updates += 1
+        self.updates += 1
         shares = self.ranks.gather(sums)
         return metrics | {name: sum(share[name] for share in shares) for name in sums}
 
@@ -309,7 +309,7 @@ class PpoTrainer:
     @collective
     def save(self, folder: Path) -> None:
         """Write all that the next update depends on, in DeepSpeed's format, for every rank."""
-        state = {"rng": self._rng.bit_generator.state, "updates": self._updates}
+        state = {"rng": self._rng.bit_generator.state, "updates": self.updates}
         for name, engine in self._engines.items():
             engine.save(folder / name, state)
 
@@ -323,7 +323,7 @@ class PpoTrainer:
         for name, engine in self._engines.items():
             state = engine.load(folder / name)
         self._rng.bit_generator.state = state["rng"]
-        self._updates = state["updates"]
+        self.updates = state["updates"]
 
     def close(self) -> None:
         """Let the other ranks go."""

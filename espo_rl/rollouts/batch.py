@@ -86,6 +86,11 @@ class Batch:
         """All but the errors."""
         return [one for one in self.all if one.end is not EndReason.ERROR]
 
+    @property
+    def unscored(self) -> list[Rollout]:
+        """Usable rollouts whose outcome and reward are still to be found."""
+        return [one for one in self.usable if one.seed not in self.scored]
+
     def informative(self) -> list[Rollout]:
         """Usable rollouts of the prompts whose rewards differ (DAPO, arXiv 2503.14476, eq. 11)."""
         rewards: dict[int, set[float]] = {}

@@ -1,7 +1,8 @@
 """The servers of a run (policy, critic, gateway): started, watched, restarted, stopped with it.
 
 A server that the recipe names by URL is not the run's: it is waited for, never started or stopped.
-What a restarted server must be given again, weights and gate, is the loop's business.
+What a restarted server must be given again is not decided here: weights, in `served.py`; the gate,
+in the loop.
 """
 
 from __future__ import annotations

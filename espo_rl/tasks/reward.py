@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from espo_rl.config import Recipe
+from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import EndReason, Rollout
+
+
+async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe) -> None:
+    """Give rollouts their outcome, where it can be known, and their reward.
+
+    One that cannot be graded becomes an error; an audited one then counts as not audited, as the
+    sample is as good as that of any other stopped one.
+    """
+    known = [rollout for rollout in rollouts if not rollout.stopped or rollout.audited]
+    grades = await graders.grade([(rollout.text, rollout.problem) for rollout in known])
+    scores = {}
+    for rollout, grade in zip(known, grades, strict=True):
+        if grade.score is None and rollout.audited:
+            rollout.audited = False
+        elif grade.score is None:
+            rollout.end, rollout.error = EndReason.ERROR, grade.error
+        else:
+            rollout.correct = grade.correct
+            scores[rollout.seed] = grade.score
+    for rollout in rollouts:
+        if rollout.end is not EndReason.ERROR:
+            rollout.reward = reward(rollout, scores.get(rollout.seed), recipe)
 
 
 def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
