@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from espo_gateway.stop.rules import Gate
-from espo_rl.evaluate.command import Command, parse, run_command
+from espo_rl.evaluate.arguments import parse
+from espo_rl.evaluate.command import Command, run_command
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult
 from espo_rl.record.files import written_whole

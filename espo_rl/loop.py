@@ -225,7 +225,7 @@ class Loop:
 
     @asynccontextmanager
     async def collected_meanwhile(self, batch: Batch | None) -> AsyncIterator[None]:
-        """Collect a batch in the background; at the end it is there, unless the run is interrupted."""
+        """Collect a batch meanwhile; it is there at the end, unless the run is interrupted."""
         if batch is None:
             yield
             return

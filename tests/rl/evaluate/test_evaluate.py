@@ -21,8 +21,8 @@ from espo_gateway.supervisor import ServerProcess
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection, TaskSection
-from espo_rl.evaluate import command
-from espo_rl.evaluate.command import Command, main, parse
+from espo_rl.evaluate.arguments import make_recipe, parse
+from espo_rl.evaluate.command import Command, main
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Sampling
 from espo_rl.evaluate.results_folder import ResultsFolder
@@ -524,7 +524,7 @@ def test_an_output_that_cannot_be_written(
 def test_what_follows_two_dashes_goes_to_vllm(arguments: list[str]) -> None:
     options = parse([*arguments, "--", "--tensor-parallel-size", "2"])
     assert options.vllm_args == ["--tensor-parallel-size", "2"]
-    vllm_args = command.make_recipe(options).servers.vllm_args
+    vllm_args = make_recipe(options).servers.vllm_args
     assert vllm_args == ["--tensor-parallel-size", "2"]
 
 
