@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder, and the table it shows.
+"""What an evaluation leaves in its folder.
 
 `settings.json`, one JSONL file for each data set with a line for each problem, and `results.json`.
 Lines are appended and never changed; the last one of a problem counts, so an evaluation that was

@@ -119,9 +119,9 @@ class Split:
         for name in [column] if column in row else column.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, list):  # a chat
-            said = [turn for turn in value if isinstance(turn, Mapping)]
+            turns = [turn for turn in value if isinstance(turn, Mapping)]
             value = next(
-                (t.get("content") for t in reversed(said) if t.get("role") == "user"), None
+                (t.get("content") for t in reversed(turns) if t.get("role") == "user"), None
             )
         if not isinstance(value, str | int | float) or not (text := str(value).strip()):
             there = ", ".join(self.rows.features.flatten())

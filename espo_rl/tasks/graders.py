@@ -141,10 +141,10 @@ def task_score(completion: str, row: Mapping[str, Any], data: Any) -> float:
     """
     from reasoning_gym.utils import extract_answer
 
-    said = completion.rpartition("</think>")[2]
-    answer = extract_answer(said)
+    text = completion.rpartition("</think>")[2]
+    answer = extract_answer(text)
     try:
-        return float(data.score_answer(said.strip() if answer is None else answer, row))
+        return float(data.score_answer(text.strip() if answer is None else answer, row))
     except Exception:
         return 0.0
 

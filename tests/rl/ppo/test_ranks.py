@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 SMALL = """
 import sys, threading, torch
 from torch import distributed
-from espo_rl.ranks import Ranks, collective, follow
+from espo_rl.ppo.ranks import Ranks, collective, follow
 
 class Target:
     def __init__(self):
