@@ -67,7 +67,11 @@ class CheckpointStore:
 
     @staticmethod
     def load(checkpoint: Path, load_models: Callable[[Path], None]) -> Any:
-        """Read a checkpoint: the models in place, the loop's state returned."""
+        """Read a checkpoint: the models in place, the loop's state returned.
+
+        Raises:
+            CheckpointError: it is damaged, not there, or another version's.
+        """
         try:
             loop_state = _read_state(checkpoint)
             load_models(checkpoint)
