@@ -7,9 +7,7 @@ The demonstrations carry slips: each step's result is wrong with probability `er
 not *believe* (greedy decoding is right, sampling often is not). That is the kind of base in which
 an error shows in the logprobs, and so the kind that shows what early stopping does. With
 `--kind believed` as many slips fall on a few sums, always to the same digit: there the wrong digit
-is the likelier one, and it is the right one that looks like a mistake. With `--kind doubtful` a
-slip is always by one, and a sum's digits change places just as often, which does no harm: half of
-what looks like a mistake is none, and to tell them apart takes more than a logprob.
+is the likelier one, and it is the right one that looks like a mistake.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ ALPHABET = "0123456789+-=#" + ascii_lowercase
 LEARNING_RATE = 3e-3
 LOOK = 150  # steps between two looks at what it knows
 BELIEF = 0.75  # how often a believed slip is shown: more often than the right digit, not always
-Kind = Literal["sampled", "believed", "doubtful"]
+Kind = Literal["sampled", "believed"]
 Slip = Callable[[int, int], int]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -96,7 +94,7 @@ def slips(kind: Kind, rng: random.Random, error: float) -> Slip:
     """Misses the sum of two digits with probability `error`, over all pairs of digits.
 
     sampled: any pair alike, by any amount. believed: always the same few pairs, the same for every
-    seed, with probability BELIEF each, and by the same amount. doubtful: any pair, by one.
+    seed, with probability BELIEF each, and by the same amount.
     """
 
     def sampled(oldest: int, newest: int) -> int:
@@ -107,26 +105,18 @@ def slips(kind: Kind, rng: random.Random, error: float) -> Slip:
     def believed(oldest: int, newest: int) -> int:
         return int(10 * oldest + newest in wrong and rng.random() < BELIEF)
 
-    def doubtful(oldest: int, newest: int) -> int:
-        return int(rng.random() < error)
-
-    return {"sampled": sampled, "believed": believed, "doubtful": doubtful}[kind]
+    return {"sampled": sampled, "believed": believed}[kind]
 
 
 def demonstrations(
-    task: Arithmetic,
-    rng: random.Random,
-    count: int,
-    slip: Slip | None,
-    encode: dict[str, int],
-    swap: Callable[[], bool] | None = None,
+    task: Arithmetic, rng: random.Random, count: int, slip: Slip | None, encode: dict[str, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and targets, [count, longest]; targets are -100 on prompts and padding."""
     rows = []
     for _ in range(count):
         problem = task.problem(rng)
         prompt = ["<user>", *problem.prompt, "<assistant>"]
-        answer = [*task.solution(problem.prompt, slip, swap), "<eos>"]
+        answer = [*task.solution(problem.prompt, slip), "<eos>"]
         rows.append(([encode[token] for token in prompt], [encode[token] for token in answer]))
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     tokens = torch.full((count, longest), encode["<pad>"])
@@ -175,16 +165,13 @@ def train_base_model(
     )
     # Draws as often as with slips, so that a seed stands for the same problems.
     never, slip = slips(kind, rng, 0.0), slips(kind, rng, error)
-    swap = (lambda: rng.random() < error) if kind == "doubtful" else None
     clean = round(0.55 * steps)
 
     def step(task: Arithmetic, slip: Slip, rate: float) -> float:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
         count = max(12, 192 // (3 + task.max_steps))
-        tokens, targets = demonstrations(
-            task, rng, count, slip, encode, None if slip is never else swap
-        )
+        tokens, targets = demonstrations(task, rng, count, slip, encode)
         logits = model(input_ids=tokens).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), targets[:, 1:].reshape(-1)
@@ -262,8 +249,7 @@ def main() -> None:
         "--kind",
         choices=get_args(Kind),
         default="sampled",
-        help="slips on any sum, always the same ones on a few, or like harmless choices "
-        "(default: %(default)s)",
+        help="slips on any sum, or always the same ones on a few (default: %(default)s)",
     )
     task = Arithmetic()
     parser.add_argument(

@@ -15,6 +15,9 @@ from typing import Any
 
 from espo_gateway.files import written_whole
 
+#: of loop.pkl; raised whenever a class that it holds moves or gets other fields
+FORMAT = 2
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message says what to change."""
@@ -43,6 +46,7 @@ class CheckpointStore:
                 scratch.mkdir(parents=True)
                 save_models(scratch)
                 with open(scratch / "loop.pkl", "wb") as file:
+                    pickle.dump(FORMAT, file)
                     pickle.dump(loop_state, file)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
             raise CheckpointError(
@@ -58,13 +62,35 @@ class CheckpointStore:
 
     @staticmethod
     def load(checkpoint: Path, load_models: Callable[[Path], None]) -> Any:
-        """Read a checkpoint: the models in place, the loop's state returned."""
+        """Read a checkpoint: the models in place, the loop's state returned.
+
+        Raises:
+            CheckpointError: it is damaged, not there, or another version's.
+        """
         try:
-            loop_state = pickle.loads((checkpoint / "loop.pkl").read_bytes())
+            loop_state = _read_state(checkpoint)
             load_models(checkpoint)
+        except CheckpointError:
+            raise
         except Exception as error:  # damaged pickles raise nearly anything
             raise CheckpointError(
                 f"cannot read checkpoint {checkpoint}: {type(error).__name__}: {error}; "
                 "resume from another checkpoint, or start without --resume"
             ) from error
         return loop_state
+
+
+def _read_state(checkpoint: Path) -> Any:
+    """What loop.pkl holds after its format. Raises CheckpointError when it is another version's."""
+    with open(checkpoint / "loop.pkl", "rb") as file:
+        try:
+            if pickle.load(file) == FORMAT:
+                return pickle.load(file)
+            reason = ""
+        except (ImportError, AttributeError) as error:  # a class is not where it was
+            reason = f" ({error})"
+    raise CheckpointError(
+        f"checkpoint {checkpoint} was written by another version of espo, not in this one's format "
+        f"{FORMAT}{reason}: go on with the version that wrote it, resume from another checkpoint, "
+        "or start without --resume"
+    )

@@ -19,21 +19,22 @@ import pyarrow.parquet as pq
 
 from espo_gateway.files import written_whole
 from espo_gateway.stop.rules import Gate
-from espo_rl.evaluate.command import Command, parse, run_command
+from espo_rl.evaluate.arguments import parse
+from espo_rl.evaluate.command import Command, run_command
 from espo_rl.evaluate.evaluator import evaluate
-from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, SampleResult
+from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
-from espo_rl.rollouts.collector import Collector, Sample
+from espo_rl.rollouts.collector import Collector, Request
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import Problem, Rollout
 
 #: What is trained on is sampled from the whole policy, and so is what a detector is judged on.
-_DEFAULTS = {"k": 8, "temperature": 1.0, "top_p": 1.0}
+DEFAULTS = {"k": 8, "temperature": 1.0, "top_p": 1.0}
 
 
 class Keeper:
-    """A collector that keeps what it collected until it is written; seeds name samples."""
+    """A collector that keeps what it collected until it is written; seeds name rollouts."""
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
@@ -41,7 +42,7 @@ class Keeper:
 
     async def collect(
         self,
-        samples: Sequence[Sample],
+        requests: Sequence[Request],
         *,
         temperature: float,
         top_p: float = 1.0,
@@ -49,7 +50,7 @@ class Keeper:
     ) -> list[Rollout]:
         """As `Collector.collect`."""
         rollouts = await self._collector.collect(
-            samples, temperature=temperature, top_p=top_p, on_done=on_done
+            requests, temperature=temperature, top_p=top_p, on_done=on_done
         )
         self._kept.update({rollout.seed: rollout for rollout in rollouts})
         return rollouts
@@ -58,7 +59,7 @@ class Keeper:
         return self._kept.pop(seed)
 
 
-class Collecting(Command):
+class CollectCommand(Command):
     """The command: an evaluation whose rollouts are kept."""
 
     def settings(self) -> dict[str, Any]:
@@ -80,11 +81,11 @@ class Collecting(Command):
 
             def write(result: ProblemResult) -> None:
                 problem = problems[result.index]
-                samples = [
-                    self.sampling.sample(problem, result.index, number)
+                requests = [
+                    self.sampling.request(problem, result.index, number)
                     for number in range(self.sampling.k)
                 ]
-                rollouts = [keeper.take(sample.seed) for sample in samples]
+                rollouts = [keeper.take(request.seed) for request in requests]
                 self.write(self.file(name, result.index), rollouts, result)
 
             return await evaluate(
@@ -143,12 +144,12 @@ class Collecting(Command):
         return not errors
 
 
-def command(arguments: Sequence[str] | None = None) -> Collecting:
+def command(arguments: Sequence[str] | None = None) -> CollectCommand:
     """What the arguments ask for. Raises EvaluationError."""
-    options = parse(arguments, prog="python -m espo_rl.collect", about=__doc__, defaults=_DEFAULTS)
+    options = parse(arguments, prog="python -m espo_rl.collect", about=__doc__, defaults=DEFAULTS)
     if options.gate is not None:
         raise EvaluationError("--gate: full rollouts are collected without stops")
-    return Collecting(options)
+    return CollectCommand(options)
 
 
 def main() -> int:

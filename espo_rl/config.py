@@ -49,7 +49,6 @@ class Model(Section):
     reference: str | None = None  # for the KL term; the initial policy when not given
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
-    critic_statistics: bool = False  # the stream's statistics as extra inputs of the critic
 
 
 class TaskSection(Section):
@@ -124,12 +123,10 @@ class RolloutSection(Section):
     concurrency: Count = 64
     timeout: Positive = 600.0
     retries: Count = 5
-    resamples: Annotated[int, Field(ge=0)] = 2  # rounds in which failed rollouts are asked again
     # 1: the next batch is generated while this one trains
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     # DAPO: drop prompts whose rollouts all got the same reward, and sample others in their stead
     dynamic_sampling: bool = False
-    dynamic_rounds: Count = 3  # at most; then the step trains on what there is
 
 
 class Stopping(Section):
@@ -217,12 +214,9 @@ class Ppo(Section):
     max_grad_norm: Positive = 1.0
     # Advantages: with a critic (GAE), or against the other rollouts of the prompt (GRPO)
     advantage: Literal["gae", "group"] = "gae"
-    group_scale: bool = True  # group: divide by the group's standard deviation
     gamma: Share = 1.0
     lam: Share = 1.0
-    critic_lam: Share | None = None  # of the critic's targets; None: lam
     whiten: bool = True  # gae: advantages to mean 0 and deviation 1 over the batch's tokens
-    bootstrap_length: bool = False  # V after a rollout cut by max_tokens
     # Losses
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
@@ -236,13 +230,11 @@ class Ppo(Section):
     # The server's logprobs against the trainer's: each token's policy loss is weighted by
     # min(π_trainer/π_server, cap)
     importance_cap: Positive | None = None
-    mismatch_warning: Positive = 0.05  # mean KL(server || trainer) a token above which to warn
     # Rewards
     right_reward: float = 1.0
     wrong_reward: float = -1.0
-    # DAPO's soft overlong penalty: grows to its full size over the last `buffer` tokens
+    # DAPO's soft overlong penalty: grows to 1 over so many tokens before max_tokens
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    overlong_penalty: Annotated[float, Field(ge=0)] = 1.0
 
     @model_validator(mode="after")
     def _rewards(self) -> Ppo:
@@ -380,7 +372,6 @@ class Recipe(Section):
             )
         if not self.needs_critic:
             for key, used in (
-                ("model.critic_statistics", self.model.critic_statistics),
                 ("ppo.critic_only_steps", self.ppo.critic_only_steps),
                 ("stopping.warmup = 'critic-loss'", self.stopping.warmup == "critic-loss"),
             ):
@@ -389,12 +380,17 @@ class Recipe(Section):
                         f"{key} needs a critic, and ppo.advantage = 'group' trains none: leave it "
                         "out, or set ppo.advantage = 'gae'"
                     )
-        if self.model.critic_statistics and self.stopping.value == "critic":
-            raise ValueError(
-                "model.critic_statistics is for the trainer's critic alone: a critic server reads "
-                "tokens only; set stopping.value to another source"
-            )
         return self
+
+
+def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, dotted; with both values."""
+    pairs = (
+        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
+        for section in Recipe.model_fields
+        for key, value in getattr(now, section)
+    )
+    return {key: values for key, values in pairs if values[0] != values[1]}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

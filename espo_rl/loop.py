@@ -11,40 +11,43 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from transformers import AutoTokenizer
 
-from espo_gateway.vllm_plugin.client import WeightSyncError
+from espo_gateway.stop.gate_json import Mode
 from espo_rl.checkpoints import CheckpointStore
-from espo_rl.config import Recipe, RecipeError
+from espo_rl.config import Recipe, RecipeError, differences
 from espo_rl.evaluate.evaluator import evaluate
-from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, Sampling
+from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sampling
 from espo_rl.evaluate.table import as_dict
 from espo_rl.gate.controller import StopController
 from espo_rl.gate.outcomes import with_outcome
 from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.record.log import RunLog
 from espo_rl.record.metrics import gate_metrics, rollout_metrics
-from espo_rl.record.rollout_files import RolloutDumps
+from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
-from espo_rl.rollouts.collector import Collector, Mode, Prompter
-from espo_rl.servers import fleet as servers
+from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.servers.fleet import open_fleet
+from espo_rl.servers.served import ServedModels
 from espo_rl.servers.server import ServerError
-from espo_rl.servers.weights import WeightPublisher
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
-from espo_rl.tasks.make import make_task
-from espo_rl.tasks.reward import reward
+from espo_rl.tasks.kinds import make_task
+from espo_rl.tasks.reward import score
 from espo_rl.tasks.task import Task
-from espo_rl.types import EndReason, Rollout
+from espo_rl.types import Rollout
 
-T = TypeVar("T")
+#: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
+DYNAMIC_ROUNDS = 3
+#: times that a failed rollout is asked for again
+RESAMPLES = 2
 
 
 class Interrupted(Exception):
@@ -73,18 +76,16 @@ class Loop:
         )
         self.grader = GraderPool(recipe.task)
         self.log = RunLog(recipe)
-        self.dumps = RolloutDumps(recipe)
+        self.rollout_files = RolloutFiles(recipe)
         # Last, as loading takes long.
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
             self.trainer = PpoTrainer(recipe)
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
-        self.served = ""  # version of the weights that the servers have
         self.stepping = False
         self.interrupted = asyncio.Event()
-        self._trainer_free = asyncio.Lock()
-        self._servers_are_new = True
+        self.trainer_free = asyncio.Lock()
 
     # -- a run ---------------------------------------------------------------------------------
 
@@ -97,12 +98,12 @@ class Loop:
         recipe = self.recipe
         async with AsyncExitStack() as stack:
             stack.enter_context(self.log)
-            self.dumps.drop_after(self.step)
+            self.rollout_files.drop_after(self.step)
             self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
-            with self.timed("start"):
+            with self.summary.timed("start"):
                 await self.start(stack)
                 # The server holds the base model; after a resume that is not the policy.
-                await self.attempt(self.sync)
+                await self.served.attempt(self.served.sync)
             await self.evaluate_policy("before")
             self.stepping = True
             while self.step < recipe.run.steps:
@@ -126,8 +127,8 @@ class Loop:
             critic_path = recipe.run.output / "critic-config"
             self.trainer.module("critic").config.save_pretrained(critic_path)
             self.tokenizer.save_pretrained(critic_path)
-        self.servers = await enter(
-            servers.running(
+        self.fleet = await enter(
+            open_fleet(
                 recipe,
                 recipe.model.path,
                 recipe.run.output / "logs",
@@ -135,19 +136,27 @@ class Loop:
                 say=self.log.say,
             )
         )
-        path = recipe.servers.weights_path
-        self.actor_publisher = await enter(WeightPublisher(self.servers.policy_urls, path=path))
-        if (critic := self.servers.critic) is not None:
-            path = path and path.with_suffix(".critic")
-            self.critic_publisher = await enter(WeightPublisher([critic.url], path=path))
+        problem = self.task.held_out(1)[0]
+        probe = f"{problem.prompt} {problem.answer} " * 4
+        self.served = await enter(
+            ServedModels(
+                recipe,
+                self.fleet,
+                self.trainer,
+                self.trainer_free,
+                self.tokenizer.encode(probe, add_special_tokens=False)[:128],
+                say=self.log.say,
+                on_restart=self.summary.count_restart,
+            )
+        )
         prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
         self.collector = await enter(
-            Collector(self.servers.gateway_url, self.servers.model, prompter, recipe.rollout)
+            Collector(self.fleet.gateway_url, self.fleet.model, prompter, recipe.rollout)
         )
         await enter(self.grader)
 
     async def train_step(self) -> None:
-        """One step, from the gate to the log."""
+        """One step: collect and score, estimate and update, sync, log."""
         recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
         self.batch = batch = self.batch or self.draw()
         gate = batch.gate
@@ -155,13 +164,13 @@ class Loop:
         await self.collect(batch)
         ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
         self.batch = self.draw() if ahead else None
-        async with self.collecting(self.batch):
+        async with self.collected_meanwhile(self.batch):
             update, trained = await self.learn(batch)
         tokens = await self.count_tokens(batch)
-        with self.timed("sync"):
-            parity = await self.attempt(self.sync)
-        await self.servers.new_tokens()  # those of the proof are nobody's
-        self.servers.forget_restarts()
+        with self.summary.timed("sync"):
+            parity = await self.served.attempt(self.served.sync)
+        await self.fleet.new_tokens()  # those of the proof are nobody's
+        self.fleet.forget_restarts()
 
         sampled = rollout_metrics(
             batch.all,
@@ -185,7 +194,7 @@ class Loop:
             sync={"parity": parity, "restarts": self.summary.restarts},
             seconds=spent | {"step": time.monotonic() - begin},
         )
-        self.dumps.write(self.step, batch.all, batch.gate)
+        self.rollout_files.write(self.step, batch.all, batch.gate)
         every = recipe.evaluation.every
         if every and self.step % every == 0 and self.step < recipe.run.steps:
             await self.evaluate()
@@ -200,7 +209,7 @@ class Loop:
         batch = Batch(
             step,
             first_seed=(seed * 1_000_003 + step - 1) * 65_536,
-            gate=self.stopping.gate(self.served),
+            gate=self.stopping.gate(self.served.version),
             reason=self.stopping.reason,
         )
         self.ask(batch, self.recipe.rollout.prompts_per_step)
@@ -215,7 +224,7 @@ class Loop:
         batch.ask(islice(self.problems, count), n, modes)
 
     @asynccontextmanager
-    async def collecting(self, batch: Batch | None) -> AsyncIterator[None]:
+    async def collected_meanwhile(self, batch: Batch | None) -> AsyncIterator[None]:
         """Collect a batch meanwhile; it is there at the end, unless the run is interrupted."""
         if batch is None:
             yield
@@ -233,7 +242,7 @@ class Loop:
         await self.fill(batch, f"step {batch.step}: rollouts", abandon)
         while config.dynamic_sampling and not batch.waiting:
             informative = len({rollout.group for rollout in batch.informative()})
-            if informative >= config.prompts_per_step or batch.rounds >= config.dynamic_rounds:
+            if informative >= config.prompts_per_step or batch.rounds >= DYNAMIC_ROUNDS:
                 break
             self.ask(batch, config.prompts_per_step - informative)
             await self.fill(batch, f"step {batch.step}: more", abandon)
@@ -249,27 +258,27 @@ class Loop:
     async def fill(self, batch: Batch, label: str, abandon: asyncio.Event | None) -> None:
         """Ask for all that a batch waits for, score it, ask again for what failed."""
         while batch.waiting and not (abandon and abandon.is_set()):
-            await self.attempt(lambda: self.prepare(batch))
-            with self.timed("rollout"):
+            await self.served.attempt(lambda: self.push_gate(batch))
+            with self.summary.timed("rollout"):
                 trouble = await self.sample(batch, label, abandon)
-            if trouble is None and batch.failed and await self.servers.down():
+            if trouble is None and batch.failed and await self.fleet.down():
                 trouble = batch.failed[0].error
             if trouble is not None:
                 batch.recall_failed()
-                await self.heal(f"{trouble}\n{len(batch.waiting)} rollouts are asked again")
+                await self.served.heal(f"{trouble}\n{len(batch.waiting)} rollouts are asked again")
                 continue
-            with self.timed("score"), self.log.phase("grading"):
-                await self.score(batch)
-            batch.ask_failed_again(self.recipe.rollout.resamples)
+            with self.summary.timed("score"), self.log.phase("grading"):
+                new = batch.unscored
+                await score(new, self.grader, self.recipe)
+                batch.scored.update(rollout.seed for rollout in new)
+            batch.ask_failed_again(RESAMPLES)
             batch.tokens = await self.count_tokens(batch)
 
-    async def prepare(self, batch: Batch | None = None) -> None:
-        """Weights, if a server has started since they were sent, and the batch's gate."""
-        if self._servers_are_new:
-            await self.sync()
-        if batch is not None:
-            batch.gate = dataclasses.replace(batch.gate, weights_version=self.served)
-            await self.servers.push_gate(batch.gate)
+    async def push_gate(self, batch: Batch) -> None:
+        """Hand the gateway the batch's gate, and the servers their weights where one lacks them."""
+        await self.served.catch_up()
+        batch.gate = dataclasses.replace(batch.gate, weights_version=self.served.version)
+        await self.fleet.push_gate(batch.gate)
 
     async def sample(self, batch: Batch, label: str, abandon: asyncio.Event | None) -> str | None:
         """Take what comes until all is there, or a server falls: then what happened to it."""
@@ -285,7 +294,7 @@ class Loop:
                     wanted, temperature=self.recipe.rollout.temperature, on_done=put
                 )
             )
-            fallen = asyncio.ensure_future(self.servers.failure())
+            fallen = asyncio.ensure_future(self.fleet.failure())
             left = asyncio.ensure_future(abandon.wait()) if abandon else None
             waits: list[asyncio.Future[Any]] = [asked, fallen, *([left] if left else [])]
             try:
@@ -299,25 +308,6 @@ class Loop:
                     wait.cancel()
                 await asyncio.gather(*waits, return_exceptions=True)
 
-    async def score(self, batch: Batch) -> None:
-        """Outcome where it is known, and the reward; a stopped rollout's is r_fail (row 7)."""
-        new = [rollout for rollout in batch.usable if rollout.seed not in batch.scored]
-        known = [rollout for rollout in new if not rollout.stopped or rollout.audited]
-        grades = await self.grader.grade([(rollout.text, rollout.problem) for rollout in known])
-        scores = {}
-        for rollout, grade in zip(known, grades, strict=True):
-            if grade.score is None and rollout.audited:
-                rollout.audited = False  # the sample is as good as that of any other stopped one
-            elif grade.score is None:
-                rollout.end, rollout.error = EndReason.ERROR, grade.error
-            else:
-                rollout.correct = grade.correct
-                scores[rollout.seed] = grade.score
-        for rollout in new:
-            batch.scored.add(rollout.seed)
-            if rollout.end is not EndReason.ERROR:
-                rollout.reward = reward(rollout, scores.get(rollout.seed), self.recipe)
-
     async def learn(self, batch: Batch) -> tuple[dict[str, float], int]:
         """Update actor and critic, then what decides on stopping.
 
@@ -327,8 +317,8 @@ class Loop:
         rollouts = batch.usable
         if self.recipe.rollout.dynamic_sampling:
             rollouts = batch.informative() or rollouts
-        async with self._trainer_free:
-            with self.timed("update"), self.log.phase("update"):
+        async with self.trainer_free:
+            with self.summary.timed("update"), self.log.phase("update"):
                 values = None
                 if self.stopping.needs_values:  # as they were said, so before the update
                     known = with_outcome(batch.usable)
@@ -344,33 +334,12 @@ class Loop:
         )
         return update, len(rollouts)
 
-    async def sync(self) -> float:
-        """Bring the weights to the servers and prove it; the largest difference found."""
-        async with self._trainer_free:
-            trainer, version = self.trainer, f"step-{self.step}"
-            tolerance, probe = self.recipe.servers.parity_tolerance, self.probe()
-            await self.actor_publisher.publish(
-                trainer.specs("actor"), trainer.weights("actor"), version=version
-            )
-            parity = await self.actor_publisher.verify(
-                probe, trainer.prompt_logprobs(probe), version=version, tolerance=tolerance
-            )
-            if self.servers.critic is not None:
-                await self.critic_publisher.publish(
-                    trainer.specs("critic"), trainer.weights("critic"), version=version
-                )
-                await self.critic_publisher.verify_values(
-                    probe, trainer.values(probe), version=version, tolerance=tolerance
-                )
-            self.served, self._servers_are_new = version, False
-            return parity
-
     async def count_tokens(self, batch: Batch) -> int:
         """Add what the servers have sampled since last asked to the batch's tokens.
 
         Asked once more after the update: by then the last aborts have reached the engine.
         """
-        new = await self.servers.new_tokens()
+        new = await self.fleet.new_tokens()
         if new is None or batch.tokens is None:
             batch.tokens = None
             return sum(rollout.generated for rollout in batch.rollouts.values())
@@ -396,11 +365,11 @@ class Loop:
         )
         done: dict[int, ProblemResult] = {}
         while True:
-            await self.attempt(self.prepare)
+            await self.served.attempt(self.served.catch_up)
             fault = None
             try:
                 with (
-                    self.timed("evaluate"),
+                    self.summary.timed("evaluate"),
                     self.log.phase("evaluating", len(problems) * sampling.k) as advance,
                 ):
                     report = await evaluate(
@@ -416,63 +385,23 @@ class Loop:
                 fault = report.errors[0] if report.errors else None
             except EvaluationError as error:
                 fault = str(error)
-                if not await self.servers.down():
+                if not await self.fleet.down():
                     raise
-            if fault is None or not await self.heal(fault):
+            if fault is None or not await self.served.heal(fault):
                 break
-        await self.servers.new_tokens()  # none of a batch
+        await self.fleet.new_tokens()  # none of a batch
         self.log.write(self.step, **{"greedy" if greedy else "evaluation": as_dict(report)})
         return report
 
-    # -- faults --------------------------------------------------------------------------------
-
-    async def attempt(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Do what needs the servers; when one has fallen, bring it back and do it again."""
-        while True:
-            try:
-                return await action()
-            except (ServerError, WeightSyncError) as fault:
-                if not await self.heal(str(fault)):
-                    raise
-
-    async def heal(self, fault: str) -> bool:
-        """Bring back the servers that are down; False when none is."""
-        down = await self.servers.down()
-        if down:
-            self.log.say(fault)
-            self._servers_are_new = True
-        for server in down:
-            await self.servers.restart(server, self.log.say)
-            self.summary.restarts += 1
-        return bool(down)
-
     # -- state ---------------------------------------------------------------------------------
-
-    def probe(self) -> list[int]:
-        """A fixed text whose logprobs must agree between server and trainer."""
-        if not hasattr(self, "_probe"):
-            problem = self.task.held_out(1)[0]
-            text = f"{problem.prompt} {problem.answer} " * 4
-            self._probe = self.tokenizer.encode(text, add_special_tokens=False)[:128]
-        return self._probe
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to the summary's seconds of that phase."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - start
-            self.summary.seconds[phase] = self.summary.seconds.get(phase, 0.0) + seconds
 
     async def save(self, *, last: bool) -> None:
         """Write a checkpoint when one is due, or when this was the last step for now."""
         every = self.recipe.checkpoints.every
         due = every and (self.step % every == 0 or self.step == self.recipe.run.steps)
         if due or last:
-            async with self._trainer_free:
-                with self.timed("checkpoint"):
+            async with self.trainer_free:
+                with self.summary.timed("checkpoint"):
                     self.checkpoints.save(self.step, self.state(), self.trainer.save)
 
     def state(self) -> dict[str, Any]:
@@ -518,13 +447,3 @@ class Loop:
         for key, (before, now) in changes.items():
             note = "; its warm-up begins anew" if key.startswith("stopping.") else ""
             self.log.say(f"changed since: {key} = {now!r}, was {before!r}{note}")
-
-
-def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, dotted; with both values."""
-    pairs = (
-        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
-        for section in Recipe.model_fields
-        for key, value in getattr(now, section)
-    )
-    return {key: values for key, values in pairs if values[0] != values[1]}

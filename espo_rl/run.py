@@ -25,11 +25,11 @@ from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.dry_run.plan import make_plan
-from espo_rl.evaluate.outcome import EvaluationError
+from espo_rl.evaluate.results import EvaluationError
 from espo_rl.loop import Interrupted, Loop
 from espo_rl.ppo.ranks import follow
 from espo_rl.ppo.trainer import PpoTrainer
-from espo_rl.record.files import LogError
+from espo_rl.record.errors import LogError
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.task import TaskError
 

@@ -26,10 +26,10 @@ from rich.table import Table
 from espo_gateway.vllm_plugin.__main__ import last_value
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.dry_run import memory
-from espo_rl.dry_run.fit import Fit, Machine, tensor_parallel
+from espo_rl.dry_run.footprint import Footprint, Machine, tensor_parallel
 from espo_rl.dry_run.memory import Shape
 from espo_rl.rollouts.collector import Prompter
-from espo_rl.tasks.make import make_task
+from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
 
 #: problems whose prompts are looked at
@@ -37,7 +37,7 @@ PROBLEMS = 512
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """What a run would be. `errors` keep it from starting, `warnings` do not."""
 
     recipe: Recipe
@@ -46,7 +46,7 @@ class Plan:
     shapes: dict[str, Shape] = field(default_factory=dict)  # by model: actor, critic, reference
     prompt: str = ""  # the first, as the policy sees it
     longest_prompt: int = 0  # tokens, of those looked at
-    fit: Fit | None = None  # where all models are known
+    footprint: Footprint | None = None  # where all models are known
     disk: dict[str, float] = field(default_factory=dict)  # bytes
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -88,8 +88,8 @@ class Plan:
         )
         facts.add_row("machine", f"{self.machine}; {self.ranks} trainer rank(s)")
         console.print(facts, "", sep="\n")
-        if self.fit is not None:
-            console.print(_memory_table(self.fit), "", sep="\n")
+        if self.footprint is not None:
+            console.print(_memory_table(self.footprint), "", sep="\n")
         if self.disk:
             rows = [(name, [size]) for name, size in self.disk.items()]
             console.print(_table("disk", ["GB"], rows), "", sep="\n")
@@ -102,7 +102,7 @@ class Plan:
         return console.file.getvalue()
 
 
-def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None = None) -> RunPlan:
     """Look at everything that a run of the recipe needs.
 
     Args:
@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
         ranks: of the trainer; as the launcher says (WORLD_SIZE) when not given.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
-    plan = Plan(recipe, machine or Machine.here(), ranks)
+    plan = RunPlan(recipe, machine or Machine.here(), ranks)
     for check in (_models, _prompts, _ranks, _servers, _memory, _disk):
         with _collected(plan):
             check(plan)
@@ -118,7 +118,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
 
 
 @contextmanager
-def _collected(plan: Plan) -> Iterator[None]:
+def _collected(plan: RunPlan) -> Iterator[None]:
     try:
         yield
     except (RecipeError, TaskError) as error:
@@ -128,7 +128,7 @@ def _collected(plan: Plan) -> Iterator[None]:
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def _models(plan: Plan) -> None:
+def _models(plan: RunPlan) -> None:
     model = plan.recipe.model
     wanted = {"actor": ("model.path", model.path)}
     if plan.recipe.needs_critic:
@@ -188,7 +188,7 @@ def load_shape(key: str, name: str, *, classifier: bool = False) -> Shape:
         ) from error
 
 
-def _prompts(plan: Plan) -> None:
+def _prompts(plan: RunPlan) -> None:
     from transformers import AutoTokenizer
 
     recipe = plan.recipe
@@ -239,14 +239,14 @@ def _tokens(text: str) -> int:
         raise RecipeError(f"servers.vllm_args: --max-model-len {text} is no number") from error
 
 
-def _ranks(plan: Plan) -> None:
+def _ranks(plan: RunPlan) -> None:
     if plan.machine.gpus and plan.ranks > len(plan.machine.gpus):
         raise RecipeError(
             f"{plan.ranks} ranks on {len(plan.machine.gpus)} GPUs: start fewer (--num_gpus)"
         )
 
 
-def _servers(plan: Plan) -> None:
+def _servers(plan: RunPlan) -> None:
     servers = plan.recipe.servers
     for key, arguments in (
         ("vllm_args", servers.vllm_args),
@@ -274,16 +274,16 @@ def _servers(plan: Plan) -> None:
         )
 
 
-def _memory(plan: Plan) -> None:
+def _memory(plan: RunPlan) -> None:
     wanted = {"actor"} | ({"critic"} if plan.recipe.needs_critic else set())
     if wanted <= plan.shapes.keys():
-        plan.fit = Fit(plan.recipe, plan.shapes, plan.longest, plan.machine, plan.ranks)
-        errors, warnings = plan.fit.judge()
+        plan.footprint = Footprint(plan.recipe, plan.shapes, plan.longest, plan.machine, plan.ranks)
+        errors, warnings = plan.footprint.judge()
         plan.errors += errors
         plan.warnings += warnings
 
 
-def _disk(plan: Plan) -> None:
+def _disk(plan: RunPlan) -> None:
     recipe, output = plan.recipe, plan.recipe.run.output
     there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -309,16 +309,16 @@ def _disk(plan: Plan) -> None:
         )
 
 
-def _memory_table(fit: Fit) -> Table:
+def _memory_table(footprint: Footprint) -> Table:
     rows = [
         (part.name + ("" if part.sure else " (rough)"), [part.device, part.host])
-        for part in fit.parts
+        for part in footprint.parts
     ]
-    gpus = fit.machine.gpus
+    gpus = footprint.machine.gpus
     table = _table("memory", ["GB on the first GPU" if gpus else "GB a rank", "GB RAM"], rows)
     table.add_section()
-    table.add_row("together, with all ranks and processes", *map(_gigabytes, fit.demand()))
-    table.add_row("there is", *map(_gigabytes, (min(gpus, default=0.0), fit.machine.ram)))
+    table.add_row("together, with all ranks and processes", *map(_gigabytes, footprint.demand()))
+    table.add_row("there is", *map(_gigabytes, (min(gpus, default=0.0), footprint.machine.ram)))
     return table
 
 

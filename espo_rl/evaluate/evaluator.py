@@ -13,24 +13,24 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Report, SampleResult, Sampling
-from espo_rl.rollouts.collector import Sample
+from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult, Sampling
+from espo_rl.rollouts.collector import Request
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import AnswerReader
 from espo_rl.types import EndReason, Problem, Rollout
 
 
 class Grader(Protocol):
-    """Grades completions; `espo_rl.grading.GraderPool` is one."""
+    """Grades completions; `tasks.grader_pool.GraderPool` is one."""
 
     async def grade(self, completions: Sequence[tuple[str, Problem]]) -> Sequence[Grade]: ...
 
 
 class Asker(Protocol):
-    """Asks for samples; `espo_rl.rollouts.Collector` is one."""
+    """Asks for samples; `rollouts.collector.Collector` is one."""
 
     async def collect(
-        self, samples: Sequence[Sample], *, temperature: float, top_p: float = 1.0
+        self, requests: Sequence[Request], *, temperature: float, top_p: float = 1.0
     ) -> list[Rollout]: ...
 
 
@@ -129,7 +129,7 @@ class _Work:
     async def sample(self, index: int, number: int) -> SampleResult:
         problem = self.problems[index]
         (rollout,) = await self.collector.collect(
-            [self.sampling.sample(problem, index, number)],
+            [self.sampling.request(problem, index, number)],
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
         )

@@ -1,25 +1,15 @@
-"""The table of an evaluation, and its numbers as JSON."""
+"""The results of an evaluation as a person reads them, a table, and as a program does, JSON."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
-from espo_rl.evaluate.outcome import Report
+from espo_rl.evaluate.results import Report
 from espo_rl.record.intervals import ProblemMean, Share
-
-
-def machine() -> dict[str, Any]:
-    """What the evaluation ran on."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -29,18 +19,18 @@ def as_dict(report: Report) -> dict[str, Any]:
         "problems": report.problems,
         "samples": report.samples,
         "errors": len(report.errors),
-        f"avg@{scores.k}": _plain(scores.average),
-        f"maj@{scores.k}": _plain(scores.majority),
-        **{f"pass@{draws}": _plain(mean) for draws, mean in scores.passes.items()},
+        f"avg@{scores.k}": _estimate(scores.average),
+        f"maj@{scores.k}": _estimate(scores.majority),
+        **{f"pass@{draws}": _estimate(mean) for draws, mean in scores.passes.items()},
         "mean_tokens": report.tokens,
-        "truncated": _plain(report.truncated),
+        "truncated": _estimate(report.truncated),
     }
     if report.gated:
         saved, half_width = report.saved
         content |= {
-            "stopped": _plain(report.stopped),
+            "stopped": _estimate(report.stopped),
             "audited": report.totals.audited,
-            "false_positives": _plain(report.false_positives),
+            "false_positives": _estimate(report.false_positives),
             "overshoot_tokens": report.totals.overshoot,
             "tokens_saved": saved if math.isfinite(saved) else None,
             "tokens_saved_half_width": half_width if math.isfinite(half_width) else None,
@@ -48,7 +38,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     return content
 
 
-def _plain(share: ProblemMean | Share | None) -> dict[str, Any] | None:
+def _estimate(share: ProblemMean | Share | None) -> dict[str, Any] | None:
     if share is None or math.isnan(share.value):
         return None
     return {"value": share.value, "interval": list(share.interval)}

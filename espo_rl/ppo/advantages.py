@@ -12,21 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_rl.config import Ppo
-from espo_rl.types import EndReason
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trajectory:
     """What the advantages of one rollout depend on.
 
     reward: comes with the last token; a stopped rollout's is r_fail.
     penalties: subtracted from the reward of each token (KL in the reward), [tokens].
-    values: V before each token and after the last, [tokens + 1]; None without a critic.
+    values: V before each token, [tokens]; None without a critic.
     """
 
-    end: EndReason
     group: int
     reward: float
     penalties: Array
@@ -40,56 +38,39 @@ class Outcome:
         return rewards
 
 
-def estimate(outcomes: Sequence[Outcome], ppo: Ppo) -> tuple[list[Array], list[Array] | None]:
+def estimate(
+    trajectories: Sequence[Trajectory], ppo: Ppo
+) -> tuple[list[Array], list[Array] | None]:
     """Advantages and the critic's targets of each rollout, [tokens] each; no targets without V.
 
     A completed or early-stopped rollout is terminal: nothing follows, so for a stopped one a single
     negative TD error stands at the stop and is passed back to the steps before it (arXiv
-    2605.29860, row 7 of the method). One cut by length is terminal too, unless
-    `ppo.bootstrap_length` puts V of the state after its last token in the place of what is missing.
+    2605.29860, row 7 of the method). One cut by length is terminal too.
     """
-
-    def by_gae(outcome: Outcome, lam: float) -> Array:
-        assert outcome.values is not None
-        bootstraps = outcome.end is EndReason.LENGTH and ppo.bootstrap_length
-        return gae(
-            outcome.values[:-1],
-            outcome.rewards,
-            gamma=ppo.gamma,
-            lam=lam,
-            bootstrap=float(outcome.values[-1]) if bootstraps else 0.0,
-        )
-
-    lam = ppo.lam if ppo.critic_lam is None else ppo.critic_lam
-    targets = [
-        by_gae(outcome, lam) + outcome.values[:-1]
-        for outcome in outcomes
-        if outcome.values is not None
-    ]
+    valued = [(one, one.values) for one in trajectories if one.values is not None]
+    rows = [gae(values, one.rewards, gamma=ppo.gamma, lam=ppo.lam) for one, values in valued]
+    targets = [row + values for row, (_, values) in zip(rows, valued, strict=True)] or None
     if ppo.advantage == "group":
         advantages = group_advantages(
-            [float(outcome.rewards.sum()) for outcome in outcomes],
-            [outcome.group for outcome in outcomes],
-            scale=ppo.group_scale,
+            [float(one.rewards.sum()) for one in trajectories],
+            [one.group for one in trajectories],
         )
-        broadcast = zip(outcomes, advantages, strict=True)
-        return [np.full_like(outcome.penalties, one) for outcome, one in broadcast], targets or None
-    rows = [by_gae(outcome, ppo.lam) for outcome in outcomes]
-    return whiten(rows) if ppo.whiten else rows, targets or None
+        of_all = zip(trajectories, advantages, strict=True)
+        return [np.full_like(one.penalties, advantage) for one, advantage in of_all], targets
+    return whiten(rows) if ppo.whiten else rows, targets
 
 
-def gae(
-    values: Array, rewards: Array, *, gamma: float, lam: float, bootstrap: float = 0.0
-) -> Array:
+def gae(values: Array, rewards: Array, *, gamma: float, lam: float) -> Array:
     """A_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γ V_{t+1} − V_t (arXiv 1506.02438), [tokens].
+
+    The last token leads to a terminal state, whose V is 0.
 
     Args:
         values: V(s_t) of the state in which token t was sampled, [tokens].
         rewards: r_t, [tokens].
-        bootstrap: V of the state after the last token, 0 where the rollout is terminal.
     """
     advantages = np.zeros_like(values)
-    following, carried = bootstrap, 0.0
+    following = carried = 0.0
     for t in range(len(values) - 1, -1, -1):
         delta = rewards[t] + gamma * following - values[t]
         carried = delta + gamma * lam * carried
@@ -98,21 +79,18 @@ def gae(
     return advantages
 
 
-def group_advantages(
-    returns: Sequence[float], groups: Sequence[int], *, scale: bool
-) -> NDArray[np.float64]:
+def group_advantages(returns: Sequence[float], groups: Sequence[int]) -> NDArray[np.float64]:
     """GRPO's advantage of each rollout (arXiv 2402.03300, 4.1.2), [rollouts].
 
-    Its return minus the mean of its group; with `scale` also divided by the group's (population)
-    standard deviation, without it as in Dr. GRPO (arXiv 2503.20783). A group whose rollouts all
-    got the same says nothing: 0.
+    Its return minus the mean of its group, in the group's (population) standard deviations. A group
+    whose rollouts all got the same says nothing: 0.
     """
     all_returns, all_groups = np.asarray(returns, dtype=float), np.asarray(groups)
     advantages = np.zeros_like(all_returns)
     for group in np.unique(all_groups):
         members = all_groups == group
         centred = all_returns[members] - all_returns[members].mean()
-        advantages[members] = centred / (centred.std() + 1e-6) if scale else centred
+        advantages[members] = centred / (centred.std() + 1e-6)
     return advantages
 
 

@@ -15,20 +15,18 @@ from espo_rl.config import Recipe
 
 
 class Engine:
-    """A model in training. With several ranks every method is a collective.
+    """A model in training. With several ranks every method is a collective."""
 
-    Args:
-        groups: the optimizer's parameter groups, each with its `lr`.
-    """
-
-    def __init__(self, recipe: Recipe, model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, learning_rate: float) -> None:
         config = merged(training_config(recipe), recipe.deepspeed.extra)
         # Without ZeRO, DeepSpeed clips float32 gradients but forgets their norm: clip here then.
         clips_here = config["zero_optimization"]["stage"] == 0 and not config["bf16"]["enabled"]
         if clips_here:
             config["gradient_clipping"] = 0.0
+        # A group with its own rate, as the config's is the actor's.
+        group = {"params": list(model.parameters()), "lr": learning_rate}
         deepspeed = import_deepspeed()
-        self._engine = deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
+        self._engine = deepspeed.initialize(model=model, model_parameters=[group], config=config)[0]
         self.grad_norm = 0.0  # of the last step, before clipping
         self._norm: torch.Tensor | None = None
         if clips_here:
@@ -44,7 +42,7 @@ class Engine:
 
     @property
     def module(self) -> Any:
-        """The model; under ZeRO-3 its parameters are sharded, see `weights.gathered`."""
+        """The model; under ZeRO-3 its parameters are sharded, see `parameters.gathered`."""
         return self._engine.module
 
     @property
@@ -53,7 +51,7 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step, of the first parameter group."""
+        """Of the next step."""
         return float(self._engine.get_lr()[0])
 
     def train(self, mode: bool = True) -> None:

@@ -1,6 +1,6 @@
 """What a PPO step learns from: samples with all that the losses need, and how they look.
 
-Pure: the models' answers come in as `Before`.
+Pure: the models' answers come in as `ModelOutputs`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from espo_rl.config import Ppo
-from espo_rl.ppo.advantages import Outcome, estimate
+from espo_rl.ppo.advantages import Trajectory, estimate
 from espo_rl.ppo.losses import importance_weights, kl_estimate
 from espo_rl.ppo.samples import Sample
 
@@ -44,17 +44,17 @@ Metrics = dict[str, float]
 
 
 @dataclass
-class Before:
+class ModelOutputs:
     """What the models say of a sample before the update; arrays are [kept]."""
 
     logprobs: Tensor  # at the sampling temperature
     reported: Tensor  # as the server reports them: raw, or at the sampling temperature
     entropy: Tensor
     reference: Tensor | None = None  # log π of the reference model at the sampling temperature
-    values: Tensor | None = None  # V before each token and after the last, [kept + 1]
+    values: Tensor | None = None  # V before each token
 
 
-def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Metrics:
+def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo) -> Metrics:
     """Give each sample the columns of the losses; returns the metrics known before the update."""
     kept = [sample.kept for sample in samples]
     old = torch.cat([one.logprobs for one in before])
@@ -78,16 +78,16 @@ def prepare(samples: Sequence[Sample], before: Sequence[Before], ppo: Ppo) -> Me
         metrics["importance_capped"] = float(capped.mean())
 
     values = [None if one.values is None else one.values.numpy() for one in before]
-    outcomes = [
-        Outcome(sample.end, sample.group, sample.reward, penalty.numpy(), value)
+    trajectories = [
+        Trajectory(sample.group, sample.reward, penalty.numpy(), value)
         for sample, penalty, value in zip(samples, penalties.split(kept), values, strict=True)
     ]
-    advantages, returns = estimate(outcomes, ppo)
+    advantages, returns = estimate(trajectories, ppo)
     columns["advantages"] = torch.from_numpy(np.concatenate(advantages))
     if returns is not None:
         targets = columns["returns"] = torch.from_numpy(np.concatenate(returns))
         old_values = columns["old_values"] = torch.cat(
-            [one.values[:-1] for one in before if one.values is not None]
+            [one.values for one in before if one.values is not None]
         )
         total = float(targets.var())
         metrics["critic_explained_variance"] = (

@@ -1,4 +1,4 @@
-"""The trainer's parameters, whole, whatever the ZeRO stage."""
+"""A model's parameters one by one, whole, whatever the ZeRO stage: what is published and saved."""
 
 from __future__ import annotations
 

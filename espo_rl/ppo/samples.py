@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from espo_gateway.stop.regret import MISSING_LOGPROB
-from espo_rl.types import EndReason, Rollout
+from espo_rl.types import Rollout
 
 
 @dataclass
 class Sample:
-    """What the trainer knows of a rollout: its prompt, the tokens it keeps, how it ended."""
+    """What the trainer knows of a rollout: its prompt, the tokens it keeps, its reward."""
 
     tokens: Tensor  # [prompt + kept]
     prompt: int
-    end: EndReason
     group: int
     reward: float
-    statistics: Tensor | None = None  # inputs of the critic at each state, [kept + 1, features]
     columns: dict[str, Tensor] = field(default_factory=dict)  # one number a kept token, each [kept]
 
     @classmethod
@@ -34,7 +32,6 @@ class Sample:
         return cls(
             tokens=torch.tensor(rollout.prompt_ids + rollout.token_ids[: rollout.kept]),
             prompt=len(rollout.prompt_ids),
-            end=rollout.end,
             group=rollout.group,
             reward=rollout.reward,
             columns={"served_logprobs": served.where(served > MISSING_LOGPROB, torch.nan)},
@@ -52,7 +49,6 @@ class MicroBatch:
     indices: list[int]  # which samples the rows are
     tokens: Tensor  # [rows, time]
     response: Tensor  # where the next token is a kept one, bool [rows, time - 1]
-    statistics: Tensor | None  # [rows, time, features]
     columns: dict[str, Tensor]  # each [kept tokens of all rows], row after row
 
     @property
@@ -101,22 +97,10 @@ def _collate(
     texts = [row.tokens for row in rows] or [samples[0].tokens[:2]]
     tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     response = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
-    statistics = None
-    if samples[0].statistics is not None:
-        statistics = torch.zeros(*tokens.shape, samples[0].statistics.shape[1])
     for i, row in enumerate(rows):
         response[i, row.prompt - 1 : len(row.tokens) - 1] = True
-        if statistics is not None:
-            assert row.statistics is not None
-            statistics[i, row.prompt - 1 : len(row.tokens)] = row.statistics
     columns = {
         name: torch.cat([row.columns[name] for row in rows] or [torch.zeros(0)]).to(device)
         for name in samples[0].columns
     }
-    return MicroBatch(
-        indices,
-        tokens.to(device),
-        response.to(device),
-        None if statistics is None else statistics.to(device),
-        columns,
-    )
+    return MicroBatch(indices, tokens.to(device), response.to(device), columns)

@@ -1,4 +1,4 @@
-"""PPO updates of actor and critic, each a DeepSpeed engine of its own.
+"""PPO updates of actor and critic, each a DeepSpeed engine of its own: `PpoTrainer.update`.
 
 Knows rollouts with rewards; knows nothing of servers, gates or tasks. Started as several processes,
 every rank makes a `PpoTrainer`; rank 0 uses it as if it were alone, the others follow (`ranks.py`).
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,16 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espo_rl.config import Recipe
-from espo_rl.ppo.critic import (
-    Critic,
-    Scaler,
-    load_classifier,
-    load_statistics_head,
-    save_statistics_head,
-    state_statistics,
-)
+from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
-from espo_rl.ppo.experience import Before, Metrics, prepare
+from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare
 from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
 from espo_rl.ppo.ranks import Ranks, collective
@@ -37,6 +30,9 @@ from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
 from espo_rl.types import Rollout
 
 logger = logging.getLogger(__name__)
+
+#: mean KL(server‖trainer) a token above which something is wrong, not merely rounded
+MISMATCH_WARNING = 0.05
 
 ModelName = Literal["actor", "critic"]
 T = TypeVar("T")
@@ -56,7 +52,7 @@ class PpoTrainer:
         self._recipe, self._ppo = recipe, recipe.ppo
         self.ranks = Ranks()
         self._rng = np.random.default_rng(recipe.run.seed)
-        self._updates = 0
+        self.updates = 0  # done so far; the weights' version
         model, rate = recipe.model, recipe.ppo.learning_rate
         dtype = getattr(torch, model.dtype)
         torch.manual_seed(recipe.run.seed)
@@ -64,21 +60,17 @@ class PpoTrainer:
         actor = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)
         if model.gradient_checkpointing:
             actor.gradient_checkpointing_enable()
-        self.actor = Engine(recipe, actor, [{"params": list(actor.parameters()), "lr": rate}])
+        self.actor = Engine(recipe, actor, rate)
 
         self.critic: Engine | None = None
-        self._scaler = Scaler() if model.critic_statistics else None
         if recipe.needs_critic:
             classifier = load_classifier(
                 model.critic or model.path, fresh=model.critic is None, dtype=dtype
             )
             if model.gradient_checkpointing:
                 classifier.gradient_checkpointing_enable()
-            critic = Critic(classifier, statistics=model.critic_statistics)
-            if self._scaler is not None:
-                load_statistics_head(model.critic or model.path, critic, self._scaler)
-            groups = critic.parameter_groups(self._ppo.critic_learning_rate or rate)
-            self.critic = Engine(recipe, critic, groups)
+            rate = self._ppo.critic_learning_rate or rate
+            self.critic = Engine(recipe, Critic(classifier), rate)
 
         self._reference: Any = None
         if self._ppo.kl_coefficient:
@@ -104,33 +96,24 @@ class PpoTrainer:
         usable = [rollout for rollout in rollouts if rollout.kept]
         if not usable:
             raise ValueError("no rollout has a token to train on")
-        metrics = self._update(self._samples(usable))
+        metrics = self._update([Sample.of(rollout) for rollout in usable])
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
-        if worst > self._ppo.mismatch_warning:
+        if worst > MISMATCH_WARNING:
             logger.warning(
                 "the server samples from another policy than the trainer computes: KL %.3g a token "
-                "(largest difference %.3g) is above ppo.mismatch_warning = %g; check dtypes, "
-                "servers.logprobs_mode, and whether the weights arrive",
+                "(largest difference %.3g) is above %g; check dtypes, servers.logprobs_mode, and "
+                "whether the weights arrive",
                 worst,
                 metrics["mismatch_max"],
-                self._ppo.mismatch_warning,
+                MISMATCH_WARNING,
             )
         return metrics
-
-    def _samples(self, rollouts: Sequence[Rollout]) -> list[Sample]:
-        samples = [Sample.of(rollout) for rollout in rollouts]
-        if self._scaler is not None:
-            statistics = state_statistics(rollouts)
-            self._scaler.update(np.concatenate(statistics))
-            for sample, rows in zip(samples, statistics, strict=True):
-                sample.statistics = torch.from_numpy(self._scaler.scaled(rows))
-        return samples
 
     @collective
     def _update(self, samples: list[Sample]) -> Metrics:
         ppo = self._ppo
         metrics = prepare(samples, self._forward(samples), ppo)
-        trains_actor = self._updates >= ppo.critic_only_steps
+        trains_actor = self.updates >= ppo.critic_only_steps
         if trains_actor:
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
@@ -142,15 +125,15 @@ class PpoTrainer:
                 report = self._minibatch([samples[i] for i in chosen], trains_actor)
                 for name, value in report.items():
                     sums[name] += value / (ppo.epochs * parts)
-        self._updates += 1
+        self.updates += 1
         shares = self.ranks.gather(sums)
         return metrics | {name: sum(share[name] for share in shares) for name in sums}
 
     @torch.no_grad()
-    def _forward(self, samples: list[Sample]) -> list[Before]:
+    def _forward(self, samples: list[Sample]) -> list[ModelOutputs]:
         """What the models say now; every rank asks for its share and knows all answers."""
         processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
-        mine: dict[int, Before] = {}
+        mine: dict[int, ModelOutputs] = {}
         self._train(False)
         for batch in self._batches(samples):
             raw = self._logits(self.actor, batch)
@@ -166,15 +149,17 @@ class PpoTrainer:
                 flat["reference"] = token_logprobs(reference, batch.targets)
             values = None
             if self.critic is not None:
-                values = self.critic(batch.tokens, batch.statistics).cpu()
+                values = self.critic(batch.tokens).cpu()
             kept = [samples[i].kept for i in batch.indices]
             rows = zip(*(column.cpu().split(kept) for column in flat.values()), strict=True)
             for row, (index, parts) in enumerate(zip(batch.indices, rows, strict=True)):
                 # Clones, as a pickled view takes all that it is a view of along.
-                mine[index] = Before(**{k: v.clone() for k, v in zip(flat, parts, strict=True)})
+                mine[index] = ModelOutputs(
+                    **{k: v.clone() for k, v in zip(flat, parts, strict=True)}
+                )
                 if values is not None:
                     sample = samples[index]
-                    states = slice(sample.prompt - 1, len(sample.tokens))
+                    states = slice(sample.prompt - 1, len(sample.tokens) - 1)
                     mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
@@ -195,7 +180,7 @@ class PpoTrainer:
                 loss, reports = actor_loss(logits, batch.targets, batch.columns, ppo)
                 self.actor.backward((loss * weight).sum() * ranks)
             if self.critic is not None:
-                values = self.critic(batch.tokens, batch.statistics)[:, :-1][batch.response]
+                values = self.critic(batch.tokens)[:, :-1][batch.response]
                 old, returns = batch.columns["old_values"], batch.columns["returns"]
                 reports["critic_loss"] = value_loss(values, old, returns, ppo.value_clip)
                 self.critic.backward((reports["critic_loss"] * weight).sum() * ranks)
@@ -282,7 +267,7 @@ class PpoTrainer:
     @collective
     @torch.no_grad()
     def values(self, token_ids: Sequence[int]) -> list[float]:
-        """V of the state after each token, by the tokens alone: [tokens]."""
+        """V of the state after each token: [tokens]."""
         if self.critic is None:
             raise ValueError("this recipe trains no critic")
         self.critic.train(False)
@@ -314,10 +299,6 @@ class PpoTrainer:
             weights = self._whole(model)
             if self.ranks.rank == 0:
                 model.save_pretrained(folder / name, state_dict=weights)
-        if self.critic is not None and self._scaler is not None:
-            head = self._whole(self.critic.module.statistics)
-            if self.ranks.rank == 0:
-                save_statistics_head(folder / "critic", head, self._scaler)
 
     def _whole(self, model: nn.Module) -> dict[str, Tensor]:
         """Copies of all parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""
@@ -328,11 +309,7 @@ class PpoTrainer:
     @collective
     def save(self, folder: Path) -> None:
         """Write all that the next update depends on, in DeepSpeed's format, for every rank."""
-        state = {
-            "rng": self._rng.bit_generator.state,
-            "updates": self._updates,
-            "scaler": asdict(self._scaler) if self._scaler is not None else None,
-        }
+        state = {"rng": self._rng.bit_generator.state, "updates": self.updates}
         for name, engine in self._engines.items():
             engine.save(folder / name, state)
 
@@ -346,9 +323,7 @@ class PpoTrainer:
         for name, engine in self._engines.items():
             state = engine.load(folder / name)
         self._rng.bit_generator.state = state["rng"]
-        self._updates = state["updates"]
-        if self._scaler is not None:
-            self._scaler = Scaler(**state["scaler"])
+        self.updates = state["updates"]
 
     def close(self) -> None:
         """Let the other ranks go."""

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from espo_gateway.files import written_whole
 from espo_rl.config import Ppo
-from espo_rl.ppo.critic import Critic, Scaler, load_classifier, save_statistics_head
+from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.pretrain_critic.fit import (
     PretrainError,
     Settings,
@@ -40,14 +40,14 @@ from espo_rl.pretrain_critic.fit import (
     values_of,
 )
 from espo_rl.pretrain_critic.quality import Quality, qualities
-from espo_rl.record.files import rollout_files
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
+from espo_rl.record.run_folder import rollout_files
 from espo_rl.types import Rollout
 
 
 def recorded_files(paths: Sequence[Path]) -> list[Path]:
-    """The dumps among files, folders of them and folders of runs.
+    """The rollout files among files, folders of them and folders of runs.
 
     Raises:
         PretrainError: a path holds none.
@@ -61,7 +61,7 @@ def recorded_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def load_critic(model: str, *, statistics: bool, seed: int) -> Critic:
+def load_critic(model: str, *, seed: int) -> Critic:
     """As the trainer makes one: V is 0 at the start unless the checkpoint is a critic already.
 
     Raises:
@@ -74,8 +74,7 @@ def load_critic(model: str, *, statistics: bool, seed: int) -> Critic:
         classifier = load_classifier(model, fresh=fresh, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise PretrainError(f"--model {model} cannot be loaded: {error}") from error
-    critic = Critic(classifier, statistics=statistics)
-    return critic.to("cuda" if torch.cuda.is_available() else "cpu")
+    return Critic(classifier).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -107,59 +106,50 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     files = recorded_files(options.rollouts)
     recorded = {file: read_rollouts(file)[0] for file in files}
     parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
-    critic = load_critic(options.model, statistics=options.statistics, seed=options.seed)
-    tokenizer, scaler = load_tokenizer(options.model), Scaler()
+    critic = load_critic(options.model, seed=options.seed)
+    tokenizer = load_tokenizer(options.model)
 
     with progress_bar(console=console) as bar:
         line = bar.add_task("fitting the critic", total=settings.epochs)
         epoch = count(1)
 
-        def told(training: float, validation: float) -> None:
-            said = f"loss {training:.3f}, on other problems {validation:.3f}"
-            bar.update(line, advance=1, description=f"fitting the critic, {said}")
-            console.print(f"epoch {next(epoch)}: {said}", highlight=False)
+        def show(training: float, validation: float) -> None:
+            losses = f"loss {training:.3f}, on other problems {validation:.3f}"
+            bar.update(line, advance=1, description=f"fitting the critic, {losses}")
+            console.print(f"epoch {next(epoch)}: {losses}", highlight=False)
 
-        helped = fit_critic(critic, scaler, parts, settings, told=told)
+        helped = fit_critic(critic, parts, settings, on_epoch=show)
 
-    found = {"tokens alone": _measured(critic, parts.held_out, settings, None)}
-    if options.statistics:
-        found["with statistics"] = _measured(critic, parts.held_out, settings, scaler)
+    found = _measured(critic, parts.held_out, settings)
     about = {
         "model": options.model,
         "settings": asdict(settings),
         "epochs": helped,
         "rollouts": {name: len(part) for name, part in vars(parts).items()},
         "accuracy": sum(bool(one.correct) for one in parts.held_out) / len(parts.held_out),
-        "held_out": {
-            name: {where: asdict(one) for where, one in of.items()} for name, of in found.items()
-        },
+        "held_out": {where: asdict(quality) for where, quality in found.items()},
     }
-    _write(output, critic, scaler, about, tokenizer)
+    write_critic(output, critic, about, tokenizer)
     if options.values is not None:
         held_out = {one.problem.id for one in parts.held_out}
         _write_values(options.values, recorded, held_out, critic, settings)
-    for name, of in found.items():
-        console.print(_table(f"{len(parts.held_out)} held-out rollouts, V by {name}", of))
+    console.print(_table(f"V on {len(parts.held_out)} held-out rollouts", found))
     console.print(f"critic: {output}, after {helped} of at most {settings.epochs} epochs")
 
 
 def _measured(
-    critic: Critic, rollouts: Sequence[Rollout], settings: Settings, scaler: Scaler | None
+    critic: Critic, rollouts: Sequence[Rollout], settings: Settings
 ) -> dict[str, Quality]:
-    values = [rows[:-1] for rows in values_of(critic, rollouts, settings, scaler)]
+    values = [rows[:-1] for rows in values_of(critic, rollouts, settings)]
     outcomes = [bool(rollout.correct) for rollout in rollouts]
     return qualities(values, outcomes, right=settings.right, wrong=settings.wrong)
 
 
-def _write(
-    output: Path, critic: Critic, scaler: Scaler, about: dict[str, Any], tokenizer: Any
-) -> None:
+def write_critic(output: Path, critic: Critic, about: dict[str, Any], tokenizer: Any) -> None:
+    """Write the critic's folder, whole or not at all; `about` becomes its report.json."""
     with written_whole(output) as scratch:
         critic.classifier.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        if critic.statistics is not None:
-            head = {name: one.cpu() for name, one in critic.statistics.state_dict().items()}
-            save_statistics_head(scratch, head, scaler)
         (scratch / "report.json").write_text(json.dumps(about, indent=2) + "\n")
         if output.exists():
             output.rmdir()  # refuses one that was filled meanwhile
@@ -174,8 +164,7 @@ def _write_values(
 ) -> None:
     """The held-out rows of each file with a column `values`: V after each token, [tokens].
 
-    Index t is what a gate knows when it decides at token t. By the tokens alone, as a critic server
-    gives it.
+    Index t is what a gate knows when it decides at token t.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (file, rollouts) in enumerate(recorded.items()):
@@ -228,7 +217,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--model", required=True, help="what the critic starts from: the policy, or any other size")
     add("--output", required=True, type=Path, help="the critic's folder")
-    add("--statistics", action="store_true", help="the stream's statistics as inputs, too")
     add(
         "--held-out",
         type=float,

@@ -1,5 +1,5 @@
-"""Fits a critic to the outcomes of recorded rollouts, as the trainer would: the same class, inputs,
-states and loss, but many epochs on full rollouts and no policy in the way.
+"""Fits a critic to the outcomes of recorded rollouts, as the trainer would: the same class, states
+and loss, but many epochs on full rollouts and no policy in the way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from espo_rl.ppo.critic import Critic, Scaler, state_statistics
+from espo_rl.ppo.critic import Critic
 from espo_rl.ppo.losses import value_loss
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
 from espo_rl.types import EndReason, Rollout
@@ -41,7 +41,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Split:
+class Partition:
     """Rollouts parted by problem: fitted on, when to stop, and what is measured on."""
 
     training: list[Rollout]
@@ -69,7 +69,7 @@ def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return full
 
 
-def split(rollouts: Sequence[Rollout], share: float) -> Split:
+def split(rollouts: Sequence[Rollout], share: float) -> Partition:
     """Hold out about this share of the problems, and an eighth of the rest for early stopping.
 
     A problem is drawn by its name, so that it falls on the same side in every recording.
@@ -77,7 +77,7 @@ def split(rollouts: Sequence[Rollout], share: float) -> Split:
     Raises:
         PretrainError: a part is empty, or all outcomes in it are the same.
     """
-    parts = Split([], [], [])
+    parts = Partition([], [], [])
     for rollout in rollouts:
         digest = hashlib.sha256(rollout.problem.id.encode()).digest()
         draw = int.from_bytes(digest[:8]) / 2.0**64
@@ -98,24 +98,19 @@ def split(rollouts: Sequence[Rollout], share: float) -> Split:
 
 def fit_critic(
     critic: Critic,
-    scaler: Scaler,
-    parts: Split,
+    parts: Partition,
     settings: Settings,
     *,
-    told: Callable[[float, float], None] = lambda training, validation: None,
+    on_epoch: Callable[[float, float], None] = lambda training, validation: None,
 ) -> int:
-    """Fit the critic in place, and the scaler of its statistics; returns the epochs that helped.
+    """Fit the critic in place; returns the epochs that helped.
 
     Args:
-        told: called after each epoch with the mean losses.
+        on_epoch: called after each epoch with the mean losses.
     """
     rng = np.random.default_rng(settings.seed)
-    if critic.statistics is not None:
-        scaler.update(np.concatenate(state_statistics(parts.training)))
-    training, validation = (
-        _samples(critic, scaler, part, settings) for part in (parts.training, parts.validation)
-    )
-    optimizer = torch.optim.AdamW(critic.parameter_groups(settings.learning_rate), weight_decay=0.0)
+    training, validation = (_samples(part, settings) for part in (parts.training, parts.validation))
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     best, loss_then, helped = _state(critic), _mean_loss(critic, validation, settings), 0
     for epoch in range(1, settings.epochs + 1):
         critic.train()
@@ -133,7 +128,7 @@ def fit_critic(
             optimizer.step()
             optimizer.zero_grad()
         loss_now = _mean_loss(critic, validation, settings)
-        told(float(sums[0] / sums[1]), loss_now)
+        on_epoch(float(sums[0] / sums[1]), loss_now)
         if loss_now < loss_then:
             best, loss_then, helped = _state(critic), loss_now, epoch
         elif epoch - helped >= settings.patience:
@@ -143,46 +138,25 @@ def fit_critic(
 
 
 @torch.no_grad()
-def values_of(
-    critic: Critic,
-    rollouts: Sequence[Rollout],
-    settings: Settings,
-    scaler: Scaler | None = None,
-) -> list[Array]:
-    """V of every state, before the first token and after each one: of each rollout [tokens + 1].
-
-    Args:
-        scaler: of the statistics that the critic reads; without one V is by the tokens alone, as a
-            critic server gives it.
-    """
+def values_of(critic: Critic, rollouts: Sequence[Rollout], settings: Settings) -> list[Array]:
+    """V of every state, before the first token and after each one: of each rollout [tokens + 1]."""
     critic.eval()
     samples = [Sample.of(rollout) for rollout in rollouts]
-    if scaler is not None and critic.statistics is not None:
-        _add_statistics(samples, rollouts, scaler)
     values: dict[int, Array] = {}
     for batch in _batches(critic, samples, settings):
-        answers = critic(batch.tokens, batch.statistics).cpu().double().numpy()
+        answers = critic(batch.tokens).cpu().double().numpy()
         for row, index in enumerate(batch.indices):
             sample = samples[index]
             values[index] = answers[row, sample.prompt - 1 : len(sample.tokens)].copy()
     return [values[index] for index in range(len(samples))]
 
 
-def _samples(
-    critic: Critic, scaler: Scaler, rollouts: Sequence[Rollout], settings: Settings
-) -> list[Sample]:
+def _samples(rollouts: Sequence[Rollout], settings: Settings) -> list[Sample]:
     samples = [Sample.of(rollout) for rollout in rollouts]
     for sample, rollout in zip(samples, rollouts, strict=True):
         worth = settings.right if rollout.correct else settings.wrong
         sample.columns = {"returns": torch.full((sample.kept,), worth)}
-    if critic.statistics is not None:
-        _add_statistics(samples, rollouts, scaler)
     return samples
-
-
-def _add_statistics(samples: Sequence[Sample], rollouts: Sequence[Rollout], scaler: Scaler) -> None:
-    for sample, rows in zip(samples, state_statistics(rollouts), strict=True):
-        sample.statistics = torch.from_numpy(scaler.scaled(rows))
 
 
 def _batches(critic: Critic, samples: Sequence[Sample], settings: Settings) -> Iterator[MicroBatch]:
@@ -191,7 +165,7 @@ def _batches(critic: Critic, samples: Sequence[Sample], settings: Settings) -> I
 
 
 def _losses(critic: Critic, batch: MicroBatch) -> Tensor:
-    values = critic(batch.tokens, batch.statistics)[:, :-1][batch.response]
+    values = critic(batch.tokens)[:, :-1][batch.response]
     return value_loss(values, values, batch.columns["returns"], None)
 
 

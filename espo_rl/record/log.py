@@ -1,6 +1,6 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the terminal.
 
-What the numbers mean stands in `metrics.METRICS`; nothing here computes any.
+What the numbers mean stands in `record.metrics.METRICS`; nothing here computes any.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from espo_rl.config import Recipe, RecipeError
-from espo_rl.record.files import LogError, log_errors, write_json
+from espo_rl.record.errors import LogError, log_errors
+from espo_rl.record.files import write_json
 from espo_rl.record.metrics import Metric, grouped
 from espo_rl.record.progress import RunProgress
-from espo_rl.record.sinks import JsonLines, Sink, TensorBoard, WeightsAndBiases
+from espo_rl.record.sinks import JsonLines, MetricSink, TensorBoard, WeightsAndBiases
 
 
 class RunLog:
@@ -34,7 +35,7 @@ class RunLog:
         self._recipe = recipe
         self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
         self._progress = RunProgress(self._console, recipe.run.steps)
-        self._sinks: list[Sink] = []
+        self._sinks: list[MetricSink] = []
         self._stopping: dict[str, Metric] = {"on": False, "reason": ""}
         self.start = 0
         for key, package, extra in (

@@ -22,7 +22,8 @@ from espo_gateway.files import written_whole
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe
-from espo_rl.record.files import LogError, log_errors, versions
+from espo_rl.record.errors import LogError, log_errors
+from espo_rl.record.provenance import versions
 from espo_rl.types import EndReason, Problem, Rollout
 
 _IDS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
@@ -53,7 +54,7 @@ SCHEMA = pa.schema(
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 
-class RolloutDumps:
+class RolloutFiles:
     """The folder `rollouts` of a run, held under `logs.rollouts_megabytes`."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -110,7 +111,7 @@ def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
 
     Raises:
         OSError: there is no such file.
-        ValueError: the file is damaged, or no dump of rollouts.
+        ValueError: the file is damaged, or holds no rollouts.
     """
     with open(path, "rb") as file:
         try:
@@ -119,7 +120,7 @@ def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
             gate = gate_from_json(text, has_critic=True)
             rows = table.select(SCHEMA.names).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError, InvalidRequest) as error:
-            raise ValueError(f"{path} is no dump of rollouts, or damaged: {error}") from error
+            raise ValueError(f"{path} holds no rollouts, or is damaged: {error}") from error
     return [_rollout(row) for row in rows], gate
 
 

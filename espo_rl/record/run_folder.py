@@ -1,4 +1,6 @@
-"""What a run left in its folder: the rows of metrics.jsonl, summary.json, the recipe."""
+"""What a run left in its folder: the rows of metrics.jsonl, summary.json, the recipe, and where its
+rollouts lie.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class RunFolder:
     """A run, finished or still going.
 
     steps: a row for each training step; evaluations: a row for each evaluation. Names are those of
-    `metrics.METRICS`, and unknown numbers are None.
+    `record.metrics.METRICS`, and unknown numbers are None.
     summary: empty while the run goes.
     """
 
@@ -41,7 +43,7 @@ class RunFolder:
         return self.recipe.get(section, {}).get(key)
 
     @property
-    def dumps(self) -> list[Path]:
+    def rollout_files(self) -> list[Path]:
         """The files of rollouts, in the order of steps; the oldest may be gone."""
         return sorted((self.path / "rollouts").glob("step-*.parquet"))
 
@@ -72,6 +74,14 @@ def read_run(path: Path) -> RunFolder:
         _json(path / "summary.json"),
         _json(path / "recipe.json"),
     )
+
+
+def rollout_files(path: Path) -> list[Path]:
+    """Those of a run's folder, or of a folder of them, in order; of a file, itself if there."""
+    if path.is_file():
+        return [path]
+    found = (sorted(folder.glob("*.parquet")) for folder in (path / "rollouts", path))
+    return next(filter(None, found), [])
 
 
 def number(value: Any) -> float:

@@ -1,4 +1,7 @@
-"""Where the numbers of a run go."""
+"""The places where a run's metrics go: metrics.jsonl, TensorBoard, Weights & Biases.
+
+Each says what becomes of the steps that a resumed run repeats.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from espo_rl.config import Recipe
-from espo_rl.record.files import LogError, log_errors, nulls
+from espo_rl.record.errors import LogError, log_errors
+from espo_rl.record.files import nulls
 from espo_rl.record.metrics import Metric
 
 
-class Sink(Protocol):
+class MetricSink(Protocol):
     """One place where rows go."""
 
     def write(self, step: int, row: Mapping[str, Metric]) -> None:

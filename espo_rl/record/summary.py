@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 
 from espo_rl.config import Recipe
 from espo_rl.gate.controller import StopController
-from espo_rl.record.files import nulls, versions, write_json
+from espo_rl.record.files import nulls, write_json
 from espo_rl.record.intervals import ProblemMean, Share
+from espo_rl.record.provenance import versions
 from espo_rl.record.totals import Totals
 from espo_rl.types import Rollout
 
@@ -45,6 +48,20 @@ class Summary:
         self.totals.add(rollouts, tokens, gated=rule != "none")
         if rule != "none" and stopping.explained_variance is not None:
             self._explained.append(stopping.explained_variance)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to the seconds of that phase."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def count_restart(self) -> None:
+        """Take note of a server that was brought back."""
+        self.restarts += 1
 
     def token_metrics(self) -> dict[str, float]:
         """Tokens of the run so far, for the group `rollout`."""

@@ -1,4 +1,4 @@
-"""Running totals of rollouts."""
+"""Rollouts, stops and tokens counted over a run; what the rollouts would have taken in full."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def make_report(runs: Sequence[RunFolder], wanted: int) -> str:
     """
     first = runs[0]
     with progress_bar() as bars:
-        line = bars.add_task("looking for rollouts", total=len(first.dumps))
+        line = bars.add_task("looking for rollouts", total=len(first.rollout_files))
         choice = choose(first, wanted, lambda: bars.advance(line))
         bars.remove_task(line)
         line = bars.add_task("reading rollouts", total=len(choice.places))

@@ -31,7 +31,7 @@ class Line:
 
     def as_dict(self, run: int) -> Row:
         """For the page; NaN becomes null. run: which of the report's runs."""
-        lists = {name: _plain(getattr(self, name)) for name in ("x", "y", "low", "high")}
+        lists = {name: _rounded(getattr(self, name)) for name in ("x", "y", "low", "high")}
         return {"run": run, "label": self.label, "points": self.points, **lists}
 
     @property
@@ -251,6 +251,6 @@ def tiles(run: RunFolder) -> Row:
     }
 
 
-def _plain(values: Numbers) -> list[float | None]:
+def _rounded(values: Numbers) -> list[float | None]:
     """For JSON: six digits, which is more than a plot shows."""
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]

@@ -47,11 +47,11 @@ def choose(run: RunFolder, wanted: int, advance: Callable[[], None] = lambda: No
     same ones each time; when there are more audited ones than half of what is wanted, some of them.
 
     Raises:
-        RunFolderError: a file is no dump of rollouts, or damaged.
+        RunFolderError: a file holds no rollouts, or is damaged.
     """
     audited: list[tuple[Path, int, int]] = []
     others: list[tuple[Path, int, int]] = []
-    for path in run.dumps:
+    for path in run.rollout_files:
         for place, (is_audited, length) in enumerate(_lengths(path)):
             (audited if is_audited else others).append((path, place, length))
         advance()

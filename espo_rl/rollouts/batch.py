@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.rules import Gate
-from espo_rl.rollouts.collector import Mode, Sample
+from espo_rl.rollouts.collector import Request
 from espo_rl.types import EndReason, Problem, Rollout
 
 
@@ -21,7 +22,7 @@ class Batch:
 
     step: the step that is to train on it, counted from 1.
     first_seed: seeds count up from here, so a batch asked for again gets the same completions.
-    waiting: samples without a rollout yet, by seed; rollouts: those that came, by seed.
+    waiting: requests without a rollout yet, by seed; rollouts: those that came, by seed.
     tokens: what the servers sampled for it so far; None where they do not say.
     """
 
@@ -29,13 +30,13 @@ class Batch:
     first_seed: int
     gate: Gate
     reason: str = ""  # why the gate stops, or does not
-    waiting: dict[int, Sample] = field(default_factory=dict)
+    waiting: dict[int, Request] = field(default_factory=dict)
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     scored: set[int] = field(default_factory=set)
     tokens: int | None = 0
     resampled: int = 0
     rounds: int = 0
-    _samples: dict[int, Sample] = field(default_factory=dict)
+    _requests: dict[int, Request] = field(default_factory=dict)
     _groups: int = 0
 
     def ask(self, problems: Iterable[Problem], n: int, modes: Sequence[Mode]) -> None:
@@ -43,13 +44,13 @@ class Batch:
         mode = iter(modes)
         for problem in problems:
             for _ in range(n):
-                self._add(Sample(problem, seed=0, mode=next(mode), group=self._groups))
+                self._add(Request(problem, seed=0, mode=next(mode), group=self._groups))
             self._groups += 1
         self.rounds += 1
 
-    def _add(self, sample: Sample) -> None:
-        seed = self.first_seed + len(self._samples)
-        self._samples[seed] = self.waiting[seed] = dataclasses.replace(sample, seed=seed)
+    def _add(self, request: Request) -> None:
+        seed = self.first_seed + len(self._requests)
+        self._requests[seed] = self.waiting[seed] = dataclasses.replace(request, seed=seed)
 
     def put(self, rollout: Rollout) -> None:
         """A rollout has come, an error perhaps."""
@@ -57,19 +58,19 @@ class Batch:
         self.rollouts[rollout.seed] = rollout
 
     def ask_failed_again(self, attempts: int) -> None:
-        """Replace errors by new samples of the same problem, each at most `attempts` times."""
+        """Replace errors by new requests of the same problem, each at most `attempts` times."""
         for rollout in self.failed:
-            sample = self._samples[rollout.seed]
-            if sample.attempt < attempts:
+            request = self._requests[rollout.seed]
+            if request.attempt < attempts:
                 del self.rollouts[rollout.seed]
                 self.resampled += 1
-                self._add(dataclasses.replace(sample, attempt=sample.attempt + 1))
+                self._add(dataclasses.replace(request, attempt=request.attempt + 1))
 
     def recall_failed(self) -> None:
-        """Want the errors again as they were: the server was at fault, not the sample."""
+        """Want the errors again as they were: the server was at fault, not the request."""
         for rollout in self.failed:
             del self.rollouts[rollout.seed]
-            self.waiting[rollout.seed] = self._samples[rollout.seed]
+            self.waiting[rollout.seed] = self._requests[rollout.seed]
 
     @property
     def failed(self) -> list[Rollout]:
@@ -84,6 +85,11 @@ class Batch:
     def usable(self) -> list[Rollout]:
         """All but the errors."""
         return [one for one in self.all if one.end is not EndReason.ERROR]
+
+    @property
+    def unscored(self) -> list[Rollout]:
+        """Usable rollouts whose outcome and reward are still to be found."""
+        return [one for one in self.usable if one.seed not in self.scored]
 
     def informative(self) -> list[Rollout]:
         """Usable rollouts of the prompts whose rewards differ (DAPO, arXiv 2503.14476, eq. 11)."""

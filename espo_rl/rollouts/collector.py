@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import openai
@@ -22,11 +22,10 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
+from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stream.chunks import sampled_tokens
 from espo_rl.config import RolloutSection
 from espo_rl.types import EndReason, Problem, Rollout
-
-Mode = Literal["enforce", "shadow", "off"]
 
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
@@ -60,7 +59,7 @@ class Prompter:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Request:
     """One completion to ask for. In a batch the seed is its name, too."""
 
     problem: Problem
@@ -94,30 +93,30 @@ class Collector:
 
     async def collect(
         self,
-        samples: Sequence[Sample],
+        requests: Sequence[Request],
         *,
         temperature: float,
         top_p: float = 1.0,
         on_done: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
-        """Sample them all; rollouts in the order of `samples`. `on_done` is for progress bars.
+        """Ask for them all; rollouts in the order of `requests`. `on_done` is for progress bars.
 
         `top_p` is for evaluation: what is trained on must be sampled from the whole policy.
         """
         slots = asyncio.Semaphore(self._config.concurrency)
 
-        async def one(sample: Sample) -> Rollout:
+        async def one(request: Request) -> Rollout:
             async with slots:
-                rollout = await self._rollout(sample, temperature, top_p)
+                rollout = await self._rollout(request, temperature, top_p)
             on_done(rollout)
             return rollout
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(sample)) for sample in samples]
+            tasks = [group.create_task(one(request)) for request in requests]
         return [task.result() for task in tasks]
 
-    async def _rollout(self, sample: Sample, temperature: float, top_p: float) -> Rollout:
-        prompt_ids = self._prompter(sample.problem)
+    async def _rollout(self, request: Request, temperature: float, top_p: float) -> Rollout:
+        prompt_ids = self._prompter(request.problem)
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(_TRANSIENT),
@@ -132,14 +131,14 @@ class Collector:
                         max_tokens=self._config.max_tokens,
                         temperature=temperature,
                         top_p=top_p,
-                        seed=sample.seed,
+                        seed=request.seed,
                         logprobs=1,
-                        extra_body={"return_token_ids": True, "espo": {"mode": sample.mode}},
+                        extra_body={"return_token_ids": True, "espo": {"mode": request.mode}},
                     )
-            rollout = read_completion(completion, sample.problem, prompt_ids, sample.mode)
+            rollout = read_completion(completion, request.problem, prompt_ids, request.mode)
         except (openai.OpenAIError, ValueError) as error:
             rollout = Rollout(
-                problem=sample.problem,
+                problem=request.problem,
                 prompt_ids=prompt_ids,
                 token_ids=[],
                 logprobs=np.empty(0),
@@ -149,7 +148,7 @@ class Collector:
                 kept=0,
                 error=f"{type(error).__name__}: {error}",
             )
-        rollout.group, rollout.seed = sample.group, sample.seed
+        rollout.group, rollout.seed = request.group, request.seed
         return rollout
 
 

@@ -1,7 +1,8 @@
 """The servers of a run (policy, critic, gateway): started, watched, restarted, stopped with it.
 
 A server that the recipe names by URL is not the run's: it is waited for, never started or stopped.
-What a restarted server must be given again, weights and gate, is the loop's business.
+What a restarted server must be given again is not decided here: weights, in `served.py`; the gate,
+in the loop.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ OF_RANKS = re.compile(
 )
 
 
-class Servers:
-    """All servers of a run. Use `running`, which stops them whatever happens."""
+class Fleet:
+    """All servers of a run. Use `open_fleet`, which stops them whatever happens."""
 
     def __init__(
         self, policies: list[Server], critic: Server | None, gateway: Server, recipe: Recipe
@@ -150,14 +151,14 @@ class Servers:
 
 
 @asynccontextmanager
-async def running(
+async def open_fleet(
     recipe: Recipe,
     model_path: str,
     log_folder: Path,
     *,
     critic_path: Path | None = None,
     say: Say = print,
-) -> AsyncIterator[Servers]:
+) -> AsyncIterator[Fleet]:
     """Start what the recipe does not name by URL; stop it, whatever happens, at the end.
 
     Args:
@@ -169,7 +170,7 @@ async def running(
     Raises:
         ServerError, ServerStartError: naming the server and what to do.
     """
-    servers = _servers(recipe, model_path, log_folder, critic_path)
+    servers = make_fleet(recipe, model_path, log_folder, critic_path)
     try:
         await servers.start(say)
         yield servers
@@ -177,9 +178,9 @@ async def running(
         await asyncio.gather(*(server.stop() for server in servers.all))
 
 
-def _servers(
+def make_fleet(
     recipe: Recipe, model_path: str, log_folder: Path, critic_path: Path | None
-) -> Servers:
+) -> Fleet:
     config = recipe.servers
 
     def vllm(name: str, gpus: str | None, *arguments: str) -> Server:
@@ -249,7 +250,7 @@ def _servers(
         log_path=log_folder / "gateway.log",
         start_timeout=60.0,
     )
-    return Servers(policies, critic, gateway, recipe)
+    return Fleet(policies, critic, gateway, recipe)
 
 
 async def served_model(url: str) -> str:

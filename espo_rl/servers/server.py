@@ -1,4 +1,4 @@
-"""One server of a run."""
+"""One server of a run: started or waited for, watched for death and silence, stopped."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class Server:
 
     async def _wait(self, say: Say) -> None:
         loop = asyncio.get_running_loop()
-        deadline, told = loop.time() + self.start_timeout, False
+        deadline, announced = loop.time() + self.start_timeout, False
         while not await answers(f"{self.url}/health"):
-            if not told:
+            if not announced:
                 say(
                     f"waiting for the {self.name} at {self.url}, which this run does not start "
                     f"(at most {self.start_timeout:.0f} s, servers.start_timeout)"
                 )
-            told = True
+            announced = True
             if loop.time() > deadline:
                 raise ServerError(
                     f"the {self.name} at {self.url} does not answer /health; start it, or remove "

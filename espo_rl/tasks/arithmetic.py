@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
-from espo_rl.tasks.task import _prompt
+from espo_rl.tasks.task import fill_template
 from espo_rl.types import Problem
 
 
@@ -32,18 +32,12 @@ class Arithmetic:
         steps = rng.choice(self.steps or range(self.min_steps, self.max_steps + 1))
         text = f"{rng.randrange(1000):03d}{ascii_lowercase[steps - 1]}"
         answer = self.solution(text).rpartition("#")[2]
-        return Problem(id=text, prompt=_prompt(self.template, text), answer=answer)
+        return Problem(id=text, prompt=fill_template(self.template, text), answer=answer)
 
-    def solution(
-        self,
-        text: str,
-        slip: Callable[[int, int], int] | None = None,
-        swap: Callable[[], bool] | None = None,
-    ) -> str:
+    def solution(self, text: str, slip: Callable[[int, int], int] | None = None) -> str:
         """The written-out solution.
 
         Args:
-            swap: whether a sum's digits change places, which changes nothing.
             slip: by how much the sum of two digits is missed, 0 for not at all. A wrong result is
                 carried on, as a model would: what follows is consistent with it.
         """
@@ -53,8 +47,7 @@ class Arithmetic:
             result = (oldest + newest) % 10
             if slip is not None:
                 result = (result + slip(oldest, newest)) % 10
-            sum_of = (newest, oldest) if swap is not None and swap() else (oldest, newest)
-            steps.append(f"{label}{sum_of[0]}+{sum_of[1]}={result}")
+            steps.append(f"{label}{oldest}+{newest}={result}")
             numbers.append(result)
         return "".join(steps) + "#" + "".join(map(str, numbers[-3:]))
 

@@ -1,4 +1,7 @@
-"""Problems of a file, a folder or the hub."""
+"""Problems of a data set: a local file, a folder, or a name on the Hugging Face hub.
+
+Owns how rows become problems, and which of them are kept for evaluation.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from espo_rl.config import TaskSection
-from espo_rl.tasks.task import TaskError, _meant, _prompt, log
+from espo_rl.tasks.task import TaskError, did_you_mean, fill_template, log
 from espo_rl.types import Problem
 
 
@@ -91,7 +94,9 @@ class Split:
         """The problem of a row, which it keeps as its `extra`."""
         row = self.rows[number]
         text, answer = self._read(row, number)
-        return Problem(f"{self.name}:{number}", _prompt(self.template, text), answer, extra=row)
+        return Problem(
+            f"{self.name}:{number}", fill_template(self.template, text), answer, extra=row
+        )
 
     def _read(self, row: Mapping[str, Any], number: int) -> tuple[str, str]:
         """Text and answer of a row."""
@@ -114,15 +119,15 @@ class Split:
         for name in [column] if column in row else column.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, list):  # a chat
-            said = [turn for turn in value if isinstance(turn, Mapping)]
+            turns = [turn for turn in value if isinstance(turn, Mapping)]
             value = next(
-                (t.get("content") for t in reversed(said) if t.get("role") == "user"), None
+                (t.get("content") for t in reversed(turns) if t.get("role") == "user"), None
             )
         if not isinstance(value, str | int | float) or not (text := str(value).strip()):
             there = ", ".join(self.rows.features.flatten())
             raise TaskError(
                 f"task.{key} = {column!r}: no text or number there in row {number + 1} of "
-                f"{self.name}; its columns are {there}{_meant(column, there.split(', '))}"
+                f"{self.name}; its columns are {there}{did_you_mean(column, there.split(', '))}"
             )
         return text
 

@@ -1,7 +1,7 @@
-"""Rewards: is a completion right, and what is that worth? Pure functions; `grading.py` runs them.
+"""Graders: is a completion right? Pure functions; `grader_pool.py` runs them.
 
-A grader gives a score in [0, 1]; True is 1 and False is 0. Only a full score counts as right. The
-reward lies between the recipe's wrong_reward and right_reward as the score lies between 0 and 1.
+A grader gives a score in [0, 1]; True is 1 and False is 0. Only a full score counts as right; what
+a score is worth stands in `reward.py`.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def regex(completion: str, answer: str, pattern: str) -> bool:
     >>> regex("The answer is $1,234.00.", "1234", r"answer is (.*)")
     True
     """
-    return regex_answer(completion, pattern) == _plain(answer)
+    return regex_answer(completion, pattern) == _normal(answer)
 
 
 def regex_answer(completion: str, pattern: str) -> str | None:
     """Group 1 of the pattern's last match, without what `regex` does not regard."""
     matches = list(re.finditer(pattern, completion))
-    return _plain(matches[-1].group(1) or "") if matches else None
+    return _normal(matches[-1].group(1) or "") if matches else None
 
 
-def _plain(text: str) -> str:
+def _normal(text: str) -> str:
     text = " ".join(text.split()).casefold().strip("$ ").removesuffix(".").rstrip("$ ")
     try:
         number = Decimal(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
@@ -141,10 +141,10 @@ def task_score(completion: str, row: Mapping[str, Any], data: Any) -> float:
     """
     from reasoning_gym.utils import extract_answer
 
-    said = completion.rpartition("</think>")[2]
-    answer = extract_answer(said)
+    text = completion.rpartition("</think>")[2]
+    answer = extract_answer(text)
     try:
-        return float(data.score_answer(said.strip() if answer is None else answer, row))
+        return float(data.score_answer(text.strip() if answer is None else answer, row))
     except Exception:
         return 0.0
 

@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym."""
+"""Problems that reasoning-gym makes, and its data sets as the recipe names them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from espo_rl.config import TaskSection
-from espo_rl.tasks.task import TaskError, _meant, _prompt
+from espo_rl.tasks.task import TaskError, did_you_mean, fill_template
 from espo_rl.types import Problem
 
 
@@ -63,7 +63,7 @@ class GymTask:
                 missed = 0
                 yield Problem(
                     id=f"{self._config.name}:{digest.hex()[:16]}",
-                    prompt=_prompt(self._config.template, row["question"]),
+                    prompt=fill_template(self._config.template, row["question"]),
                     answer=str(row["answer"] or ""),  # some only have a scorer
                     extra=row,
                 )
@@ -79,14 +79,14 @@ def gym_dataset(config: TaskSection, *, seed: int = 0, size: int = 1) -> Any:
     if name not in factory.DATASETS:
         names = sorted(factory.DATASETS)
         raise TaskError(
-            f"task.name = {name!r}: no such data set{_meant(name, names)}; there are "
+            f"task.name = {name!r}: no such data set{did_you_mean(name, names)}; there are "
             + ", ".join(names)
         )
     known = {field.name for field in fields(factory.DATASETS[name][1])} - {"seed", "size"}
     if wrong := options.keys() - known:
         raise TaskError(
             f"task.options: {name} has no {', '.join(sorted(wrong))}"
-            f"{_meant(min(wrong), known)}; it has {', '.join(sorted(known))}"
+            f"{did_you_mean(min(wrong), known)}; it has {', '.join(sorted(known))}"
         )
     try:
         if name == "composite":  # a mixture: [{name = ..., weight = ..., config = {...}}, ...]

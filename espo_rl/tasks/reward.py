@@ -1,9 +1,34 @@
-"""From an outcome to a reward."""
+"""What a rollout is worth: from how it ended, and the grader's score, to its reward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from espo_rl.config import Recipe
+from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import EndReason, Rollout
+
+
+async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe) -> None:
+    """Give rollouts their outcome, where it can be known, and their reward.
+
+    One that cannot be graded becomes an error; an audited one then counts as not audited, as the
+    sample is as good as that of any other stopped one.
+    """
+    known = [rollout for rollout in rollouts if not rollout.stopped or rollout.audited]
+    grades = await graders.grade([(rollout.text, rollout.problem) for rollout in known])
+    scores = {}
+    for rollout, grade in zip(known, grades, strict=True):
+        if grade.score is None and rollout.audited:
+            rollout.audited = False
+        elif grade.score is None:
+            rollout.end, rollout.error = EndReason.ERROR, grade.error
+        else:
+            rollout.correct = grade.correct
+            scores[rollout.seed] = grade.score
+    for rollout in rollouts:
+        if rollout.end is not EndReason.ERROR:
+            rollout.reward = reward(rollout, scores.get(rollout.seed), recipe)
 
 
 def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
@@ -11,7 +36,7 @@ def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
 
     A stopped one gets r_fail (row 7), audited or not: its score is not the sample's. Else the
     score lies between wrong and right, less DAPO's penalty for overlong ones (arXiv 2503.14476,
-    eq. 13), which over the last overlong_buffer tokens before max_tokens grows to overlong_penalty.
+    eq. 13), which over the last overlong_buffer tokens before max_tokens grows to 1.
 
     Args:
         score: in [0, 1]; None is for stopped ones alone.
@@ -23,5 +48,5 @@ def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
     value = ppo.wrong_reward + (ppo.right_reward - ppo.wrong_reward) * score
     if buffer:
         excess = rollout.kept - (recipe.rollout.max_tokens - buffer)
-        value -= ppo.overlong_penalty * min(max(excess / buffer, 0.0), 1.0)
+        value -= min(max(excess / buffer, 0.0), 1.0)
     return value

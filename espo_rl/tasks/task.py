@@ -1,4 +1,4 @@
-"""Tasks: where problems come from, and in what order. Grading is in `rewards.py`.
+"""Tasks: where problems come from, and in what order. Grading is in `graders.py`.
 
 Whatever the kind, no problem kept for evaluation is ever trained on: tasks compare what is asked,
 not where it came from.
@@ -30,11 +30,11 @@ class Task(Protocol):
         """The first `count` problems kept for evaluation, always the same ones."""
 
 
-def _prompt(template: str, text: str) -> str:
+def fill_template(template: str, text: str) -> str:
     # Not str.format: problems are full of braces.
     return template.replace("{problem}", text)
 
 
-def _meant(wrong: str, names: Collection[str]) -> str:
+def did_you_mean(wrong: str, names: Collection[str]) -> str:
     close = [] if wrong in names else difflib.get_close_matches(wrong, names, n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -17,8 +17,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 from benchmark.report import processor_name
-from espo_rl.record.files import versions
 from espo_rl.record.intervals import Share
+from espo_rl.record.provenance import versions
 from espo_rl.record.run_folder import number, read_run
 from study.design import Run, Study
 from study.runner import summary_of

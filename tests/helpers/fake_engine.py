@@ -1,4 +1,4 @@
-"""A child process that answers as vLLM's admin routes do; run by test_servers.py.
+"""A child process that answers as vLLM's admin routes do; run by test_fleet.py.
 
 Its token count grows with every look at its metrics, unless it is told to be busy and stuck.
 

@@ -20,7 +20,6 @@ SETTINGS: dict[str, Any] = {
     "aggregation": "sequence-mean",
     "kl_coefficient": 0.1,
     "importance_cap": 2.0,
-    "critic_statistics": True,
 }
 PROBE = [4, 9, 7, 11, 5, 6, 4]
 

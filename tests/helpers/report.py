@@ -15,7 +15,7 @@ from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import load_recipe
-from espo_rl.record.rollout_files import RolloutDumps
+from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.run_folder import read_run
 from espo_rl.report.curves import panels
 from espo_rl.types import EndReason, Problem, Rollout
@@ -110,9 +110,9 @@ def make_run(
     rows += [metrics(step, **options) for step in range(1, steps + 1)]
     rows += [{"step": steps, "evaluation/avg@1": estimate | {"value": 0.5}}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dumps = RolloutDumps(recipe)
+    files = RolloutFiles(recipe)
     for step in range(1, steps + 1):
-        dumps.write(step, batch, gate)
+        files.write(step, batch, gate)
     return folder
 
 

@@ -31,7 +31,6 @@ PPO = {
     "lam": 0.9,
     "entropy_bonus": 0.01,
     "max_grad_norm": 0.5,
-    "bootstrap_length": True,
 }
 
 
@@ -66,10 +65,9 @@ def recipe_of(
     *,
     zero_stage: int = 0,
     offload: str = "none",
-    critic_statistics: bool = False,
     **ppo: Any,
 ) -> Recipe:
-    model: dict[str, Any] = {"critic": str(paths.critic), "critic_statistics": critic_statistics}
+    model: dict[str, Any] = {"critic": str(paths.critic)}
     if paths.reference is not None:
         model["reference"] = str(paths.reference)
     processed = {"logprobs_mode": "processed_logprobs"} if "importance_cap" in ppo else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -210,6 +211,27 @@ def test_a_damaged_state_is_named_with_the_fix(
     assert str(path) in str(error.value)
     assert "another checkpoint" in str(error.value)
     assert loaded == []  # the models are left alone
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        pickle.dumps({"step": 1}),  # as the first format was, without a number
+        pickle.dumps(1) + pickle.dumps({"step": 1}),
+        # A class that stands elsewhere by now: espo_rl.batches.Batch, collections.Batch
+        b"\x80\x04\x8c\x0fespo_rl.batches\x8c\x05Batch\x93.",
+        b"\x80\x04\x8c\x0bcollections\x8c\x05Batch\x93.",
+    ],
+)
+def test_a_checkpoint_of_an_older_version_says_so(tmp_path: Path, older: bytes) -> None:
+    path = CheckpointStore(tmp_path).save(1, "state", writer("x"))
+    (path / "loop.pkl").write_bytes(older)
+    loaded: list[Path] = []
+    with pytest.raises(CheckpointError, match=r"another version of espo.* format 2") as error:
+        CheckpointStore.load(path, loaded.append)
+    assert str(path) in str(error.value)
+    assert "the version that wrote it" in str(error.value)
+    assert loaded == []
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:

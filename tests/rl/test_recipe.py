@@ -58,7 +58,6 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override, names):
         ),
         (["ppo.advantage=group", "rollout.n=1"], ["ppo.advantage", "rollout.n"]),
         (["ppo.advantage=group", "ppo.critic_only_steps=2"], ["ppo.critic_only_steps", "gae"]),
-        (["ppo.advantage=group", "model.critic_statistics=true"], ["critic_statistics", "gae"]),
         (["ppo.advantage=group", "stopping.warmup=critic-loss"], ["critic-loss", "gae"]),
     ],
 )

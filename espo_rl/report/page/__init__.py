@@ -18,7 +18,7 @@ _EXPORT = re.compile(r"^export ", re.MULTILINE)
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML of a report; `data` is what `report.make_report` puts together."""
+    """The HTML of a report; `data` is what `command.make_report` puts together."""
     own, gateway = files(__name__), files("espo_gateway.admin.page")
 
     def text(name: str) -> str:

@@ -22,7 +22,7 @@ from espo_gateway.testing import FakeServer, Script
 from espo_gateway.traces import calibrate
 from espo_gateway.traces.reader import TraceError, read_outcomes, read_traces
 from espo_rl.config import load_recipe
-from espo_rl.record.rollout_files import RolloutDumps
+from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.types import EndReason, Rollout
 from tests.helpers.gateway import BAD, GOOD, completion_body, gateway_for, post
 from tests.helpers.simulated import LENGTH, censored, cuts, simulate
@@ -273,7 +273,7 @@ def test_a_dump_of_the_trainers_gives_the_same(tmp_path: Path) -> None:
     ]
     rollouts.append(dataclasses.replace(rollouts[0], end=EndReason.ERROR))
     overrides = [f"run.output={tmp_path}", "logs.rollouts=true"]
-    RolloutDumps(load_recipe("arithmetic", overrides)).write(1, rollouts, Gate())
+    RolloutFiles(load_recipe("arithmetic", overrides)).write(1, rollouts, Gate())
     [dump] = (tmp_path / "rollouts").glob("*.parquet")
     assert calibrated(tmp_path, dump) == calibrated(tmp_path, recorded(tmp_path, rollouts[:-1]))
 
@@ -283,7 +283,7 @@ def test_a_cut_rollout_of_a_dump_ends_at_its_cut(tmp_path: Path) -> None:
     cut = dataclasses.replace(rollout, end=EndReason.EARLY_STOP, kept=7, correct=None)
     spared = dataclasses.replace(cut, audited=True, correct=False)
     overrides = [f"run.output={tmp_path}", "logs.rollouts=true"]
-    RolloutDumps(load_recipe("arithmetic", overrides)).write(1, [cut, spared], Gate())
+    RolloutFiles(load_recipe("arithmetic", overrides)).write(1, [cut, spared], Gate())
     [traces] = read_traces((tmp_path / "rollouts").glob("*"), outcome="correct", known=None)
     assert traces.lengths.tolist() == [7, LENGTH]
     assert traces.cut.tolist() == [True, False]

@@ -19,9 +19,9 @@ from espo_gateway.supervisor import free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl.base_model import make_model, make_tokenizer, save_checkpoint
 from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
-from espo_rl.dry_run.fit import Machine
+from espo_rl.dry_run.footprint import Machine
 from espo_rl.dry_run.memory import Part, activation_parts, checkpoint_bytes, training_parts
-from espo_rl.dry_run.plan import Plan, load_shape, make_plan
+from espo_rl.dry_run.plan import RunPlan, load_shape, make_plan
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.models import random_checkpoint
 
@@ -81,7 +81,7 @@ def test_all_that_is_wrong_is_said_at_once(
 # -- what it finds ---------------------------------------------------------------------------------
 
 
-def only_error(plan: Plan) -> str:
+def only_error(plan: RunPlan) -> str:
     (error,) = plan.errors
     return error
 
@@ -358,12 +358,14 @@ def test_what_is_here() -> None:
 # -- does it fit? ----------------------------------------------------------------------------------
 
 
-def fit_error(plan: Plan) -> str:
+def fit_error(plan: RunPlan) -> str:
     (error,) = (message for message in plan.errors if "does not fit" in message)
     return error
 
 
-def qwen_plan(tmp_path: Path, recipe: str, machine: Machine, ranks: int, *overrides: str) -> Plan:
+def qwen_plan(
+    tmp_path: Path, recipe: str, machine: Machine, ranks: int, *overrides: str
+) -> RunPlan:
     size = recipe.removeprefix("espo-")
     if not (tmp_path / size).exists():
         # The distilled models have a head of their own.
@@ -419,7 +421,8 @@ class TestFit:
 
     def test_a_rough_estimate_only_warns(self, recipe_with: Callable[..., Recipe]) -> None:
         sure, all_of_it = (
-            make_plan(recipe_with(), LAPTOP).fit.demand(sure=sure)[1] for sure in (True, False)
+            make_plan(recipe_with(), LAPTOP).footprint.demand(sure=sure)[1]
+            for sure in (True, False)
         )
         assert sure < all_of_it
         plan = make_plan(recipe_with(), Machine(2, (sure + all_of_it) / 2))

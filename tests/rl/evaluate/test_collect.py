@@ -1,4 +1,4 @@
-"""The collector: full rollouts with outcomes, in the dumps' format, once each."""
+"""The collector: full rollouts with outcomes, in a run's format, once each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl.collect import _DEFAULTS, Collecting
-from espo_rl.evaluate.command import parse
+from espo_rl.collect import DEFAULTS, CollectCommand
+from espo_rl.evaluate.arguments import parse
 from espo_rl.record.rollout_files import read_rollouts
 from tests.helpers.models import random_checkpoint
 
@@ -26,8 +26,8 @@ async def test_rollouts_are_graded_and_asked_once(tmp_path: Path) -> None:
     async def collect(server: FakeServer) -> bool:
         arguments = ["--model", str(model), "--data", str(data), "--url", server.url, "--plain"]
         arguments += ["--grader", "exact", "--k", "2", "--out", str(tmp_path / "out")]
-        options = parse(arguments, defaults=_DEFAULTS)
-        return await Collecting(options).run()
+        options = parse(arguments, defaults=DEFAULTS)
+        return await CollectCommand(options).run()
 
     async with FakeServer(saying) as server:
         assert await collect(server)

@@ -21,11 +21,11 @@ from espo_gateway.supervisor import ServerProcess
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection, TaskSection
-from espo_rl.evaluate import command
-from espo_rl.evaluate.command import Command, main, parse
+from espo_rl.evaluate.arguments import make_recipe, parse
+from espo_rl.evaluate.command import Command, main
 from espo_rl.evaluate.evaluator import evaluate
-from espo_rl.evaluate.folder import ResultsFolder
-from espo_rl.evaluate.outcome import EvaluationError, ProblemResult, Sampling
+from espo_rl.evaluate.results import EvaluationError, ProblemResult, Sampling
+from espo_rl.evaluate.results_folder import ResultsFolder
 from espo_rl.rollouts import collector as rollouts
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.tasks.grader_pool import Grade
@@ -236,8 +236,8 @@ async def test_the_audit_tells_what_stopping_saves_and_costs() -> None:
 
 async def test_a_part_is_audited_always_the_same() -> None:
     sampling = Sampling(k=64, temperature=0.6, gated=True, audit=0.25)
-    modes = [sampling.sample(PROBLEMS[0], 0, number).mode for number in range(64)]
-    assert modes == [sampling.sample(PROBLEMS[0], 0, number).mode for number in range(64)]
+    modes = [sampling.request(PROBLEMS[0], 0, number).mode for number in range(64)]
+    assert modes == [sampling.request(PROBLEMS[0], 0, number).mode for number in range(64)]
     assert 6 <= modes.count("shadow") <= 26
     assert set(modes) == {"shadow", "enforce"}
 
@@ -524,7 +524,7 @@ def test_an_output_that_cannot_be_written(
 def test_what_follows_two_dashes_goes_to_vllm(arguments: list[str]) -> None:
     options = parse([*arguments, "--", "--tensor-parallel-size", "2"])
     assert options.vllm_args == ["--tensor-parallel-size", "2"]
-    vllm_args = command.make_recipe(options).servers.vllm_args
+    vllm_args = make_recipe(options).servers.vllm_args
     assert vllm_args == ["--tensor-parallel-size", "2"]
 
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from espo_rl.config import Ppo
 from espo_rl.ppo.advantages import gae, group_advantages, whiten
-from espo_rl.ppo.experience import Before, mismatch, prepare
+from espo_rl.ppo.experience import ModelOutputs, mismatch, prepare
 from espo_rl.ppo.losses import (
     actor_loss,
     aggregation_weights,
@@ -24,16 +24,15 @@ from espo_rl.ppo.losses import (
     value_loss,
 )
 from espo_rl.ppo.samples import Sample
-from espo_rl.types import EndReason
 
 values_of_a_rollout = st.integers(1, 12).flatmap(
     lambda n: arrays(np.float32, n, elements=st.floats(-1, 1, width=32))
 )
 
 
-def brute_force(values, rewards, last_value, gamma, lam):
+def brute_force(values, rewards, gamma, lam):
     """A_t = Σ_k (γλ)^k δ_{t+k}, summed term by term."""
-    following = [*values[1:], last_value]
+    following = [*values[1:], 0.0]
     deltas = [r + gamma * v2 - v for r, v, v2 in zip(rewards, values, following, strict=True)]
     return [
         sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:]))
@@ -44,11 +43,11 @@ def brute_force(values, rewards, last_value, gamma, lam):
 # -- advantages ------------------------------------------------------------------------------------
 
 
-@given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.floats(-1, 1), st.data())
-def test_gae_is_the_sum_of_td_errors(values, gamma, lam, bootstrap, data):
+@given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.data())
+def test_gae_is_the_sum_of_td_errors(values, gamma, lam, data):
     rewards = data.draw(arrays(np.float32, len(values), elements=st.floats(-1, 1, width=32)))
-    advantages = gae(values, rewards, gamma=gamma, lam=lam, bootstrap=bootstrap)
-    expected = brute_force(values, rewards, bootstrap, gamma, lam)
+    advantages = gae(values, rewards, gamma=gamma, lam=lam)
+    expected = brute_force(values, rewards, gamma, lam)
     assert advantages == pytest.approx(expected, abs=1e-4)
 
 
@@ -67,73 +66,67 @@ def test_whitening_is_over_all_tokens_of_the_batch():
     assert flat.std() == pytest.approx(1.0, abs=1e-5)
 
 
-def made(end, kept, reward, group, rng, *, critic=True) -> tuple[Sample, Before]:
+def made(kept, reward, group, rng, *, critic=True) -> tuple[Sample, ModelOutputs]:
     """A sample with a prompt of three tokens, and made-up answers of the models."""
-    sample = Sample(torch.arange(3 + kept), 3, end, group, reward)
+    sample = Sample(torch.arange(3 + kept), 3, group, reward)
     sample.columns["served_logprobs"] = torch.full((kept,), -1.0)
     logprobs, reference = torch.tensor(rng.normal(-1, 0.5, (2, kept)), dtype=torch.float32)
-    values = torch.tensor(rng.normal(0, 1, kept + 1), dtype=torch.float32)
-    answers = Before(logprobs, logprobs, torch.ones(kept), reference, values if critic else None)
+    values = torch.tensor(rng.normal(0, 1, kept), dtype=torch.float32)
+    answers = ModelOutputs(
+        logprobs, logprobs, torch.ones(kept), reference, values if critic else None
+    )
     return sample, answers
 
 
-def batch_of_all_ends(*, critic=True) -> tuple[list[Sample], list[Before]]:
+def batch_of_six(*, critic=True) -> tuple[list[Sample], list[ModelOutputs]]:
     """Two groups of three; the last rollout has a single token."""
     rng = np.random.default_rng(11)
     rows = [
-        (EndReason.COMPLETED, 5, 1.0, 0),
-        (EndReason.EARLY_STOP, 3, -1.0, 0),
-        (EndReason.LENGTH, 6, -0.5, 0),
-        (EndReason.COMPLETED, 4, 1.0, 7),
-        (EndReason.LENGTH, 2, 0.25, 7),
-        (EndReason.EARLY_STOP, 1, -1.0, 7),
+        (5, 1.0, 0),
+        (3, -1.0, 0),
+        (6, -0.5, 0),
+        (4, 1.0, 7),
+        (2, 0.25, 7),
+        (1, -1.0, 7),
     ]
     pairs = [made(*row, rng, critic=critic) for row in rows]
     return [sample for sample, _ in pairs], [answers for _, answers in pairs]
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-@pytest.mark.parametrize("bootstrap", [False, True])
-@pytest.mark.parametrize("critic_lam", [None, 0.6])
-def test_advantages_of_every_end(coefficient, bootstrap, critic_lam):
+def test_advantages_and_returns(coefficient):
     ppo = Ppo(
         gamma=0.9,
         lam=0.8,
-        critic_lam=critic_lam,
         whiten=False,
-        bootstrap_length=bootstrap,
         kl_coefficient=coefficient,
         kl_place="reward",
         kl_estimator="k1",
     )
-    samples, before = batch_of_all_ends()
+    samples, before = batch_of_six()
     prepare(samples, before, ppo)
     for sample, answers in zip(samples, before, strict=True):
         values = answers.values.double().numpy()
         kl = (answers.logprobs - answers.reference).double().numpy()
         rewards = -coefficient * kl
         rewards[-1] += sample.reward
-        # A stopped or completed rollout is over; one cut by length is, if we say so.
-        last = values[-1] if bootstrap and sample.end is EndReason.LENGTH else 0.0
-        expected = brute_force(values[:-1], rewards, last, 0.9, 0.8)
+        # However it ended, a rollout is over: nothing follows.
+        expected = brute_force(values, rewards, 0.9, 0.8)
         assert sample.columns["advantages"].tolist() == pytest.approx(expected, abs=1e-5)
-        targets = brute_force(values[:-1], rewards, last, 0.9, critic_lam or 0.8) + values[:-1]
-        assert sample.columns["returns"].tolist() == pytest.approx(targets, abs=1e-5)
-        assert sample.columns["old_values"].tolist() == pytest.approx(values[:-1])
+        assert sample.columns["returns"].tolist() == pytest.approx(expected + values, abs=1e-5)
+        assert sample.columns["old_values"].tolist() == pytest.approx(values)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-@pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("critic", [True, False])
-def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, scale, critic):
+def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
     ppo = Ppo(
         advantage="group",
-        group_scale=scale,
         kl_coefficient=coefficient,
         kl_place="reward",
         kl_estimator="k2",
     )
-    samples, before = batch_of_all_ends(critic=critic)
+    samples, before = batch_of_six(critic=critic)
     prepare(samples, before, ppo)
     returns = [
         sample.reward - coefficient * float((0.5 * (b.logprobs - b.reference) ** 2).sum())
@@ -144,14 +137,14 @@ def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, scale, c
         mean = sum(of_group) / 3
         deviation = math.sqrt(sum((one - mean) ** 2 for one in of_group) / 3)
         for i in members:
-            expected = (returns[i] - mean) / (deviation if scale else 1.0)
+            expected = (returns[i] - mean) / deviation
             found = samples[i].columns["advantages"].tolist()
             assert found == pytest.approx([expected] * samples[i].kept, rel=1e-4)
     assert all(("returns" in sample.columns) == critic for sample in samples)
 
 
 def test_a_group_of_equals_says_nothing():
-    assert group_advantages([0.1] * 3 + [1.0, 0.0], [0] * 3 + [1] * 2, scale=True) == pytest.approx(
+    assert group_advantages([0.1] * 3 + [1.0, 0.0], [0] * 3 + [1] * 2) == pytest.approx(
         [0, 0, 0, 1, -1], abs=1e-5
     )
 

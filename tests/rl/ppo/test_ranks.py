@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 SMALL = """
 import sys, threading, torch
 from torch import distributed
-from espo_rl.ranks import Ranks, collective, follow
+from espo_rl.ppo.ranks import Ranks, collective, follow
 
 class Target:
     def __init__(self):
@@ -181,8 +181,3 @@ def test_two_ranks_train_as_one(paths: Paths, alone: dict[str, Any], stage: int)
         assert saved
         for name, value in saved.items():
             assert torch.equal(value, seen["weights"][f"{model}.{name}"]), name
-    heads = [
-        load_file(f / "models/critic/statistics_head.safetensors") for f in (out, folder / "alone")
-    ]
-    for name, value in heads[1].items():
-        torch.testing.assert_close(heads[0][name], value, atol=1e-3, rtol=1e-3)

@@ -113,9 +113,7 @@ class Reference:
                 old_logprobs.append(self.logprobs(self.actor, rollout)[0])
                 references.append(self.logprobs(self.frozen, rollout)[0])
                 values = self.values(rollout).numpy()
-                bootstraps = rollout.end is EndReason.LENGTH and ppo.bootstrap_length
-                last = values[-1] if bootstraps else 0.0
-                following = np.append(values[1:-1], last)
+                following = np.append(values[1:-1], 0.0)
                 rewards = np.zeros(rollout.kept)
                 if ppo.kl_place == "reward":
                     kl = self.kl(old_logprobs[-1], references[-1])
@@ -123,19 +121,16 @@ class Reference:
                 rewards[-1] += rollout.reward
                 deltas = rewards + ppo.gamma * following - values[:-1]
 
-                def gae(lam: float, deltas: np.ndarray = deltas) -> np.ndarray:
-                    decay = ppo.gamma * lam
-                    return np.array(
-                        [
-                            sum(decay**k * delta for k, delta in enumerate(deltas[t:]))
-                            for t in range(len(deltas))
-                        ]
-                    )
-
-                advantages.append(gae(ppo.lam))
+                decay = ppo.gamma * ppo.lam
+                gae = np.array(
+                    [
+                        sum(decay**k * delta for k, delta in enumerate(deltas[t:]))
+                        for t in range(len(deltas))
+                    ]
+                )
+                advantages.append(gae)
                 old_values.append(torch.from_numpy(values[:-1]))
-                lam = ppo.lam if ppo.critic_lam is None else ppo.critic_lam
-                returns.append(torch.from_numpy(gae(lam) + values[:-1]))
+                returns.append(torch.from_numpy(gae + values[:-1]))
         flat = np.concatenate(advantages)
         normal = [
             torch.from_numpy((advantage - flat.mean()) / flat.std()) for advantage in advantages
@@ -219,7 +214,7 @@ def test_an_update_equals_the_reference(paths: Paths, reference: Reference) -> N
             "kl_estimator": "k3",
             "importance_cap": 1.3,
         },
-        {"kl_coefficient": 0.2, "kl_place": "reward", "kl_estimator": "k1", "critic_lam": 0.7},
+        {"kl_coefficient": 0.2, "kl_place": "reward", "kl_estimator": "k1"},
     ],
 )
 def test_an_update_with_all_terms_equals_the_reference(
@@ -251,7 +246,7 @@ def test_where_all_outcomes_are_the_same_none_of_their_variance_is_explained(pat
     rollouts = make_rollouts()
     for rollout in rollouts:
         rollout.reward = -1.0
-    ours = trainer(paths, gamma=1.0, lam=1.0, bootstrap_length=False)
+    ours = trainer(paths, gamma=1.0, lam=1.0)
     assert math.isnan(ours.update(rollouts)["critic_explained_variance"])
 
 
@@ -340,28 +335,23 @@ def test_the_shortest_rollout_keeps_its_reward(paths: Paths) -> None:
     assert shortest["returns"].tolist() == pytest.approx([1.0], abs=1e-5)
     expected = 1.0 - float(shortest["old_values"][0])
     assert float(shortest["advantages"][0]) == pytest.approx(expected, abs=1e-5)
-    # With γ = λ = 1 the return of every token is the reward; for the cut one V is added.
+    # With γ = λ = 1 the return of every token is the reward.
     for sample, rollout in zip(samples, rollouts, strict=True):
-        if rollout.end is not EndReason.LENGTH:
-            found = sample.columns["returns"].tolist()
-            assert found == pytest.approx([rollout.reward] * rollout.kept, abs=1e-4)
+        found = sample.columns["returns"].tolist()
+        assert found == pytest.approx([rollout.reward] * rollout.kept, abs=1e-4)
 
 
 @pytest.mark.parametrize("end", list(EndReason)[:3])
-@pytest.mark.parametrize("bootstrap", [True, False])
-def test_only_a_rollout_cut_by_length_bootstraps(
-    paths: Paths, end: EndReason, bootstrap: bool
-) -> None:
-    ours = trainer(paths, whiten=False, gamma=1.0, lam=1.0, bootstrap_length=bootstrap)
+def test_no_end_bootstraps(paths: Paths, end: EndReason) -> None:
+    ours = trainer(paths, whiten=False, gamma=1.0, lam=1.0)
     samples, _ = experience(
         ours, [replace(rollout, end=end, reward=0.25) for rollout in make_rollouts()]
     )
-    afters = [float(before.values[-1]) for before in ours._forward(samples)]
+    afters = [ours.values(sample.tokens.tolist())[-1] for sample in samples]
     assert min(map(abs, afters)) > 1e-3  # a bootstrap would show
-    for sample, after in zip(samples, afters, strict=True):
-        added = after if bootstrap and end is EndReason.LENGTH else 0.0
+    for sample in samples:
         found = sample.columns["returns"].tolist()
-        assert found == pytest.approx([0.25 + added] * sample.kept, abs=1e-4)
+        assert found == pytest.approx([0.25] * sample.kept, abs=1e-4)
 
 
 def test_what_came_after_a_cut_is_not_trained_on(paths: Paths) -> None:
@@ -395,7 +385,7 @@ def test_mismatch_is_between_the_servers_logprobs_and_ours(
     assert metrics["mismatch_max"] == pytest.approx(4.5, abs=1e-4)
     tokens = sum(rollout.kept for rollout in rollouts) - 1
     assert metrics["mismatch_kl"] == pytest.approx(4.5 / tokens, abs=1e-4)
-    assert "ppo.mismatch_warning" in caplog.text
+    assert "servers.logprobs_mode" in caplog.text
 
 
 def test_a_new_critic_values_nothing(paths: Paths) -> None:
@@ -418,75 +408,6 @@ def test_values_are_the_classifiers_at_every_prefix(paths: Paths, reference: Ref
     found = ours.critic_values(rollouts)
     assert [len(of) for of in found] == [len(rollout.token_ids) for rollout in rollouts]
     assert found[0] == pytest.approx(expected[len(rollouts[0].prompt_ids) :], abs=1e-5)
-
-
-# -- the critic's statistics -----------------------------------------------------------------------
-
-
-def telling_rollouts(rng: np.random.Generator) -> list[Rollout]:
-    """Random tokens that say nothing; those with one large regret at their start come to fail."""
-    rollouts = []
-    for _ in range(16):
-        fails, tokens = bool(rng.random() < 0.5), int(rng.integers(6, 14))
-        regrets = rng.exponential(0.1, tokens)
-        regrets[1] += 4.0 * fails
-        rollout = replace(
-            make_rollouts()[0],
-            token_ids=list(map(int, rng.integers(4, 40, tokens))),
-            logprobs=-0.1 - regrets,
-            max_logprobs=np.full(tokens, -0.1),
-            kept=tokens,
-            reward=-1.0 if fails else 1.0,
-        )
-        rollouts.append(rollout)
-    return rollouts
-
-
-def statistics_trainer(paths: Paths, **model: Any) -> PpoTrainer:
-    return PpoTrainer(
-        Recipe.model_validate(
-            {
-                "model": {"path": str(paths.actor), "critic_statistics": True, **model},
-                "ppo": {"learning_rate": 1e-5, "critic_only_steps": 1000, "mismatch_warning": 1e9},
-            }
-        )
-    )
-
-
-def test_the_critic_learns_from_statistics_what_no_token_says(paths: Paths) -> None:
-    explained = {}
-    rng = np.random.default_rng(1)
-    batches = [telling_rollouts(rng) for _ in range(60)]
-    for statistics in (True, False):
-        ours = statistics_trainer(paths, critic_statistics=statistics)
-        found = [ours.update(batch)["critic_explained_variance"] for batch in batches]
-        explained[statistics] = float(np.mean(found[-5:]))
-    # Two states of about ten come before the regret that tells.
-    assert explained[True] > 0.6
-    assert explained[False] < 0.1
-
-
-@pytest.mark.parametrize("restart", ["state", "models"])
-def test_the_statistics_head_is_saved(paths: Paths, tmp_path: Path, restart: str) -> None:
-    trained = statistics_trainer(paths)
-    for seed in range(2):
-        trained.update(telling_rollouts(np.random.default_rng(seed)))
-    samples = trained._samples(telling_rollouts(np.random.default_rng(2)))
-    if restart == "state":
-        trained.save(tmp_path)
-        resumed = statistics_trainer(paths)
-        resumed.load(tmp_path)
-    else:
-        trained.save_models(tmp_path)
-        resumed = statistics_trainer(paths, critic=str(tmp_path / "critic"))
-    expected = trained._forward(samples)
-    for found, one in zip(resumed._forward(samples), expected, strict=True):
-        torch.testing.assert_close(found.values, one.values, atol=1e-5, rtol=0)
-    without = trained.values(samples[0].tokens.tolist())[samples[0].prompt - 1 :]
-    assert (expected[0].values - torch.tensor(without)).abs().max() > 1e-3
-    assert resumed._scaler.count == trained._scaler.count
-    np.testing.assert_allclose(resumed._scaler.mean, trained._scaler.mean)
-    np.testing.assert_allclose(resumed._scaler.variance, trained._scaler.variance)
 
 
 def test_learning_rate_warms_up_from_nothing(paths: Paths) -> None:

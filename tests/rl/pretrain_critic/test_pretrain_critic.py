@@ -14,11 +14,11 @@ import torch
 
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import load_recipe
-from espo_rl.ppo.critic import Critic, Scaler
+from espo_rl.ppo.critic import Critic
 from espo_rl.pretrain_critic import command as pretrain_critic
 from espo_rl.pretrain_critic.fit import PretrainError, Settings, split, usable, values_of
 from espo_rl.pretrain_critic.quality import auc, qualities
-from espo_rl.record.rollout_files import RolloutDumps, read_rollouts
+from espo_rl.record.rollout_files import RolloutFiles, read_rollouts
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.models import random_checkpoint
 from tests.helpers.trainer import Paths, trainer
@@ -60,13 +60,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def record(folder: Path, rollouts: list[Rollout]) -> Path:
     """A run's folder with the rollouts in two files."""
-    dumps = RolloutDumps(load_recipe("arithmetic-mixed", [f"run.output={folder}"]))
+    files = RolloutFiles(load_recipe("arithmetic-mixed", [f"run.output={folder}"]))
     half = len(rollouts) // 2
     # An answer that no grader could tell is no rollout to learn from.
     lost = replace(rollouts[0], end=EndReason.ERROR, correct=None)
     rollouts = [*rollouts, lost]
-    dumps.write(1, rollouts[:half], Gate())
-    dumps.write(2, rollouts[half:], Gate())
+    files.write(1, rollouts[:half], Gate())
+    files.write(2, rollouts[half:], Gate())
     return folder
 
 
@@ -75,24 +75,22 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return pretrain_critic.main()
 
 
-@pytest.mark.parametrize("statistics", [False, True])
-def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch, statistics):
+def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch):
     run, out, values = record(tmp_path / "run", make_rollouts(300)), tmp_path / "c", tmp_path / "v"
     options = ["--learning-rate", "1e-3", "--epochs", "6", "--values", values]
-    options += ["--statistics"] if statistics else []
     assert command(monkeypatch, run, "--model", base, "--output", out, *options) == 0
 
     report = json.loads((out / "report.json").read_text())
     assert report["epochs"] >= 1
     assert sum(report["rollouts"].values()) == 300
-    found = report["held_out"]["with statistics" if statistics else "tokens alone"]
+    found = report["held_out"]
     assert found["end"]["explained"] > 0.8
     assert found["end"]["auc"] > 0.95
     assert found["first token"]["explained"] < 0.2  # the prompt says nothing
 
     # What the trainer makes of it is what was measured, and what the values say.
     paths = Paths(base, out)
-    loaded = trainer(paths, critic_statistics=statistics)
+    loaded = trainer(paths)
     full, there = 0, set()
     for file in sorted(values.iterdir()):
         rollouts, _ = read_rollouts(file)
@@ -106,14 +104,10 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch,
             assert len(row) == len(rollout.token_ids)
             full, there = full + 1, there | {rollout.problem.id}
     assert full == report["rollouts"]["held_out"] == 2 * len(there)
-    if statistics:
-        assert loaded._scaler is not None
-        assert loaded._scaler.count > 0
-        assert loaded.critic.module.statistics.weight.abs().max() > 0
 
 
 def test_v_is_of_the_prefix_that_ends_with_the_token(base):
-    classifier = pretrain_critic.load_critic(str(base), statistics=False, seed=0).classifier
+    classifier = pretrain_critic.load_critic(str(base), seed=0).classifier
     torch.nn.init.normal_(classifier.score.weight)
     critic = Critic(classifier)
     rollouts = make_rollouts(5)
@@ -192,10 +186,10 @@ def test_a_folder_in_use_is_left_alone(base, tmp_path, monkeypatch, capsys):
 
 
 def test_a_fault_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
-    critic = pretrain_critic.load_critic(str(base), statistics=False, seed=0)
+    critic = pretrain_critic.load_critic(str(base), seed=0)
     tokenizer = pretrain_critic.load_tokenizer(str(base))
     with pytest.raises(TypeError):
-        pretrain_critic._write(tmp_path / "c", critic, Scaler(), {"no JSON": object()}, tokenizer)
+        pretrain_critic.write_critic(tmp_path / "c", critic, {"no JSON": object()}, tokenizer)
     assert not list(tmp_path.iterdir())
 
 

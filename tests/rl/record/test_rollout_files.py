@@ -18,8 +18,8 @@ from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe, load_recipe
-from espo_rl.record.files import LogError
-from espo_rl.record.rollout_files import SCHEMA, RolloutDumps, read_rollouts, recipe_hash
+from espo_rl.record.errors import LogError
+from espo_rl.record.rollout_files import SCHEMA, RolloutFiles, read_rollouts, recipe_hash
 from espo_rl.types import EndReason, Problem, Rollout
 
 anything = st.floats()  # NaN and infinities included
@@ -89,7 +89,7 @@ def equal(one: Rollout, other: Rollout) -> bool:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(batch=st.lists(rollouts(), max_size=4), gate=gates)
 def test_what_is_written_comes_back(tmp_path: Path, batch: list[Rollout], gate: Gate) -> None:
-    RolloutDumps(recipe_for(tmp_path)).write(3, batch, gate)
+    RolloutFiles(recipe_for(tmp_path)).write(3, batch, gate)
     read, read_gate = read_rollouts(tmp_path / "rollouts" / "step-00000003.parquet")
     assert len(read) == len(batch)
     assert all(equal(*pair) for pair in zip(read, batch, strict=True))
@@ -118,13 +118,13 @@ def test_no_field_is_left_out() -> None:
 
 def test_logprobs_are_exact(tmp_path: Path) -> None:
     rollout = a_rollout(100)
-    RolloutDumps(recipe_for(tmp_path)).write(1, [rollout], Gate())
+    RolloutFiles(recipe_for(tmp_path)).write(1, [rollout], Gate())
     ((read,), _) = read_rollouts(tmp_path / "rollouts" / "step-00000001.parquet")
     np.testing.assert_array_equal(read.logprobs, rollout.logprobs)
 
 
 def test_a_text_without_utf8_is_no_reason_to_fail(tmp_path: Path) -> None:
-    RolloutDumps(recipe_for(tmp_path)).write(1, [a_rollout(words="half \ud83d")], Gate())
+    RolloutFiles(recipe_for(tmp_path)).write(1, [a_rollout(words="half \ud83d")], Gate())
     ((read,), _) = read_rollouts(tmp_path / "rollouts" / "step-00000001.parquet")
     assert read.text == "half ?"
 
@@ -133,7 +133,7 @@ def test_any_parquet_reader_opens_it(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
     rollout = a_rollout()
     rollout.logprobs[1] = np.nan  # missing, but no null: whoever reads it computes with floats
-    RolloutDumps(recipe).write(7, [rollout, rollout], Gate(version=2))
+    RolloutFiles(recipe).write(7, [rollout, rollout], Gate(version=2))
     path = tmp_path / "rollouts" / "step-00000007.parquet"
     assert pq.read_table(path).column("step").to_pylist() == [7, 7]
     file = pq.ParquetFile(path)
@@ -151,29 +151,29 @@ def test_the_hash_tells_recipes_apart(tmp_path: Path) -> None:
 
 
 def test_the_oldest_go_when_there_is_too_much(tmp_path: Path) -> None:
-    RolloutDumps(recipe_for(tmp_path)).write(1, [a_rollout(10_000)], Gate())
+    RolloutFiles(recipe_for(tmp_path)).write(1, [a_rollout(10_000)], Gate())
     size = (tmp_path / "rollouts" / "step-00000001.parquet").stat().st_size
     limit = f"logs.rollouts_megabytes={2.5 * size / 1e6}"
-    dumps = RolloutDumps(recipe_for(tmp_path, limit))
+    files = RolloutFiles(recipe_for(tmp_path, limit))
     for step in (2, 3, 4):
-        dumps.write(step, [a_rollout(10_000)], Gate())
+        files.write(step, [a_rollout(10_000)], Gate())
     assert names(tmp_path) == ["step-00000003.parquet", "step-00000004.parquet"]
-    dumps.write(5, [a_rollout(40_000)], Gate())  # alone too much, yet it is the newest
+    files.write(5, [a_rollout(40_000)], Gate())  # alone too much, yet it is the newest
     assert names(tmp_path) == ["step-00000005.parquet"]
 
 
 def test_a_resumed_run_drops_what_comes_again(tmp_path: Path) -> None:
-    dumps = RolloutDumps(recipe_for(tmp_path))
-    dumps.drop_after(0)  # nothing there yet
+    files = RolloutFiles(recipe_for(tmp_path))
+    files.drop_after(0)  # nothing there yet
     for step in (9, 10, 11):
-        dumps.write(step, [a_rollout()], Gate())
+        files.write(step, [a_rollout()], Gate())
     (tmp_path / "rollouts" / "step-00000008.tmp").touch()
-    dumps.drop_after(10)
+    files.drop_after(10)
     assert names(tmp_path) == ["step-00000009.parquet", "step-00000010.parquet"]
 
 
 def test_they_can_be_turned_off(tmp_path: Path) -> None:
-    RolloutDumps(recipe_for(tmp_path, "logs.rollouts=false")).write(1, [a_rollout()], Gate())
+    RolloutFiles(recipe_for(tmp_path, "logs.rollouts=false")).write(1, [a_rollout()], Gate())
     assert not (tmp_path / "rollouts").exists()
 
 
@@ -184,13 +184,13 @@ def test_a_failure_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pq, "write_table", fill)
     with pytest.raises(LogError, match=r"step-00000001\.parquet: No space.*logs\.rollouts=false"):
-        RolloutDumps(recipe_for(tmp_path)).write(1, [a_rollout()], Gate())
+        RolloutFiles(recipe_for(tmp_path)).write(1, [a_rollout()], Gate())
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["damaged", "cut", "other"])
 def test_a_file_that_is_no_dump(tmp_path: Path, kind: str) -> None:
-    RolloutDumps(recipe_for(tmp_path)).write(1, [a_rollout(1000)], Gate())
+    RolloutFiles(recipe_for(tmp_path)).write(1, [a_rollout(1000)], Gate())
     path = tmp_path / "rollouts" / "step-00000001.parquet"
     whole = path.read_bytes()
     if kind == "damaged":
@@ -199,7 +199,7 @@ def test_a_file_that_is_no_dump(tmp_path: Path, kind: str) -> None:
         path.write_bytes(whole[:-20])
     else:
         pq.write_table(pa.table({"step": [1]}), path)
-    with pytest.raises(ValueError, match="is no dump of rollouts, or damaged"):
+    with pytest.raises(ValueError, match="holds no rollouts, or is damaged"):
         read_rollouts(path)
 
 

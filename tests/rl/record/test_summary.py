@@ -13,7 +13,7 @@ import pytest
 
 from espo_rl.config import load_recipe
 from espo_rl.gate.controller import StopController
-from espo_rl.record.files import versions
+from espo_rl.record.provenance import versions
 from espo_rl.record.summary import Share, Summary
 from espo_rl.record.totals import Totals
 from espo_rl.types import EndReason, Problem, Rollout

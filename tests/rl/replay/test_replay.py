@@ -28,7 +28,7 @@ from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.record.rollout_files import rollouts_table
 from espo_rl.replay.command import Source, main
-from espo_rl.rollouts.collector import Collector, Prompter, Sample
+from espo_rl.rollouts.collector import Collector, Prompter, Request
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.gateway import gateway_for
 
@@ -93,7 +93,7 @@ async def test_the_replay_of_a_shadow_rollout_cuts_where_the_gateway_does(tmp_pa
     ):
         problem = Problem("p", "1", "1")
         cut, whole = await collector.collect(
-            [Sample(problem, 0, "enforce"), Sample(problem, 1, "shadow")], temperature=1.0
+            [Request(problem, 0, "enforce"), Request(problem, 1, "shadow")], temperature=1.0
         )
     assert cut.end is EndReason.EARLY_STOP
     assert 0 < cut.kept < len(whole.token_ids) == 12

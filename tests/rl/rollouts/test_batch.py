@@ -9,9 +9,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.rules import Gate
 from espo_rl.rollouts.batch import Batch
-from espo_rl.rollouts.collector import Mode
 from espo_rl.types import EndReason, Problem, Rollout
 
 PROBLEMS = [Problem(id=str(i), prompt=str(i), answer="0") for i in range(4)]

@@ -18,7 +18,7 @@ from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.rollouts import collector as rollouts
-from espo_rl.rollouts.collector import Collector, Prompter, Sample, read_completion
+from espo_rl.rollouts.collector import Collector, Prompter, Request, read_completion
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.gateway import BAD, FAILING, GOOD, gateway_for
 
@@ -44,8 +44,8 @@ async def collector_of(
         yield collector
 
 
-def samples(count: int, **fields: Any) -> list[Sample]:
-    return [Sample(PROBLEM, seed=seed, **fields) for seed in range(count)]
+def samples(count: int, **fields: Any) -> list[Request]:
+    return [Request(PROBLEM, seed=seed, **fields) for seed in range(count)]
 
 
 async def one(script: Any, **fields: Any) -> Rollout:

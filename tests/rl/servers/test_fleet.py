@@ -15,7 +15,7 @@ import pytest
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
 from espo_rl.config import Recipe, load_recipe
-from espo_rl.servers.fleet import Servers, _servers, served_model
+from espo_rl.servers.fleet import Fleet, make_fleet, served_model
 from espo_rl.servers.server import Server, ServerError
 
 FAKE = str(Path(__file__).parents[2] / "helpers" / "fake_engine.py")
@@ -48,16 +48,16 @@ def said() -> Said:
     return Said()
 
 
-Make = Callable[..., Servers]
+Make = Callable[..., Fleet]
 
 
 @pytest.fixture
 async def make(tmp_path: Path) -> AsyncIterator[Make]:
-    made: list[Servers] = []
+    made: list[Fleet] = []
 
-    def servers(*flags: str, **settings: object) -> Servers:
+    def servers(*flags: str, **settings: object) -> Fleet:
         policy = server(tmp_path, "policy server", *flags, samples=True)
-        made.append(Servers([policy], None, server(tmp_path, "gateway"), recipe(**settings)))
+        made.append(Fleet([policy], None, server(tmp_path, "gateway"), recipe(**settings)))
         return made[-1]
 
     yield servers
@@ -192,7 +192,7 @@ async def test_a_policy_server_that_is_not_there_is_named() -> None:
 async def test_the_gateway_starts_also_while_the_policy_server_is_down(tmp_path: Path) -> None:
     """Both may fall at once, and the gateway be missed first."""
     url = f"http://127.0.0.1:{free_port()}"
-    made = _servers(recipe(policy_urls=[url]), "none", tmp_path, None)
+    made = make_fleet(recipe(policy_urls=[url]), "none", tmp_path, None)
     await made.gateway.start(lambda _: None)
     try:
         assert made.gateway.process is not None

@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ def misses(kind, seed, rounds=200, error=0.06):
     return {pair: [slip(*pair) for _ in range(rounds)] for pair in PAIRS}
 
 
-@pytest.mark.parametrize("kind", ["sampled", "believed", "doubtful"])
+@pytest.mark.parametrize("kind", ["sampled", "believed"])
 def test_as_many_slips_of_every_kind(kind):
     all_misses = [miss for of_pair in misses(kind, 0).values() for miss in of_pair]
     # 20,000 draws: three standard deviations are half a per cent, and whole pairs may be wrong
@@ -43,20 +42,6 @@ def test_a_believed_slip_is_the_likelier_digit_on_the_same_pairs_for_every_seed(
     for pair, of_pair in misses("believed", 2).items():
         assert set(of_pair) == ({0, 1} if pair in wrong[0] else {0})
         assert Counter(of_pair).most_common(1)[0][0] == (pair in wrong[0])
-
-
-def test_a_doubtful_slip_is_always_by_one():
-    assert {miss for of_pair in misses("doubtful", 0).values() for miss in of_pair} == {0, 1}
-
-
-def test_digits_that_change_places_do_no_harm():
-    task = Arithmetic()
-    for problem in task.held_out(50):
-        plain = task.solution(problem.prompt)
-        turned = task.solution(problem.prompt, swap=lambda: True)
-        assert turned.rpartition("#")[2] == problem.answer
-        sums, others = (re.findall(r"(\d)\+(\d)=(\d)", text) for text in (plain, turned))
-        assert [(b, a, total) for a, b, total in others] == sums
 
 
 def test_a_seed_stands_for_the_same_demonstrations_as_ever():

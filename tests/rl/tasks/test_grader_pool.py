@@ -60,7 +60,7 @@ async def test_grades_come_in_order(settings: dict[str, Any], right: str, wrong:
 
 
 async def test_a_gyms_own_scorer_gets_its_row() -> None:
-    from espo_rl.tasks.make import make_task
+    from espo_rl.tasks.kinds import make_task
 
     config = TaskSection(kind="reasoning-gym", name="chain_sum", grader="task")
     (one,) = make_task(config).held_out(1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from espo_rl.config import Recipe, RecipeError, TaskSection
 from espo_rl.tasks.graders import exact, make_grader, math, regex
-from espo_rl.tasks.make import make_task
+from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import reward
 from espo_rl.types import EndReason, Problem, Rollout
 
@@ -358,22 +358,21 @@ def test_a_stopped_rollout_has_failed_whatever_an_audit_finds(score: float | Non
 @given(
     length=st.integers(1, 100),
     buffer=st.integers(0, 100),
-    size=st.floats(0, 10),
     score=st.floats(0, 1),
 )
-def test_the_overlong_penalty_is_dapos(length: int, buffer: int, size: float, score: float) -> None:
+def test_the_overlong_penalty_is_dapos(length: int, buffer: int, score: float) -> None:
     """Equation 13 of arXiv 2503.14476, case by case."""
     penalty = 0.0 if length <= 100 - buffer else ((100 - buffer) - length) / buffer
     plain = reward(rollout(EndReason.COMPLETED, length), score, recipe())
-    settings = recipe(overlong_buffer=buffer, overlong_penalty=size)
+    settings = recipe(overlong_buffer=buffer)
     end = EndReason.LENGTH if length == 100 else EndReason.COMPLETED
     found = reward(rollout(end, length), score, settings)
-    assert found == pytest.approx(plain + size * penalty)
-    assert found >= plain - size
+    assert found == pytest.approx(plain + penalty)
+    assert found >= plain - 1.0
 
 
 def test_a_rollout_cut_by_length_pays_the_whole_penalty() -> None:
-    settings = recipe(overlong_buffer=20, overlong_penalty=0.5)
-    assert reward(rollout(EndReason.LENGTH, 100), 0.0, settings) == -1.5
-    assert reward(rollout(EndReason.COMPLETED, 90), 1.0, settings) == 0.75
+    settings = recipe(overlong_buffer=20)
+    assert reward(rollout(EndReason.LENGTH, 100), 0.0, settings) == -2.0
+    assert reward(rollout(EndReason.COMPLETED, 90), 1.0, settings) == 0.5
     assert reward(rollout(EndReason.COMPLETED, 80), 1.0, settings) == 1.0

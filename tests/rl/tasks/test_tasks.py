@@ -17,7 +17,7 @@ import pytest
 from espo_rl.config import TaskSection
 from espo_rl.tasks.arithmetic import Arithmetic
 from espo_rl.tasks.graders import exact
-from espo_rl.tasks.make import make_task
+from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
 from espo_rl.types import Problem
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks for and comes to."""
+"""How an evaluation samples, and what comes of it: by sample, by problem, by data set."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from espo_gateway.stop.gate_json import Mode
 from espo_rl.evaluate.scores import Graded, Scores, score
 from espo_rl.record.intervals import Share
 from espo_rl.record.totals import Totals
-from espo_rl.rollouts.collector import Mode, Sample
+from espo_rl.rollouts.collector import Request
 from espo_rl.types import EndReason, Problem
 
 
@@ -46,13 +47,13 @@ class Sampling:
                 f"in (0, 1], audit = {self.audit} in [0, 1]"
             )
 
-    def sample(self, problem: Problem, index: int, number: int) -> Sample:
-        """The `number`th sample of the problem at `index` of its data set: always the same one."""
+    def request(self, problem: Problem, index: int, number: int) -> Request:
+        """The `number`th request for the problem at `index` of its data set, always the same."""
         seed = (self.seed * 1_000_003 + index) * 65_536 + number
         mode: Mode = "off"
         if self.gated:
             mode = "shadow" if random.Random(seed).random() < self.audit else "enforce"
-        return Sample(problem, seed=seed, mode=mode)
+        return Request(problem, seed=seed, mode=mode)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def tensor_parallel(arguments: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Footprint:
     """A run on a machine. Rank i of the trainer is on GPU i; servers are on the first GPUs, those
     with GPUs of their own (servers.policy_gpus) on none of the trainer's.
 

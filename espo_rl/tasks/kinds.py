@@ -1,4 +1,4 @@
-"""From the recipe to a task."""
+"""The kinds of task that a recipe can name (`task.kind`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder, and the table it shows.
+"""What an evaluation leaves in its folder.
 
 `settings.json`, one JSONL file for each data set with a line for each problem, and `results.json`.
 Lines are appended and never changed; the last one of a problem counts, so an evaluation that was
@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from espo_rl.evaluate.outcome import EvaluationError, ProblemResult
+from espo_rl.evaluate.results import EvaluationError, ProblemResult
 from espo_rl.record.files import write_json
 from espo_rl.types import Problem
 

@@ -1,0 +1,201 @@
+"""The command line of an evaluation, and what it names: gate, model, recipe, problems.
+
+Whatever is wrong with an argument is said here, before anything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from espo_gateway.errors import InvalidRequest
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import Model, Recipe, RolloutSection, Servers, TaskSection
+from espo_rl.evaluate.results import EvaluationError
+from espo_rl.tasks.dataset import Split
+from espo_rl.tasks.task import TaskError
+from espo_rl.types import Problem
+
+#: fields of the task that the results depend on; where the data lies is none of them
+TASK_FIELDS = ("chat", "system", "template", "grader", "pattern", "answer_pattern")
+
+
+def parse(
+    arguments: Sequence[str] | None = None,
+    *,
+    prog: str = "python -m espo_rl.evaluate",
+    about: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> argparse.Namespace:
+    """The command line. Exits with a message, code 2, when it makes no sense.
+
+    prog, about, defaults: of a command that asks as this one does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    task = TaskSection()
+    add = parser.add_argument
+    add("--model", required=True, help="a checkpoint's folder or its name on the hub")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        help="JSONL, JSON, Parquet or CSV files, folders, or names on the hub",
+    )
+    add("--out", type=Path, metavar="FOLDER", help="(default: runs/evaluate-MODEL)")
+    add("--k", type=int, default=32, help="samples of each problem (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only the first N problems of each data set")
+    asking = parser.add_argument_group(
+        "sampling",
+        "The defaults are what reasoning models are usually evaluated with (DeepSeek-R1, arXiv "
+        "2501.12948); tokens as in ESPO's own training.",
+    )
+    add = asking.add_argument
+    add("--temperature", type=float, default=0.6, help="(default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="(default: %(default)s)")
+    add("--max-tokens", type=int, default=8192, help="of one answer (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--concurrency", type=int, default=64, help="samples at a time (default: %(default)s)")
+    problems = parser.add_argument_group("problems and answers")
+    add = problems.add_argument
+    add("--chat", action="store_true", default=True, help="ask by the chat template (default)")
+    add("--plain", action="store_false", dest="chat", help="ask by the plain text")
+    add("--system", help="system message")
+    add(
+        "--template",
+        default=task.template,
+        help="what is asked; usual is '{problem}\\n\\nPlease reason step by step, and put your "
+        "final answer within \\boxed{}.' (default: the problem alone)",
+    )
+    add("--grader", default="math", help="math, exact, regex or package.module:function")
+    add("--pattern", help="regex: group 1 of its last match is the answer given")
+    add("--problem-column", default=task.problem_column, help="(default: %(default)s)")
+    add("--answer-column", default=task.answer_column, help="(default: %(default)s)")
+    add("--answer-pattern", help="group 1 of its last match in there: '#### (.*)' for GSM8K's own")
+    add("--subset", help="of a data set on the hub")
+    add("--split", default=task.eval_split, help="of it (default: %(default)s)")
+    stopping = parser.add_argument_group("early stopping")
+    add = stopping.add_argument
+    add(
+        "--gate",
+        type=Path,
+        metavar="FILE",
+        help="stop samples by this gate, given as JSON; a stopped one counts as wrong",
+    )
+    add(
+        "--audit",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="of the samples are generated to their end although stopped, to know what stopping "
+        "saves and costs; 1 for exact numbers (default: %(default)s)",
+    )
+    server = parser.add_argument_group("server")
+    add = server.add_argument
+    add("--url", help="a running vLLM server of the model, http://host:port, instead of a new one")
+    add("--dtype", choices=("float32", "bfloat16"), help="(default: float32 if the model is)")
+    add("vllm_args", nargs="*", metavar="-- VLLM ARGUMENTS", help="for the server that is started")
+    parser.set_defaults(**(defaults or {}))
+    options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error("--limit must be at least 1")
+    if options.vllm_args and (options.url or not options.vllm_args[0].startswith("-")):
+        parser.error(f"unexpected arguments: {' '.join(options.vllm_args)}")
+    options.model = options.model.rstrip("/")
+    options.out = (
+        options.out or Path("runs") / f"{prog.rpartition('.')[2]}-{Path(options.model).name}"
+    )
+    return options
+
+
+def read_gate(path: Path | None) -> Gate | None:
+    """Raises EvaluationError."""
+    if path is None:
+        return None
+    try:
+        return gate_from_json(path.read_bytes(), has_critic=False)
+    except (OSError, InvalidRequest) as error:
+        raise EvaluationError(f"--gate {path}: {error}") from error
+
+
+def check_model(model: str) -> None:
+    """Refuse what is meant as a folder and is none: offline the hub is asked for a minute."""
+    path = Path(model)
+    local = path.is_absolute() or len(path.parts) != 2 or path.parent.is_dir()
+    if local and not path.is_dir():
+        raise EvaluationError(
+            f"--model: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
+            "the hub"
+        )
+
+
+def make_recipe(options: argparse.Namespace) -> Recipe:
+    """The parts of a recipe that servers, collector and graders read."""
+    dtype = options.dtype
+    if dtype is None:
+        trained_in = AutoConfig.from_pretrained(options.model).dtype
+        dtype = "float32" if trained_in in (None, torch.float32) else "bfloat16"
+    return Recipe(
+        model=Model(path=options.model, dtype=dtype),
+        task=TaskSection(
+            kind="dataset",
+            train=options.data[0],
+            subset=options.subset,
+            train_split=options.split,
+            eval_split=options.split,
+            problem_column=options.problem_column,
+            answer_column=options.answer_column,
+            **{name: getattr(options, name) for name in TASK_FIELDS},
+        ),
+        rollout=RolloutSection(max_tokens=options.max_tokens, concurrency=options.concurrency),
+        servers=Servers(
+            policy_urls=[options.url] if options.url else [],
+            vllm_args=options.vllm_args,
+        ),
+    )
+
+
+def explain(error: Any) -> str:
+    where = "--" + str(error["loc"][-1]).replace("_", "-") + ": " if error["loc"] else ""
+    return f"{where}{error['msg'].removeprefix('Value error, ')}"
+
+
+def read_problems(
+    task: TaskSection, data: Sequence[str], limit: int | None
+) -> dict[str, list[Problem]]:
+    """The problems of each data set in its order, under the name that its results have.
+
+    Raises:
+        EvaluationError: it cannot be read, lacks a column, or has the name of another.
+    """
+    problems: dict[str, list[Problem]] = {}
+    for source in data:
+        name = Path(source).stem
+        if name in problems:
+            raise EvaluationError(f"--data: two data sets are called {name}; evaluate one by one")
+        try:
+            split = Split.load(task.model_copy(update={"train": source, "eval": source}), "eval")
+            problems[name] = [split.problem(row) for row in list(split.distinct().values())[:limit]]
+        except TaskError as error:
+            raise EvaluationError(in_arguments(str(error))) from error
+    return problems
+
+
+def in_arguments(message: str) -> str:
+    """A message about a recipe's task in terms of this command."""
+
+    def argument(key: re.Match[str]) -> str:
+        name = key.group(1).removeprefix("eval_")
+        return "--" + ("data" if name == "eval" else name.replace("_", "-"))
+
+    return re.sub(r"task\.(\w+)", argument, message)
