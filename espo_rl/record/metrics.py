@@ -1,6 +1,6 @@
 """The numbers of a step: what each name means, and those that follow from the rollouts alone.
 
-    python -m espo_rl.metrics       prints the names as a Markdown table
+    python -m espo_rl.record.metrics       prints the names as a Markdown table
 
 Names are `group/name`; TensorBoard and Weights & Biases show a group as one section.
 """
