@@ -187,7 +187,7 @@ def is_cpu_build() -> bool:
             return "cpu" in f"{distribution} {metadata.version(distribution)}"
     raise LaunchError(
         "vLLM is not installed: `pip install 'espo[gpu]'` on a GPU machine; on a CPU install "
-        "requirements-cpu.lock (see the README)"
+        "requirements-cpu.lock (see CONTRIBUTING.md)"
     )
 
 
