@@ -149,8 +149,8 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
             stream.set_status(upstream.status)
             await stream.prepare(request)
             while received:
-                told = (_marked(data, mark) for data in parser.feed(received))
-                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in told))
+                marked = (_marked(data, mark) for data in parser.feed(received))
+                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in marked))
                 received = await upstream.read()
     except GatewayError as error:
         if not stream.prepared:

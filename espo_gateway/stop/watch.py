@@ -147,19 +147,19 @@ class Watch:
         last: bool,
     ) -> Verdict:
         """For the rules that look at more than z."""
-        told = 0.0
+        v = 0.0
         if self._statistics is not None:
             self._statistics.push(regret, -logprob)
         if self._track is not None:
-            told = self._track.push(logprob, confidence)
+            v = self._track.push(logprob, confidence)
         if z <= self._floor or last or token < self._min_tokens:
             return _GO
-        return self._decide(token, z, told)
+        return self._decide(token, z, v)
 
-    def _decide(self, token: int, z: float, told: float) -> Verdict:
+    def _decide(self, token: int, z: float, v: float) -> Verdict:
         source = self._source
         if source is None:
-            return self._compare(token, z, told, None)
+            return self._compare(token, z, v, None)
         if source != "critic":
             value = self._known_value()
             return self._compare(token, z, value, value)
@@ -206,12 +206,12 @@ class Watch:
         assert threshold is not None
         return score > self._limit if threshold.above else score < self._limit
 
-    def _compare(self, token: int, z: float, told: float, value: float | None) -> Verdict:
-        if not self._crossed(self._rule.score(self.gate, z, told)):
+    def _compare(self, token: int, z: float, v: float, value: float | None) -> Verdict:
+        if not self._crossed(self._rule.score(self.gate, z, v)):
             return _GO
         if self.cut is None or token < self.cut:
             self.cut, self.z, self.value = token, z, value
-            self.threshold = self._rule.bound(self.gate, told)
+            self.threshold = self._rule.bound(self.gate, v)
         return Verdict.STOP
 
     def _known_value(self) -> float:
