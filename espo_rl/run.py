@@ -29,7 +29,7 @@ from espo_rl.evaluate.results import EvaluationError
 from espo_rl.loop import Interrupted, Loop
 from espo_rl.ppo.ranks import follow
 from espo_rl.ppo.trainer import PpoTrainer
-from espo_rl.record.errors import LogError
+from espo_rl.record.log_errors import LogError
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.task import TaskError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from espo_rl.record.files import nulls
+from espo_rl.record.json_files import nulls
 from study.design import Study, StudyError, load_study
 from study.plots import draw_all
 from study.results import results_of

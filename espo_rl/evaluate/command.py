@@ -41,7 +41,7 @@ from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, Report, Sampling
 from espo_rl.evaluate.results_folder import ResultsFolder
 from espo_rl.evaluate.table import as_dict, table
-from espo_rl.record.files import write_json
+from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.provenance import machine, versions
 from espo_rl.rollouts.collector import Collector, Prompter

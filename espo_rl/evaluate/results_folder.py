@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from espo_rl.evaluate.results import EvaluationError, ProblemResult
-from espo_rl.record.files import write_json
+from espo_rl.record.json_files import write_json
 from espo_rl.types import Problem
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from espo_rl.config import Recipe, RecipeError
-from espo_rl.record.errors import LogError, log_errors
-from espo_rl.record.files import write_json
+from espo_rl.record.json_files import write_json
+from espo_rl.record.log_errors import LogError, log_errors
 from espo_rl.record.metrics import Metric, grouped
 from espo_rl.record.progress import RunProgress
 from espo_rl.record.sinks import JsonLines, MetricSink, TensorBoard, WeightsAndBiases

@@ -22,7 +22,7 @@ from espo_gateway.files import written_whole
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe
-from espo_rl.record.errors import LogError, log_errors
+from espo_rl.record.log_errors import LogError, log_errors
 from espo_rl.record.provenance import versions
 from espo_rl.types import EndReason, Problem, Rollout
 

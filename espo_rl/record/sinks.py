@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from espo_rl.config import Recipe
-from espo_rl.record.errors import LogError, log_errors
-from espo_rl.record.files import nulls
+from espo_rl.record.json_files import nulls
+from espo_rl.record.log_errors import LogError, log_errors
 from espo_rl.record.metrics import Metric
 
 

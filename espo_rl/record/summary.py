@@ -13,8 +13,8 @@ import numpy as np
 
 from espo_rl.config import Recipe
 from espo_rl.gate.controller import StopController
-from espo_rl.record.files import nulls, write_json
 from espo_rl.record.intervals import ProblemMean, Share
+from espo_rl.record.json_files import nulls, write_json
 from espo_rl.record.provenance import versions
 from espo_rl.record.totals import Totals
 from espo_rl.types import Rollout

@@ -36,7 +36,7 @@ from espo_gateway.traces.judge import (
 )
 from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
 from espo_gateway.traces.recommend import bounded_level
-from espo_rl.record.files import write_json
+from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.replay.plot import draw

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from espo_rl.record.files import nulls
 from espo_rl.record.intervals import Share
+from espo_rl.record.json_files import nulls
 from espo_rl.record.metrics import METRICS
 from espo_rl.record.run_folder import Row, RunFolder, number
 

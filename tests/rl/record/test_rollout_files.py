@@ -18,7 +18,7 @@ from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe, load_recipe
-from espo_rl.record.errors import LogError
+from espo_rl.record.log_errors import LogError
 from espo_rl.record.rollout_files import SCHEMA, RolloutFiles, read_rollouts, recipe_hash
 from espo_rl.types import EndReason, Problem, Rollout
 
