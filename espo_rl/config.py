@@ -54,7 +54,7 @@ class Model(Section):
 class TaskSection(Section):
     """What is asked, and how answers are graded."""
 
-    kind: Literal["arithmetic", "dataset", "reasoning-gym"] = "arithmetic"
+    kind: str = "arithmetic"  # or "dataset", "reasoning-gym": a name in tasks/kinds.py
     # arithmetic
     min_steps: Count = 2
     max_steps: Annotated[int, Field(ge=1, le=26)] = 24

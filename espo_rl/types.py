@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espo_gateway.stop.gate_json import Mode
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -22,6 +24,17 @@ class Problem:
     prompt: str
     answer: str
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to ask for. In a batch the seed is its name, too."""
+
+    problem: Problem
+    seed: int
+    mode: Mode = "enforce"
+    group: int = 0
+    attempt: int = 0
 
 
 class EndReason(enum.StrEnum):

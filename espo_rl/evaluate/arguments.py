@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
@@ -143,6 +140,9 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
     """The parts of a recipe that servers, collector and graders read."""
     dtype = options.dtype
     if dtype is None:
+        import torch
+        from transformers import AutoConfig
+
         trained_in = AutoConfig.from_pretrained(options.model).dtype
         dtype = "float32" if trained_in in (None, torch.float32) else "bfloat16"
     return Recipe(

@@ -1,11 +1,4 @@
-r"""Accuracy of a model on data sets: avg@k, pass@k and maj@k, with 95 % intervals over problems.
-
-    python -m espo_rl.evaluate --model MODEL --data aime24.jsonl amc23.jsonl --k 32
-
-Starts a vLLM server for the model, and the gateway in front of it. Every problem is written to the
-output folder once all its samples are graded; the same command goes on where an earlier one
-stopped, and asks again what failed. What follows `--` goes to vLLM.
-"""
+"""The work of `espo_rl.evaluate`: from its options to results in a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +26,6 @@ from espo_rl.evaluate.arguments import (
     explain,
     in_arguments,
     make_recipe,
-    parse,
     read_gate,
     read_problems,
 )
@@ -212,8 +204,3 @@ def run_command(make: Callable[[], Command]) -> int:
     except KeyboardInterrupt:
         print("espo: interrupted; the same command goes on", file=sys.stderr)
         return 130
-
-
-def main() -> int:
-    """The command line; its exit code is that of `run_command`."""
-    return run_command(lambda: Command(parse(about=__doc__)))

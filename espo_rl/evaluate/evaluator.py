@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult, Sampling
-from espo_rl.rollouts.collector import Request
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import AnswerReader
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.types import EndReason, Problem, Request, Rollout
 
 
 class Grader(Protocol):

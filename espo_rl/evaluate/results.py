@@ -11,8 +11,7 @@ from espo_gateway.stop.gate_json import Mode
 from espo_rl.evaluate.scores import Graded, Scores, score
 from espo_rl.record.intervals import Share
 from espo_rl.record.totals import Totals
-from espo_rl.rollouts.collector import Request
-from espo_rl.types import EndReason, Problem
+from espo_rl.types import EndReason, Problem, Request
 
 
 class EvaluationError(RuntimeError):

@@ -18,28 +18,6 @@ from espo_rl.ppo.advantages import Trajectory, estimate
 from espo_rl.ppo.losses import importance_weights, kl_estimate
 from espo_rl.ppo.samples import Sample
 
-#: All that `PpoTrainer.update` reports; means are over tokens. A key is absent where its part of
-#: the recipe is not in use.
-METRICS = {
-    # before the update, from `prepare`
-    "entropy": "of the policy that sampled, nats a token",
-    "mismatch_kl": "KL(server‖trainer): mean of log π_server − log π_trainer of sampled tokens",
-    "mismatch_k3": "the same by the k3 estimate, which is never negative",
-    "mismatch_max": "largest |log π_server − log π_trainer|",
-    "kl_reference": "KL(policy‖reference) by ppo.kl_estimator",
-    "importance_mean": "mean weight against the server's policy, after the cap",
-    "importance_capped": "share of tokens whose weight was capped",
-    "critic_explained_variance": "1 − var(returns − V)/var(returns); NaN when all are the same",
-    "learning_rate": "of the actor's first step",
-    "critic_learning_rate": "of the critic's first step",
-    # means over the update's passes
-    "policy_loss": "clipped surrogate, importance weights included",
-    "clip_share": "share of tokens whose ratio was clipped",
-    "kl": "KL(old‖new) by the k3 estimate",
-    "grad_norm": "of the actor, before clipping",
-    "critic_loss": "half the squared error, clipped if so set",
-    "critic_grad_norm": "of the critic, before clipping",
-}
 Metrics = dict[str, float]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from espo_rl.ppo.critic import Critic
 from espo_rl.ppo.losses import value_loss
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
+from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.types import EndReason, Rollout
 
 Array = NDArray[np.float64]
@@ -24,20 +25,6 @@ Array = NDArray[np.float64]
 
 class PretrainError(ValueError):
     """These rollouts cannot be learned from; the message says how to record ones that can."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of a fit. right, wrong: what an answer is worth, as in the recipe of the run to come."""
-
-    learning_rate: float = 3e-4
-    epochs: int = 20
-    patience: int = 3  # epochs without a lower validation loss before it ends
-    batch: int = 64  # rollouts in an optimizer step
-    micro_batch_tokens: int = 4096  # few, so that rows of like length are padded together
-    right: float = 1.0
-    wrong: float = -1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)

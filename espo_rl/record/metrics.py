@@ -16,7 +16,6 @@ import numpy as np
 
 from espo_gateway.stop.rules import RULES, Gate
 from espo_rl.gate.outcomes import weights, with_outcome
-from espo_rl.ppo.experience import METRICS as UPDATE_METRICS
 from espo_rl.record.totals import Totals
 from espo_rl.types import EndReason, Rollout
 
@@ -71,7 +70,25 @@ METRICS = {
     "stopping/z_p50": "median of z over the batch's tokens (row 4)",
     "stopping/z_p90": "90 % quantile of z",
     "stopping/z_p99": "99 % quantile of z",
-    **{f"ppo/{name}": meaning for name, meaning in UPDATE_METRICS.items()},
+    # of the update; a name is absent where its part of the recipe is not in use, means are over
+    # tokens. Known before it, from `experience.prepare`
+    "ppo/entropy": "of the policy that sampled, nats a token",
+    "ppo/mismatch_kl": "KL(server‖trainer): mean of log π_server − log π_trainer of sampled tokens",
+    "ppo/mismatch_k3": "the same by the k3 estimate, which is never negative",
+    "ppo/mismatch_max": "largest |log π_server − log π_trainer|",
+    "ppo/kl_reference": "KL(policy‖reference) by ppo.kl_estimator",
+    "ppo/importance_mean": "mean weight against the server's policy, after the cap",
+    "ppo/importance_capped": "share of tokens whose weight was capped",
+    "ppo/critic_explained_variance": "1 − var(returns − V)/var(returns); NaN when all are the same",
+    "ppo/learning_rate": "of the actor's first step",
+    "ppo/critic_learning_rate": "of the critic's first step",
+    # means over the update's passes
+    "ppo/policy_loss": "clipped surrogate, importance weights included",
+    "ppo/clip_share": "share of tokens whose ratio was clipped",
+    "ppo/kl": "KL(old‖new) by the k3 estimate",
+    "ppo/grad_norm": "of the actor, before clipping",
+    "ppo/critic_loss": "half the squared error, clipped if so set",
+    "ppo/critic_grad_norm": "of the critic, before clipping",
     "sync/parity": "largest |Δ logprob| of the probe after the weights reached the server",
     "sync/restarts": "servers restarted so far",
     "evaluation/*": "accuracy and the like on held-out problems, with rows of their own",

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.rules import Gate
-from espo_rl.rollouts.collector import Request
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.types import EndReason, Problem, Request, Rollout
 
 
 @dataclass

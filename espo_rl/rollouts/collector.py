@@ -25,7 +25,7 @@ from tenacity import (
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stream.chunks import sampled_tokens
 from espo_rl.config import RolloutSection
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.types import EndReason, Problem, Request, Rollout
 
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
@@ -56,17 +56,6 @@ class Prompter:
         )
         # The template writes the special tokens itself; adding them again would double them.
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to ask for. In a batch the seed is its name, too."""
-
-    problem: Problem
-    seed: int
-    mode: Mode = "enforce"
-    group: int = 0
-    attempt: int = 0
 
 
 class Collector:

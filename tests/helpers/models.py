@@ -12,7 +12,7 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from espo_rl.base_model import (
+from espo_rl.base_model.train import (
     CHAT_TEMPLATE,
     SPECIAL_TOKENS,
     make_model,

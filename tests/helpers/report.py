@@ -13,7 +13,7 @@ import numpy as np
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
-from espo_rl.base_model import make_tokenizer
+from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import load_recipe
 from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.run_folder import read_run

@@ -12,7 +12,7 @@ import pytest
 
 from espo_gateway.supervisor import free_port
 from espo_gateway.vllm_plugin.__main__ import LaunchError, last_value, server_command
-from espo_rl.base_model import make_tokenizer
+from espo_rl.base_model.train import make_tokenizer
 from tests.helpers.models import random_critic
 
 HUB_MODEL = "org/model"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from espo_gateway.supervisor import free_port
 from espo_gateway.testing import FakeServer, Script
-from espo_rl.base_model import make_model, make_tokenizer, save_checkpoint
+from espo_rl.base_model.train import make_model, make_tokenizer, save_checkpoint
 from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
 from espo_rl.dry_run.footprint import Machine
 from espo_rl.dry_run.memory import Part, activation_parts, checkpoint_bytes, training_parts

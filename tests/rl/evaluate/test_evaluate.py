@@ -19,10 +19,11 @@ import tenacity
 
 from espo_gateway.supervisor import ServerProcess
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl.base_model import make_tokenizer
+from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection, TaskSection
+from espo_rl.evaluate.__main__ import main
 from espo_rl.evaluate.arguments import make_recipe, parse
-from espo_rl.evaluate.command import Command, main
+from espo_rl.evaluate.command import Command
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Sampling
 from espo_rl.evaluate.results_folder import ResultsFolder

@@ -16,8 +16,10 @@ from espo_gateway.stop.rules import Gate
 from espo_rl.config import load_recipe
 from espo_rl.ppo.critic import Critic
 from espo_rl.pretrain_critic import command as pretrain_critic
-from espo_rl.pretrain_critic.fit import PretrainError, Settings, split, usable, values_of
+from espo_rl.pretrain_critic.__main__ import main, parse
+from espo_rl.pretrain_critic.fit import PretrainError, split, usable, values_of
 from espo_rl.pretrain_critic.quality import auc, qualities
+from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.record.rollout_files import RolloutFiles, read_rollouts
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.models import random_checkpoint
@@ -72,7 +74,7 @@ def record(folder: Path, rollouts: list[Rollout]) -> Path:
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["pretrain_critic", *map(str, arguments)])
-    return pretrain_critic.main()
+    return main()
 
 
 def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch):
@@ -201,6 +203,6 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path):
 @pytest.mark.parametrize("argument", ["--held-out=1", "--wrong-reward=1", "--epochs=0"])
 def test_arguments_that_make_no_sense(argument, capsys):
     with pytest.raises(SystemExit) as stopped:
-        pretrain_critic.parse(["x", "--model", "m", "--output", "o", argument])
+        parse(["x", "--model", "m", "--output", "o", argument])
     assert stopped.value.code == 2
     assert argument.partition("=")[0] in capsys.readouterr().err

@@ -24,12 +24,12 @@ from espo_gateway.stop.watch import Watch
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.traces.detection import Judged, area, curve, difficulty
 from espo_gateway.traces.judge import fitted, fitted_elsewhere, replayed
-from espo_rl.base_model import make_tokenizer
+from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.record.rollout_files import rollouts_table
 from espo_rl.replay.command import Source, main
-from espo_rl.rollouts.collector import Collector, Prompter, Request
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import gateway_for
 
 

@@ -15,11 +15,11 @@ import tenacity
 from openai.types import Completion
 
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl.base_model import make_tokenizer
+from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.rollouts import collector as rollouts
-from espo_rl.rollouts.collector import Collector, Prompter, Request, read_completion
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.rollouts.collector import Collector, Prompter, read_completion
+from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import BAD, FAILING, GOOD, gateway_for
 
 PROBLEM = Problem(id="358c", prompt="358c", answer="164")

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from espo_rl.base_model import BELIEF, slips
+from espo_rl.base_model.slips import BELIEF, slips
 from espo_rl.tasks.arithmetic import Arithmetic
 
 PAIRS = [(oldest, newest) for oldest in range(10) for newest in range(10)]

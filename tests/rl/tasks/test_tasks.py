@@ -106,6 +106,11 @@ def small(tmp_path: Path) -> Callable[[str], Any]:
 KINDS = ("arithmetic", "dataset", "reasoning-gym")
 
 
+def test_a_kind_that_is_none() -> None:
+    with pytest.raises(TaskError, match=r"task\.kind.*did you mean dataset.*reasoning-gym"):
+        make_task(TaskSection(kind="datset"))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_problems_repeat_by_seed(small: Callable[[str], Any], kind: str) -> None:
     stream = first(small(kind), 200, seed=3)

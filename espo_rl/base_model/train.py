@@ -1,30 +1,19 @@
-"""A tiny base model for the arithmetic task, trained from scratch in about two minutes.
-
-    python -m espo_rl.base_model --out runs/base
-
-The demonstrations carry slips: each step's result is wrong with probability `error`. With
-`--kind sampled` any step may slip, to any digit: the model learns to *sample* errors that it does
-not *believe* (greedy decoding is right, sampling often is not). That is the kind of base in which
-an error shows in the logprobs, and so the kind that shows what early stopping does. With
-`--kind believed` as many slips fall on a few sums, always to the same digit: there the wrong digit
-is the likelier one, and it is the right one that looks like a mistake.
-"""
+"""The work of `espo_rl.base_model`: demonstrations, training, the checkpoint."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_lowercase
-from typing import Literal, get_args
 
 import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from espo_rl.base_model.slips import Kind, Slip, slips
 from espo_rl.record.progress import progress_bar
 from espo_rl.tasks.arithmetic import Arithmetic
 from espo_rl.types import Problem
@@ -33,9 +22,6 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<user>", "<assistant>")
 ALPHABET = "0123456789+-=#" + ascii_lowercase
 LEARNING_RATE = 3e-3
 LOOK = 150  # steps between two looks at what it knows
-BELIEF = 0.75  # how often a believed slip is shown: more often than the right digit, not always
-Kind = Literal["sampled", "believed"]
-Slip = Callable[[int, int], int]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<user>' if message['role'] == 'user' else '<assistant>' }}{{ message['content'] }}"
@@ -90,24 +76,6 @@ def save_checkpoint(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast,
     tokenizer.save_pretrained(out)
 
 
-def slips(kind: Kind, rng: random.Random, error: float) -> Slip:
-    """Misses the sum of two digits with probability `error`, over all pairs of digits.
-
-    sampled: any pair alike, by any amount. believed: always the same few pairs, the same for every
-    seed, with probability BELIEF each, and by the same amount.
-    """
-
-    def sampled(oldest: int, newest: int) -> int:
-        return rng.randint(1, 9) if rng.random() < error else 0
-
-    wrong = set(random.Random("believed").sample(range(100), round(100 * error / BELIEF)))
-
-    def believed(oldest: int, newest: int) -> int:
-        return int(10 * oldest + newest in wrong and rng.random() < BELIEF)
-
-    return {"sampled": sampled, "believed": believed}[kind]
-
-
 def demonstrations(
     task: Arithmetic, rng: random.Random, count: int, slip: Slip | None, encode: dict[str, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +123,7 @@ def train_base_model(
     if marker.exists() and json.loads(marker.read_text()) == settings:
         print(f"base model: {out} is there already")
         return out
+    transformers.utils.logging.disable_progress_bar()
     print(f"base model: training {out} from scratch, about two minutes on two cores")
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -237,35 +206,3 @@ def greedy_accuracy(
         solution = [encode[token] for token in [*Arithmetic().solution(problem.prompt), "<eos>"]]
         right += answer[: len(solution)] == solution
     return right / len(problems)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m espo_rl.base_model", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="checkpoint folder")
-    parser.add_argument("--error", type=float, default=0.06, help="share of demonstrated slips")
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--kind",
-        choices=get_args(Kind),
-        default="sampled",
-        help="slips on any sum, or always the same ones on a few (default: %(default)s)",
-    )
-    task = Arithmetic()
-    parser.add_argument(
-        "--min-steps", type=int, default=task.min_steps, help="of a problem (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-steps", type=int, default=task.max_steps, help="of a problem (default: %(default)s)"
-    )
-    options = vars(parser.parse_args())
-    if not 1 <= options["min_steps"] <= options["max_steps"] <= 26:
-        parser.error("--min-steps and --max-steps must lie in 1 to 26, the lesser first")
-    if not 0.0 <= options["error"] <= BELIEF:
-        parser.error(f"--error must lie in 0 to {BELIEF}")
-    transformers.utils.logging.disable_progress_bar()
-    train_base_model(options.pop("out"), **options)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,110 @@
+"""A training run from its options to its exit code: set up, under signals, ended."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import transformers
+
+from espo_gateway.supervisor import ServerStartError
+from espo_gateway.vllm_plugin.client import WeightSyncError
+from espo_rl.checkpoints import CheckpointError
+from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.dry_run.plan import make_plan
+from espo_rl.evaluate.results import EvaluationError
+from espo_rl.loop import Interrupted, Loop
+from espo_rl.ppo.ranks import follow
+from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.record.log_errors import LogError
+from espo_rl.servers.server import ServerError
+from espo_rl.tasks.task import TaskError
+
+FAULTS = (
+    ServerError,
+    ServerStartError,
+    WeightSyncError,
+    EvaluationError,
+    CheckpointError,
+    LogError,
+)
+INTERRUPTED = "espo: interrupted; go on with --resume auto"
+
+
+def train(options: argparse.Namespace) -> int:
+    """Set up and run; the exit code."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if rank:
+            return train_along(recipe)
+        plan = make_plan(recipe)
+        if options.dry_run:
+            print(plan.text(), end="")
+            return 2 if plan.errors else 0
+        plan.check()
+        loop = Loop(recipe)
+        for warning in plan.warnings:
+            loop.log.say(f"warning: {warning}")
+        if options.resume:
+            newest = loop.checkpoints.newest()
+            checkpoint = newest if options.resume == "auto" else Path(options.resume)
+            if checkpoint is not None:
+                loop.resume(checkpoint)
+    except (RecipeError, TaskError, CheckpointError, OSError, ValueError) as error:
+        if not rank:  # the others have nothing else to say
+            print(f"espo: {error}", file=sys.stderr)
+        return 2
+    try:
+        return asyncio.run(supervised(loop))
+    except FAULTS as error:
+        print(f"espo: {error}", file=sys.stderr)
+        return 1
+    finally:
+        loop.trainer.close()
+
+
+def train_along(recipe: Recipe) -> int:
+    """All that a rank other than 0 does: train what rank 0 says, until that ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Launchers signal all ranks; rank 0 decides what it means.
+        signal.signal(number, signal.SIG_IGN)
+    follow(PpoTrainer(recipe))
+    return 0
+
+
+async def supervised(loop: Loop) -> int:
+    """Run the loop under this process's signals; the exit code."""
+    running = asyncio.ensure_future(loop.run())
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        # A launcher may pass on a Ctrl-C as SIGTERM on top; only the same one again is impatience.
+        again = number in received
+        received.append(number)
+        if again or not loop.stepping:
+            running.cancel()
+        elif not loop.interrupted.is_set():
+            loop.interrupted.set()
+            loop.log.say("finishing this step, then saving; once more to stop now")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        await running
+        return 0
+    except Interrupted:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
+    except asyncio.CancelledError:
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # All children are stopped. An update may still run in its thread: nothing can cancel it,
+        # and an ordinary exit would wait for it.
+        os._exit(130)
