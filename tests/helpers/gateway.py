@@ -50,8 +50,9 @@ async def gateway_for(
         yield gateway
 
 
-def client_of(url: str) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+def client_of(url: str, api_key: str = "none") -> AsyncOpenAI:
+    """To be entered: one that is dropped open ends in a task of whatever loop runs by then."""
+    return AsyncOpenAI(base_url=url + "/v1", api_key=api_key, max_retries=0)
 
 
 def completion_body(**fields: Any) -> dict[str, Any]:

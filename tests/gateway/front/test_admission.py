@@ -261,8 +261,10 @@ async def queued(gateway: Gateway, count: int) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"espo": {"mode": "off"}}, {"n": 2}])
 async def test_the_gateway_queues_and_refuses(fields: dict[str, Any]) -> None:
-    async with crowded(max_in_flight=1, max_queue=1) as (server, gateway):
-        client = client_of(gateway.url)
+    async with (
+        crowded(max_in_flight=1, max_queue=1) as (server, gateway),
+        client_of(gateway.url) as client,
+    ):
         create = client.completions.create
 
         async def whole(**more: Any) -> None:
@@ -306,7 +308,10 @@ async def test_a_client_that_leaves_the_queue_never_reaches_a_server() -> None:
 
 
 async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
-    async with crowded(max_in_flight=1) as (server, gateway):
+    async with (
+        crowded(max_in_flight=1) as (server, gateway),
+        client_of(gateway.url) as client,
+    ):
         url = gateway.url + COMPLETIONS
         taken = [asyncio.create_task(post(url, completion_body()))]
         await server.until(lambda: server.running == 1)
@@ -314,7 +319,7 @@ async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
         await queued(gateway, 1)
         gateway.drain()
         with pytest.raises(InternalServerError) as caught:
-            await client_of(gateway.url).completions.create(**completion_body())
+            await client.completions.create(**completion_body())
         assert caught.value.status_code == 503
         headers = caught.value.response.headers
         assert (headers["Connection"], headers["Retry-After"]) == ("close", "1")

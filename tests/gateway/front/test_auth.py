@@ -13,14 +13,20 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from openai import AsyncOpenAI
 from yarl import URL
 
 from espo_gateway.config import Config, parse
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.front.auth import read_keys
 from espo_gateway.testing import FakeServer
-from tests.helpers.gateway import COMPLETIONS, FAILING, GATE, completion_body, gateway_for
+from tests.helpers.gateway import (
+    COMPLETIONS,
+    FAILING,
+    GATE,
+    client_of,
+    completion_body,
+    gateway_for,
+)
 
 UPSTREAMS = ("http://127.0.0.1:9",)
 
@@ -106,9 +112,9 @@ async def test_any_of_the_keys_will_do(closed: str) -> None:
 
 
 async def test_the_official_client_understands_a_refusal(closed: str) -> None:
-    client = AsyncOpenAI(base_url=closed + "/v1", api_key="wrong", max_retries=0)
-    with pytest.raises(openai.AuthenticationError) as error:
-        await client.completions.create(**completion_body())
+    async with client_of(closed, api_key="wrong") as client:
+        with pytest.raises(openai.AuthenticationError) as error:
+            await client.completions.create(**completion_body())
     assert error.value.code == "invalid_api_key"
 
 

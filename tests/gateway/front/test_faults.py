@@ -187,9 +187,12 @@ def test_a_malformed_chunk_is_the_upstreams_error(chunk: dict[str, Any]) -> None
 @pytest.mark.parametrize("fault", ["reset", "garbage", "error", "eof"])
 async def test_a_stream_that_breaks_tells_the_official_client(fault: Any) -> None:
     script = dataclasses.replace(UNSTOPPED, fault=fault, after=3)
-    async with FakeServer(script, gated=True) as server, gateway_for(server) as gateway:
+    async with (
+        FakeServer(script, gated=True) as server,
+        gateway_for(server) as gateway,
+        client_of(gateway.url) as client,
+    ):
         server.release(1)
-        client = client_of(gateway.url)
         stream = await client.completions.create(**completion_body(stream=True))
         texts = []
         with pytest.raises(APIError):  # noqa: PT012
@@ -203,9 +206,13 @@ async def test_a_stream_that_breaks_tells_the_official_client(fault: Any) -> Non
 
 async def test_silence_ends_in_a_timeout() -> None:
     script = dataclasses.replace(UNSTOPPED, fault="stall", after=3)
-    async with FakeServer(script) as server, gateway_for(server, idle_timeout=0.2) as gateway:
+    async with (
+        FakeServer(script) as server,
+        gateway_for(server, idle_timeout=0.2) as gateway,
+        client_of(gateway.url) as client,
+    ):
         with pytest.raises(InternalServerError) as caught:
-            await client_of(gateway.url).completions.create(**completion_body())
+            await client.completions.create(**completion_body())
         assert caught.value.status_code == 504
         await idle(gateway, server)
         assert server.aborted == 1

@@ -105,8 +105,9 @@ async def test_each_choice_of_a_request_is_a_line(tmp_path: Path) -> None:
     async with (
         FakeServer(Script([GOOD] * 5)) as server,
         gateway_for(server, record=path) as gateway,
+        client_of(gateway.url) as client,
     ):
-        await client_of(gateway.url).chat.completions.create(
+        await client.chat.completions.create(
             model="fake", messages=[{"role": "user", "content": "p"}], n=3
         )
     assert sorted(line["index"] for line in lines(path)) == [0, 1, 2]
