@@ -16,7 +16,7 @@ import random
 import struct
 from typing import Any
 
-from espo_gateway import optional
+from espo_gateway import event_loop
 
 PROMPT_TOKENS = 57
 #: Different tokens sent; enough that no proxy profits from their repetition.
@@ -206,4 +206,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=8.0)
     arguments = parser.parse_args()
-    optional.run(serve(arguments.port, arguments.step_ms / 1000))
+    event_loop.run(serve(arguments.port, arguments.step_ms / 1000))
