@@ -259,6 +259,7 @@ def test_a_mixture_of_recipes_is_said(tmp_path: Path) -> None:
     assert not Source([tmp_path / "a.parquet"], "correct", None).warnings()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens() -> None:
     def peak(rollouts: int) -> float:
         command = [sys.executable, bench_replay.__file__, str(rollouts), "--tokens", "2000"]
