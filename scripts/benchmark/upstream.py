@@ -95,10 +95,8 @@ def _choice(rng: random.Random, logprobs: bool) -> bytes:
     text, other = word(), word()
     top, second = -rng.expovariate(4.0), -1.0 - rng.expovariate(0.3)
     likeliest = [entry(text, top), entry(other, second)]
-    told = None
-    if logprobs:
-        told = {"content": [{**likeliest[0], "top_logprobs": likeliest}]}
-    delta, told = (json.dumps(part, separators=(",", ":")) for part in ({"content": text}, told))
+    content = {"content": [{**likeliest[0], "top_logprobs": likeliest}]} if logprobs else None
+    delta, told = (json.dumps(part, separators=(",", ":")) for part in ({"content": text}, content))
     return (
         f'{{"index":0,"delta":{delta},"logprobs":{told},"finish_reason":%b,"token_ids":null}}'
     ).encode()

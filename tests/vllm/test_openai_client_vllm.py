@@ -303,7 +303,7 @@ async def median_overshoot(
 ) -> float:
     """Of stopped requests; all the rest that must hold is asserted."""
     at_once, requests, length = asyncio.Semaphore(16), 160, 400
-    fields = {"max_tokens": length, "temperature": 1.0, "stream": stream}
+    fields: Call = {"max_tokens": length, "temperature": 1.0, "stream": stream}
     fields["extra_body"] = {"ignore_eos": True, "espo": {"min_tokens": 16}}
 
     async with client_of(gateway_url) as client:

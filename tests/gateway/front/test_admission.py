@@ -265,7 +265,7 @@ async def test_the_gateway_queues_and_refuses(fields: dict[str, Any]) -> None:
         crowded(max_in_flight=1, max_queue=1) as (server, gateway),
         client_of(gateway.url) as client,
     ):
-        create = client.completions.create
+        create: Any = client.completions.create
 
         async def whole(**more: Any) -> None:
             extra = {"extra_body": {"espo": fields["espo"]}} if "espo" in fields else {}

@@ -26,7 +26,7 @@ from tests.helpers.gateway import chat_body, completion_body, gateway_for, post
 SURE, UNSURE = 12.0, 2.0
 
 
-def watch(**fields: float) -> Watch:
+def watch(**fields: Any) -> Watch:
     return Watch(Gate(rule="confidence", confidence=5.0, **fields), 1)
 
 

@@ -49,8 +49,8 @@ def test_z_follows_the_equations_and_the_replay_equals_the_live_stream(
     replayed = smoothed_regret(
         pad([[math.nan if g is None else g for g in row] for row in rows]), stats, config
     )
-    for row, z in zip(live, replayed, strict=True):
-        assert z[: len(row)].tolist() == row  # to the last bit
+    for expected, z in zip(live, replayed, strict=True):
+        assert z[: len(expected)].tolist() == expected  # to the last bit
 
 
 @given(st.lists(st.floats(-50, 0), min_size=2, max_size=20), st.floats(-5, 5))

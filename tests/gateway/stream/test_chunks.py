@@ -151,7 +151,7 @@ def test_skipped_special_tokens_are_no_held_back_text() -> None:
 
 
 def test_keep_tokens_cuts_every_list() -> None:
-    choice = {
+    choice: dict[str, Any] = {
         "token_ids": [1, 2, 3],
         "logprobs": completion(["a", "b", "c"], [-1.0, -2.0, -3.0], [{}, {}, {}]),
     }

@@ -96,8 +96,8 @@ async def test_every_kind_of_end_is_told_and_a_stop_is_kept_to_its_cut(tmp_path:
     stopped, shadow = lines(path)[2], lines(path)[4]
     assert shadow["logprobs"][:8] == stopped["logprobs"]
     gate = gate_from_json(b'{"rule": "regret-only", "beta": 1.0}', has_critic=False)
-    rows = [np.array([shadow[name]]) for name in ("logprobs", "max_logprobs")]
-    assert first_stops(gate, Recorded(*rows, np.array([3.0]))).tolist() == [8]
+    logprobs, best = (np.array([shadow[name]]) for name in ("logprobs", "max_logprobs"))
+    assert first_stops(gate, Recorded(logprobs, best, np.array([3.0]))).tolist() == [8]
 
 
 async def test_each_choice_of_a_request_is_a_line(tmp_path: Path) -> None:

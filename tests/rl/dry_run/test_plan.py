@@ -465,6 +465,7 @@ def test_the_constants_of_the_paper(name: str) -> None:
     assert recipe.evaluation.samples == 32
     assert recipe.model.path.lower().endswith(name.removeprefix("espo-"))
     # One spike of c must not cross the lowest threshold by itself.
+    assert stopping.beta is not None
     assert (1 - stopping.smoothing) * stopping.clip < stopping.beta * stopping.epsilon
 
 

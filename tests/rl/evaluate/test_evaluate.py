@@ -31,7 +31,14 @@ from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import exact_answer, make_answer_reader, math_answer
 from espo_rl.types import EndReason, Problem
-from tests.helpers.gateway import BAD, GATE, GOOD, gateway_for
+from tests.helpers.gateway import (
+    BAD,
+    GATE,
+    GOOD,
+    gateway_for,
+    until_asked,
+    until_finished,
+)
 from tests.helpers.models import random_checkpoint
 
 PROBLEMS = [Problem(id=f"p{i}", prompt=f"{i}", answer=str(i)) for i in range(3)]
@@ -51,9 +58,10 @@ def saying(text: str) -> Script:
     return Script([Token(character, id=1) for character in text])
 
 
-def answering(
-    answers: Sequence[Sequence[str | Script]],
-) -> Callable[[dict[str, Any]], Script]:
+Answers = Sequence[Sequence[str | Script]]
+
+
+def answering(answers: Answers) -> Callable[[dict[str, Any]], Script]:
     """The script of each sample by problem and number; a text is said after some reasoning."""
 
     def script(body: dict[str, Any]) -> Script:
@@ -142,14 +150,14 @@ async def test_every_sample_is_asked_once_as_told() -> None:
 
 
 async def test_a_sample_that_runs_into_the_limit_is_told_apart() -> None:
-    answers = [["0", saying("#0" * 100)]] * 3
+    answers: Answers = [["0", saying("#0" * 100)]] * 3
     report, handed, _ = await evaluated(answering(answers), Sampling(k=2, temperature=0.6))
     assert report.truncated.value == 0.5
     assert {sample.end for sample in handed[0].samples} == {EndReason.COMPLETED, EndReason.LENGTH}
 
 
 async def test_what_fails_is_no_wrong_answer_and_is_asked_again() -> None:
-    failing = [["0", Script([], status=400)], [saying("choke"), "1"], ["2", "2"]]
+    failing: Answers = [["0", Script([], status=400)], [saying("choke"), "1"], ["2", "2"]]
     sampling = Sampling(k=2, temperature=0.6)
     report, handed, _ = await evaluated(answering(failing), sampling)
     assert report.scores.average.value == 1.0
@@ -181,11 +189,11 @@ async def test_no_more_samples_at_once_than_allowed() -> None:
         sampling = Sampling(k=4, temperature=0.6, concurrency=3)
         asking = asyncio.create_task(evaluate(collector, ByAnswer(), PROBLEMS, sampling))
         for finished in range(12 - 3):
-            await server.until(lambda n=finished: len(server.bodies) >= n + 3)
+            await until_asked(server, finished + 3)
             await collector._client.models.list()  # what was asked beyond would be there by now
             assert len(server.bodies) == finished + 3
             server.release()
-            await server.until(lambda n=finished: server.finished > n)
+            await until_finished(server, finished + 1)
         server.release(3)
         assert (await asking).samples == 12
 
@@ -210,7 +218,7 @@ async def test_the_rule_is_off_unless_asked_for() -> None:
 
 
 async def test_a_stopped_sample_is_wrong_whatever_it_would_have_become() -> None:
-    answers = [[DOUBTFUL, "0"]] * 3
+    answers: Answers = [[DOUBTFUL, "0"]] * 3
     sampling = Sampling(k=2, temperature=0.6, gated=True, audit=0.0)
     report, handed, _ = await evaluated(answering(answers), sampling, GATE)
     assert report.scores.average.value == pytest.approx(1 / 6)
@@ -223,7 +231,7 @@ async def test_a_stopped_sample_is_wrong_whatever_it_would_have_become() -> None
 
 
 async def test_the_audit_tells_what_stopping_saves_and_costs() -> None:
-    answers = [[DOUBTFUL, "0"]] * 3
+    answers: Answers = [[DOUBTFUL, "0"]] * 3
     sampling = Sampling(k=2, temperature=0.6, gated=True, audit=1.0)
     report, _, server = await evaluated(answering(answers), sampling, GATE)
     assert server.aborted == 0
@@ -318,7 +326,7 @@ async def test_the_same_command_asks_nothing_again(arguments: list[str], tmp_pat
 async def test_failed_samples_are_shown_and_asked_again(
     arguments: list[str], tmp_path: Path, capsys: Any
 ) -> None:
-    failing = [["0", Script([], status=400)], *ANSWERS[1:]]
+    failing: Answers = [["0", Script([], status=400)], *ANSWERS[1:]]
     async with FakeServer(answering(failing)) as server:
         assert not await Command(parse([*arguments, "--url", server.url])).run()
     assert "1 samples failed and are counted nowhere" in capsys.readouterr().out
@@ -381,6 +389,7 @@ def refusal(arguments: list[str], monkeypatch: Any, capsys: Any) -> str:
     monkeypatch.setattr(ServerProcess, "start", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["espo_rl.evaluate", *arguments])
+    code: str | int | None
     try:
         code = main()
     except SystemExit as exit:

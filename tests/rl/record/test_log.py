@@ -117,8 +117,10 @@ def test_numbers_of_a_batch() -> None:
 @pytest.mark.parametrize("batch", [[], [rollout(0, EndReason.ERROR)], [rollout(6, STOPPED)]])
 def test_numbers_of_a_batch_that_says_little(batch: list[Rollout]) -> None:
     numbers = rollout_metrics(batch, tokens=0, audit_share=0.0)
-    assert math.isnan(numbers["accuracy"])
-    assert math.isnan(numbers["false_positive_rate"])
+    for name in ("accuracy", "false_positive_rate"):
+        number = numbers[name]
+        assert isinstance(number, float)
+        assert math.isnan(number)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +427,7 @@ def test_a_change_of_stopping_is_said_once(tmp_path: Path) -> None:
 
 
 def test_the_line_of_a_step() -> None:
-    row = {
+    row: dict[str, float | str | bool | None] = {
         "rollout/reward": 0.314,
         "rollout/stop_share": 0.4,
         "rollout/audited": 12,

@@ -20,7 +20,15 @@ from espo_rl.config import RolloutSection
 from espo_rl.rollouts import collector as rollouts
 from espo_rl.rollouts.collector import Collector, Prompter, Request, read_completion
 from espo_rl.types import EndReason, Problem, Rollout
-from tests.helpers.gateway import BAD, FAILING, GOOD, gateway_for
+from tests.helpers.gateway import (
+    BAD,
+    FAILING,
+    GOOD,
+    gateway_for,
+    until_asked,
+    until_finished,
+    until_running,
+)
 
 PROBLEM = Problem(id="358c", prompt="358c", answer="164")
 PROMPTER = Prompter(make_tokenizer())
@@ -173,12 +181,13 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
         collecting = asyncio.create_task(collector.collect(samples(8), temperature=1.0))
         for finished in range(5):
             begun = finished + 3
-            await server.until(lambda n=begun: len(server.bodies) >= n and server.running >= 3)
+            await until_asked(server, begun)
+            await until_running(server, 3)
             # Requests beyond the bound would be on their way by now: this comes after them.
             await collector._client.models.list()
             assert len(server.bodies) == begun
             server.release()  # a rollout is one token
-            await server.until(lambda done=finished + 1: server.finished == done)
+            await until_finished(server, finished + 1)
         server.release(3)
         assert len(await collecting) == 8
     assert max(seen) == 3
@@ -278,7 +287,7 @@ async def test_an_answer_without_logprobs_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("choices", [[], None])
 async def test_an_answer_without_choices_is_a_value_error(choices: Any) -> None:
-    fields = {"id": "1", "created": 1, "model": "m", "object": "text_completion"}
+    fields: dict[str, Any] = {"id": "1", "created": 1, "model": "m", "object": "text_completion"}
     completion = Completion.model_construct(**fields, choices=choices)
     with pytest.raises(ValueError, match="no choice"):
         read_completion(completion, PROBLEM, [1], "enforce")
