@@ -40,7 +40,7 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
             axes = figure.add_subplot()
             axes.set(title=title, xlabel=x, ylabel=y)
             axes.grid(alpha=0.25)
-            for (method, runs), style in zip(curves.items(), _styles(), strict=False):
+            for (method, runs), style in zip(curves.items(), styles(), strict=False):
                 draw(axes, runs, {**style, "label": study.methods[method].title})
             if axes.get_legend_handles_labels()[1]:
                 figure.legend(loc="outside right upper", frameon=False, fontsize=9)
@@ -49,7 +49,7 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
     return paths
 
 
-def _styles() -> Iterator[dict[str, Any]]:
+def styles() -> Iterator[dict[str, Any]]:
     for number, colour in enumerate(cycle(_COLOURS)):
         dash = _DASHES[number % len(_DASHES)]
         yield {"color": colour, "linestyle": dash, "linewidth": 1.8}

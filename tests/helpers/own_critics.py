@@ -36,18 +36,19 @@ class Plain:
 
 
 class Hanging:
-    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
-        await asyncio.Event().wait()
-        return 0.0
+    """Until it is told not to."""
 
-
-class HangingAtFirst(Plain):
     hangs = True
+    running = 0
 
     async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
-        if self.hangs:
-            await asyncio.Event().wait()
-        return await super().value(prompt_token_ids, token_ids)
+        self.running += 1
+        try:
+            if self.hangs:
+                await asyncio.Event().wait()
+        finally:
+            self.running -= 1
+        return 0.0
 
 
 class Raising:

@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from espo_gateway.critic.custom import CALLS, CustomCritic, load_critic
 from espo_gateway.errors import InvalidRequest, UpstreamError

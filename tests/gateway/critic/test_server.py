@@ -184,11 +184,11 @@ async def test_a_fault_stops_nothing(fault: Any) -> None:
 
 async def test_nobody_waits_for_a_server_that_hangs() -> None:
     async with FakeCritic(total, fault="hang") as critic, asking(critic) as (server, _):
-        server._timeout = 0.2
+        server.timeout = 0.2
         with pytest.raises(UpstreamError, match="no values within"):
             await server.value([1], [])
         await critic.until(lambda: critic.running == 0)
-        server._timeout = 60.0
+        server.timeout = 60.0
         [trial] = ask(server, [1])
         await critic.until(lambda: critic.running == 1)
         for _ in range(5):  # while one request tries it, the others go on without a value

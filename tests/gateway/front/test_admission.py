@@ -36,17 +36,17 @@ class Visitor:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._go = asyncio.Event()
+        self.may_go = asyncio.Event()
         self.served = False
         self.task = asyncio.create_task(self._visit())
 
     async def _visit(self) -> None:
         async with self._admission.slot():
             self.served = True
-            await self._go.wait()
+            await self.may_go.wait()
 
     async def go(self) -> None:
-        self._go.set()
+        self.may_go.set()
         await self.task
 
     async def vanish(self) -> None:
@@ -124,7 +124,7 @@ async def test_both_leave_at_once() -> None:
     admission = Admission(1, 2)
     first, second, third = await visitors(admission, 3)
     second.task.cancel()
-    first._go.set()
+    first.may_go.set()
     await settled()
     assert (second.served, third.served) == (False, True)
     await third.go()
@@ -192,7 +192,7 @@ def test_whatever_happens(steps: list[tuple[str, int, bool]], slots: int, places
                 if what == "vanish":
                     visitor.task.cancel()
                 else:
-                    visitor._go.set()
+                    visitor.may_go.set()
                 if not visitor.served and what == "go":
                     visitor.task.cancel()
                 if settle:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import tenacity
 
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.supervisor import ServerProcess
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model import make_tokenizer
@@ -36,6 +37,7 @@ from tests.helpers.gateway import (
     GATE,
     GOOD,
     gateway_for,
+    get_text,
     until_asked,
     until_finished,
 )
@@ -88,12 +90,16 @@ class ByAnswer:
 async def collector_of(
     server: FakeServer, gate: bytes | None = None, **settings: Any
 ) -> AsyncIterator[Collector]:
-    config = RolloutSection(max_tokens=20, retries=1, **settings)
     async with (
         gateway_for(server, gate=gate, attempts=1) as gateway,
-        Collector(gateway.url, "fake", Prompter(make_tokenizer()), config) as collector,
+        collector_at(gateway, **settings) as collector,
     ):
         yield collector
+
+
+def collector_at(gateway: Gateway, **settings: Any) -> Collector:
+    config = RolloutSection(max_tokens=20, retries=1, **settings)
+    return Collector(gateway.url, "fake", Prompter(make_tokenizer()), config)
 
 
 async def evaluated(script: Any, sampling: Sampling, gate: bytes | None = None, **more: Any) -> Any:
@@ -184,13 +190,15 @@ async def test_it_gives_up_when_everything_fails() -> None:
 async def test_no_more_samples_at_once_than_allowed() -> None:
     async with (
         FakeServer(Script([GOOD]), gated=True) as server,
-        collector_of(server) as collector,
+        gateway_for(server, gate=None, attempts=1) as gateway,
+        collector_at(gateway) as collector,
     ):
         sampling = Sampling(k=4, temperature=0.6, concurrency=3)
         asking = asyncio.create_task(evaluate(collector, ByAnswer(), PROBLEMS, sampling))
         for finished in range(12 - 3):
             await until_asked(server, finished + 3)
-            await collector._client.models.list()  # what was asked beyond would be there by now
+            # What was asked beyond would be there by now.
+            await get_text(gateway.url + "/v1/models")
             assert len(server.bodies) == finished + 3
             server.release()
             await until_finished(server, finished + 1)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from espo_gateway.stop.rules import Gate
@@ -31,6 +32,7 @@ from espo_rl.record.metrics import (
     table,
     undocumented,
 )
+from espo_rl.record.progress import progress_bar
 from espo_rl.record.sinks import JsonLines
 from espo_rl.types import EndReason, Problem, Rollout
 
@@ -387,14 +389,13 @@ def test_a_full_disk_under_tensorboard_is_seen_in_the_step(
     assert len(rows_of(tmp_path)) == 1
 
 
-def test_closing_hides_no_error_of_the_run(tmp_path: Path) -> None:
-    class Full(JsonLines):
-        def close(self) -> None:
-            raise LogError("full")
+def test_closing_hides_no_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: JsonLines) -> None:
+        raise LogError("full")
 
+    monkeypatch.setattr(JsonLines, "close", full)
     log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
     log.__enter__()
-    log._sinks = [Full(tmp_path / "metrics.jsonl", 0)]
     log.__exit__(ValueError, ValueError("of the run"), None)
     with pytest.raises(LogError, match="full"):
         log.__exit__(None, None, None)
@@ -448,12 +449,25 @@ def test_the_line_of_a_step() -> None:
     assert "nan" not in (line + off).lower()
 
 
-def watch(console: Console, recipe: Recipe) -> None:
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """The bars of the logs made in a test."""
+    made: list[Progress] = []
+
+    def keep(**options: Any) -> Progress:
+        made.append(progress_bar(**options))
+        return made[-1]
+
+    monkeypatch.setattr(progress, "progress_bar", keep)
+    return made
+
+
+def watch(console: Console, recipe: Recipe, bars: list[Progress]) -> None:
     """One step, as a run shows it."""
     with RunLog(recipe, console) as log, log.phase("rollouts", total=2) as advance:
         advance()
         log.step(1, rollout={"tokens": 5}, stopping={})
-        log._progress._bars.refresh()  # not left to its thread's clock
+        bars[-1].refresh()  # not left to its thread's clock
 
 
 @pytest.fixture
@@ -467,11 +481,14 @@ def terminal() -> Iterator[tuple[io.TextIOWrapper, int]]:
 
 @pytest.mark.timeout(30)
 def test_a_terminal_has_bars(
-    tmp_path: Path, terminal: tuple[io.TextIOWrapper, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    terminal: tuple[io.TextIOWrapper, int],
+    monkeypatch: pytest.MonkeyPatch,
+    bars: list[Progress],
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     file, read = terminal
-    watch(Console(file=file, width=200), recipe_for(tmp_path))
+    watch(Console(file=file, width=200), recipe_for(tmp_path), bars)
     file.flush()
     # A terminal hands on what was written piece by piece: what is missing here never comes.
     seen = ""
@@ -481,20 +498,21 @@ def test_a_terminal_has_bars(
     assert seen.count("step 1/4") == 1
 
 
-def test_a_file_has_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_lines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bars: list[Progress]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as CIs do
     said = io.StringIO()
-    watch(Console(file=said, highlight=False, soft_wrap=True), recipe_for(tmp_path))
+    watch(Console(file=said, highlight=False, soft_wrap=True), recipe_for(tmp_path), bars)
     (line,) = said.getvalue().splitlines()
     assert line.startswith("step 1/4  reward")
 
 
-def test_phases_within_phases(tmp_path: Path) -> None:
+def test_phases_within_phases(tmp_path: Path, bars: list[Progress]) -> None:
     log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
-    bars = log._progress._bars
 
     def shown() -> list[str]:
-        return [task.description for task in bars.tasks]
+        return [task.description for task in bars[-1].tasks]
 
     with log:
         with log.phase("evaluation"), log.phase("rollouts", total=2):

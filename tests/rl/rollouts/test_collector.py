@@ -14,6 +14,7 @@ import pytest
 import tenacity
 from openai.types import Completion
 
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model import make_tokenizer
 from espo_rl.config import RolloutSection
@@ -25,6 +26,7 @@ from tests.helpers.gateway import (
     FAILING,
     GOOD,
     gateway_for,
+    get_text,
     until_asked,
     until_finished,
     until_running,
@@ -44,10 +46,9 @@ async def collector_of(
     server: FakeServer, gateway: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Collector]:
     """A collector that reaches the server through a gateway whose rule is on."""
-    config = RolloutSection(max_tokens=20, **settings)
     async with (
         gateway_for(server, **(gateway or {})) as started,
-        Collector(started.url, "fake", PROMPTER, config) as collector,
+        collector_at(started, **settings) as collector,
     ):
         yield collector
 
@@ -176,7 +177,8 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
 
     async with (
         FakeServer(script, gated=True) as server,
-        collector_of(server, concurrency=3) as collector,
+        gateway_for(server) as gateway,
+        collector_at(gateway, concurrency=3) as collector,
     ):
         collecting = asyncio.create_task(collector.collect(samples(8), temperature=1.0))
         for finished in range(5):
@@ -184,7 +186,7 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
             await until_asked(server, begun)
             await until_running(server, 3)
             # Requests beyond the bound would be on their way by now: this comes after them.
-            await collector._client.models.list()
+            await get_text(gateway.url + "/v1/models")
             assert len(server.bodies) == begun
             server.release()  # a rollout is one token
             await until_finished(server, finished + 1)
