@@ -26,7 +26,7 @@ LADDERS = {
         ("upstream",),
         ("stop", "vllm_plugin"),
         ("config",),
-        ("addresses", "errors", "files", "optional", "supervisor"),
+        ("addresses", "errors", "event_loop", "files", "optional", "supervisor"),
     ),
     "espo_rl": (
         ("run",),

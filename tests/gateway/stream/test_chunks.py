@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from espo_gateway.stop.regret import surrogate_regret
 from espo_gateway.stream.chunks import SampledToken, decode_chunk, sampled_tokens
 from espo_gateway.stream.cut import HeldText, keep_tokens, kept_text, strip_logprobs
 from tests.gateway.stop.reference import surrogate_regret

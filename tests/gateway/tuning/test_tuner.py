@@ -176,7 +176,7 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
         verdicts = {followed.push(None, None), followed.push(math.nan, -0.1)}
         for t, pair in enumerate(stream, 1):
             verdicts.add(followed.push(*pair, last=t == len(stream)))
-        rows = [
+        logprobs, best = (
             np.array([[math.nan, math.nan, *(pair[k] for pair in stream)]], float) for k in (0, 1)
         )
         completed = np.array([len(stream) + 2])

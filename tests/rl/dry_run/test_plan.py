@@ -420,10 +420,9 @@ class TestFit:
         assert "in RAM of 16.0 GB" in error
 
     def test_a_rough_estimate_only_warns(self, recipe_with: Callable[..., Recipe]) -> None:
-        sure, all_of_it = (
-            make_plan(recipe_with(), LAPTOP).footprint.demand(sure=sure)[1]
-            for sure in (True, False)
-        )
+        footprint = make_plan(recipe_with(), LAPTOP).footprint
+        assert footprint is not None
+        sure, all_of_it = (footprint.demand(sure=sure)[1] for sure in (True, False))
         assert sure < all_of_it
         plan = make_plan(recipe_with(), Machine(2, (sure + all_of_it) / 2))
         assert plan.errors == []

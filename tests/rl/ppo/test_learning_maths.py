@@ -36,7 +36,7 @@ values_of_a_rollout = st.integers(1, 12).flatmap(
 )
 
 
-def brute_force(values, rewards, gamma, lam):
+def brute_force(values: Floats, rewards: Floats, gamma: float, lam: float) -> list[float]:
     """A_t = Σ_k (γλ)^k δ_{t+k}, summed term by term."""
     following = [*values[1:], 0.0]
     deltas = [r + gamma * v2 - v for r, v, v2 in zip(rewards, values, following, strict=True)]
@@ -50,7 +50,9 @@ def brute_force(values, rewards, gamma, lam):
 
 
 @given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.data())
-def test_gae_is_the_sum_of_td_errors(values, gamma, lam, data):
+def test_gae_is_the_sum_of_td_errors(
+    values: NDArray[np.float32], gamma: float, lam: float, data: st.DataObject
+) -> None:
     rewards = data.draw(arrays(np.float32, len(values), elements=st.floats(-1, 1, width=32)))
     advantages = gae(values, rewards, gamma=gamma, lam=lam)
     expected = brute_force(values, rewards, gamma, lam)
@@ -72,7 +74,9 @@ def test_whitening_is_over_all_tokens_of_the_batch() -> None:
     assert flat.std() == pytest.approx(1.0, abs=1e-5)
 
 
-def made(kept, reward, group, rng, *, critic=True) -> tuple[Sample, ModelOutputs]:
+def made(
+    kept: int, reward: float, group: int, rng: np.random.Generator, *, critic: bool = True
+) -> tuple[Sample, ModelOutputs]:
     """A sample with a prompt of three tokens, and made-up answers of the models."""
     sample = Sample(torch.arange(3 + kept), 3, group, reward)
     sample.columns["served_logprobs"] = torch.full((kept,), -1.0)
@@ -84,7 +88,7 @@ def made(kept, reward, group, rng, *, critic=True) -> tuple[Sample, ModelOutputs
     return sample, answers
 
 
-def batch_of_six(*, critic=True) -> tuple[list[Sample], list[ModelOutputs]]:
+def batch_of_six(*, critic: bool = True) -> tuple[list[Sample], list[ModelOutputs]]:
     """Two groups of three; the last rollout has a single token."""
     rng = np.random.default_rng(11)
     rows = [
@@ -99,14 +103,14 @@ def batch_of_six(*, critic=True) -> tuple[list[Sample], list[ModelOutputs]]:
     return [sample for sample, _ in pairs], [answers for _, answers in pairs]
 
 
-def log_ratio(answers: Before) -> torch.Tensor:
+def log_ratio(answers: ModelOutputs) -> torch.Tensor:
     """log π/π_reference of the sampled tokens, [tokens]."""
     assert answers.reference is not None
     return answers.logprobs - answers.reference
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_advantages_and_returns(coefficient):
+def test_advantages_and_returns(coefficient: float) -> None:
     ppo = Ppo(
         gamma=0.9,
         lam=0.8,
@@ -132,7 +136,9 @@ def test_advantages_and_returns(coefficient):
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 @pytest.mark.parametrize("critic", [True, False])
-def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
+def test_group_advantages_compare_the_rollouts_of_a_prompt(
+    coefficient: float, critic: bool
+) -> None:
     ppo = Ppo(
         advantage="group",
         kl_coefficient=coefficient,
@@ -156,7 +162,7 @@ def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
     assert all(("returns" in sample.columns) == critic for sample in samples)
 
 
-def test_a_group_of_equals_says_nothing():
+def test_a_group_of_equals_says_nothing() -> None:
     assert group_advantages([0.1] * 3 + [1.0, 0.0], [0] * 3 + [1] * 2) == pytest.approx(
         [0, 0, 0, 1, -1], abs=1e-5
     )

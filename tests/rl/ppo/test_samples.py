@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from espo_rl.ppo.samples import Sample, micro_batches, share
 from espo_rl.types import EndReason, Problem, Rollout
-from tests.gateway.stop.reference import surrogate_regret
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
 
@@ -29,21 +28,21 @@ def test_every_sample_is_in_one_micro_batch_of_one_rank(
     assert max(rows) - min(rows) <= 1
 
 
-def sample(prompt, kept):
+def sample(prompt: int, kept: int) -> Sample:
     tokens = torch.arange(1, prompt + kept + 1) + 100 * kept
     made = Sample(tokens, prompt, 0, 1.0)
     made.columns["x"] = made.tokens[prompt:].float()
     return made
 
 
-def test_columns_line_up_with_the_tokens_they_belong_to():
+def test_columns_line_up_with_the_tokens_they_belong_to() -> None:
     samples = [sample(2, 5), sample(4, 1)]
     (batch,) = micro_batches(samples, 100, rank=0, ranks=1, device="cpu")
     assert batch.tokens.shape == (2, 7)
     assert batch.targets.tolist() == batch.columns["x"].tolist()
 
 
-def test_a_dummy_counts_for_nothing():
+def test_a_dummy_counts_for_nothing() -> None:
     samples = [sample(2, 5)]
     (batch,) = micro_batches(samples, 100, rank=1, ranks=2, device="cpu")
     assert batch.indices == []

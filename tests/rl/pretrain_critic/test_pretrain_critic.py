@@ -75,7 +75,9 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return pretrain_critic.main()
 
 
-def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch):
+def test_a_critic_that_learns_what_spoils_a_rollout(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, out, values = record(tmp_path / "run", make_rollouts(300)), tmp_path / "c", tmp_path / "v"
     options = ["--learning-rate", "1e-3", "--epochs", "6", "--values", values]
     assert command(monkeypatch, run, "--model", base, "--output", out, *options) == 0
@@ -91,7 +93,8 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch)
     # What the trainer makes of it is what was measured, and what the values say.
     paths = Paths(base, out)
     loaded = trainer(paths)
-    full, there = 0, set()
+    full = 0
+    there: set[str] = set()
     for file in sorted(values.iterdir()):
         rollouts, _ = read_rollouts(file)
         column = pq.read_table(file)["values"].to_pylist()
@@ -106,7 +109,7 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch)
     assert full == report["rollouts"]["held_out"] == 2 * len(there)
 
 
-def test_v_is_of_the_prefix_that_ends_with_the_token(base):
+def test_v_is_of_the_prefix_that_ends_with_the_token(base: Path) -> None:
     classifier = pretrain_critic.load_critic(str(base), seed=0).classifier
     torch.nn.init.normal_(classifier.score.weight)
     critic = Critic(classifier)
@@ -193,7 +196,9 @@ def test_a_folder_in_use_is_left_alone(
     assert (base / "model.safetensors").exists()
 
 
-def test_a_fault_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
+def test_a_fault_while_writing_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     critic = pretrain_critic.load_critic(str(base), seed=0)
     tokenizer = pretrain_critic.load_tokenizer(str(base))
     with pytest.raises(TypeError):

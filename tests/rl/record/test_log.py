@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.record import progress
 from espo_rl.record.errors import LogError
 from espo_rl.record.log import RunLog, step_line
 from espo_rl.record.metrics import (

@@ -13,6 +13,7 @@ import pytest
 
 from espo_rl.config import load_recipe
 from espo_rl.gate.controller import StopController
+from espo_rl.record.intervals import ProblemMean
 from espo_rl.record.provenance import versions
 from espo_rl.record.summary import Share, Summary
 from espo_rl.record.totals import Totals

@@ -53,6 +53,11 @@ async def collector_of(
         yield collector
 
 
+def collector_at(gateway: Gateway, **settings: Any) -> Collector:
+    config = RolloutSection(max_tokens=20, **settings)
+    return Collector(gateway.url, "fake", PROMPTER, config)
+
+
 def samples(count: int, **fields: Any) -> list[Request]:
     return [Request(PROBLEM, seed=seed, **fields) for seed in range(count)]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +23,7 @@ def misses(
 
 
 @pytest.mark.parametrize("kind", ["sampled", "believed"])
-def test_as_many_slips_of_every_kind(kind):
+def test_as_many_slips_of_every_kind(kind: Kind) -> None:
     all_misses = [miss for of_pair in misses(kind, 0).values() for miss in of_pair]
     # 20,000 draws: three standard deviations are half a per cent, and whole pairs may be wrong
     assert sum(map(bool, all_misses)) / len(all_misses) == pytest.approx(0.06, abs=0.006)
@@ -49,7 +47,7 @@ def test_a_believed_slip_is_the_likelier_digit_on_the_same_pairs_for_every_seed(
         assert Counter(of_pair).most_common(1)[0][0] == (pair in wrong[0])
 
 
-def test_a_seed_stands_for_the_same_demonstrations_as_ever():
+def test_a_seed_stands_for_the_same_demonstrations_as_ever() -> None:
     """The README's numbers are of one base: it must be made again by its seed."""
     task, rng = Arithmetic(), random.Random(0)
     shown = ""
