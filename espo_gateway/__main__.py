@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from espo_gateway import optional
+from espo_gateway import event_loop
 from espo_gateway.app import listen, running
 from espo_gateway.config import Config, parse
 from espo_gateway.errors import GatewayError
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(given)
     logs.configure(config.log_level, config.log_format)
     try:
-        optional.run(serve(config))
+        event_loop.run(serve(config))
     except (GatewayError, OSError, TimeoutError) as error:
         sys.exit(f"espo_gateway: {error}")
 

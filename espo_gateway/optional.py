@@ -1,14 +1,9 @@
-"""Libraries that only some commands need, or that only make things faster."""
+"""Libraries that only some commands need."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
-
-T = TypeVar("T")
 
 
 def needed(module: str, extra: str = "calibrate") -> ModuleType:
@@ -20,12 +15,3 @@ def needed(module: str, extra: str = "calibrate") -> ModuleType:
         raise ImportError(
             f"{package} is needed and not installed; pip install 'espo[{extra}]'"
         ) from error
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """As `asyncio.run`, on uvloop's event loop where it is installed."""
-    try:
-        uvloop = import_module("uvloop")
-    except ImportError:
-        return asyncio.run(coroutine)
-    return uvloop.run(coroutine)

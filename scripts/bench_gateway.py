@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark import servers, throughput
 from benchmark.load import BenchmarkError, chat_request, run_round
 from benchmark.report import Case, report_of, show
-from espo_gateway import optional
+from espo_gateway import event_loop
 from espo_gateway.supervisor import ServerStartError
 
 #: What is measured: through which server, and whether the client streams and asks for logprobs.
@@ -48,7 +48,7 @@ CASES = {
 def main() -> None:
     arguments = parse()
     try:
-        report = optional.run(measure(arguments))
+        report = event_loop.run(measure(arguments))
     except (BenchmarkError, ServerStartError) as error:
         sys.exit(f"bench_gateway: {error}")
     show(report)

@@ -29,11 +29,11 @@ from prometheus_client.parser import text_string_to_metric_families
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from espo_gateway.supervisor import ServerProcess, free_port
-from espo_gateway.testing import Body, FakeServer, Script, Token
+from espo_gateway.testing import Body, FakeServer, Fault, Script, Token
 
 GATE = {"rule": "regret-only", "beta": 1.0}
 #: All but the endless line, of which the gateway rightly holds megabytes for a moment.
-FAULTS = ("reset", "no-body", "garbage", "error", "eof", "half", "stall")
+FAULTS: tuple[Fault, ...] = ("reset", "no-body", "garbage", "error", "eof", "half", "stall")
 #: Seconds between two looks at the memory; of silence that the gateway bears; and, after the run,
 #: until everything must have come to its end.
 INTERVAL, IDLE, LEFT = 0.5, 2.0, 30.0
@@ -155,7 +155,7 @@ async def put_under_load(
             raise SoakError(f"{len(stuck)} requests have not ended after {LEFT:g} s")
         counters = await settled(session, url, gateway, files)
     for server in servers:
-        await asyncio.wait_for(server.until(lambda server=server: server.running == 0), LEFT)
+        await asyncio.wait_for(idle(server), LEFT)
     report(result, counters)
     if errors := process.log_path.read_text().strip():
         raise SoakError(f"the gateway logged errors:\n{errors[:2000]}")
@@ -271,6 +271,10 @@ async def settled(
         if time.monotonic() > deadline:
             raise SoakError(f"not back at zero: {held}")
         await asyncio.sleep(0.1)
+
+
+async def idle(server: FakeServer) -> None:
+    await server.until(lambda: server.running == 0)
 
 
 def report(result: Soak, counters: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ LADDERS = {
         ("upstream",),
         ("stop", "vllm_plugin"),
         ("config",),
-        ("addresses", "errors", "files", "optional", "supervisor"),
+        ("addresses", "errors", "event_loop", "files", "optional", "supervisor"),
     ),
     "espo_rl": (
         ("run",),
@@ -40,107 +41,151 @@ LADDERS = {
 }
 ASIDE = {"espo_gateway.testing"}
 #: The paper's maths can be read, and run, without any of these.
+PURE = "espo_gateway.stop"
 IMPURE = {"asyncio", "aiohttp", "torch", "httptools", "prometheus_client"}
 
 
-def modules(package: str) -> Iterator[tuple[str, Path]]:
-    for path in sorted((ROOT / package).rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+def test_imports_run_down_the_ladder() -> None:
+    assert list(breaches(ROOT)) == []
 
 
-MODULES = dict(found for package in LADDERS for found in modules(package))
+def breaches(root: Path) -> Iterator[str]:
+    """What is wrong in the packages below a folder, and in which line."""
+    paths = dict(modules(root))
+    trees = {module: ast.parse(path.read_text()) for module, path in paths.items()}
+    uses: dict[str, dict[str, str]] = {}  # by module: what it imports, and the line that does
+    for module, tree in trees.items():
+        where = paths[module].relative_to(root)
+        uses[module] = {
+            used: f"{where}:{line} imports {used}" for line, used in imports(tree, paths)
+        }
+        yield from (f"{where}:{line} {what}" for line, what in hidden(tree))
+        for used, line in uses[module].items():
+            yield from (f"{line}, {why}" for why in misplaced(module, used))
+    try:
+        TopologicalSorter({module: paths.keys() & uses[module] for module in paths}).prepare()
+    except CycleError as circle:
+        ring = circle.args[1][::-1]
+        yield "; ".join(uses[one][other] for one, other in pairwise(ring))
+    reached = {module for module in paths if room(module) == PURE}
+    while more := {used for module in reached for used in paths.keys() & uses[module]} - reached:
+        reached |= more
+    for module in sorted(reached):
+        for used, line in uses[module].items():
+            if used.split(".")[0] in IMPURE:
+                yield f"{line}, and {PURE} is pure"
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+def modules(root: Path) -> Iterator[tuple[str, Path]]:
+    for package in LADDERS:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(tree: ast.AST, paths: dict[str, Path]) -> Iterator[tuple[int, str]]:
     """Line and name of each module that a file imports, wherever it does so."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} relative import"
+            origin = "." * node.level + (node.module or "")
             for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                yield node.lineno, name if name in MODULES else str(node.module)
+                name = f"{origin}.{alias.name}"
+                yield node.lineno, name if name in paths else origin
 
 
-def rung(module: str) -> int | None:
-    """0 is the ground; None for what stands beside the ladder."""
-    package, _, rest = module.partition(".")
-    if ".".join(module.split(".")[:2]) in ASIDE or not rest:
-        return None
-    ladder = LADDERS[package]
-    room = rest.partition(".")[0]
-    for height, rooms in enumerate(reversed(ladder)):
-        if room in rooms:
-            return height
-    raise AssertionError(f"{module} has no place on the ladder of {package}")
-
-
-def folder(module: str) -> str:
-    return ".".join(module.split(".")[:2])
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_down_the_ladder(module: str) -> None:
-    path = MODULES[module]
-    for line, used in imports(path):
-        where = f"{path.relative_to(ROOT)}:{line} imports {used}"
-        if used.split(".")[0] not in LADDERS or folder(used) == folder(module):
-            continue
-        if module.startswith("espo_gateway"):
-            assert not used.startswith("espo_rl"), f"{where}: the gateway knows no trainer"
-        if module.split(".")[0] != used.split(".")[0]:
-            continue
-        above, below = rung(module), rung(used)
-        if above is None:
-            continue
-        assert below is not None, f"{where}, which stands beside the ladder"
-        assert above > below, f"{where}, which does not stand below it"
-
-
-@pytest.mark.parametrize("package", LADDERS)
-def test_no_circle(package: str) -> None:
-    graph = {
-        name: {used for _, used in imports(MODULES[name])} & MODULES.keys() for name in MODULES
-    }
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as circle:
-        raise AssertionError(" -> ".join(circle.args[1])) from None
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_circle_is_hidden(module: str) -> None:
-    """By an import for type checkers only, or by one inside a function.
+def hidden(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Imports of our own for type checkers only, or inside a function: a circle may be behind.
 
     But a command may import its work when it has read its arguments: in `main` of a file that is
     run, whose imports are held to the ladder like all others.
     """
-    path = MODULES[module]
-    tree = ast.parse(path.read_text())
-    entries = mains(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            assert node.id != "TYPE_CHECKING", f"{path.relative_to(ROOT)}:{node.lineno}"
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node in entries:
-            continue
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.ImportFrom):
-                own = str(inner.module).split(".")[0] in LADDERS
-                assert not own, f"{path.relative_to(ROOT)}:{inner.lineno} imports in a function"
+        if "TYPE_CHECKING" in (getattr(node, "id", None), getattr(node, "attr", None)):
+            assert isinstance(node, ast.expr)
+            yield node.lineno, "hides an import behind TYPE_CHECKING"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node not in mains(tree):
+            for line, used in imports(node, {}):
+                if used.split(".")[0] in LADDERS:
+                    yield line, f"imports {used} in a function"
 
 
-def mains(tree: ast.Module) -> list[ast.stmt]:
+def mains(tree: ast.AST) -> list[ast.stmt]:
     """`main` of a file that is run as a command; none in any other."""
-    tests = [ast.unparse(node.test) for node in tree.body if isinstance(node, ast.If)]
+    body = getattr(tree, "body", [])
+    tests = [ast.unparse(node.test) for node in body if isinstance(node, ast.If)]
     if "__name__ == '__main__'" not in tests:
         return []
-    return [node for node in tree.body if getattr(node, "name", None) == "main"]
+    return [node for node in body if getattr(node, "name", None) == "main"]
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("espo_gateway.stop")])
-def test_the_decision_is_pure(module: str) -> None:
-    path = MODULES[module]
-    for line, used in imports(path):
-        assert used.split(".")[0] not in IMPURE, f"{path.relative_to(ROOT)}:{line} imports {used}"
+def misplaced(module: str, used: str) -> Iterator[str]:
+    """Why a module may not import another, if it may not."""
+    package, other = module.split(".")[0], used.split(".")[0]
+    if used.startswith("."):
+        yield "which is relative"
+    elif package == "espo_gateway" and other == "espo_rl":
+        yield "and the gateway knows no trainer"
+    elif package == other and room(module) != room(used):
+        above, below = rung(module), rung(used)
+        if above is None:
+            yield f"and {room(module)} has no place on the ladder"
+        elif below is None or below >= above:
+            yield "which does not stand below it"
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def rung(module: str) -> float | None:
+    """Height from the ground, 0; what stands beside the ladder may look down on all of it."""
+    package, _, name = room(module).partition(".")
+    if room(module) in ASIDE:
+        return float("inf")
+    for height, rooms in enumerate(reversed(LADDERS[package])):
+        if name in rooms:
+            return height
+    return None
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"front/a": "", "app": "from espo_gateway.front import a"}, None),
+        ({"stop/a": "", "stop/b": "from espo_gateway.stop.a import x"}, None),
+        ({"testing/a": "import espo_gateway.app", "app": ""}, None),
+        (
+            {"stop/a": "\nfrom espo_gateway.front.b import x", "front/b": ""},
+            "espo_gateway/stop/a.py:2 imports espo_gateway.front.b, which does not stand below it",
+        ),
+        ({"traces/a": "from espo_gateway import critic", "critic/__init__": ""}, "not stand below"),
+        ({"app": "import espo_gateway.testing.a", "testing/a": ""}, "not stand below"),
+        ({"attic/a": "import espo_gateway.errors", "errors": ""}, "gateway.attic has no place"),
+        ({"app": "import espo_rl.config"}, "app.py:1 imports espo_rl.config, and the gateway"),
+        ({"front/a": "from . import b", "front/b": ""}, "a.py:1 imports ., which is relative"),
+        (
+            {"stop/a": "import espo_gateway.stop.b", "stop/b": "\nimport espo_gateway.stop.a"},
+            "stop/b.py:2 imports espo_gateway.stop.a",
+        ),
+        ({"app": "import typing\nif typing.TYPE_CHECKING: pass"}, "app.py:2 hides an import"),
+        (
+            {"app": "def f():\n import espo_gateway.errors", "errors": ""},
+            "app.py:2 imports espo_gateway.errors in a function",
+        ),
+        ({"stop/a": "def f():\n import torch.nn"}, "stop/a.py:2 imports torch.nn, and"),
+        (
+            {"stop/a": "import espo_gateway.errors", "errors": "import aiohttp"},
+            "errors.py:1 imports aiohttp, and espo_gateway.stop is pure",
+        ),
+    ],
+)
+def test_a_breach_is_named(tmp_path: Path, files: dict[str, str], said: str | None) -> None:
+    for name, source in files.items():
+        path = tmp_path / "espo_gateway" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    found = list(breaches(tmp_path))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]

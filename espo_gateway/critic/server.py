@@ -74,14 +74,15 @@ class CriticServer:
             value = await critic.value(prompt_token_ids, token_ids)
 
     Args:
-        timeout: seconds for one request; a reload of the critic's weights holds requests up.
+        timeout: seconds for one request, may be changed at any time; a reload of the critic's
+            weights holds requests up.
         registry: where its metrics are to be found.
     """
 
     def __init__(
         self, url: str, *, timeout: float = 60.0, registry: CollectorRegistry | None = None
     ) -> None:
-        self._timeout = timeout
+        self.timeout = timeout
         self._pool = UpstreamPool([url], limits=Limits(first=timeout, idle=timeout))
         self.url = self._pool.servers[0].url
         self._model: _Model | None = None
@@ -155,7 +156,7 @@ class CriticServer:
 
     async def _ask(self, batch: dict[asyncio.Future[float], list[int]]) -> None:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self.timeout):
                 model = await self._served()
                 # One that is too long would have the whole request refused.
                 asked = {a: prefix for a, prefix in batch.items() if len(prefix) <= model.longest}
@@ -164,7 +165,7 @@ class CriticServer:
                 values = await self._request(model.name, list(asked.values())) if asked else []
         except Exception as error:
             if isinstance(error, TimeoutError):
-                problem = f"{self.url}: no values within {self._timeout:g} s"
+                problem = f"{self.url}: no values within {self.timeout:g} s"
             elif isinstance(error, UpstreamError):
                 problem = error.message
             else:

@@ -67,7 +67,11 @@ class Recorded:
 
     @cached_property
     def regrets(self) -> Array:
-        """g, [rollouts, tokens], NaN where it cannot be known (row 1)."""
+        """g_t = max_a log π(a|s_t) - log π(a_t|s_t) ≥ 0 (row 1), [rollouts, tokens].
+
+        NaN where either is missing, a placeholder, or not finite: a bad number carries no evidence
+        and must never stop a rollout.
+        """
         with np.errstate(invalid="ignore"):
             known = [
                 (rows > MISSING_LOGPROB) & (rows < np.inf)

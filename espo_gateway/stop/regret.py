@@ -1,8 +1,8 @@
-"""The maths of early stopping: surrogate regret, its statistics, and z.
+"""The maths of early stopping: statistics of the surrogate regret, and z.
 
-Rows 1-4 of the method (arXiv 2605.29860), for one live stream a token at a time
-(`RegretMonitor`) and for many recorded rollouts at once (`smoothed_regret`), with equal results to
-the last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`.
+Rows 2-4 of the method (arXiv 2605.29860) for many recorded rollouts at once (`smoothed_regret`).
+`watch.Watch` has rows 1, 3 and 4 for one live stream, a token at a time, with equal results to the
+last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,6 @@ Array = NDArray[np.float64]
 
 #: A logprob below this is a placeholder, not a number: servers send -9999 for a missing entry.
 MISSING_LOGPROB = -9000.0
-
-
-def surrogate_regret(logprob: float | None, max_logprob: float | None) -> float | None:
-    """g_t = max_a log π(a|s_t) - log π(a_t|s_t), never negative (row 1).
-
-    Returns None when either number is missing, a placeholder, or not finite: a bad number carries
-    no evidence and must never stop a rollout.
-    """
-    if logprob is None or max_logprob is None:
-        return None
-    if not (MISSING_LOGPROB < logprob < math.inf and MISSING_LOGPROB < max_logprob < math.inf):
-        return None
-    return max(max_logprob - logprob, 0.0)
 
 
 @dataclass(frozen=True)
@@ -91,33 +78,8 @@ class MonitorConfig:
             raise ValueError(f"delta must be positive, not {self.delta}")
 
 
-class RegretMonitor:
-    """Follows one stream: `push` each token's g, read `z`.
-
-    A missing g leaves z as it was: no evidence, no change. `rules.Watch` has this written out, for
-    speed, and is tested to equal it.
-    """
-
-    __slots__ = ("_clip", "_inverse_deviation", "_mean", "_smoothing", "z")
-
-    def __init__(self, statistics: RegretStatistics, config: MonitorConfig) -> None:
-        self._mean = statistics.mean
-        self._inverse_deviation = 1.0 / math.sqrt(statistics.variance + config.delta)
-        self._clip = config.clip
-        self._smoothing = config.smoothing
-        self.z = 0.0
-
-    def push(self, regret: float | None) -> float:
-        """Take the next token's g and return z_t (rows 3 and 4)."""
-        if regret is not None:
-            normalised = (regret - self._mean) * self._inverse_deviation
-            normalised = min(max(normalised, -self._clip), self._clip)
-            self.z = self._smoothing * self.z + (1.0 - self._smoothing) * normalised
-        return self.z
-
-
 def smoothed_regret(regrets: Array, statistics: RegretStatistics, config: MonitorConfig) -> Array:
-    """z of many recorded rollouts at once: what `RegretMonitor` gives, token for token.
+    """z of many recorded rollouts at once: what `Watch` gives, token for token.
 
     Args:
         regrets: g, shape [rollouts, tokens], NaN where a token is missing or past the end.

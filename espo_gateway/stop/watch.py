@@ -75,7 +75,7 @@ class Watch:
         self.regret: float | None = None
         self._unsettled: dict[int, float] = {}
         self._min_tokens = gate.min_tokens
-        # The constants of `RegretMonitor`, whose arithmetic `push` repeats.
+        # Of rows 3 and 4.
         self._mean = gate.statistics.mean
         self._deviations = 1.0 / math.sqrt(gate.statistics.variance + gate.monitor.delta)
         self._clip = gate.monitor.clip
@@ -107,8 +107,8 @@ class Watch:
         self.tokens = token = self.tokens + 1
         if self.cut is not None:
             return _GO
-        # `surrogate_regret` and `RegretMonitor.push` written out: as calls they would cost more
-        # than all the rest of a token that does not stop.
+        # Rows 1, 3 and 4 written out: as calls they would cost more than all the rest of a token
+        # that does not stop.
         if (
             logprob is None
             or max_logprob is None

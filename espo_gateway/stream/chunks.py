@@ -34,7 +34,7 @@ class SampledToken(NamedTuple):
 
     token_id: None unless token ids were asked for. text: as the server writes the token beside its
     logprob; empty when it is part of a character. logprob, max_logprob: natural logarithms, None
-    when missing; a placeholder like -9999 is kept, `surrogate_regret` knows it.
+    when missing; a placeholder like -9999 is kept, `Watch` knows it.
     confidence: of the position (`token_confidence`), None unless it was asked for and is known.
     """
 

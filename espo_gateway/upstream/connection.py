@@ -129,6 +129,11 @@ class Reply(asyncio.Protocol):
         """Without its parameters, in lower case."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
+    @property
+    def buffered(self) -> int:
+        """Bytes of the body that have come and are not read."""
+        return len(self._buffered)
+
     async def begun(self) -> None:
         """Wait for the head."""
         while not self._head_done:

@@ -72,12 +72,12 @@ class PpoTrainer:
             rate = self._ppo.critic_learning_rate or rate
             self.critic = Engine(recipe, Critic(classifier), rate)
 
-        self._reference: Any = None
+        self.reference: Any = None
         if self._ppo.kl_coefficient:
             reference = AutoModelForCausalLM.from_pretrained(
                 model.reference or model.path, dtype=dtype
             )
-            self._reference = frozen_engine(recipe, reference, self.actor.device)
+            self.reference = frozen_engine(recipe, reference, self.actor.device)
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -143,8 +143,8 @@ class PpoTrainer:
                 "reported": token_logprobs(logits if processed else raw, batch.targets),
                 "entropy": entropy(logits),
             }
-            if self._reference is not None:
-                reference = self._logits(self._reference, batch)
+            if self.reference is not None:
+                reference = self._logits(self.reference, batch)
                 reference /= self._recipe.rollout.temperature
                 flat["reference"] = token_logprobs(reference, batch.targets)
             values = None

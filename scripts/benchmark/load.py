@@ -70,6 +70,8 @@ async def run_round(
 async def _request(url: str, body: dict[str, Any], delay: float) -> _Client:
     await asyncio.sleep(delay)
     address = urlsplit(url)
+    assert address.hostname is not None
+    assert address.port is not None
     _, client = await asyncio.get_running_loop().create_connection(
         lambda: _Client(json.dumps(body).encode()), address.hostname, address.port
     )

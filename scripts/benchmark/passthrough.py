@@ -11,7 +11,7 @@ import asyncio
 import aiohttp
 from aiohttp import web
 
-from espo_gateway import optional
+from espo_gateway import event_loop
 
 
 async def serve(port: int, upstream: str) -> None:
@@ -46,4 +46,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream", required=True)
     arguments = parser.parse_args()
-    optional.run(serve(arguments.port, arguments.upstream))
+    event_loop.run(serve(arguments.port, arguments.upstream))

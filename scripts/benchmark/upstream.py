@@ -16,7 +16,7 @@ import random
 import struct
 from typing import Any
 
-from espo_gateway import optional
+from espo_gateway import event_loop
 
 PROMPT_TOKENS = 57
 #: Different tokens sent; enough that no proxy profits from their repetition.
@@ -95,10 +95,8 @@ def _choice(rng: random.Random, logprobs: bool) -> bytes:
     text, other = word(), word()
     top, second = -rng.expovariate(4.0), -1.0 - rng.expovariate(0.3)
     likeliest = [entry(text, top), entry(other, second)]
-    told = None
-    if logprobs:
-        told = {"content": [{**likeliest[0], "top_logprobs": likeliest}]}
-    delta, told = (json.dumps(part, separators=(",", ":")) for part in ({"content": text}, told))
+    content = {"content": [{**likeliest[0], "top_logprobs": likeliest}]} if logprobs else None
+    delta, told = (json.dumps(part, separators=(",", ":")) for part in ({"content": text}, content))
     return (
         f'{{"index":0,"delta":{delta},"logprobs":{told},"finish_reason":%b,"token_ids":null}}'
     ).encode()
@@ -206,4 +204,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=8.0)
     arguments = parser.parse_args()
-    optional.run(serve(arguments.port, arguments.step_ms / 1000))
+    event_loop.run(serve(arguments.port, arguments.step_ms / 1000))

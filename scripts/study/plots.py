@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +23,7 @@ _DASHES = ("-", "--", "-.", ":")
 _WINDOW = 5
 
 Curves = dict[str, list[float]]
-Draw = Callable[[Axes, list[Curves], dict[str, object]], None]
+Draw = Callable[[Axes, list[Curves], dict[str, Any]], None]
 
 
 def draw_all(study: Study, folder: Path) -> list[Path]:
@@ -39,7 +40,7 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
             axes = figure.add_subplot()
             axes.set(title=title, xlabel=x, ylabel=y)
             axes.grid(alpha=0.25)
-            for (method, runs), style in zip(curves.items(), _styles(), strict=False):
+            for (method, runs), style in zip(curves.items(), styles(), strict=False):
                 draw(axes, runs, {**style, "label": study.methods[method].title})
             if axes.get_legend_handles_labels()[1]:
                 figure.legend(loc="outside right upper", frameon=False, fontsize=9)
@@ -48,13 +49,13 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
     return paths
 
 
-def _styles() -> Iterator[dict[str, object]]:
+def styles() -> Iterator[dict[str, Any]]:
     for number, colour in enumerate(cycle(_COLOURS)):
         dash = _DASHES[number % len(_DASHES)]
         yield {"color": colour, "linestyle": dash, "linewidth": 1.8}
 
 
-def _line(axes: Axes, x: np.ndarray, runs: list[np.ndarray], style: dict[str, object]) -> None:
+def _line(axes: Axes, x: np.ndarray, runs: list[np.ndarray], style: dict[str, Any]) -> None:
     """Mean and band; x: shape [points], runs: [points] each."""
     points = [spread(values) for values in zip(*runs, strict=True)]
     mean, low, high = (
@@ -67,7 +68,7 @@ def _line(axes: Axes, x: np.ndarray, runs: list[np.ndarray], style: dict[str, ob
 
 
 def _by_step(name: str, smooth: int = 1) -> Draw:
-    def draw(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+    def draw(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> None:
         steps = min(len(run["step"]) for run in runs)
         values = [_smoothed(run[name][:steps], smooth) for run in runs]
         _line(axes, np.array(runs[0]["step"][:steps]), values, style)
@@ -85,7 +86,7 @@ def _smoothed(values: list[float], window: int) -> np.ndarray:
 
 
 def _accuracy(by: str) -> Draw:
-    def draw(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+    def draw(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> None:
         points = min(len(run["evaluated_step"]) for run in runs)
         x = np.mean([run[by][:points] for run in runs], axis=0)
         values = [np.array(run["evaluated_accuracy"][:points]) for run in runs]
@@ -94,7 +95,7 @@ def _accuracy(by: str) -> Draw:
     return draw
 
 
-def _saved(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+def _saved(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> None:
     steps = min(len(run["step"]) for run in runs)
     saved = [
         (np.array(run["tokens_full"][:steps]) - np.cumsum(run["tokens"][:steps])) / 1e3
@@ -103,7 +104,7 @@ def _saved(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
     _line(axes, np.array(runs[0]["step"][:steps]), saved, style)
 
 
-def _lengths(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+def _lengths(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> None:
     _by_step("length", _WINDOW)(axes, runs, style)
     steps = min(len(run["step"]) for run in runs)
     values = np.mean([_smoothed(run["length_full"][:steps], _WINDOW) for run in runs], axis=0)
@@ -113,7 +114,7 @@ def _lengths(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
         axes.plot(runs[0]["step"][:steps], values, **thin)
 
 
-def _false_positives(axes: Axes, runs: list[Curves], style: dict[str, object]) -> None:
+def _false_positives(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> None:
     steps = min(len(run["step"]) for run in runs)
     right = np.sum([np.cumsum(run["audited_correct"][:steps]) for run in runs], axis=0)
     audited = np.sum([np.cumsum(run["audited"][:steps]) for run in runs], axis=0)

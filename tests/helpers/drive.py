@@ -7,7 +7,9 @@ are sent and not proven), save (half a checkpoint is written).
 """
 
 import sys
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 from espo_rl import run
 from espo_rl.checkpoints import CheckpointStore
@@ -63,15 +65,11 @@ def halting_save(self: CheckpointStore, at: int, state: Any, save_models: Any) -
     return save(self, at, state, models)
 
 
-match place:
-    case "rollout":
-        Batch.put = halting_put
-    case "update":
-        PpoTrainer.update = halting_update
-    case "sync":
-        WeightPublisher.verify = halting_verify
-    case "save":
-        CheckpointStore.save = halting_save
-    case _:
-        sys.exit(f"no place {place!r}")
-sys.exit(run.main())
+PLACES: dict[str, AbstractContextManager[object]] = {
+    "rollout": patch.object(Batch, "put", halting_put),
+    "update": patch.object(PpoTrainer, "update", halting_update),
+    "sync": patch.object(WeightPublisher, "verify", halting_verify),
+    "save": patch.object(CheckpointStore, "save", halting_save),
+}
+with PLACES[place]:
+    sys.exit(run.main())

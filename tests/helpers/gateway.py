@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -20,6 +20,7 @@ from espo_gateway.config import Config
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.testing.critic import FakeCritic
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -36,9 +37,16 @@ FAILING = Script([GOOD] * 6 + [BAD] * 10)
 LONG = Script([GOOD] * 6 + [BAD] * 10_000)
 
 
+class Server(Protocol):
+    """Whatever has a URL that a gateway can stand before."""
+
+    @property
+    def url(self) -> str: ...
+
+
 @asynccontextmanager
 async def gateway_for(
-    *servers: FakeServer,
+    *servers: Server,
     gate: bytes | None = GATE,
     critic: ValueServer | str | None = None,
     **settings: Any,
@@ -50,8 +58,9 @@ async def gateway_for(
         yield gateway
 
 
-def client_of(url: str) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+def client_of(url: str, api_key: str = "none") -> AsyncOpenAI:
+    """To be entered: one that is dropped open ends in a task of whatever loop runs by then."""
+    return AsyncOpenAI(base_url=url + "/v1", api_key=api_key, max_retries=0)
 
 
 def completion_body(**fields: Any) -> dict[str, Any]:
@@ -82,6 +91,31 @@ async def post_stream(url: str, body: Any) -> list[dict[str, Any]]:
 async def get_text(url: str) -> str:
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         return await response.text()
+
+
+async def until_running(server: FakeServer | FakeCritic, count: int) -> None:
+    """Wait until just so many generations, or questions, are under way."""
+    await server.until(lambda: server.running == count)
+
+
+async def advance(server: FakeServer, tokens: int) -> None:
+    """Let a gated server's streams have so many more, in turn."""
+    for _ in range(tokens):
+        sent = server.generated + 1
+        server.release()
+        await until_sent(server, sent)
+
+
+async def until_sent(server: FakeServer, tokens: int) -> None:
+    await server.until(lambda: server.generated >= tokens)
+
+
+async def until_asked(server: FakeServer, requests: int) -> None:
+    await server.until(lambda: len(server.bodies) >= requests)
+
+
+async def until_finished(server: FakeServer, generations: int) -> None:
+    await server.until(lambda: server.finished >= generations)
 
 
 async def metric(gateway: Gateway, name: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 made: list[Good] = []
@@ -23,30 +24,40 @@ class Good:
     async def __aexit__(self, *_: object) -> None:
         self.open, self.left = False, True
 
-    async def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         assert self.open
         assert prompt_token_ids == [1, 2, 3]
         return 0.0 if len(token_ids) == 10 else 100.0
 
 
 class Plain:
-    async def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         return 0.0
 
 
 class Hanging:
-    async def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
-        await asyncio.Event().wait()
+    """Until it is told not to."""
+
+    hangs = True
+    running = 0
+
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
+        self.running += 1
+        try:
+            if self.hangs:
+                await asyncio.Event().wait()
+        finally:
+            self.running -= 1
         return 0.0
 
 
 class Raising:
-    async def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         raise RuntimeError("out of memory")
 
 
 class NotANumber:
-    async def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         return float("nan")
 
 
@@ -56,7 +67,7 @@ class Crowded:
     running: ClassVar[int] = 0
     most: ClassVar[int] = 0
 
-    async def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         Crowded.running += 1
         Crowded.most = max(Crowded.most, Crowded.running)
         await asyncio.sleep(0)
@@ -70,7 +81,7 @@ class Needy:
 
 
 class Synchronous:
-    def value(self, prompt_token_ids: list[int], token_ids: list[int]) -> float:
+    def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
         return 0.0
 
 

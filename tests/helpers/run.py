@@ -53,8 +53,8 @@ class Run:
             program = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *program]
         self.mark = uuid.uuid4().hex
         # What DeepSpeed in this process's other tests has set is not for the child.
-        ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        environment = {name: value for name, value in os.environ.items() if name not in ranks}
+        of_ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        environment = {name: value for name, value in os.environ.items() if name not in of_ranks}
         self.process = subprocess.Popen(
             [
                 *(sys.executable, *program, "arithmetic"),
@@ -105,7 +105,7 @@ class Run:
             left=left,
             family=len(self.family),
             output=self.output,
-            checkpoint=newest and newest.name,
+            checkpoint=None if newest is None else newest.name,
         )
 
     def _is_marked(self, process: psutil.Process) -> bool:

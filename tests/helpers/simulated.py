@@ -69,15 +69,17 @@ def censored(
     rng = random.Random(seed)
     seen = []
     for rollout, cut in zip(rollouts, cuts(rollouts, gate), strict=True):
-        stopped = {"end": EndReason.EARLY_STOP, "kept": cut, "gate_version": gate.version}
         if not cut:
             seen.append(rollout)
-        elif rng.random() < audit_share:
-            seen.append(dataclasses.replace(rollout, audited=True, **stopped))
-        else:
-            short = {
-                name: getattr(rollout, name)[:cut]
-                for name in ("token_ids", "logprobs", "max_logprobs")
-            }
-            seen.append(dataclasses.replace(rollout, correct=None, **short, **stopped))
+            continue
+        stopped = dataclasses.replace(
+            rollout, end=EndReason.EARLY_STOP, kept=cut, gate_version=gate.version
+        )
+        stopped.audited = rng.random() < audit_share
+        if not stopped.audited:
+            stopped.correct = None
+            stopped.token_ids = rollout.token_ids[:cut]
+            stopped.logprobs = rollout.logprobs[:cut]
+            stopped.max_logprobs = rollout.max_logprobs[:cut]
+        seen.append(stopped)
     return seen

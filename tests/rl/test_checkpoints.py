@@ -52,7 +52,8 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
     for step in (8, 9, 10, 11):  # not in the order of their names without the zeros
         store.save(step, step, writer(str(step)))
     assert names(tmp_path) == ["step-00000010", "step-00000011"]
-    assert store.load(store.newest(), nothing) == 11
+    assert (newest := store.newest()) is not None
+    assert store.load(newest, nothing) == 11
 
 
 def test_the_newest_stays_when_the_next_fails(tmp_path: Path) -> None:

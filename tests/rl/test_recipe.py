@@ -1,16 +1,20 @@
 """Recipes: what a user writes, and what they are told when it is wrong."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import pytest
 
 from espo_rl.config import RECIPES, RecipeError, load_recipe
 
 
 @pytest.mark.parametrize("name", [recipe.stem for recipe in RECIPES.glob("*.toml")])
-def test_every_shipped_recipe_holds(name):
+def test_every_shipped_recipe_holds(name: str) -> None:
     assert load_recipe(name).model.path
 
 
-def test_overrides_take_toml_values_and_bare_words():
+def test_overrides_take_toml_values_and_bare_words() -> None:
     recipe = load_recipe(
         "arithmetic",
         ["run.seed=7", "ppo.learning_rate=1e-4", "stopping.rule=none", "run.output=runs/x y"],
@@ -42,7 +46,7 @@ def test_overrides_take_toml_values_and_bare_words():
         ("run.steps.more=1", ["run.steps.more"]),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_the_fix(override, names):
+def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[str]) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("arithmetic", [override])
     assert all(name in str(error.value) for name in names)
@@ -61,7 +65,9 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override, names):
         (["ppo.advantage=group", "stopping.warmup=critic-loss"], ["critic-loss", "gae"]),
     ],
 )
-def test_settings_that_do_not_go_together_are_named_with_the_fix(overrides, names):
+def test_settings_that_do_not_go_together_are_named_with_the_fix(
+    overrides: list[str], names: list[str]
+) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe("arithmetic", overrides)
     assert all(name in str(error.value) for name in names)
@@ -76,16 +82,16 @@ def test_settings_that_do_not_go_together_are_named_with_the_fix(overrides, name
         (["ppo.advantage=group", "stopping.value=critic", "stopping.rule=value-gated"], True),
     ],
 )
-def test_a_critic_is_trained_where_something_reads_it(overrides, needed):
+def test_a_critic_is_trained_where_something_reads_it(overrides: list[str], needed: bool) -> None:
     assert load_recipe("arithmetic", overrides).needs_critic is needed
 
 
-def test_a_missing_recipe_lists_those_that_ship():
+def test_a_missing_recipe_lists_those_that_ship() -> None:
     with pytest.raises(RecipeError, match="arithmetic"):
         load_recipe("no-such-recipe")
 
 
-def test_a_file_that_is_no_toml_says_where(tmp_path):
+def test_a_file_that_is_no_toml_says_where(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[run\n")
     with pytest.raises(RecipeError, match=r"bad\.toml"):
         load_recipe(tmp_path / "bad.toml")

@@ -16,7 +16,7 @@ import pytest
 import reproduce
 from study import runner
 from study.design import Preparation, Run, Study, StudyError, load_study
-from study.plots import PLOTS, _styles, draw_all
+from study.plots import PLOTS, draw_all, styles
 from study.results import curves_of, results_of, spread
 from study.runner import Stopped, check, run_study, stop_share
 from study.table import markdown
@@ -294,5 +294,5 @@ def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
 
 
 def test_no_two_methods_look_alike() -> None:
-    styles = [tuple(style.values()) for style, _ in zip(_styles(), range(28), strict=False)]
-    assert len(set(styles)) == 28
+    drawn = [tuple(style.values()) for style, _ in zip(styles(), range(28), strict=False)]
+    assert len(set(drawn)) == 28

@@ -120,7 +120,7 @@ async def test_a_stop_ends_the_generation(vllm_server: VllmServer, path: str, st
         before = await settled(vllm_server)
         _, whole = await post(gateway.url + path, {**body, "espo": {"mode": "shadow"}})
         assert await settled(vllm_server) - before == CHOICES * LENGTH + 1
-        spent = []
+        spent: list[float] = []
         while not spent or (min(spent) > CHOICES * LENGTH / 2 and len(spent) < ATTEMPTS):
             before = await settled(vllm_server)
             ids, records = await stopped_choices(gateway.url + path, body, stream=stream)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from openai import APIError, APIStatusError, AsyncOpenAI, OpenAI
+from openai import APIError, APIStatusError, OpenAI
 from pydantic import BaseModel
 
 from espo_gateway.supervisor import ServerProcess, free_port
-from tests.helpers.gateway import post
+from tests.helpers.gateway import client_of, post
 from tests.helpers.vllm import (
     CHAT,
     COMPLETIONS,
@@ -96,10 +96,6 @@ def client_for(url: str) -> OpenAI:
     return OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
 
 
-def async_client_for(url: str) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-
-
 def method(client: Any, call: Call) -> Any:
     """The resource's `create` that the call is for."""
     return client.chat.completions if "messages" in call else client.completions
@@ -122,7 +118,7 @@ def asked(url: str, server: VllmServer, call: Call, *, stream: bool) -> Any:
 
 
 async def asked_async(url: str, server: VllmServer, call: Call, *, stream: bool) -> Any:
-    async with async_client_for(url) as client:
+    async with client_of(url) as client:
         create = method(client, call).create
         if not stream:
             return plain(await create(model=server.model, **call))
@@ -156,7 +152,7 @@ async def test_the_client_is_refused_the_same(
     async with gateway_for(vllm_server, STRICT) as gateway:
         errors = []
         for url in (vllm_server.url, gateway.url):
-            async with async_client_for(url) as client:
+            async with client_of(url) as client:
                 create = method(client, call).create
                 with pytest.raises(APIError) as caught:  # noqa: PT012
                     answer = await create(**{"model": vllm_server.model, "stream": stream, **call})
@@ -176,7 +172,7 @@ async def test_raw_responses(vllm_server: VllmServer) -> None:
     async with gateway_for(vllm_server) as gateway:
         seen = []
         for url in (vllm_server.url, gateway.url):
-            async with async_client_for(url) as client:
+            async with client_of(url) as client:
                 raw = await client.completions.with_raw_response.create(
                     model=vllm_server.model, **call
                 )
@@ -201,7 +197,7 @@ async def test_models(vllm_server: VllmServer) -> None:
     async with gateway_for(vllm_server) as gateway:
         listed = []
         for url in (vllm_server.url, gateway.url):
-            async with async_client_for(url) as client:
+            async with client_of(url) as client:
                 models = [model async for model in client.models.list()]
                 listed.append(
                     [plain(model.model_copy(update={"permission": []})) for model in models]
@@ -307,10 +303,10 @@ async def median_overshoot(
 ) -> float:
     """Of stopped requests; all the rest that must hold is asserted."""
     at_once, requests, length = asyncio.Semaphore(16), 160, 400
-    fields = {"max_tokens": length, "temperature": 1.0, "stream": stream}
+    fields: Call = {"max_tokens": length, "temperature": 1.0, "stream": stream}
     fields["extra_body"] = {"ignore_eos": True, "espo": {"min_tokens": 16}}
 
-    async with async_client_for(gateway_url) as client:
+    async with client_of(gateway_url) as client:
 
         async def request(seed: int) -> Any:
             body = body_for(vllm_server, path, seed=seed, **fields)

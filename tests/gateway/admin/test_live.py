@@ -18,6 +18,7 @@ from tests.helpers.gateway import (
     COMPLETIONS,
     FAILING,
     GOOD,
+    advance,
     completion_body,
     gateway_for,
     get_text,
@@ -30,14 +31,6 @@ ENDLESS = Script([GOOD] * 10_000)
 
 async def snapshot(gateway: Gateway) -> dict[str, Any]:
     return json.loads(await get_text(gateway.url + "/espo/live"))
-
-
-async def send(server: FakeServer, tokens: int) -> None:
-    """Let the streams have so many more, in turn."""
-    for _ in range(tokens):
-        sent = server.generated
-        server.release()
-        await server.until(lambda sent=sent: server.generated > sent)
 
 
 async def until(gateway: Gateway, **totals: float) -> dict[str, Any]:
@@ -73,7 +66,7 @@ async def test_running_streams_and_then_a_stop() -> None:
     async with FakeServer(FAILING, gated=True) as server, gateway_for(server) as gateway:
         request = asyncio.create_task(post(gateway.url + COMPLETIONS, completion_body(n=2)))
         await server.until(lambda: server.running == 2)
-        await send(server, 14)
+        await advance(server, 14)
         seen = await until(gateway, tokens=14)
         assert seen["running"] == 2
         assert seen["servers"][0]["in_flight"] == 2

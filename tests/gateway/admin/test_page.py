@@ -26,6 +26,7 @@ from tests.helpers.gateway import (
     FAILING,
     GATE,
     GOOD,
+    advance,
     completion_body,
     gateway_for,
     post,
@@ -92,14 +93,6 @@ async def opened(browser: Browser, url: str, width: int, *, faults: bool = False
 
 def gated(tokens: list[Token]) -> FakeServer:
     return FakeServer(Script(tokens), gated=True)
-
-
-async def send(server: FakeServer, tokens: int) -> None:
-    """Let the streams have so many more, in turn."""
-    for _ in range(tokens):
-        sent = server.generated
-        server.release()
-        await server.until(lambda sent=sent: server.generated > sent)
 
 
 async def points(seen: Seen, row: int = 0) -> int:
@@ -169,13 +162,13 @@ async def test_a_stream_from_its_first_token_to_its_stop(browser: Browser, width
         row = seen.page.locator("#streams tbody tr")
         await expect(row).to_have_count(1)
         await expect(row.locator(".state")).to_have_text("no token yet")
-        await send(server, 3)
+        await advance(server, 3)
         await expect(row.locator(".name")).to_have_text("cmpl-1")
         await expect(row.locator("td.n").first).to_have_text("3")
         await seen.text("running", "1")
         await expect(seen.page.locator("#empty")).to_be_hidden()
         drawn = await points(seen)
-        await send(server, 2)
+        await advance(server, 2)
         await until_more_points(seen, drawn)
         await expect(row.locator("svg")).to_have_attribute("aria-label", "0.00 against 1.00")
         assert await row.locator("path.threshold").get_attribute("d")
@@ -201,7 +194,7 @@ async def test_a_shadow_decision_goes_on_and_says_so(browser: Browser) -> None:
         body = completion_body(espo={"mode": "shadow"})
         _, writer = await raw_request(gateway.url, COMPLETIONS, body)
         await server.until(lambda: server.running == 1)
-        await send(server, 12)
+        await advance(server, 12)
         row = seen.page.locator("#streams tbody tr")
         await expect(row).to_have_class("would")
         await expect(row.locator(".state")).to_have_text("shadow: would stop at token 8 · fake")
@@ -249,7 +242,7 @@ async def test_names_from_outside_are_text(
     ):
         _, writer = await raw_request(gateway.url, COMPLETIONS, completion_body())
         await server.until(lambda: server.running == 1)
-        await send(server, 2)
+        await advance(server, 2)
         gateway.pool.servers[0].url += "/" + HOSTILE
         row = seen.page.locator("#streams tbody tr")
         await expect(row.locator(".name")).to_have_text(HOSTILE[:120])
@@ -354,12 +347,13 @@ async def test_servers_in_trouble_are_told_in_words(browser: Browser) -> None:
         async with opened(browser, gateway.url, 1280) as seen:
             await seen.page.route("**/live", changed)
             state = seen.page.locator("#servers .words")
-            for more, words in [
+            trouble: list[tuple[dict[str, Any], str]] = [
                 ({"healthy": False}, "does not answer"),
                 ({"breaker": "open"}, "left alone after failures"),
                 ({"breaker": "half-open"}, "being tried again"),
                 ({"healthy": True, "breaker": "closed"}, "healthy"),
-            ]:
+            ]
+            for more, words in trouble:
                 answers.update(more)
                 await expect(state).to_have_text(words)
             await seen.page.unroute_all(behavior="wait")

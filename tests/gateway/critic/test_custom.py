@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from espo_gateway.critic.custom import CALLS, CustomCritic, load_critic
 from espo_gateway.errors import InvalidRequest, UpstreamError
@@ -63,7 +64,7 @@ async def test_nobody_waits_for_one_that_hangs_and_it_is_tried_again() -> None:
         await asyncio.sleep(0)
         with pytest.raises(UpstreamError, match="at the moment"):
             await critic.value([1], [2])
-        own.value = own_critics.Plain().value
+        own.hangs = False
         with pytest.raises(UpstreamError):
             await trial
         assert await critic.value([1], [2]) == 0.0
@@ -71,13 +72,17 @@ async def test_nobody_waits_for_one_that_hangs_and_it_is_tried_again() -> None:
 
 
 async def test_a_question_taken_back_leaves_nothing_behind() -> None:
-    async with CustomCritic(own_critics.Hanging(), name="c") as critic:
-        tasks = [asyncio.create_task(critic.value([1], [2])) for _ in range(2 * CALLS)]
-        await asyncio.sleep(0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert (critic._waiting, critic._places._value) == (0, CALLS)
+    own, registry = own_critics.Hanging(), CollectorRegistry()
+    waiting = "espo_gateway_critic_questions_waiting"
+    async with CustomCritic(own, name="c", registry=registry) as critic:
+        for _ in range(2):  # the second time, too, every place is free
+            tasks = [asyncio.create_task(critic.value([1], [2])) for _ in range(2 * CALLS)]
+            await asyncio.sleep(0)
+            assert (own.running, registry.get_sample_value(waiting)) == (CALLS, CALLS)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert (own.running, registry.get_sample_value(waiting)) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from tests.helpers.gateway import (
     post,
     post_stream,
     raw_request,
+    until_running,
 )
 
 GATE = json.dumps({"rule": "value-gated", "value": "critic", "beta": 2.0, "epsilon": 0.5}).encode()
@@ -96,7 +97,7 @@ async def test_what_is_asked_while_requests_are_under_way_goes_into_the_next() -
         tasks = []
         for under_way in range(1, CONCURRENCY + 1):
             tasks += ask(server, [under_way])
-            await critic.until(lambda n=under_way: critic.running == n)
+            await until_running(critic, under_way)
         for n in range(50):  # one by one, each in a turn of the event loop of its own
             tasks += ask(server, [n])
             await asyncio.sleep(0)
@@ -127,7 +128,7 @@ async def test_a_question_taken_back_is_not_sent() -> None:
         first = []
         for n in range(CONCURRENCY):
             first += ask(server, [n])
-            await critic.until(lambda n=n: critic.running == n + 1)
+            await until_running(critic, n + 1)
         waiting = ask(server, [7], [8])
         await asyncio.sleep(0)
         waiting[0].cancel()
@@ -183,11 +184,11 @@ async def test_a_fault_stops_nothing(fault: Any) -> None:
 
 async def test_nobody_waits_for_a_server_that_hangs() -> None:
     async with FakeCritic(total, fault="hang") as critic, asking(critic) as (server, _):
-        server._timeout = 0.2
+        server.timeout = 0.2
         with pytest.raises(UpstreamError, match="no values within"):
             await server.value([1], [])
         await critic.until(lambda: critic.running == 0)
-        server._timeout = 60.0
+        server.timeout = 60.0
         [trial] = ask(server, [1])
         await critic.until(lambda: critic.running == 1)
         for _ in range(5):  # while one request tries it, the others go on without a value
@@ -205,7 +206,7 @@ async def test_all_that_waits_when_a_request_fails_gets_no_value() -> None:
         tasks = []
         for n in range(CONCURRENCY):
             tasks += ask(server, [n])
-            await critic.until(lambda n=n: critic.running == n + 1)
+            await until_running(critic, n + 1)
         tasks += ask(server, *[[n] for n in range(20)])
         critic.release(1)
         for task in tasks[CONCURRENCY:]:
@@ -334,7 +335,7 @@ async def reach_waiting(server: FakeServer, critic: FakeCritic, gateway: Gateway
     """Let the server send until questions wait behind those that are out."""
     server.release(8)
     for out in range(1, CONCURRENCY + 1):
-        await critic.until(lambda out=out: critic.running == out)
+        await until_running(critic, out)
         server.release(1)
     while not await waiting(gateway):
         pass

@@ -36,17 +36,17 @@ class Visitor:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._go = asyncio.Event()
+        self.may_go = asyncio.Event()
         self.served = False
         self.task = asyncio.create_task(self._visit())
 
     async def _visit(self) -> None:
         async with self._admission.slot():
             self.served = True
-            await self._go.wait()
+            await self.may_go.wait()
 
     async def go(self) -> None:
-        self._go.set()
+        self.may_go.set()
         await self.task
 
     async def vanish(self) -> None:
@@ -124,7 +124,7 @@ async def test_both_leave_at_once() -> None:
     admission = Admission(1, 2)
     first, second, third = await visitors(admission, 3)
     second.task.cancel()
-    first._go.set()
+    first.may_go.set()
     await settled()
     assert (second.served, third.served) == (False, True)
     await third.go()
@@ -192,7 +192,7 @@ def test_whatever_happens(steps: list[tuple[str, int, bool]], slots: int, places
                 if what == "vanish":
                     visitor.task.cancel()
                 else:
-                    visitor._go.set()
+                    visitor.may_go.set()
                 if not visitor.served and what == "go":
                     visitor.task.cancel()
                 if settle:
@@ -261,9 +261,11 @@ async def queued(gateway: Gateway, count: int) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"espo": {"mode": "off"}}, {"n": 2}])
 async def test_the_gateway_queues_and_refuses(fields: dict[str, Any]) -> None:
-    async with crowded(max_in_flight=1, max_queue=1) as (server, gateway):
-        client = client_of(gateway.url)
-        create = client.completions.create
+    async with (
+        crowded(max_in_flight=1, max_queue=1) as (server, gateway),
+        client_of(gateway.url) as client,
+    ):
+        create: Any = client.completions.create
 
         async def whole(**more: Any) -> None:
             extra = {"extra_body": {"espo": fields["espo"]}} if "espo" in fields else {}
@@ -306,7 +308,10 @@ async def test_a_client_that_leaves_the_queue_never_reaches_a_server() -> None:
 
 
 async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
-    async with crowded(max_in_flight=1) as (server, gateway):
+    async with (
+        crowded(max_in_flight=1) as (server, gateway),
+        client_of(gateway.url) as client,
+    ):
         url = gateway.url + COMPLETIONS
         taken = [asyncio.create_task(post(url, completion_body()))]
         await server.until(lambda: server.running == 1)
@@ -314,7 +319,7 @@ async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
         await queued(gateway, 1)
         gateway.drain()
         with pytest.raises(InternalServerError) as caught:
-            await client_of(gateway.url).completions.create(**completion_body())
+            await client.completions.create(**completion_body())
         assert caught.value.status_code == 503
         headers = caught.value.response.headers
         assert (headers["Connection"], headers["Retry-After"]) == ("close", "1")

@@ -13,14 +13,21 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from openai import AsyncOpenAI
+from pydantic import SecretStr
 from yarl import URL
 
 from espo_gateway.config import Config, parse
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.front.auth import read_keys
 from espo_gateway.testing import FakeServer
-from tests.helpers.gateway import COMPLETIONS, FAILING, GATE, completion_body, gateway_for
+from tests.helpers.gateway import (
+    COMPLETIONS,
+    FAILING,
+    GATE,
+    client_of,
+    completion_body,
+    gateway_for,
+)
 
 UPSTREAMS = ("http://127.0.0.1:9",)
 
@@ -106,9 +113,9 @@ async def test_any_of_the_keys_will_do(closed: str) -> None:
 
 
 async def test_the_official_client_understands_a_refusal(closed: str) -> None:
-    client = AsyncOpenAI(base_url=closed + "/v1", api_key="wrong", max_retries=0)
-    with pytest.raises(openai.AuthenticationError) as error:
-        await client.completions.create(**completion_body())
+    async with client_of(closed, api_key="wrong") as client:
+        with pytest.raises(openai.AuthenticationError) as error:
+            await client.completions.create(**completion_body())
     assert error.value.code == "invalid_api_key"
 
 
@@ -192,7 +199,8 @@ async def test_an_admin_key_opens_nothing_else() -> None:
 def test_files_of_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (path := tmp_path / "keys").write_text("# clients\nkey-1\n\n  key-2  \n")
     path.chmod(0o600)
-    keys = read_keys(Config(UPSTREAMS, api_keys=("key-0", "key-1"), api_keys_file=path))
+    given = (SecretStr("key-0"), SecretStr("key-1"))
+    keys = read_keys(Config(UPSTREAMS, api_keys=given, api_keys_file=path))
     assert keys.api == (b"key-0", b"key-1", b"key-2")
     assert caplog.text == ""
     path.chmod(0o644)
@@ -215,10 +223,11 @@ def test_files_of_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize("name", ["api_keys_file", "admin_key_file", "upstream_key_file"])
 def test_bad_files_of_keys(tmp_path: Path, name: str, content: Any, told: str) -> None:
     path = tmp_path / "keys"
+    wrong: dict[str, Any] = {name: path}
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InvalidRequest, match=told) as error:
-        read_keys(Config(UPSTREAMS, **{name: path}))
+        read_keys(Config(UPSTREAMS, **wrong))
     assert name in str(error.value)
     assert "secret" not in str(error.value)
 

@@ -22,7 +22,7 @@ import pytest
 
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import Body, FakeServer, Script, Token
-from tests.helpers.gateway import chat_body, completion_body, gateway_for, metric
+from tests.helpers.gateway import chat_body, completion_body, gateway_for, metric, until_running
 
 STREAMS = 200
 #: Apart, so that a request's seeds, one for each choice, are nobody else's.
@@ -150,7 +150,8 @@ def _write_script(request: Request, index: int, rng: random.Random) -> None:
         bad = length
     texts = [f"{request.number}.{index}.{t} " for t in range(length)]
     tokens = [
-        Token(text, *((-0.1, None) if t < bad else (-8.0, -0.1)), t) for t, text in enumerate(texts)
+        Token(text, -0.1, None, t) if t < bad else Token(text, -8.0, -0.1, t)
+        for t, text in enumerate(texts)
     ]
     if fault in UNREADABLE:
         for t in range(0, bad, 3):
@@ -290,7 +291,7 @@ def check(request: Request, outcome: Outcome) -> None:
 async def all_idle(gateway: Gateway, servers: list[FakeServer]) -> None:
     """Wait until nothing is under way; a counter that is not released makes this a timeout."""
     for server in servers:
-        await server.until(lambda server=server: server.running == 0)
+        await until_running(server, 0)
     while await metric(gateway, "espo_gateway_requests_in_flight") or gateway.sessions:
         pass
     assert [server.in_flight for server in gateway.pool.servers] == [0] * len(servers)

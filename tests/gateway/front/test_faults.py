@@ -77,12 +77,17 @@ async def test_a_departed_client_ends_the_generation(
         assert await metric(gateway, "espo_gateway_client_disconnects_total") == 1
 
 
+async def sent_or_ended(server: FakeServer, tokens: int) -> None:
+    await server.until(lambda: server.generated >= tokens or not server.running)
+
+
 async def test_a_client_that_reads_slowly_slows_the_server() -> None:
     """Memory of a stream is bounded: the gateway takes no more than the client does."""
     script = Script([Token("x" * 1000, -0.1)] * 100_000)
     async with FakeServer(script) as server, gateway_for(server) as gateway:
         body = completion_body(stream=True, max_tokens=100_000)
         _, writer = await raw_request(gateway.url, COMPLETIONS, body)
+        assert isinstance(writer.transport, asyncio.Transport)
         writer.transport.pause_reading()
         seen = -1
         while server.generated != seen:  # until it has come to a halt
@@ -187,9 +192,12 @@ def test_a_malformed_chunk_is_the_upstreams_error(chunk: dict[str, Any]) -> None
 @pytest.mark.parametrize("fault", ["reset", "garbage", "error", "eof"])
 async def test_a_stream_that_breaks_tells_the_official_client(fault: Any) -> None:
     script = dataclasses.replace(UNSTOPPED, fault=fault, after=3)
-    async with FakeServer(script, gated=True) as server, gateway_for(server) as gateway:
+    async with (
+        FakeServer(script, gated=True) as server,
+        gateway_for(server) as gateway,
+        client_of(gateway.url) as client,
+    ):
         server.release(1)
-        client = client_of(gateway.url)
         stream = await client.completions.create(**completion_body(stream=True))
         texts = []
         with pytest.raises(APIError):  # noqa: PT012
@@ -203,9 +211,13 @@ async def test_a_stream_that_breaks_tells_the_official_client(fault: Any) -> Non
 
 async def test_silence_ends_in_a_timeout() -> None:
     script = dataclasses.replace(UNSTOPPED, fault="stall", after=3)
-    async with FakeServer(script) as server, gateway_for(server, idle_timeout=0.2) as gateway:
+    async with (
+        FakeServer(script) as server,
+        gateway_for(server, idle_timeout=0.2) as gateway,
+        client_of(gateway.url) as client,
+    ):
         with pytest.raises(InternalServerError) as caught:
-            await client_of(gateway.url).completions.create(**completion_body())
+            await client.completions.create(**completion_body())
         assert caught.value.status_code == 504
         await idle(gateway, server)
         assert server.aborted == 1
@@ -272,8 +284,8 @@ async def test_a_critic_cuts_at_the_token_it_was_asked_for(
         else:
             for sent in range(1, 17):
                 server.release(1)
-                await server.until(lambda sent=sent: server.generated >= sent or not server.running)
-        answer = await request
+                await sent_or_ended(server, sent)
+        answer: Any = await request
     if stream:
         choices = [chunk["choices"][0] for chunk in answer]
         texts = [c["text"] if path == COMPLETIONS else c["delta"].get("content") for c in choices]

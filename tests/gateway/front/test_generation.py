@@ -111,8 +111,11 @@ async def test_a_stop_cancels_the_generation(stream: bool) -> None:
 
 
 async def test_official_client_reads_a_stopped_answer() -> None:
-    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
-        client = client_of(gateway.url)
+    async with (
+        FakeServer(FAILING) as server,
+        gateway_for(server) as gateway,
+        client_of(gateway.url) as client,
+    ):
         whole = await client.chat.completions.create(**chat_body(logprobs=True, top_logprobs=1))
         assert whole.choices[0].finish_reason == "length"
         assert whole.choices[0].model_extra["espo"]["cut"] == 8
@@ -371,7 +374,8 @@ async def test_bad_requests_name_the_field(body: Any, param: str | None) -> None
 
 async def test_other_endpoints_are_passed_through() -> None:
     async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
-        models = await client_of(gateway.url).models.list()
+        async with client_of(gateway.url) as client:
+            models = await client.models.list()
         assert [model.id for model in models.data] == ["fake"]
         status, echoed = await post(gateway.url + "/v1/embeddings", {"input": "é"})
         assert (status, echoed) == (200, {"input": "é"})

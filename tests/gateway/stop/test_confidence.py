@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
-from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.stream.cut import strip_logprobs
@@ -26,7 +26,7 @@ from tests.helpers.gateway import chat_body, completion_body, gateway_for, post
 SURE, UNSURE = 12.0, 2.0
 
 
-def watch(**fields: float) -> Watch:
+def watch(**fields: Any) -> Watch:
     return Watch(Gate(rule="confidence", confidence=5.0, **fields), 1)
 
 
@@ -82,11 +82,10 @@ def test_rounding_does_not_build_up_over_a_long_stream() -> None:
     rng = np.random.default_rng(0)
     confidences = rng.uniform(0, 30, 200_000)
     gate = Gate(rule="confidence", confidence=1e-9, confidence_window=100)
-    one = Watch(gate, 1)
-    for confidence in confidences.tolist():
-        push(one, confidence)
-    track = one._track
+    track = RULES["confidence"].track(gate)
     assert track is not None
+    for confidence in confidences.tolist():
+        track.push(-0.1, confidence)
     last = track.push(-0.1, 7.0)
     assert last == pytest.approx(np.mean([*confidences[-99:], 7.0]), rel=1e-9)
 

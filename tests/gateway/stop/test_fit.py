@@ -1,5 +1,7 @@
 """The success estimator on simulated streams whose true success probability is known."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 
@@ -8,45 +10,50 @@ import pytest
 
 from espo_gateway.stop import fit as estimator
 from espo_gateway.stop.estimate import SuccessEstimator, probabilities, sigmoid
+from espo_gateway.stop.regret import Array
 from espo_gateway.stop.rules import Gate
 from espo_rl.gate.outcomes import KnownRollouts, recorded_of
-from espo_rl.types import EndReason
+from espo_rl.types import EndReason, Rollout
 from tests.helpers.simulated import LENGTH, SLIP, censored, simulate
 
 
-def fit(rollouts, audit_share=1.0):
-    return estimator.fit([KnownRollouts.of(rollouts, audit_share).examples()])
+def fit(rollouts: list[Rollout], audit_share: float = 1.0) -> SuccessEstimator:
+    fitted = estimator.fit([KnownRollouts.of(rollouts, audit_share).examples()])
+    assert fitted is not None
+    return fitted
 
 
-def explained_variance(fitted, rollouts, audit_share=1.0):
+def explained_variance(
+    fitted: SuccessEstimator, rollouts: list[Rollout], audit_share: float = 1.0
+) -> float | None:
     known = KnownRollouts.of(rollouts, audit_share)
     return known.explained_variance(probabilities(fitted.logits(known.recorded.features)))
 
 
-def true_probabilities(rollouts):
+def true_probabilities(rollouts: list[Rollout]) -> Array:
     slipped = np.array([np.maximum.accumulate(rollout.logprobs < -4) for rollout in rollouts])
     left = LENGTH - 1 - np.arange(LENGTH)
     return np.where(slipped, 0.0, (1 - SLIP) ** left)
 
 
-def calibration_error(fitted, rollouts):
+def calibration_error(fitted: SuccessEstimator, rollouts: list[Rollout]) -> float:
     """Mean |P - truth| over tokens."""
     recorded = recorded_of(rollouts)
     estimated = np.vectorize(sigmoid)(fitted.logits(recorded.features))
     return np.abs(estimated - true_probabilities(rollouts))[recorded.known].mean()
 
 
-def test_the_estimate_is_the_true_probability():
+def test_the_estimate_is_the_true_probability() -> None:
     fitted = fit(simulate(1500, 0))
     held_out = simulate(500, 1)
     assert calibration_error(fitted, held_out) < 0.06
 
-    outcomes = np.array([[float(rollout.correct)] for rollout in held_out])
+    outcomes = np.array([[float(bool(rollout.correct))] for rollout in held_out])
     best = 1 - np.var(outcomes - true_probabilities(held_out)) / np.var(outcomes * np.ones(LENGTH))
     assert explained_variance(fitted, held_out) == pytest.approx(best, abs=0.05)
 
 
-def test_audits_undo_the_censoring_by_stops():
+def test_audits_undo_the_censoring_by_stops() -> None:
     full = simulate(3000, 2)
     first = fit(full[:800])
     # A careless bound stops many that would have been right, so censoring truly distorts.
@@ -61,14 +68,15 @@ def test_audits_undo_the_censoring_by_stops():
     assert explained_variance(weighted, seen, 0.2) == pytest.approx(reference, abs=0.1)
 
 
-def test_batches_fitted_one_by_one_count_as_one():
+def test_batches_fitted_one_by_one_count_as_one() -> None:
     rollouts = simulate(600, 6)
     parts = [KnownRollouts.of(rollouts[i : i + 200], 1.0).examples() for i in (0, 200, 400)]
-    together = fit(rollouts)
-    assert estimator.fit(parts).weights == pytest.approx(together.weights, rel=1e-3, abs=1e-3)
+    one_by_one, together = estimator.fit(parts), fit(rollouts)
+    assert one_by_one is not None
+    assert one_by_one.weights == pytest.approx(together.weights, rel=1e-3, abs=1e-3)
 
 
-def test_examples_of_long_rollouts_are_thinned_and_small():
+def test_examples_of_long_rollouts_are_thinned_and_small() -> None:
     long = [
         dataclasses.replace(
             rollout,
@@ -84,25 +92,27 @@ def test_examples_of_long_rollouts_are_thinned_and_small():
     assert examples.features[:, 1].max() == pytest.approx(math.sqrt(4000), rel=0.02)
 
 
-def test_only_a_length_limit_leaves_the_last_token_open():
+def test_only_a_length_limit_leaves_the_last_token_open() -> None:
     kinds = [EndReason.COMPLETED, EndReason.LENGTH, EndReason.EARLY_STOP]
     rollouts = [
         dataclasses.replace(rollout, end=end, audited=end is EndReason.EARLY_STOP)
         for rollout, end in zip(simulate(3, 0), kinds, strict=True)
     ]
-    assert KnownRollouts.of(rollouts, 0.1).recorded.completed_at.tolist() == [LENGTH, 0, LENGTH]
+    completed_at = KnownRollouts.of(rollouts, 0.1).recorded.completed_at
+    assert completed_at is not None
+    assert completed_at.tolist() == [LENGTH, 0, LENGTH]
 
 
-def test_nothing_to_tell_apart_gives_no_estimator():
+def test_nothing_to_tell_apart_gives_no_estimator() -> None:
     same = [dataclasses.replace(rollout, correct=True) for rollout in simulate(5, 5)]
-    assert fit(same) is None
-    assert fit([]) is None
+    for rollouts in (same, []):
+        assert estimator.fit([KnownRollouts.of(rollouts, 1.0).examples()]) is None
     assert estimator.fit([]) is None
     assert explained_variance(SuccessEstimator(weights=(0.0,) * 12, bias=0.0), same) is None
     assert explained_variance(SuccessEstimator(weights=(0.0,) * 12, bias=0.0), []) is None
 
 
-def test_an_estimator_must_be_finite_and_whole():
+def test_an_estimator_must_be_finite_and_whole() -> None:
     with pytest.raises(ValueError, match="entries"):
         SuccessEstimator(weights=(1.0,), bias=0.0)
     with pytest.raises(ValueError, match="finite"):

@@ -1,8 +1,12 @@
 """The stop rules: the paper's gate as written, replay equal to live, the lazy critic exact."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
-from typing import get_args
+from collections.abc import Sequence
+from random import Random
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,15 +22,26 @@ from espo_gateway.stop.estimate import (
 from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import (
     MonitorConfig,
-    RegretMonitor,
     RegretStatistics,
-    surrogate_regret,
 )
 from espo_gateway.stop.replay import first_stops, stop_levels
-from espo_gateway.stop.rules import BETA, CONFIDENCE, HAZARD, P_STAR, Gate, RuleName, threshold_of
+from espo_gateway.stop.rules import (
+    BETA,
+    CONFIDENCE,
+    HAZARD,
+    P_STAR,
+    Gate,
+    RuleName,
+    Threshold,
+    threshold_of,
+)
 from espo_gateway.stop.watch import Verdict, Watch
+from tests.gateway.stop.reference import RegretMonitor, surrogate_regret
 
-GATE = {
+Pair = tuple[float | None, float | None]
+Row = list[Pair]
+
+CONSTANTS: dict[str, Any] = {
     "statistics": RegretStatistics(mean=0.2, variance=0.5),
     "monitor": MonitorConfig(clip=5.0),
 }
@@ -43,10 +58,12 @@ estimators = st.builds(
 )
 
 
-def gates(estimator, version=0):
+def gates(estimator: SuccessEstimator, version: int = 0) -> list[Gate]:
     """Every rule with every source of V."""
-    common = {**GATE, "version": version, "estimator": estimator}
-    values = [{"value": value, "constant": 0.6} for value in ("constant", "stream", "critic")]
+    common: dict[str, Any] = {**CONSTANTS, "version": version, "estimator": estimator}
+    values: list[dict[str, Any]] = [
+        {"value": value, "constant": 0.6} for value in ("constant", "stream", "critic")
+    ]
     return [
         Gate(rule="none"),
         *(Gate(rule="value-gated", beta=0.7, epsilon=0.3, **value, **common) for value in values),
@@ -62,16 +79,25 @@ def gates(estimator, version=0):
     ]
 
 
-def recorded(rows, prompt_tokens=1, **arrays):
+def recorded(rows: Sequence[Sequence[Pair]], prompt_tokens: int = 1, **arrays: Any) -> Recorded:
     """Rows of (logprob, max_logprob) as a replay gets them."""
-    matrices = [
-        pad([[math.nan if pair[k] is None else pair[k] for pair in row] for row in rows])
-        for k in (0, 1)
-    ]
-    return Recorded(*matrices, np.full(len(rows), prompt_tokens), **arrays)
+    return Recorded(
+        pad([[math.nan if logprob is None else logprob for logprob, _ in row] for row in rows]),
+        pad([[math.nan if best is None else best for _, best in row] for row in rows]),
+        np.full(len(rows), float(prompt_tokens)),
+        **arrays,
+    )
 
 
-def live_cut(gate, row, prompt_tokens, *, completed=False, values=(), confidences=()):
+def live_cut(
+    gate: Gate,
+    row: Row,
+    prompt_tokens: int,
+    *,
+    completed: bool = False,
+    values: Sequence[float] = (),
+    confidences: Sequence[float] = (),
+) -> int:
     """What `Watch` decides on one stream, a critic answering at once."""
     watch = Watch(gate, prompt_tokens)
     for t, pair in enumerate(row):
@@ -93,8 +119,13 @@ def live_cut(gate, row, prompt_tokens, *, completed=False, values=(), confidence
     st.lists(st.one_of(st.floats(0, 3), st.just(math.nan)), min_size=25, max_size=25),
 )
 def test_replay_equals_the_live_decision_token_for_token(
-    rows, estimator, prompt_tokens, completed, answers, confidences
-):
+    rows: list[Row],
+    estimator: SuccessEstimator,
+    prompt_tokens: int,
+    completed: list[bool],
+    answers: list[float],
+    confidences: Sequence[float],
+) -> None:
     lengths = [len(row) for row in rows]
     ends = np.array([n if done else 0 for n, done in zip(lengths, completed, strict=False)])
     values, sure = (
@@ -112,7 +143,9 @@ def test_replay_equals_the_live_decision_token_for_token(
 
 
 @given(streams, estimators, st.booleans(), st.floats(0.001, 0.999), st.floats(-0.5, 1.5))
-def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator, done, share, said):
+def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(
+    rows: list[Row], estimator: SuccessEstimator, done: bool, share: float, said: float
+) -> None:
     shape = len(rows), max(map(len, rows))
     replayed = recorded(
         rows,
@@ -137,20 +170,22 @@ def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(rows, estimator,
     [(BETA, 2.0, 3.0), (P_STAR, 0.1, 0.05), (HAZARD, 0.1, 0.05), (CONFIDENCE, 2.0, 1.0)],
     ids=lambda x: getattr(x, "name", None),
 )
-def test_a_higher_level_is_a_looser_threshold(threshold, loose, strict):
+def test_a_higher_level_is_a_looser_threshold(
+    threshold: Threshold, loose: float, strict: float
+) -> None:
     assert threshold.level(loose) > threshold.level(strict)
     assert threshold.level(threshold.loosest) > threshold.level(threshold.strictest)
     assert (np.diff(threshold.level(threshold.grid)) > 0).all()
 
 
-def test_the_rule_that_never_stops_has_no_threshold():
+def test_the_rule_that_never_stops_has_no_threshold() -> None:
     with pytest.raises(ValueError, match="'none' has no threshold"):
         threshold_of("none")
 
 
-def test_a_critics_unknown_values_give_the_strictest_level_possible():
+def test_a_critics_unknown_values_give_the_strictest_level_possible() -> None:
     rows = [[(-9.0, 0.0)] * 10, [(-3.0, 0.0)] * 10]
-    gate = Gate(rule="value-gated", value="critic", epsilon=0.25, **GATE)
+    gate = Gate(rule="value-gated", value="critic", epsilon=0.25, **CONSTANTS)
     unknown = stop_levels(gate, recorded(rows))
     for value in (0.0, 0.25, 0.9):
         known = stop_levels(gate, recorded(rows, critic=np.full((2, 10), value)))
@@ -163,7 +198,7 @@ def test_a_critics_unknown_values_give_the_strictest_level_possible():
 
 
 @given(st.integers(0, 2**31), st.floats(0.01, 0.9))
-def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed, hazard):
+def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed: int, hazard: float) -> None:
     rng = np.random.default_rng(seed)
     logprobs = -rng.exponential(1.0, (2000, 30))
     gate = Gate(rule="random", hazard=hazard, min_tokens=3, version=seed)
@@ -181,8 +216,8 @@ def test_the_random_rule_stops_at_its_hazard_whatever_the_tokens(seed, hazard):
 
 
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.floats(0.2, 4), st.floats(0, 1))
-def test_the_papers_gate_is_row_5(regrets, beta, value):
-    gate = Gate(rule="value-gated", beta=beta, constant=value, min_tokens=1, **GATE)
+def test_the_papers_gate_is_row_5(regrets: list[float], beta: float, value: float) -> None:
+    gate = Gate(rule="value-gated", beta=beta, constant=value, min_tokens=1, **CONSTANTS)
     watch = Watch(gate, 1)
     z, expected = 0.0, None
     for t, g in enumerate(regrets, 1):
@@ -200,8 +235,10 @@ def test_the_papers_gate_is_row_5(regrets, beta, value):
     values=st.lists(st.floats(0, 1), min_size=30, max_size=30),
     random=st.randoms(use_true_random=False),
 )
-def test_a_late_unordered_critic_cuts_where_an_eager_one_would(rule, regrets, values, random):
-    gate = Gate(rule=rule, value="critic", beta=0.8, p_star=0.2, min_tokens=2, **GATE)
+def test_a_late_unordered_critic_cuts_where_an_eager_one_would(
+    rule: RuleName, regrets: list[float], values: list[float], random: Random
+) -> None:
+    gate = Gate(rule=rule, value="critic", beta=0.8, p_star=0.2, min_tokens=2, **CONSTANTS)
     watch, asked = Watch(gate, 1), []
     for t, g in enumerate(regrets, 1):
         if watch.push(-g, 0.0) is Verdict.ASK:
@@ -222,20 +259,20 @@ def test_a_late_unordered_critic_cuts_where_an_eager_one_would(rule, regrets, va
     assert watch.cut == eager
 
 
-def test_a_calm_stream_never_costs_a_critic_call():
-    calm = Watch(Gate(rule="value-gated", value="critic", beta=0.8, min_tokens=1, **GATE), 1)
+def test_a_calm_stream_never_costs_a_critic_call() -> None:
+    calm = Watch(Gate(rule="value-gated", value="critic", beta=0.8, min_tokens=1, **CONSTANTS), 1)
     assert [calm.push(-0.01, 0.0) for _ in range(50)] == [Verdict.GO] * 50
 
 
-def test_an_unanswered_critic_never_stops():
-    watch = Watch(Gate(rule="value-gated", value="critic", beta=0.1, min_tokens=1, **GATE), 1)
+def test_an_unanswered_critic_never_stops() -> None:
+    watch = Watch(Gate(rule="value-gated", value="critic", beta=0.1, min_tokens=1, **CONSTANTS), 1)
     assert watch.push(-9.0, 0.0) is Verdict.ASK
     assert watch.settle(1, None) is Verdict.GO
     assert watch.cut is None
 
 
-def test_the_cut_waits_for_an_earlier_unsettled_token():
-    watch = Watch(Gate(rule="value-gated", value="critic", beta=0.1, min_tokens=1, **GATE), 1)
+def test_the_cut_waits_for_an_earlier_unsettled_token() -> None:
+    watch = Watch(Gate(rule="value-gated", value="critic", beta=0.1, min_tokens=1, **CONSTANTS), 1)
     assert [watch.push(-9.0, 0.0), watch.push(-9.0, 0.0)] == [Verdict.ASK, Verdict.ASK]
     watch.settle(2, 0.0)
     assert (watch.cut, watch.settled) == (2, False)
@@ -244,7 +281,9 @@ def test_the_cut_waits_for_an_earlier_unsettled_token():
 
 
 @given(streams, estimators)
-def test_a_look_tells_what_the_last_token_was_compared_with(rows, estimator):
+def test_a_look_tells_what_the_last_token_was_compared_with(
+    rows: list[Row], estimator: SuccessEstimator
+) -> None:
     for gate in gates(estimator):
         watch, monitor = Watch(gate, 3), RegretMonitor(gate.statistics, gate.monitor)
         for pair in rows[0]:
@@ -266,18 +305,18 @@ def test_a_look_tells_what_the_last_token_was_compared_with(rows, estimator):
                 assert threshold == threshold_of(gate.rule).of(gate)
 
 
-def test_no_rule_stops_before_min_tokens():
-    watch = Watch(Gate(rule="regret-only", beta=0.1, min_tokens=7, **GATE), 1)
+def test_no_rule_stops_before_min_tokens() -> None:
+    watch = Watch(Gate(rule="regret-only", beta=0.1, min_tokens=7, **CONSTANTS), 1)
     for _ in range(20):
         watch.push(-9.0, 0.0)
     assert watch.cut == 7
 
 
 @given(streams, st.integers(1, 500))
-def test_stream_features_equal_the_live_statistics(rows, prompt_tokens):
+def test_stream_features_equal_the_live_statistics(rows: list[Row], prompt_tokens: int) -> None:
     regrets = [[None if a is None or not a > -9000 else b for a, b in row] for row in rows]
     regrets = [[g if g is not None and 0 <= g < 99 else None for g in row] for row in regrets]
-    live = []
+    live: list[list[tuple[float, ...]]] = []
     for row in regrets:
         statistics = StreamStatistics(prompt_tokens)
         live.append([])
@@ -286,8 +325,8 @@ def test_stream_features_equal_the_live_statistics(rows, prompt_tokens):
             live[-1].append(statistics.features())
     matrix = pad([[math.nan if g is None else g for g in row] for row in regrets])
     batch = stream_features(matrix, 2 * matrix, np.full(len(rows), prompt_tokens))
-    for row, features in zip(live, batch, strict=True):
-        assert [tuple(at) for at in features[: len(row)].tolist()] == row
+    for expected, features in zip(live, batch, strict=True):
+        assert [tuple(at) for at in features[: len(expected)].tolist()] == expected
 
 
 @pytest.mark.parametrize(
@@ -308,31 +347,34 @@ def test_stream_features_equal_the_live_statistics(rows, prompt_tokens):
         ("value", "oracle"),
     ],
 )
-def test_a_gate_out_of_range_names_the_field(field, value):
+def test_a_gate_out_of_range_names_the_field(field: str, value: float | str) -> None:
+    wrong: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=field):
-        Gate(**{field: value})
+        Gate(**wrong)
 
 
-def test_statistics_that_are_no_numbers_are_refused():
+def test_statistics_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="mean must be a finite number"):
         Gate(statistics=RegretStatistics(mean=math.nan))
 
 
 @pytest.mark.parametrize("rule", ["success-probability", "value-gated", "value-only"])
-def test_a_rule_without_its_estimator_is_refused(rule):
+def test_a_rule_without_its_estimator_is_refused(rule: RuleName) -> None:
     with pytest.raises(ValueError, match="needs an estimator"):
         Gate(rule=rule, value="stream")
 
 
 @pytest.mark.parametrize("rule", get_args(RuleName))
-def test_only_a_rule_that_compares_values_asks_a_critic(rule):
+def test_only_a_rule_that_compares_values_asks_a_critic(rule: RuleName) -> None:
     estimator = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
     gate = Gate(rule=rule, value="critic", estimator=estimator)
     assert gate.needs_critic == (rule in ("value-gated", "value-only"))
 
 
 @given(st.lists(st.floats(-9, 0), min_size=1, max_size=40), st.floats(0, 0.95), st.floats(0.1, 4))
-def test_surprise_is_the_smoothed_negative_logprob(logprobs, smoothing, beta):
+def test_surprise_is_the_smoothed_negative_logprob(
+    logprobs: list[float], smoothing: float, beta: float
+) -> None:
     monitor = MonitorConfig(smoothing=smoothing)
     watch = Watch(Gate(rule="surprise", beta=beta, monitor=monitor, min_tokens=1), 1)
     mean, expected = 0.0, None

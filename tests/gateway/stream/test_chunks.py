@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from espo_gateway.stop.regret import surrogate_regret
 from espo_gateway.stream.chunks import SampledToken, decode_chunk, sampled_tokens
 from espo_gateway.stream.cut import HeldText, keep_tokens, kept_text, strip_logprobs
+from tests.gateway.stop.reference import surrogate_regret
 
 
 def completion(tokens: list[str], logprobs: list[Any], tops: list[Any]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_skipped_special_tokens_are_no_held_back_text() -> None:
 
 
 def test_keep_tokens_cuts_every_list() -> None:
-    choice = {
+    choice: dict[str, Any] = {
         "token_ids": [1, 2, 3],
         "logprobs": completion(["a", "b", "c"], [-1.0, -2.0, -3.0], [{}, {}, {}]),
     }

@@ -90,7 +90,7 @@ def streams(draw: Any, *, chat: bool) -> list[bytes]:
 
 def played(events: list[bytes], *, chat: bool, stream: bool) -> tuple[Any, Any]:
     """What the client gets, and the record."""
-    prompt = {"messages": []} if chat else {"prompt": "p"}
+    prompt: dict[str, Any] = {"messages": []} if chat else {"prompt": "p"}
     planned = plan({"model": "m", "stream": stream, **prompt}, chat=chat)
     session = Session(GATE, planned.control, planned.asked, planned.singles[0], chat=chat)
     answer = Answer(chat=chat)

@@ -215,7 +215,7 @@ async def fault_statuses(gateway: Gateway, server: FakeServer) -> None:
 
 async def test_after_faults_all_gauges_are_back() -> None:
     stalled = Script([GOOD] * 100, fault="stall", after=3)
-    settings = {"unmonitored": "refuse", "breaker_failures": 1000}
+    settings: dict[str, Any] = {"unmonitored": "refuse", "breaker_failures": 1000}
     async with FakeServer(stalled) as server, gateway_for(server, **settings) as gateway:
         before = await gauges(gateway)
         assert set(before.values()) == {0}

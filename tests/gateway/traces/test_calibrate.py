@@ -113,10 +113,12 @@ def test_confidence_is_calibrated_from_recorded_confidences(tmp_path: Path) -> N
     flags = ("--rule", "confidence", "--stop-share", 0.2, "--gate", base)
     gate = calibrated(tmp_path, path, *flags)
     assert (gate.confidence_window, gate.confidence_top_k) == (16, 5)
-    rows = [np.array([told[name] for told in lines]) for name in ("logprobs", "max_logprobs")]
-    sure = np.array([told["confidences"] for told in lines])
+    logprobs, best, sure = (
+        np.array([told[name] for told in lines], np.float64)
+        for name in ("logprobs", "max_logprobs", "confidences")
+    )
     ends = np.full(len(lines), LENGTH)
-    replayed = Recorded(*rows, np.full(400, 5.0), completed_at=ends, confidences=sure)
+    replayed = Recorded(logprobs, best, np.full(400, 5.0), completed_at=ends, confidences=sure)
     stops = first_stops(gate, replayed)
     assert (stops > 0).mean() == pytest.approx(0.2, abs=0.01)
 

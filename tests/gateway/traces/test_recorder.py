@@ -11,6 +11,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -96,8 +97,8 @@ async def test_every_kind_of_end_is_told_and_a_stop_is_kept_to_its_cut(tmp_path:
     stopped, shadow = lines(path)[2], lines(path)[4]
     assert shadow["logprobs"][:8] == stopped["logprobs"]
     gate = gate_from_json(b'{"rule": "regret-only", "beta": 1.0}', has_critic=False)
-    rows = [np.array([shadow[name]]) for name in ("logprobs", "max_logprobs")]
-    assert first_stops(gate, Recorded(*rows, np.array([3.0]))).tolist() == [8]
+    logprobs, best = (np.array([shadow[name]]) for name in ("logprobs", "max_logprobs"))
+    assert first_stops(gate, Recorded(logprobs, best, np.array([3.0]))).tolist() == [8]
 
 
 async def test_each_choice_of_a_request_is_a_line(tmp_path: Path) -> None:
@@ -105,8 +106,9 @@ async def test_each_choice_of_a_request_is_a_line(tmp_path: Path) -> None:
     async with (
         FakeServer(Script([GOOD] * 5)) as server,
         gateway_for(server, record=path) as gateway,
+        client_of(gateway.url) as client,
     ):
-        await client_of(gateway.url).chat.completions.create(
+        await client.chat.completions.create(
             model="fake", messages=[{"role": "user", "content": "p"}], n=3
         )
     assert sorted(line["index"] for line in lines(path)) == [0, 1, 2]
@@ -174,8 +176,8 @@ def test_a_slow_disk_neither_blocks_nor_fills_memory(
     monkeypatch.setattr(recording, "MAX_WAITING", 100)
     recorder = Recorder(tmp_path / "t.jsonl", megabytes=1)
     goes_on = threading.Event()
-    write = recorder._write
-    monkeypatch.setattr(recorder, "_write", lambda line: (goes_on.wait(), write(line)))
+    encode = msgspec.json.encode
+    monkeypatch.setattr(msgspec.json, "encode", lambda one: (goes_on.wait(), encode(one))[1])
     for number in range(50):
         recorder.write({"index": number}, columns(10))  # returns though nothing is written
     goes_on.set()

@@ -176,11 +176,11 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
         verdicts = {followed.push(None, None), followed.push(math.nan, -0.1)}
         for t, pair in enumerate(stream, 1):
             verdicts.add(followed.push(*pair, last=t == len(stream)))
-        rows = [
+        logprobs, best = (
             np.array([[math.nan, math.nan, *(pair[k] for pair in stream)]], float) for k in (0, 1)
-        ]
+        )
         completed = np.array([len(stream) + 2])
-        recorded = Recorded(*rows, np.array([3.0]), completed_at=completed)
+        recorded = Recorded(logprobs, best, np.array([3.0]), completed_at=completed)
         levels = stop_levels(gate, recorded)
         assert -evidence.highest == levels[0]
         regrets = recorded.regrets[0, 2:]

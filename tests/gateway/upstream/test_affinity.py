@@ -19,7 +19,7 @@ from espo_gateway.upstream.affinity import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     url: str
     in_flight: int = 0
@@ -112,7 +112,7 @@ def test_what_prompts_begin_with(one: dict[str, Any], other: dict[str, Any], sam
 
 
 #: A value of JSON, seldom the right one.
-PARTS = [None, True, 3, 1.5, "", "p", LONG * 2, [], {}, {"role": "user"}, {"role": 3}]
+PARTS: list[Any] = [None, True, 3, 1.5, "", "p", LONG * 2, [], {}, {"role": "user"}, {"role": 3}]
 odd = st.sampled_from(PARTS) | st.lists(st.sampled_from(PARTS), max_size=3)
 
 

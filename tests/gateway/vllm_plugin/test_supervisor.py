@@ -94,6 +94,7 @@ def test_whole_tree_ends_when_the_pipe_closes(tmp_path: Path) -> None:
     guard = guarded(family(tmp_path / "pids"))
     pids = read_pids(tmp_path / "pids")
     assert all(map(running, pids))
+    assert guard.stdin is not None
     guard.stdin.close()
     assert guard.wait(timeout=20) == 128 + signal.SIGTERM
     wait_gone(pids, 0.0)
@@ -126,6 +127,7 @@ def test_processes_that_ignore_sigterm_are_killed(tmp_path: Path) -> None:
         start_new_session=True,
     )
     pids = read_pids(tmp_path / "pids")
+    assert guard.stdin is not None
     guard.stdin.close()
     assert guard.wait(timeout=20) == 128 + signal.SIGKILL
     wait_gone(pids, 0.0)

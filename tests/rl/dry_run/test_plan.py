@@ -420,10 +420,9 @@ class TestFit:
         assert "in RAM of 16.0 GB" in error
 
     def test_a_rough_estimate_only_warns(self, recipe_with: Callable[..., Recipe]) -> None:
-        sure, all_of_it = (
-            make_plan(recipe_with(), LAPTOP).footprint.demand(sure=sure)[1]
-            for sure in (True, False)
-        )
+        footprint = make_plan(recipe_with(), LAPTOP).footprint
+        assert footprint is not None
+        sure, all_of_it = (footprint.demand(sure=sure)[1] for sure in (True, False))
         assert sure < all_of_it
         plan = make_plan(recipe_with(), Machine(2, (sure + all_of_it) / 2))
         assert plan.errors == []
@@ -465,6 +464,7 @@ def test_the_constants_of_the_paper(name: str) -> None:
     assert recipe.evaluation.samples == 32
     assert recipe.model.path.lower().endswith(name.removeprefix("espo-"))
     # One spike of c must not cross the lowest threshold by itself.
+    assert stopping.beta is not None
     assert (1 - stopping.smoothing) * stopping.clip < stopping.beta * stopping.epsilon
 
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import tenacity
 
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.supervisor import ServerProcess
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model.train import make_tokenizer
@@ -32,7 +33,15 @@ from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import exact_answer, make_answer_reader, math_answer
 from espo_rl.types import EndReason, Problem
-from tests.helpers.gateway import BAD, GATE, GOOD, gateway_for
+from tests.helpers.gateway import (
+    BAD,
+    GATE,
+    GOOD,
+    gateway_for,
+    get_text,
+    until_asked,
+    until_finished,
+)
 from tests.helpers.models import random_checkpoint
 
 PROBLEMS = [Problem(id=f"p{i}", prompt=f"{i}", answer=str(i)) for i in range(3)]
@@ -52,9 +61,10 @@ def saying(text: str) -> Script:
     return Script([Token(character, id=1) for character in text])
 
 
-def answering(
-    answers: Sequence[Sequence[str | Script]],
-) -> Callable[[dict[str, Any]], Script]:
+Answers = Sequence[Sequence[str | Script]]
+
+
+def answering(answers: Answers) -> Callable[[dict[str, Any]], Script]:
     """The script of each sample by problem and number; a text is said after some reasoning."""
 
     def script(body: dict[str, Any]) -> Script:
@@ -81,12 +91,16 @@ class ByAnswer:
 async def collector_of(
     server: FakeServer, gate: bytes | None = None, **settings: Any
 ) -> AsyncIterator[Collector]:
-    config = RolloutSection(max_tokens=20, retries=1, **settings)
     async with (
         gateway_for(server, gate=gate, attempts=1) as gateway,
-        Collector(gateway.url, "fake", Prompter(make_tokenizer()), config) as collector,
+        collector_at(gateway, **settings) as collector,
     ):
         yield collector
+
+
+def collector_at(gateway: Gateway, **settings: Any) -> Collector:
+    config = RolloutSection(max_tokens=20, retries=1, **settings)
+    return Collector(gateway.url, "fake", Prompter(make_tokenizer()), config)
 
 
 async def evaluated(script: Any, sampling: Sampling, gate: bytes | None = None, **more: Any) -> Any:
@@ -143,14 +157,14 @@ async def test_every_sample_is_asked_once_as_told() -> None:
 
 
 async def test_a_sample_that_runs_into_the_limit_is_told_apart() -> None:
-    answers = [["0", saying("#0" * 100)]] * 3
+    answers: Answers = [["0", saying("#0" * 100)]] * 3
     report, handed, _ = await evaluated(answering(answers), Sampling(k=2, temperature=0.6))
     assert report.truncated.value == 0.5
     assert {sample.end for sample in handed[0].samples} == {EndReason.COMPLETED, EndReason.LENGTH}
 
 
 async def test_what_fails_is_no_wrong_answer_and_is_asked_again() -> None:
-    failing = [["0", Script([], status=400)], [saying("choke"), "1"], ["2", "2"]]
+    failing: Answers = [["0", Script([], status=400)], [saying("choke"), "1"], ["2", "2"]]
     sampling = Sampling(k=2, temperature=0.6)
     report, handed, _ = await evaluated(answering(failing), sampling)
     assert report.scores.average.value == 1.0
@@ -177,16 +191,18 @@ async def test_it_gives_up_when_everything_fails() -> None:
 async def test_no_more_samples_at_once_than_allowed() -> None:
     async with (
         FakeServer(Script([GOOD]), gated=True) as server,
-        collector_of(server) as collector,
+        gateway_for(server, gate=None, attempts=1) as gateway,
+        collector_at(gateway) as collector,
     ):
         sampling = Sampling(k=4, temperature=0.6, concurrency=3)
         asking = asyncio.create_task(evaluate(collector, ByAnswer(), PROBLEMS, sampling))
         for finished in range(12 - 3):
-            await server.until(lambda n=finished: len(server.bodies) >= n + 3)
-            await collector._client.models.list()  # what was asked beyond would be there by now
+            await until_asked(server, finished + 3)
+            # What was asked beyond would be there by now.
+            await get_text(gateway.url + "/v1/models")
             assert len(server.bodies) == finished + 3
             server.release()
-            await server.until(lambda n=finished: server.finished > n)
+            await until_finished(server, finished + 1)
         server.release(3)
         assert (await asking).samples == 12
 
@@ -211,7 +227,7 @@ async def test_the_rule_is_off_unless_asked_for() -> None:
 
 
 async def test_a_stopped_sample_is_wrong_whatever_it_would_have_become() -> None:
-    answers = [[DOUBTFUL, "0"]] * 3
+    answers: Answers = [[DOUBTFUL, "0"]] * 3
     sampling = Sampling(k=2, temperature=0.6, gated=True, audit=0.0)
     report, handed, _ = await evaluated(answering(answers), sampling, GATE)
     assert report.scores.average.value == pytest.approx(1 / 6)
@@ -224,7 +240,7 @@ async def test_a_stopped_sample_is_wrong_whatever_it_would_have_become() -> None
 
 
 async def test_the_audit_tells_what_stopping_saves_and_costs() -> None:
-    answers = [[DOUBTFUL, "0"]] * 3
+    answers: Answers = [[DOUBTFUL, "0"]] * 3
     sampling = Sampling(k=2, temperature=0.6, gated=True, audit=1.0)
     report, _, server = await evaluated(answering(answers), sampling, GATE)
     assert server.aborted == 0
@@ -319,7 +335,7 @@ async def test_the_same_command_asks_nothing_again(arguments: list[str], tmp_pat
 async def test_failed_samples_are_shown_and_asked_again(
     arguments: list[str], tmp_path: Path, capsys: Any
 ) -> None:
-    failing = [["0", Script([], status=400)], *ANSWERS[1:]]
+    failing: Answers = [["0", Script([], status=400)], *ANSWERS[1:]]
     async with FakeServer(answering(failing)) as server:
         assert not await Command(parse([*arguments, "--url", server.url])).run()
     assert "1 samples failed and are counted nowhere" in capsys.readouterr().out
@@ -382,6 +398,7 @@ def refusal(arguments: list[str], monkeypatch: Any, capsys: Any) -> str:
     monkeypatch.setattr(ServerProcess, "start", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sys, "argv", ["espo_rl.evaluate", *arguments])
+    code: str | int | None
     try:
         code = main()
     except SystemExit as exit:

@@ -6,16 +6,19 @@ import dataclasses
 import itertools
 import pickle
 import random
-from typing import get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from espo_gateway.stop import fit as estimator
+from espo_gateway.stop.estimate import SuccessEstimator
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.regret import RegretStatistics, smoothed_regret
 from espo_gateway.stop.rules import Gate, RuleName, threshold_of
+from espo_gateway.stop.thresholds import AuditThreshold, Outcomes
 from espo_rl.config import Stopping
 from espo_rl.gate.controller import StopController
 from espo_rl.gate.outcomes import recorded_of, with_outcome
@@ -26,11 +29,29 @@ from tests.helpers.simulated import censored, critic_says, cuts, simulate
 AUDIT = 0.25
 
 
-def controller(steps=1000, **settings) -> StopController:
-    return StopController(Stopping(**settings), steps, random.Random(0))
+def controller(**settings: Any) -> StopController:
+    return StopController(Stopping(**settings), 1000, random.Random(0))
 
 
-def play(stopping, batches, *, rollouts=150, seed=0, harmless=0.0, explained=0.5):
+def limit_of(stopping: StopController) -> float:
+    assert stopping.threshold is not None
+    return stopping.threshold
+
+
+def bound_of(stopping: StopController) -> float:
+    assert stopping.false_positive_bound is not None
+    return stopping.false_positive_bound
+
+
+def play(
+    stopping: StopController,
+    batches: int,
+    *,
+    rollouts: int = 150,
+    seed: int = 0,
+    harmless: float = 0.0,
+    explained: float = 0.5,
+) -> tuple[list[Gate], list[float]]:
     """Gate, sample, observe; returns the gates and the share each stopped."""
     gates, shares = [], []
     for batch in range(batches):
@@ -60,7 +81,9 @@ ALL = [
 
 
 @pytest.mark.parametrize(("rule", "value", "threshold", "warmup"), ALL)
-def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup):
+def test_every_combination_makes_gates_that_hold(
+    rule: RuleName, value: str, threshold: str, warmup: str
+) -> None:
     """A shaky rule may stay off under "audit", but it says why, and each gate is a valid one."""
     settings = {"warmup_batches": 2, "audit_share": AUDIT, "warmup_explained": 0.1}
     stopping = controller(
@@ -80,7 +103,7 @@ def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup)
         values = critic_says(with_outcome(seen)) if stopping.needs_values else None
         stopping.observe(seen, 0.4, 0.5, values)
         stopping = pickle.loads(pickle.dumps(stopping))  # as a checkpoint does
-        if not was_on or stopping.threshold is None:
+        if not was_on or before is None or stopping.threshold is None:
             continue
         looser = threshold_of(rule).level(stopping.threshold) - threshold_of(rule).level(before)
         share = sum(rollout.stopped for rollout in seen) / 120
@@ -105,7 +128,9 @@ def test_every_combination_makes_gates_that_hold(rule, value, threshold, warmup)
         *(("random", "constant", threshold) for threshold in ("audit", "share", "fixed")),
     ],
 )
-def test_a_wished_share_is_met_from_the_first_gated_batch(rule, value, threshold):
+def test_a_wished_share_is_met_from_the_first_gated_batch(
+    rule: RuleName, value: str, threshold: str
+) -> None:
     stopping = controller(
         rule=rule,
         value=value,
@@ -120,7 +145,7 @@ def test_a_wished_share_is_met_from_the_first_gated_batch(rule, value, threshold
     assert np.mean(shares[4:]) == pytest.approx(0.3, abs=0.08)
 
 
-def test_random_stops_follow_rollouts_that_become_shorter():
+def test_random_stops_follow_rollouts_that_become_shorter() -> None:
     stopping = controller(rule="random", target_share=0.3, audit_share=0.0)
     shares = []
     for batch in range(30):
@@ -141,13 +166,13 @@ def test_random_stops_follow_rollouts_that_become_shorter():
 # -- the audit, from end to end --------------------------------------------------------------------
 
 
-def realised(stopping, batches, **settings):
+def realised(stopping: StopController, batches: int, **settings: Any) -> tuple[float, float]:
     """False positives among all stops, and the share stopped, in gated batches."""
     false = stops = gated = 0
     for batch in range(batches):
         gate = stopping.gate("w")
         full = simulate(200, 77_000 + batch, **settings)
-        found = [r.correct for r, cut in zip(full, cuts(full, gate), strict=True) if cut]
+        found = [bool(r.correct) for r, cut in zip(full, cuts(full, gate), strict=True) if cut]
         false, stops = false + sum(found), stops + len(found)
         gated += stopping.on
         stopping.observe(censored(full, gate, stopping.config.audit_share, batch), None)
@@ -155,18 +180,19 @@ def realised(stopping, batches, **settings):
 
 
 @pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
-def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule):
+def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule: RuleName) -> None:
     """70 % of these rollouts slip, visibly: half of them early enough to be worth a stop."""
     stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1)
     false, stopped = realised(stopping, 30)
     assert false < 0.05
     assert stopped > 0.5
-    assert stopping.false_positive_bound <= 0.05
+    assert bound_of(stopping) <= 0.05
+    assert stopping.known_outcomes is not None
     assert stopping.known_outcomes > 45
     assert "false positives with 90% confidence" in stopping.reason
 
 
-def test_the_audit_ends_a_rule_that_cannot_tell():
+def test_the_audit_ends_a_rule_that_cannot_tell() -> None:
     """Half of what looks like a slip is none: no threshold is safe, and a fixed one is not."""
     settings = {"rule": "regret-only", "beta": 0.4, "beta_min": 0.1, "audit_share": 0.1}
     careless, _ = realised(controller(threshold="fixed", **settings), 10, harmless=0.5)
@@ -178,7 +204,7 @@ def test_the_audit_ends_a_rule_that_cannot_tell():
         assert "no threshold keeps false positives under 5%" in stopping.reason
 
 
-def test_scores_are_made_before_the_estimator_has_seen_the_batch():
+def test_scores_are_made_before_the_estimator_has_seen_the_batch() -> None:
     stopping = controller(warmup_batches=1)
     stopping.observe(simulate(100, 0), None)
     assert stopping.estimator is not None
@@ -189,7 +215,9 @@ def test_scores_are_made_before_the_estimator_has_seen_the_batch():
     assert stopping.explained_variance is not None
 
 
-def test_an_audited_rollout_is_evidence_for_all_that_were_stopped():
+def test_an_audited_rollout_is_evidence_for_all_that_were_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stopping = controller(rule="regret-only", audit_share=AUDIT, evidence=1, beta_min=0.01)
     stopping.observe(simulate(200, 0), None)
     gate = Gate(rule="regret-only", beta=0.3, statistics=stopping.statistics)
@@ -197,15 +225,23 @@ def test_an_audited_rollout_is_evidence_for_all_that_were_stopped():
     audited = sum(rollout.audited for rollout in seen)
     others = sum(not rollout.stopped for rollout in seen)
     assert audited > 50
+    told: list[Outcomes] = []
+    take = AuditThreshold.update
+
+    def listening(self: AuditThreshold, outcomes: Outcomes, *more: Any, **options: Any) -> None:
+        told.append(outcomes)
+        take(self, outcomes, *more, **options)
+
+    monkeypatch.setattr(AuditThreshold, "update", listening)
     stopping.observe(seen, None)
-    (evidence,) = stopping._threshold._evidence
+    evidence = told[-1]
     assert evidence.weights.sum() == audited / AUDIT + others
     assert evidence.weights[evidence.levels < threshold_of("regret-only").level(0.3)].tolist() == (
         [1 / AUDIT] * audited
     )
 
 
-def test_what_a_checkpoint_keeps_does_not_grow_with_the_run():
+def test_what_a_checkpoint_keeps_does_not_grow_with_the_run() -> None:
     stopping = controller(evidence=3, window=2, warmup_batches=1)
     sizes = []
     for batch in range(8):
@@ -217,7 +253,7 @@ def test_what_a_checkpoint_keeps_does_not_grow_with_the_run():
 # -- warm-up ---------------------------------------------------------------------------------------
 
 
-def test_stopping_is_off_during_the_warm_up_and_on_after_it():
+def test_stopping_is_off_during_the_warm_up_and_on_after_it() -> None:
     stopping = controller(warmup_batches=2)
     for batch in range(2):
         assert stopping.gate("w").rule == "none"
@@ -228,7 +264,7 @@ def test_stopping_is_off_during_the_warm_up_and_on_after_it():
     assert gate.estimator is not None
 
 
-def test_without_a_warm_up_the_papers_beta_gates_the_first_batch():
+def test_without_a_warm_up_the_papers_beta_gates_the_first_batch() -> None:
     stopping = controller(rule="regret-only", threshold="share", warmup="none", audit_share=0.0)
     gate = stopping.gate("w")
     assert (gate.rule, gate.beta) == ("regret-only", 7.0)
@@ -236,7 +272,7 @@ def test_without_a_warm_up_the_papers_beta_gates_the_first_batch():
     assert given.gate("w").beta == 3.0
 
 
-def test_without_a_warm_up_an_estimator_rule_starts_with_its_estimator():
+def test_without_a_warm_up_an_estimator_rule_starts_with_its_estimator() -> None:
     stopping = controller(threshold="fixed", p_star=0.1, warmup="none")
     assert stopping.gate("w").rule == "none"
     assert "no estimator yet" in stopping.reason
@@ -255,7 +291,7 @@ def test_without_a_warm_up_an_estimator_rule_starts_with_its_estimator():
         ((None, None, None, None), "forced on after 4 steps"),
     ],
 )
-def test_the_papers_warm_up_is_row_8(losses, reason):
+def test_the_papers_warm_up_is_row_8(losses: Sequence[float | None], reason: str) -> None:
     warmup = WarmUp(Stopping(warmup="critic-loss"), 40)
     for loss in losses:
         assert not warmup.done
@@ -265,7 +301,7 @@ def test_the_papers_warm_up_is_row_8(losses, reason):
     assert reason in warmup.reason
 
 
-def test_a_warm_up_by_explained_variance_is_never_forced():
+def test_a_warm_up_by_explained_variance_is_never_forced() -> None:
     warmup = WarmUp(Stopping(warmup="explained-variance", warmup_explained=0.2), 10)
     for explained in (None, 0.1, -3.0, 0.2, *[0.0] * 20):
         warmup.update(0.01, explained)
@@ -277,7 +313,7 @@ def test_a_warm_up_by_explained_variance_is_never_forced():
 
 
 @pytest.mark.parametrize(("value", "starts"), [("stream", False), ("critic", True)])
-def test_the_explained_variance_is_that_of_the_v_that_gates(value, starts):
+def test_the_explained_variance_is_that_of_the_v_that_gates(value: str, starts: bool) -> None:
     stopping = controller(
         rule="value-gated", value=value, warmup="explained-variance", warmup_explained=0.8
     )
@@ -290,14 +326,14 @@ def test_the_explained_variance_is_that_of_the_v_that_gates(value, starts):
 # -- the rest --------------------------------------------------------------------------------------
 
 
-def test_beta_starts_where_it_is_given_or_where_the_warm_up_puts_it():
+def test_beta_starts_where_it_is_given_or_where_the_warm_up_puts_it() -> None:
     settings = {"rule": "regret-only", "threshold": "share", "warmup_batches": 1, "beta_min": 0.01}
     full = simulate(200, 6)
     calibrated = controller(target_share=0.3, **settings)
     calibrated.observe(full, None)
     stopped = np.array(cuts(full, calibrated.gate("w"))) > 0
     assert stopped.mean() == pytest.approx(0.3, abs=0.02)
-    before = calibrated.threshold
+    before = limit_of(calibrated)
     calibrated.observe(full, None)  # none of them is told to be stopped, so the share is 0
     assert calibrated.threshold == pytest.approx(before + 0.1 * (0.0 - 0.3))
 
@@ -307,7 +343,7 @@ def test_beta_starts_where_it_is_given_or_where_the_warm_up_puts_it():
 
 
 @pytest.mark.parametrize("rule", ["value-gated", "value-only"])
-def test_a_critics_threshold_starts_where_its_values_put_it(rule):
+def test_a_critics_threshold_starts_where_its_values_put_it(rule: RuleName) -> None:
     """V = ε instead would stop far fewer than wished."""
     stopping = controller(
         rule=rule, value="critic", threshold="share", target_share=0.3, warmup_batches=1
@@ -321,7 +357,7 @@ def test_a_critics_threshold_starts_where_its_values_put_it(rule):
     assert not stopping.needs_values  # from here on the share alone moves it
 
 
-def test_what_no_critic_said_calibrates_nothing():
+def test_what_no_critic_said_calibrates_nothing() -> None:
     stopping = controller(rule="value-gated", value="critic", threshold="share", warmup_batches=1)
     stopping.observe(simulate(100, 0), None)
     assert not stopping.on
@@ -329,42 +365,42 @@ def test_what_no_critic_said_calibrates_nothing():
 
 
 @pytest.mark.parametrize("rule", ["value-gated", "value-only"])
-def test_audits_bound_a_critics_rule(rule):
+def test_audits_bound_a_critics_rule(rule: RuleName) -> None:
     stopping = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
     _, shares = play(stopping, 12)
     assert stopping.needs_values
-    assert stopping.false_positive_bound <= 0.05
+    assert bound_of(stopping) <= 0.05
     failing = 1.0 - 0.97**40
     assert np.mean(shares[6:]) == pytest.approx(failing, abs=0.12)
     # A critic that takes too much for fatal is not believed.
     deceived = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
     _, shares = play(deceived, 12, harmless=0.5)
-    assert deceived.false_positive_bound > 0.05
+    assert bound_of(deceived) > 0.05
     assert np.mean(shares) < 0.05
 
 
-def test_what_gated_a_batch_is_told_not_guessed():
+def test_what_gated_a_batch_is_told_not_guessed() -> None:
     """A batch that was sampled ahead, before stopping began, is no sign that too few stop."""
     stopping = controller(rule="regret-only", threshold="share", warmup_batches=1)
     stopping.observe(simulate(200, 0), None, gated=False)
-    before = stopping.threshold
+    before = limit_of(stopping)
     stopping.observe(simulate(200, 1), None, gated=False)
     assert stopping.threshold == before
     stopping.observe(simulate(200, 2), None, gated=True)
-    assert stopping.threshold < before
+    assert limit_of(stopping) < before
 
 
-def test_only_a_rule_that_asks_a_critic_needs_its_values():
+def test_only_a_rule_that_asks_a_critic_needs_its_values() -> None:
     for settings in ({}, {"rule": "none"}, {"rule": "value-gated"}, {"rule": "regret-only"}):
         assert not controller(**settings).needs_values
 
 
-def test_audits_are_drawn_at_the_wished_share_before_sampling():
+def test_audits_are_drawn_at_the_wished_share_before_sampling() -> None:
     drawn = controller(audit_share=0.25).draw_audits(4000)
     assert sum(drawn) / 4000 == pytest.approx(0.25, abs=0.03)
 
 
-def test_statistics_are_of_all_tokens_of_the_batch():
+def test_statistics_are_of_all_tokens_of_the_batch() -> None:
     stopping = controller()
     batch = simulate(30, 7)
     stopping.observe(batch, critic_loss=None)
@@ -381,7 +417,7 @@ def test_statistics_are_of_all_tokens_of_the_batch():
     assert stopping.z_quantiles == pytest.approx(tuple(np.quantile(z, (0.5, 0.9, 0.99))))
 
 
-def test_a_batch_of_errors_teaches_nothing():
+def test_a_batch_of_errors_teaches_nothing() -> None:
     stopping = controller(warmup="none", threshold="fixed", rule="regret-only")
     failed = simulate(3, 0)
     for rollout in failed:
@@ -410,25 +446,27 @@ def test_a_batch_of_errors_teaches_nothing():
         ({"beta_min": 3.0, "beta_max": 2.0}, "beta_min = 3.0 must be below"),
     ],
 )
-def test_settings_that_cannot_work_say_what_to_change(settings, message):
+def test_settings_that_cannot_work_say_what_to_change(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValidationError, match=message):
         Stopping(**settings)
 
 
-def test_a_critic_is_read_in_the_unit_of_its_returns():
+def test_a_critic_is_read_in_the_unit_of_its_returns() -> None:
     config = Stopping(rule="value-gated", value="critic", warmup="none")
     gate = StopController(config, 10, random.Random(0), worth=(-1.0, 2.0)).gate("step-0")
     assert [gate.success(said) for said in (-1.0, 0.5, 2.0)] == [0.0, 0.5, 1.0]
     assert gate_from_json(gate_to_json(gate), has_critic=True) == gate
 
 
-def test_random_and_fixed_rules_need_no_audits():
+def test_random_and_fixed_rules_need_no_audits() -> None:
     for settings in ({"rule": "random"}, {"rule": "regret-only", "threshold": "fixed"}):
-        assert Stopping(audit_share=0.0, **settings).audit_share == 0.0
+        assert Stopping.model_validate({"audit_share": 0.0, **settings}).audit_share == 0.0
     assert Gate.beta == 7.0  # the paper's β₀
 
 
-def test_the_next_gate_is_rehearsed_on_the_last_batch(monkeypatch):
+def test_the_next_gate_is_rehearsed_on_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refit that makes every rollout hopeless from its start must not stop the next batch."""
     stopping = controller(warmup_batches=2)
     for batch in range(4):
@@ -436,8 +474,9 @@ def test_the_next_gate_is_rehearsed_on_the_last_batch(monkeypatch):
     assert stopping.gate("").rule == "success-probability"
     fit = estimator.fit
 
-    def pessimistic(batches):
+    def pessimistic(batches: Sequence[estimator.Examples]) -> SuccessEstimator:
         fitted = fit(batches)
+        assert fitted is not None
         return dataclasses.replace(fitted, bias=fitted.bias - 8.0)
 
     monkeypatch.setattr(estimator, "fit", pessimistic)

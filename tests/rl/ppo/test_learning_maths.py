@@ -1,7 +1,10 @@
 """Advantages and losses against brute force and against a PPO step written out in numpy."""
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from espo_rl.config import Ppo
 from espo_rl.ppo.advantages import gae, group_advantages, whiten
@@ -25,12 +29,14 @@ from espo_rl.ppo.losses import (
 )
 from espo_rl.ppo.samples import Sample
 
+Floats = Sequence[float] | NDArray[np.floating]
+
 values_of_a_rollout = st.integers(1, 12).flatmap(
     lambda n: arrays(np.float32, n, elements=st.floats(-1, 1, width=32))
 )
 
 
-def brute_force(values, rewards, gamma, lam):
+def brute_force(values: Floats, rewards: Floats, gamma: float, lam: float) -> list[float]:
     """A_t = Σ_k (γλ)^k δ_{t+k}, summed term by term."""
     following = [*values[1:], 0.0]
     deltas = [r + gamma * v2 - v for r, v, v2 in zip(rewards, values, following, strict=True)]
@@ -44,21 +50,23 @@ def brute_force(values, rewards, gamma, lam):
 
 
 @given(values_of_a_rollout, st.floats(0.5, 1), st.floats(0, 1), st.data())
-def test_gae_is_the_sum_of_td_errors(values, gamma, lam, data):
+def test_gae_is_the_sum_of_td_errors(
+    values: NDArray[np.float32], gamma: float, lam: float, data: st.DataObject
+) -> None:
     rewards = data.draw(arrays(np.float32, len(values), elements=st.floats(-1, 1, width=32)))
     advantages = gae(values, rewards, gamma=gamma, lam=lam)
     expected = brute_force(values, rewards, gamma, lam)
     assert advantages == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_failure_reward_stands_at_the_stop_and_is_passed_back():
+def test_the_failure_reward_stands_at_the_stop_and_is_passed_back() -> None:
     rewards = np.array([0.0, 0.0, 0.0, -1.0], np.float32)
     advantages = gae(np.full(4, 0.5, np.float32), rewards, gamma=1.0, lam=0.5)
     # One negative TD error, -1 - V, at the stop; halved at each step before it.
     assert advantages == pytest.approx([-1.5 / 8, -1.5 / 4, -1.5 / 2, -1.5])
 
 
-def test_whitening_is_over_all_tokens_of_the_batch():
+def test_whitening_is_over_all_tokens_of_the_batch() -> None:
     rows = whiten([np.array([1.0, 2.0], np.float32), np.array([6.0], np.float32)])
     flat = np.concatenate(rows)
     assert [len(row) for row in rows] == [2, 1]
@@ -66,7 +74,9 @@ def test_whitening_is_over_all_tokens_of_the_batch():
     assert flat.std() == pytest.approx(1.0, abs=1e-5)
 
 
-def made(kept, reward, group, rng, *, critic=True) -> tuple[Sample, ModelOutputs]:
+def made(
+    kept: int, reward: float, group: int, rng: np.random.Generator, *, critic: bool = True
+) -> tuple[Sample, ModelOutputs]:
     """A sample with a prompt of three tokens, and made-up answers of the models."""
     sample = Sample(torch.arange(3 + kept), 3, group, reward)
     sample.columns["served_logprobs"] = torch.full((kept,), -1.0)
@@ -78,7 +88,7 @@ def made(kept, reward, group, rng, *, critic=True) -> tuple[Sample, ModelOutputs
     return sample, answers
 
 
-def batch_of_six(*, critic=True) -> tuple[list[Sample], list[ModelOutputs]]:
+def batch_of_six(*, critic: bool = True) -> tuple[list[Sample], list[ModelOutputs]]:
     """Two groups of three; the last rollout has a single token."""
     rng = np.random.default_rng(11)
     rows = [
@@ -93,8 +103,14 @@ def batch_of_six(*, critic=True) -> tuple[list[Sample], list[ModelOutputs]]:
     return [sample for sample, _ in pairs], [answers for _, answers in pairs]
 
 
+def log_ratio(answers: ModelOutputs) -> torch.Tensor:
+    """log π/π_reference of the sampled tokens, [tokens]."""
+    assert answers.reference is not None
+    return answers.logprobs - answers.reference
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
-def test_advantages_and_returns(coefficient):
+def test_advantages_and_returns(coefficient: float) -> None:
     ppo = Ppo(
         gamma=0.9,
         lam=0.8,
@@ -106,8 +122,9 @@ def test_advantages_and_returns(coefficient):
     samples, before = batch_of_six()
     prepare(samples, before, ppo)
     for sample, answers in zip(samples, before, strict=True):
+        assert answers.values is not None
         values = answers.values.double().numpy()
-        kl = (answers.logprobs - answers.reference).double().numpy()
+        kl = log_ratio(answers).double().numpy()
         rewards = -coefficient * kl
         rewards[-1] += sample.reward
         # However it ended, a rollout is over: nothing follows.
@@ -119,7 +136,9 @@ def test_advantages_and_returns(coefficient):
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 @pytest.mark.parametrize("critic", [True, False])
-def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
+def test_group_advantages_compare_the_rollouts_of_a_prompt(
+    coefficient: float, critic: bool
+) -> None:
     ppo = Ppo(
         advantage="group",
         kl_coefficient=coefficient,
@@ -129,7 +148,7 @@ def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
     samples, before = batch_of_six(critic=critic)
     prepare(samples, before, ppo)
     returns = [
-        sample.reward - coefficient * float((0.5 * (b.logprobs - b.reference) ** 2).sum())
+        sample.reward - coefficient * float((0.5 * log_ratio(b) ** 2).sum())
         for sample, b in zip(samples, before, strict=True)
     ]
     for members in ((0, 1, 2), (3, 4, 5)):
@@ -143,7 +162,7 @@ def test_group_advantages_compare_the_rollouts_of_a_prompt(coefficient, critic):
     assert all(("returns" in sample.columns) == critic for sample in samples)
 
 
-def test_a_group_of_equals_says_nothing():
+def test_a_group_of_equals_says_nothing() -> None:
     assert group_advantages([0.1] * 3 + [1.0, 0.0], [0] * 3 + [1] * 2) == pytest.approx(
         [0, 0, 0, 1, -1], abs=1e-5
     )
@@ -152,7 +171,7 @@ def test_a_group_of_equals_says_nothing():
 # -- server against trainer ------------------------------------------------------------------------
 
 
-def test_mismatch_is_the_kl_from_server_to_trainer():
+def test_mismatch_is_the_kl_from_server_to_trainer() -> None:
     rng = np.random.default_rng(3)
     server, trainer = rng.dirichlet(np.ones(5), 2)
     tokens = rng.choice(5, 200_000, p=server)
@@ -164,7 +183,7 @@ def test_mismatch_is_the_kl_from_server_to_trainer():
     assert found["mismatch_max"] == pytest.approx(np.abs(np.log(server / trainer)).max())
 
 
-def test_missing_numbers_are_no_mismatch():
+def test_missing_numbers_are_no_mismatch() -> None:
     served = torch.tensor([math.nan, -1.0, -math.inf])
     assert mismatch(served, torch.tensor([-5.0, -1.5, -1.0])) == pytest.approx(
         {"mismatch_kl": 0.5, "mismatch_k3": math.exp(-0.5) - 0.5, "mismatch_max": 0.5}
@@ -172,7 +191,7 @@ def test_missing_numbers_are_no_mismatch():
     assert all(math.isnan(one) for one in mismatch(served[:1], served[1:2]).values())
 
 
-def test_importance_weights_are_capped_ratios():
+def test_importance_weights_are_capped_ratios() -> None:
     ours = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     served = torch.tensor([-2.0, -1.2, 0.0, math.nan])
     weights, capped = importance_weights(ours, served, 1.5)
@@ -184,11 +203,11 @@ def test_importance_weights_are_capped_ratios():
 
 
 @given(st.integers(0, 2**31 - 1))
-def test_policy_loss_is_the_clipped_surrogate(seed):
+def test_policy_loss_is_the_clipped_surrogate(seed: int) -> None:
     rng = np.random.default_rng(seed)
     new, old = rng.normal(-1, 0.4, (2, 5)), rng.normal(-1, 0.4, (2, 5))
     advantages = rng.normal(0, 1, (2, 5))
-    got = policy_loss(*map(torch.tensor, (new, old, advantages)), 0.2, 0.3)
+    got = policy_loss(torch.tensor(new), torch.tensor(old), torch.tensor(advantages), 0.2, 0.3)
     ratio = np.exp(new - old)
     unclipped, clipped = ratio * advantages, np.clip(ratio, 0.8, 1.3) * advantages
     assert got.loss.numpy() == pytest.approx(-np.minimum(unclipped, clipped))
@@ -196,20 +215,21 @@ def test_policy_loss_is_the_clipped_surrogate(seed):
     assert (got.kl >= 0).all()
 
 
-def test_a_clipped_ratio_has_no_gradient_in_the_direction_of_its_advantage():
+def test_a_clipped_ratio_has_no_gradient_in_the_direction_of_its_advantage() -> None:
     new = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     policy_loss(new, torch.zeros(4), advantages, 0.2, 0.2).loss.sum().backward()
-    assert (new.grad != 0).tolist() == [False, True, True, False]
+    assert new.grad is not None
+    assert new.grad.sign().abs().tolist() == [False, True, True, False]
 
 
-def test_value_loss_takes_the_worse_of_clipped_and_unclipped():
+def test_value_loss_takes_the_worse_of_clipped_and_unclipped() -> None:
     values, old, returns = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0])
     assert value_loss(values, old, returns, None).item() == 0.0
     assert value_loss(values, old, returns, 0.2).item() == pytest.approx(0.5 * 0.8**2)
 
 
-def test_token_logprobs_and_entropy_are_those_of_the_softmax():
+def test_token_logprobs_and_entropy_are_those_of_the_softmax() -> None:
     logits = torch.randn(2, 3, 7)
     tokens = torch.randint(0, 7, (2, 3))
     distribution = torch.distributions.Categorical(logits=logits)
@@ -218,11 +238,12 @@ def test_token_logprobs_and_entropy_are_those_of_the_softmax():
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_estimates(kind):
+def test_kl_estimates(kind: Literal["k1", "k2", "k3"]) -> None:
     rng = np.random.default_rng(4)
     p, q = 0.9 * rng.dirichlet(np.full(6, 9.0), 2) + 0.1 / 6
     tokens = rng.choice(6, 400_000, p=p)
-    found = kl_estimate(*(torch.tensor(np.log(x)[tokens]) for x in (p, q)), kind)
+    sampled, other = (torch.tensor(np.log(x)[tokens]) for x in (p, q))
+    found = kl_estimate(sampled, other, kind)
     exact = float((p * np.log(p / q)).sum())
     # k2 is biased, by little while the two are close.
     assert float(found.mean()) == pytest.approx(exact, rel=0.25 if kind == "k2" else 0.03)
@@ -230,7 +251,7 @@ def test_kl_estimates(kind):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8))
-def test_aggregation_weights_are_means(kept):
+def test_aggregation_weights_are_means(kept: list[int]) -> None:
     by_token = aggregation_weights(kept, "token-mean")
     assert len(set(by_token)) == 1
     by_sequence = aggregation_weights(kept, "sequence-mean")
@@ -306,7 +327,7 @@ class NumpyStep:
         one_hot = np.eye(6)[self.tokens]
         by_logits = slope[:, None] * (one_hot - np.exp(table))
         by_logits += ppo.entropy_bonus * np.exp(table) * (table + spread[:, None])
-        return self.weights @ loss, self.states.T @ (self.weights[:, None] * by_logits)
+        return float(self.weights @ loss), self.states.T @ (self.weights[:, None] * by_logits)
 
     def value(self) -> tuple[float, np.ndarray]:
         """Loss and its gradient with respect to `critic`."""
@@ -323,7 +344,7 @@ class NumpyStep:
             inside = np.abs(values - old) < clip
             loss = np.where(worse, (near - returns) ** 2 / 2, loss)
             slope = np.where(worse, np.where(inside, near - returns, 0.0), slope)
-        return self.weights @ loss, self.states.T @ (self.weights * slope)
+        return float(self.weights @ loss), self.states.T @ (self.weights * slope)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +379,7 @@ def test_a_step_equals_one_in_numpy(settings: dict[str, Any]) -> None:
     loss.backward()
     expected_loss, expected_gradient = expected.actor()
     assert loss.item() == pytest.approx(expected_loss, abs=1e-5)
+    assert policy.grad is not None
     assert policy.grad.numpy() == pytest.approx(expected_gradient, abs=1e-5)
 
     errors = value_loss(states @ critic, columns["old_values"], columns["returns"], ppo.value_clip)
@@ -365,6 +387,7 @@ def test_a_step_equals_one_in_numpy(settings: dict[str, Any]) -> None:
     loss.backward()
     expected_loss, expected_gradient = expected.value()
     assert loss.item() == pytest.approx(expected_loss)
+    assert critic.grad is not None
     assert critic.grad.numpy() == pytest.approx(expected_gradient)
 
 

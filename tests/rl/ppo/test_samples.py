@@ -15,7 +15,9 @@ lengths = st.lists(st.integers(2, 60), min_size=1, max_size=20)
 
 
 @given(lengths, st.integers(1, 200), st.integers(1, 4))
-def test_every_sample_is_in_one_micro_batch_of_one_rank(lengths, budget, ranks):
+def test_every_sample_is_in_one_micro_batch_of_one_rank(
+    lengths: list[int], budget: int, ranks: int
+) -> None:
     shares = [share(lengths, budget, rank, ranks) for rank in range(ranks)]
     assert sorted(i for one in shares for batch in one for i in batch) == list(range(len(lengths)))
     assert len({len(one) for one in shares}) == 1  # dummies make up the number
@@ -26,21 +28,21 @@ def test_every_sample_is_in_one_micro_batch_of_one_rank(lengths, budget, ranks):
     assert max(rows) - min(rows) <= 1
 
 
-def sample(prompt, kept):
+def sample(prompt: int, kept: int) -> Sample:
     tokens = torch.arange(1, prompt + kept + 1) + 100 * kept
     made = Sample(tokens, prompt, 0, 1.0)
     made.columns["x"] = made.tokens[prompt:].float()
     return made
 
 
-def test_columns_line_up_with_the_tokens_they_belong_to():
+def test_columns_line_up_with_the_tokens_they_belong_to() -> None:
     samples = [sample(2, 5), sample(4, 1)]
     (batch,) = micro_batches(samples, 100, rank=0, ranks=1, device="cpu")
     assert batch.tokens.shape == (2, 7)
     assert batch.targets.tolist() == batch.columns["x"].tolist()
 
 
-def test_a_dummy_counts_for_nothing():
+def test_a_dummy_counts_for_nothing() -> None:
     samples = [sample(2, 5)]
     (batch,) = micro_batches(samples, 100, rank=1, ranks=2, device="cpu")
     assert batch.indices == []
@@ -49,7 +51,7 @@ def test_a_dummy_counts_for_nothing():
     assert batch.columns["x"].shape == batch.targets.shape == (0,)
 
 
-def made_rollout(logprobs, max_logprobs, kept):
+def made_rollout(logprobs: list[float], max_logprobs: list[float], kept: int) -> Rollout:
     return Rollout(
         problem=Problem("p", "p", "1"),
         prompt_ids=[7, 8],
@@ -65,7 +67,7 @@ def made_rollout(logprobs, max_logprobs, kept):
     )
 
 
-def test_a_sample_is_what_a_rollout_keeps():
+def test_a_sample_is_what_a_rollout_keeps() -> None:
     made = Sample.of(made_rollout([-0.5, -9999.0, math.nan, -2.0], [0.0] * 4, 3))
     assert made.tokens.tolist() == [7, 8, 1, 2, 3]
     assert (made.prompt, made.kept, made.group, made.reward) == (2, 3, 5, -1.0)

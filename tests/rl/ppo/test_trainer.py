@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from espo_rl.checkpoints import CheckpointError, CheckpointStore
 from espo_rl.config import Ppo, Recipe
-from espo_rl.ppo.experience import Metrics, prepare
+from espo_rl.ppo import trainer as ppo_trainer
+from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare
+from espo_rl.ppo.losses import actor_loss, aggregation_weights
 from espo_rl.ppo.parameters import gathered
 from espo_rl.ppo.samples import Sample
 from espo_rl.ppo.trainer import PpoTrainer
@@ -44,10 +47,21 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def experience(ours: PpoTrainer, rollouts: Sequence[Rollout]) -> tuple[list[Sample], Metrics]:
-    """Samples with the columns that an update would learn from."""
-    samples = [Sample.of(rollout) for rollout in rollouts]
-    return samples, prepare(samples, ours._forward(samples), ours._ppo)
+def experience(
+    ours: PpoTrainer, rollouts: Sequence[Rollout]
+) -> tuple[Sequence[Sample], Sequence[ModelOutputs]]:
+    """The samples that an update learns from, and what the models said of them before it."""
+    seen: list[tuple[Sequence[Sample], Sequence[ModelOutputs]]] = []
+
+    def listening(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo) -> Metrics:
+        seen.append((samples, before))
+        return prepare(samples, before, ppo)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_trainer, "prepare", listening)
+        ours.update(rollouts)
+    (once,) = seen
+    return once
 
 
 def parameters(engine: Any) -> dict[str, torch.Tensor]:
@@ -62,6 +76,7 @@ class Reference:
 
     def __init__(self, paths: Paths, **ppo: Any) -> None:
         self.ppo = Ppo(**{**PPO, **ppo})
+        assert self.ppo.critic_learning_rate is not None
         self.actor = AutoModelForCausalLM.from_pretrained(paths.actor, dtype=torch.float32)
         self.critic = AutoModelForSequenceClassification.from_pretrained(
             paths.critic, num_labels=1, dtype=torch.float32
@@ -138,7 +153,7 @@ class Reference:
         ]
         total = sum(rollout.kept for rollout in rollouts)
         for _ in range(ppo.epochs):
-            loss = critic_loss = 0.0
+            loss = critic_loss = torch.zeros(())
             for i, rollout in enumerate(rollouts):
                 logprobs, entropies = self.logprobs(self.actor, rollout)
                 ratio = (logprobs - old_logprobs[i]).exp()
@@ -150,11 +165,10 @@ class Reference:
                 if ppo.kl_place == "loss":
                     actor = actor + ppo.kl_coefficient * self.kl(logprobs, references[i])
                 actor = actor - ppo.entropy_bonus * entropies
-                values = self.values(rollout)[:-1]
-                near = old_values[i] + (values - old_values[i]).clamp(
-                    -ppo.value_clip, ppo.value_clip
-                )
-                worse = torch.maximum((values - returns[i]) ** 2, (near - returns[i]) ** 2)
+                now = self.values(rollout)[:-1]
+                assert ppo.value_clip is not None
+                near = old_values[i] + (now - old_values[i]).clamp(-ppo.value_clip, ppo.value_clip)
+                worse = torch.maximum((now - returns[i]) ** 2, (near - returns[i]) ** 2)
                 if ppo.aggregation == "token-mean":
                     weight = 1 / total
                 else:
@@ -296,22 +310,26 @@ async def test_an_update_in_another_thread_is_the_same(paths: Paths, reference: 
 
 
 @pytest.mark.parametrize("budget", [1, 40, 70])
-def test_micro_batches_change_nothing(paths: Paths, reference: Reference, budget: int) -> None:
+def test_micro_batches_change_nothing(
+    paths: Paths, reference: Reference, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One row at a time, a few, and all that fit: gradients add up to the same step."""
     ours = trainer(paths, micro_batch_tokens=budget)
-    batches = list(ours._batches([Sample.of(rollout) for rollout in make_rollouts()]))
-    assert len(batches) == {1: 5, 40: 3, 70: 2}[budget]
+    losses = Mock(wraps=actor_loss)
+    monkeypatch.setattr(ppo_trainer, "actor_loss", losses)
     ours.update(make_rollouts())
+    assert losses.call_count == PPO["epochs"] * {1: 5, 40: 3, 70: 2}[budget]
     assert_same_update(weights_of(ours), reference.weights())
 
 
-def test_minibatches_are_steps_of_their_own(paths: Paths) -> None:
+def test_minibatches_are_steps_of_their_own(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rollout is in exactly one minibatch of an epoch; their mean is over their own tokens."""
-    ours, seen = trainer(paths, minibatches=2, epochs=3), []
-    step = ours._minibatch
-    ours._minibatch = lambda rows, actor: seen.append([r.kept for r in rows]) or step(rows, actor)
+    ours = trainer(paths, minibatches=2, epochs=3)
+    weights = Mock(wraps=aggregation_weights)
+    monkeypatch.setattr(ppo_trainer, "aggregation_weights", weights)
     rollouts = make_rollouts()
     ours.update(rollouts)
+    seen = [call.args[0] for call in weights.call_args_list]
     assert [len(rows) for rows in seen] == [3, 2] * 3
     for epoch in range(0, 6, 2):
         assert sorted(seen[epoch] + seen[epoch + 1]) == sorted(r.kept for r in rollouts)
@@ -321,10 +339,11 @@ def test_minibatches_are_steps_of_their_own(paths: Paths) -> None:
 @pytest.mark.parametrize("index", range(5))
 def test_padding_never_leaks(paths: Paths, index: int) -> None:
     """What is said of a rollout in a padded batch is what is said of it alone."""
-    ours, samples = trainer(paths), [Sample.of(rollout) for rollout in make_rollouts()]
-    alone = ours._forward([samples[index]])[0]
-    padded = ours._forward(samples)[index]
-    assert len(padded.logprobs) == samples[index].kept
+    rollouts = make_rollouts()
+    _, (alone,) = experience(trainer(paths), [rollouts[index]])
+    _, batch = experience(trainer(paths), rollouts)
+    padded = batch[index]
+    assert len(padded.logprobs) == rollouts[index].kept
     torch.testing.assert_close(padded.logprobs, alone.logprobs, atol=1e-5, rtol=0)
     torch.testing.assert_close(padded.values, alone.values, atol=1e-5, rtol=0)
 
@@ -392,8 +411,8 @@ def test_mismatch_is_between_the_servers_logprobs_and_ours(
 
 def test_a_new_critic_values_nothing(paths: Paths) -> None:
     ours = PpoTrainer(Recipe.model_validate({"model": {"path": str(paths.actor)}}))
-    for before in ours._forward([Sample.of(rollout) for rollout in make_rollouts()]):
-        assert before.values.abs().max() == 0.0
+    for rollout in make_rollouts():
+        assert not any(ours.values(rollout.prompt_ids + rollout.token_ids))
 
 
 def test_values_are_the_classifiers_at_every_prefix(paths: Paths, reference: Reference) -> None:
@@ -525,4 +544,4 @@ def test_the_reference_is_sharded_under_zero_3(paths: Paths) -> None:
     plain = trainer(paths, kl_coefficient=0.1)
     found, expected = (ours.update(make_rollouts()) for ours in (sharded, plain))
     assert found["kl_reference"] == pytest.approx(expected["kl_reference"], rel=1e-4)
-    assert all(value.numel() == 0 for value in sharded._reference.module.parameters())
+    assert all(value.numel() == 0 for value in sharded.reference.module.parameters())

@@ -77,7 +77,9 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
-def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch):
+def test_a_critic_that_learns_what_spoils_a_rollout(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, out, values = record(tmp_path / "run", make_rollouts(300)), tmp_path / "c", tmp_path / "v"
     options = ["--learning-rate", "1e-3", "--epochs", "6", "--values", values]
     assert command(monkeypatch, run, "--model", base, "--output", out, *options) == 0
@@ -93,7 +95,8 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch)
     # What the trainer makes of it is what was measured, and what the values say.
     paths = Paths(base, out)
     loaded = trainer(paths)
-    full, there = 0, set()
+    full = 0
+    there: set[str] = set()
     for file in sorted(values.iterdir()):
         rollouts, _ = read_rollouts(file)
         column = pq.read_table(file)["values"].to_pylist()
@@ -108,7 +111,7 @@ def test_a_critic_that_learns_what_spoils_a_rollout(base, tmp_path, monkeypatch)
     assert full == report["rollouts"]["held_out"] == 2 * len(there)
 
 
-def test_v_is_of_the_prefix_that_ends_with_the_token(base):
+def test_v_is_of_the_prefix_that_ends_with_the_token(base: Path) -> None:
     classifier = pretrain_critic.load_critic(str(base), seed=0).classifier
     torch.nn.init.normal_(classifier.score.weight)
     critic = Critic(classifier)
@@ -121,26 +124,26 @@ def test_v_is_of_the_prefix_that_ends_with_the_token(base):
             assert values[kept] == pytest.approx(alone, abs=1e-3)
 
 
-def test_a_problem_is_on_one_side_only():
+def test_a_problem_is_on_one_side_only() -> None:
     parts = split(make_rollouts(200), 0.3)
     sides = [{one.problem.id for one in part} for part in vars(parts).values()]
     assert len(set.union(*sides)) == sum(map(len, sides)) == 100
     assert 30 < len(parts.held_out) < 90
 
 
-def test_an_audited_rollout_counts_in_full():
+def test_an_audited_rollout_counts_in_full() -> None:
     (stopped,) = make_rollouts(1)
     stopped.end, stopped.audited, stopped.kept = EndReason.EARLY_STOP, True, 3
     assert usable([stopped])[0].kept == len(stopped.token_ids)
 
 
-def test_ranks_of_ties_count_half():
+def test_ranks_of_ties_count_half() -> None:
     outcomes = np.array([True, True, False, False])
     assert auc(np.array([3.0, 1.0, 1.0, 0.0]), outcomes) == 0.875
     assert math.isnan(auc(np.zeros(2), np.array([True, True])))
 
 
-def test_quality_by_hand():
+def test_quality_by_hand() -> None:
     values = [np.array([0.5, 1.0]), np.array([0.5, 0.0, -1.0])]
     found = qualities(values, [True, False])
     assert found["end"].explained == 1.0
@@ -155,7 +158,7 @@ def test_quality_by_hand():
     assert found["all tokens"].states == 5
 
 
-def test_stopped_rollouts_of_unknown_outcome_are_refused():
+def test_stopped_rollouts_of_unknown_outcome_are_refused() -> None:
     rollouts = make_rollouts(4)
     rollouts[1].end, rollouts[1].correct = EndReason.EARLY_STOP, None
     with pytest.raises(PretrainError, match=r"1 of 4 .* stopping\.rule=none"):
@@ -171,8 +174,14 @@ def test_stopped_rollouts_of_unknown_outcome_are_refused():
     ],
 )
 def test_what_cannot_work_is_said_and_leaves_nothing(
-    base, tmp_path, monkeypatch, capsys, rollouts, arguments, said
-):
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rollouts: int,
+    arguments: list[str],
+    said: str,
+) -> None:
     run = record(tmp_path / "run", make_rollouts(rollouts)) if rollouts else tmp_path
     out = tmp_path / "critic"
     assert command(monkeypatch, run, "--model", base, "--output", out, *arguments) == 2
@@ -180,14 +189,18 @@ def test_what_cannot_work_is_said_and_leaves_nothing(
     assert not out.exists()
 
 
-def test_a_folder_in_use_is_left_alone(base, tmp_path, monkeypatch, capsys):
+def test_a_folder_in_use_is_left_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = record(tmp_path / "run", make_rollouts(60))
     assert command(monkeypatch, run, "--model", base, "--output", base) == 2
     assert "not empty" in capsys.readouterr().err
     assert (base / "model.safetensors").exists()
 
 
-def test_a_fault_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
+def test_a_fault_while_writing_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     critic = pretrain_critic.load_critic(str(base), seed=0)
     tokenizer = pretrain_critic.load_tokenizer(str(base))
     with pytest.raises(TypeError):
@@ -195,13 +208,13 @@ def test_a_fault_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_a_tokenizer_is_told(tmp_path):
+def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:
     with pytest.raises(PretrainError, match="has no tokenizer"):
         pretrain_critic.load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("argument", ["--held-out=1", "--wrong-reward=1", "--epochs=0"])
-def test_arguments_that_make_no_sense(argument, capsys):
+def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(["x", "--model", "m", "--output", "o", argument])
     assert stopped.value.code == 2

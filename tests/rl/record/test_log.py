@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.record import progress
 from espo_rl.record.log import RunLog, step_line
 from espo_rl.record.log_errors import LogError
 from espo_rl.record.metrics import (
@@ -31,6 +33,7 @@ from espo_rl.record.metrics import (
     table,
     undocumented,
 )
+from espo_rl.record.progress import progress_bar
 from espo_rl.record.sinks import JsonLines
 from espo_rl.types import EndReason, Problem, Rollout
 
@@ -117,8 +120,10 @@ def test_numbers_of_a_batch() -> None:
 @pytest.mark.parametrize("batch", [[], [rollout(0, EndReason.ERROR)], [rollout(6, STOPPED)]])
 def test_numbers_of_a_batch_that_says_little(batch: list[Rollout]) -> None:
     numbers = rollout_metrics(batch, tokens=0, audit_share=0.0)
-    assert math.isnan(numbers["accuracy"])
-    assert math.isnan(numbers["false_positive_rate"])
+    for name in ("accuracy", "false_positive_rate"):
+        number = numbers[name]
+        assert isinstance(number, float)
+        assert math.isnan(number)
 
 
 @pytest.mark.parametrize(
@@ -385,14 +390,13 @@ def test_a_full_disk_under_tensorboard_is_seen_in_the_step(
     assert len(rows_of(tmp_path)) == 1
 
 
-def test_closing_hides_no_error_of_the_run(tmp_path: Path) -> None:
-    class Full(JsonLines):
-        def close(self) -> None:
-            raise LogError("full")
+def test_closing_hides_no_error_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: JsonLines) -> None:
+        raise LogError("full")
 
+    monkeypatch.setattr(JsonLines, "close", full)
     log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
     log.__enter__()
-    log._sinks = [Full(tmp_path / "metrics.jsonl", 0)]
     log.__exit__(ValueError, ValueError("of the run"), None)
     with pytest.raises(LogError, match="full"):
         log.__exit__(None, None, None)
@@ -425,7 +429,7 @@ def test_a_change_of_stopping_is_said_once(tmp_path: Path) -> None:
 
 
 def test_the_line_of_a_step() -> None:
-    row = {
+    row: dict[str, float | str | bool | None] = {
         "rollout/reward": 0.314,
         "rollout/stop_share": 0.4,
         "rollout/audited": 12,
@@ -446,12 +450,25 @@ def test_the_line_of_a_step() -> None:
     assert "nan" not in (line + off).lower()
 
 
-def watch(console: Console, recipe: Recipe) -> None:
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """The bars of the logs made in a test."""
+    made: list[Progress] = []
+
+    def keep(**options: Any) -> Progress:
+        made.append(progress_bar(**options))
+        return made[-1]
+
+    monkeypatch.setattr(progress, "progress_bar", keep)
+    return made
+
+
+def watch(console: Console, recipe: Recipe, bars: list[Progress]) -> None:
     """One step, as a run shows it."""
     with RunLog(recipe, console) as log, log.phase("rollouts", total=2) as advance:
         advance()
         log.step(1, rollout={"tokens": 5}, stopping={})
-        log._progress._bars.refresh()  # not left to its thread's clock
+        bars[-1].refresh()  # not left to its thread's clock
 
 
 @pytest.fixture
@@ -465,11 +482,14 @@ def terminal() -> Iterator[tuple[io.TextIOWrapper, int]]:
 
 @pytest.mark.timeout(30)
 def test_a_terminal_has_bars(
-    tmp_path: Path, terminal: tuple[io.TextIOWrapper, int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    terminal: tuple[io.TextIOWrapper, int],
+    monkeypatch: pytest.MonkeyPatch,
+    bars: list[Progress],
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     file, read = terminal
-    watch(Console(file=file, width=200), recipe_for(tmp_path))
+    watch(Console(file=file, width=200), recipe_for(tmp_path), bars)
     file.flush()
     # A terminal hands on what was written piece by piece: what is missing here never comes.
     seen = ""
@@ -479,20 +499,21 @@ def test_a_terminal_has_bars(
     assert seen.count("step 1/4") == 1
 
 
-def test_a_file_has_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_lines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bars: list[Progress]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as CIs do
     said = io.StringIO()
-    watch(Console(file=said, highlight=False, soft_wrap=True), recipe_for(tmp_path))
+    watch(Console(file=said, highlight=False, soft_wrap=True), recipe_for(tmp_path), bars)
     (line,) = said.getvalue().splitlines()
     assert line.startswith("step 1/4  reward")
 
 
-def test_phases_within_phases(tmp_path: Path) -> None:
+def test_phases_within_phases(tmp_path: Path, bars: list[Progress]) -> None:
     log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
-    bars = log._progress._bars
 
     def shown() -> list[str]:
-        return [task.description for task in bars.tasks]
+        return [task.description for task in bars[-1].tasks]
 
     with log:
         with log.phase("evaluation"), log.phase("rollouts", total=2):

@@ -13,6 +13,7 @@ import pytest
 
 from espo_rl.config import load_recipe
 from espo_rl.gate.controller import StopController
+from espo_rl.record.intervals import ProblemMean
 from espo_rl.record.provenance import versions
 from espo_rl.record.summary import Share, Summary
 from espo_rl.record.totals import Totals
@@ -27,7 +28,7 @@ def rollout(length: int, end: EndReason = EndReason.COMPLETED, **fields: object)
     return Rollout(
         problem=Problem("1", "1", "1"),
         prompt_ids=[1],
-        token_ids=range(length),
+        token_ids=list(range(length)),
         logprobs=NOTHING,
         max_logprobs=NOTHING,
         text="",
@@ -36,7 +37,9 @@ def rollout(length: int, end: EndReason = EndReason.COMPLETED, **fields: object)
     )
 
 
-def stopped(full: int, kept: int, *, audited: bool, overshoot: int = 0, correct: bool = False):
+def stopped(
+    full: int, kept: int, *, audited: bool, overshoot: int = 0, correct: bool = False
+) -> Rollout:
     """A rollout of `full` tokens that is stopped after `kept`; audited ones go on to their end."""
     if audited:
         return rollout(full, EndReason.EARLY_STOP, kept=kept, audited=True, correct=correct)
@@ -216,7 +219,7 @@ def test_summary_holds_what_the_run_came_to(tmp_path: Path) -> None:
         *[rollout(20) for _ in range(10)],
     ]
     summary = summary_of(batch, **{"run.seed": 7})
-    summary.accuracy = {"before": Share(1, 4), "after": Share(3, 4)}
+    summary.accuracy = {"before": ProblemMean.of([0.25] * 4), "after": ProblemMean.of([0.75] * 4)}
     summary.seconds = {"rollout": 1.26}
     written = strict(summary.write(tmp_path / "summary.json").read_text())
     assert (written["accuracy_before"], written["accuracy_after"]) == (0.25, 0.75)

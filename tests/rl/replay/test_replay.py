@@ -20,7 +20,7 @@ import bench_replay
 from bench_replay import make_rollouts
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import BETA, Gate, threshold_of
-from espo_gateway.stop.watch import Watch
+from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.traces.detection import Judged, area, curve, difficulty
 from espo_gateway.traces.judge import fitted, fitted_elsewhere, replayed
@@ -47,8 +47,8 @@ def live_cut(gate: Gate, rollout: Rollout, values: Any = None) -> int:
     watch = Watch(gate, len(rollout.prompt_ids))
     for token, pair in enumerate(zip(rollout.logprobs, rollout.max_logprobs, strict=True), 1):
         last = rollout.end is not EndReason.LENGTH and token == len(rollout.logprobs)
-        watch.push(*map(float, pair), last=last)
-        if values is not None and token in watch._unsettled:
+        logprob, best = map(float, pair)
+        if watch.push(logprob, best, last=last) is Verdict.ASK:
             watch.settle(token, gate.success(float(values[token - 1])))
     return watch.cut or 0
 
@@ -259,6 +259,7 @@ def test_a_mixture_of_recipes_is_said(tmp_path: Path) -> None:
     assert not Source([tmp_path / "a.parquet"], "correct", None).warnings()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tokens() -> None:
     def peak(rollouts: int) -> float:
         command = [sys.executable, bench_replay.__file__, str(rollouts), "--tokens", "2000"]

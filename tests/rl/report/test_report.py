@@ -138,7 +138,9 @@ def test_rollouts_for_the_page(tmp_path: Path) -> None:
 
 
 def load_text(run: Any, rollout: Rollout) -> str:
-    return load_tokenizer(run).decode(rollout.token_ids, skip_special_tokens=False)
+    tokenizer = load_tokenizer(run)
+    assert tokenizer is not None
+    return tokenizer.decode(rollout.token_ids, skip_special_tokens=False)
 
 
 # -- token by token --------------------------------------------------------------------------------

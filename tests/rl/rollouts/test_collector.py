@@ -14,13 +14,23 @@ import pytest
 import tenacity
 from openai.types import Completion
 
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.rollouts import collector as rollouts
 from espo_rl.rollouts.collector import Collector, Prompter, read_completion
 from espo_rl.types import EndReason, Problem, Request, Rollout
-from tests.helpers.gateway import BAD, FAILING, GOOD, gateway_for
+from tests.helpers.gateway import (
+    BAD,
+    FAILING,
+    GOOD,
+    gateway_for,
+    get_text,
+    until_asked,
+    until_finished,
+    until_running,
+)
 
 PROBLEM = Problem(id="358c", prompt="358c", answer="164")
 PROMPTER = Prompter(make_tokenizer())
@@ -36,12 +46,16 @@ async def collector_of(
     server: FakeServer, gateway: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Collector]:
     """A collector that reaches the server through a gateway whose rule is on."""
-    config = RolloutSection(max_tokens=20, **settings)
     async with (
         gateway_for(server, **(gateway or {})) as started,
-        Collector(started.url, "fake", PROMPTER, config) as collector,
+        collector_at(started, **settings) as collector,
     ):
         yield collector
+
+
+def collector_at(gateway: Gateway, **settings: Any) -> Collector:
+    config = RolloutSection(max_tokens=20, **settings)
+    return Collector(gateway.url, "fake", PROMPTER, config)
 
 
 def samples(count: int, **fields: Any) -> list[Request]:
@@ -168,17 +182,19 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
 
     async with (
         FakeServer(script, gated=True) as server,
-        collector_of(server, concurrency=3) as collector,
+        gateway_for(server) as gateway,
+        collector_at(gateway, concurrency=3) as collector,
     ):
         collecting = asyncio.create_task(collector.collect(samples(8), temperature=1.0))
         for finished in range(5):
             begun = finished + 3
-            await server.until(lambda n=begun: len(server.bodies) >= n and server.running >= 3)
+            await until_asked(server, begun)
+            await until_running(server, 3)
             # Requests beyond the bound would be on their way by now: this comes after them.
-            await collector._client.models.list()
+            await get_text(gateway.url + "/v1/models")
             assert len(server.bodies) == begun
             server.release()  # a rollout is one token
-            await server.until(lambda done=finished + 1: server.finished == done)
+            await until_finished(server, finished + 1)
         server.release(3)
         assert len(await collecting) == 8
     assert max(seen) == 3
@@ -278,7 +294,7 @@ async def test_an_answer_without_logprobs_says_what_to_do() -> None:
 
 @pytest.mark.parametrize("choices", [[], None])
 async def test_an_answer_without_choices_is_a_value_error(choices: Any) -> None:
-    fields = {"id": "1", "created": 1, "model": "m", "object": "text_completion"}
+    fields: dict[str, Any] = {"id": "1", "created": 1, "model": "m", "object": "text_completion"}
     completion = Completion.model_construct(**fields, choices=choices)
     with pytest.raises(ValueError, match="no choice"):
         read_completion(completion, PROBLEM, [1], "enforce")

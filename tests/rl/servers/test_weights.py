@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -79,6 +79,9 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
 # The order of calls, against a server that only writes down what it is asked
 
 
+Behaviour = Callable[[web.Request], web.Response | Awaitable[web.Response]]
+
+
 class Recorder:
     """Answers like vLLM and notes the routes; `behaviour` may replace a route's answer."""
 
@@ -86,7 +89,7 @@ class Recorder:
         self.routes: list[str] = []
         self.client_ports: list[int] = []
         self.seen: dict[str, object] = {}
-        self.behaviour: dict[str, Callable[[web.Request], object]] = {}
+        self.behaviour: dict[str, Behaviour] = {}
         self.url = ""
         self.probe_logprob = -1.0
         self.version = "1"
@@ -100,7 +103,7 @@ class Recorder:
         self.seen[request.path] = await request.json() if request.can_read_body else None
         if behaviour := self.behaviour.get(request.path):
             answer = behaviour(request)
-            return await answer if asyncio.iscoroutine(answer) else answer
+            return answer if isinstance(answer, web.Response) else await answer
         entry = {str(token): {"logprob": self.probe_logprob} for token in range(32)}
         prefixes = (await request.json())["input"] if request.path == "/pooling" else []
         answers: dict[str, object] = {
@@ -200,8 +203,13 @@ async def test_another_weight_transfer_is_refused_before_anything_pauses(
     assert recorder.routes == UPDATE[:1]
 
 
+async def hang(_: web.Request) -> web.Response:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
 async def test_a_hanging_server_is_an_error_and_is_resumed(recorder: Recorder) -> None:
-    recorder.behaviour["/update_weights"] = lambda _: asyncio.Event().wait()
+    recorder.behaviour["/update_weights"] = hang
     async with WeightClient(recorder.url, timeout=0.3) as client:
         with pytest.raises(WeightRouteError, match=r"/update_weights: no answer: none within"):
             await client.update(["/a"], version="7")
@@ -211,11 +219,11 @@ async def test_a_hanging_server_is_an_error_and_is_resumed(recorder: Recorder) -
 async def test_a_cancelled_update_resumes_the_server(recorder: Recorder) -> None:
     reached = asyncio.Event()
 
-    async def hang(_: web.Request) -> None:
+    async def reach_and_hang(request: web.Request) -> web.Response:
         reached.set()
-        await asyncio.Event().wait()
+        return await hang(request)
 
-    recorder.behaviour["/update_weights"] = hang
+    recorder.behaviour["/update_weights"] = reach_and_hang
     async with WeightClient(recorder.url) as client:
         update = asyncio.create_task(client.update(["/a"], version="7"))
         await reached.wait()

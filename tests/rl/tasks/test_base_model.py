@@ -1,38 +1,42 @@
 """The base model's demonstrations: how often, where and by how much they slip."""
 
+from __future__ import annotations
+
 import hashlib
 import random
-import subprocess
-import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from espo_rl.base_model.slips import BELIEF, slips
+from espo_rl.base_model.__main__ import main
+from espo_rl.base_model.slips import BELIEF, Kind, slips
 from espo_rl.tasks.arithmetic import Arithmetic
 
 PAIRS = [(oldest, newest) for oldest in range(10) for newest in range(10)]
 
 
-def misses(kind, seed, rounds=200, error=0.06):
+def misses(
+    kind: Kind, seed: int, rounds: int = 200, error: float = 0.06
+) -> dict[tuple[int, int], list[int]]:
     slip = slips(kind, random.Random(seed), error)
     return {pair: [slip(*pair) for _ in range(rounds)] for pair in PAIRS}
 
 
 @pytest.mark.parametrize("kind", ["sampled", "believed"])
-def test_as_many_slips_of_every_kind(kind):
+def test_as_many_slips_of_every_kind(kind: Kind) -> None:
     all_misses = [miss for of_pair in misses(kind, 0).values() for miss in of_pair]
     # 20,000 draws: three standard deviations are half a per cent, and whole pairs may be wrong
     assert sum(map(bool, all_misses)) / len(all_misses) == pytest.approx(0.06, abs=0.006)
 
 
-def test_a_sampled_slip_may_be_any_but_is_nowhere_the_likelier_digit():
+def test_a_sampled_slip_may_be_any_but_is_nowhere_the_likelier_digit() -> None:
     for of_pair in misses("sampled", 0).values():
         assert Counter(of_pair).most_common(1)[0][0] == 0
         assert max(of_pair) > 1
 
 
-def test_a_believed_slip_is_the_likelier_digit_on_the_same_pairs_for_every_seed():
+def test_a_believed_slip_is_the_likelier_digit_on_the_same_pairs_for_every_seed() -> None:
     wrong = [
         {pair for pair, of_pair in misses("believed", seed).items() if any(of_pair)}
         for seed in (0, 1)
@@ -44,7 +48,7 @@ def test_a_believed_slip_is_the_likelier_digit_on_the_same_pairs_for_every_seed(
         assert Counter(of_pair).most_common(1)[0][0] == (pair in wrong[0])
 
 
-def test_a_seed_stands_for_the_same_demonstrations_as_ever():
+def test_a_seed_stands_for_the_same_demonstrations_as_ever() -> None:
     """The README's numbers are of one base: it must be made again by its seed."""
     task, rng = Arithmetic(), random.Random(0)
     shown = ""
@@ -63,9 +67,16 @@ def test_a_seed_stands_for_the_same_demonstrations_as_ever():
         (["--kind", "hidden"], "--kind"),
     ],
 )
-def test_settings_that_make_no_sense_are_named(arguments, said, tmp_path):
-    command = [sys.executable, "-m", "espo_rl.base_model", "--out", str(tmp_path / "base")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert said in done.stderr
+def test_settings_that_make_no_sense_are_named(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["base_model", "--out", str(tmp_path / "base"), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "base").exists()

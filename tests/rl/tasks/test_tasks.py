@@ -77,12 +77,17 @@ def test_arithmetic_keeps_to_the_numbers_of_steps_it_is_given() -> None:
     assert drawn.count(2) / 600 == pytest.approx(2 / 3, abs=0.06)
 
 
+def slip_at(at: int, by: int) -> Callable[[int, int], int]:
+    """Misses a single sum: the one after `at` right ones."""
+    misses = iter([0] * at + [by] + [0] * 24)
+    return lambda oldest, newest: next(misses)
+
+
 def test_one_slip_always_spoils_the_answer() -> None:
     task = Arithmetic()
     for at in range(24):
         for by in range(1, 10):
-            misses = iter([0] * at + [by] + [0] * 24)
-            slipped = task.solution("358x", lambda oldest, newest, misses=misses: next(misses))
+            slipped = task.solution("358x", slip_at(at, by))
             assert slipped.split("#")[1] != task.solution("358x").split("#")[1]
 
 
@@ -145,8 +150,9 @@ def test_the_template_goes_around_the_problem(
         "dataset": {"train": write_rows(tmp_path / "data.jsonl", numbered(20))},
         "reasoning-gym": {"name": "chain_sum"},
     }[kind]
-    plain = make_task(TaskSection(kind=kind, **settings))
-    task = make_task(TaskSection(kind=kind, template="{x} {problem}\n\\boxed{}", **settings))
+    fields, template = {"kind": kind, **settings}, "{x} {problem}\n\\boxed{}"
+    plain = make_task(TaskSection.model_validate(fields))
+    task = make_task(TaskSection.model_validate({**fields, "template": template}))
     for bare, wrapped in (
         (plain.held_out(1)[0], task.held_out(1)[0]),
         (next(plain.training(0)), next(task.training(0))),
