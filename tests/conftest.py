@@ -10,7 +10,11 @@ from contextlib import suppress
 import pytest
 import pytest_asyncio
 from hypothesis import settings
+from playwright.async_api import Browser, async_playwright
+from tenacity import wait_none
 
+from espo_rl.rollouts import collector
+from tests.helpers.browser import CHROMIUM
 from tests.helpers.gateway import STARTED
 from tests.helpers.vllm import VllmServer, serve
 
@@ -39,6 +43,20 @@ def _no_command_left() -> Iterator[None]:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """Whoever wants it is marked `in_browser`."""
+    async with async_playwright() as playwright:
+        # Containers run as root and have no user namespaces; only our own page is opened.
+        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collector does not wait before it asks again."""
+    monkeypatch.setattr(collector, "wait_exponential_jitter", lambda **_: wait_none())
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -32,6 +32,10 @@ GATE = json.dumps(
     {"version": 3, "weights_version": "w5", "rule": "regret-only", "beta": 1.0}
 ).encode()
 
+CRITIC_GATE = json.dumps(
+    {"rule": "value-gated", "value": "critic", "beta": 2.0, "epsilon": 0.5}
+).encode()
+
 #: Stopped at token 8, with ids 1 1 1 1 1 1 2 2.
 FAILING = Script([GOOD] * 6 + [BAD] * 10)
 LONG = Script([GOOD] * 6 + [BAD] * 10_000)

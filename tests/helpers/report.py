@@ -21,7 +21,7 @@ from espo_rl.report.curves import panels
 from espo_rl.types import EndReason, Problem, Rollout
 
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> {{data}}"
-GATE = Gate(version=3, rule="regret-only", beta=0.5, statistics=RegretStatistics(0.1, 1.0))
+RUN_GATE = Gate(version=3, rule="regret-only", beta=0.5, statistics=RegretStatistics(0.1, 1.0))
 ESTIMATOR = SuccessEstimator((0.0, -1.0) + (0.0,) * (len(FEATURES) - 2), 2.0)
 CUT = 8
 
@@ -97,7 +97,11 @@ def metrics(step: int, **more: Any) -> dict[str, Any]:
 
 
 def make_run(
-    folder: Path, batch: list[Rollout] = BATCH, gate: Gate = GATE, steps: int = 3, **options: Any
+    folder: Path,
+    batch: list[Rollout] = BATCH,
+    gate: Gate = RUN_GATE,
+    steps: int = 3,
+    **options: Any,
 ) -> Path:
     """A run's folder, as a run leaves it."""
     recipe = load_recipe(

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
-from espo_gateway.app import running
-from espo_gateway.config import Config
 from espo_gateway.supervisor import ServerProcess, free_port
+from espo_rl.ppo.parameters import gathered, tensor_specs
+from espo_rl.servers.weights import WeightPublisher
 from tests.helpers.gateway import CHAT, COMPLETIONS, get_text, post
 from tests.helpers.models import random_checkpoint
 
@@ -53,8 +54,10 @@ async def launch(path: Path, *flags: str, name: str = "policy") -> VllmServer:
     return VllmServer(url, name, path, process)
 
 
-def gateway_for(server: VllmServer, gate: bytes | None = None) -> Any:
-    return running(Config((server.url,), port=0, gate=gate, drain_timeout=1.0))
+async def publish(server: VllmServer, model: PreTrainedModel, version: str) -> None:
+    """Send a policy's or a critic's weights to its server."""
+    async with WeightPublisher([server.url]) as publisher:
+        await publisher.publish(tensor_specs(model), gathered(model), version=version)
 
 
 def body_for(server: VllmServer, path: str, **fields: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from espo_rl.ppo.trainer import Critic
 from espo_rl.servers.weights import WeightParityError, WeightPublisher
 from tests.helpers.gateway import metric, post
 from tests.helpers.models import PROBE, random_critic, random_model, values
-from tests.helpers.vllm import BASE_SEED, VllmServer, launch
+from tests.helpers.vllm import BASE_SEED, VllmServer, launch, publish
 
 pytestmark = pytest.mark.vllm
 
@@ -47,11 +47,6 @@ async def critic_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
     await publish(server, critic, version="base")
     yield server
     await server.process.stop()
-
-
-async def publish(server: VllmServer, critic: PreTrainedModel, version: str) -> None:
-    async with WeightPublisher([server.url]) as publisher:
-        await publisher.publish(tensor_specs(critic), gathered(critic), version=version)
 
 
 async def verify(server: VllmServer, critic: PreTrainedModel, version: str) -> float:
@@ -173,7 +168,7 @@ async def test_a_reload_loses_no_question(critic_server: VllmServer) -> None:
 
 # -- stops -------------------------------------------------------------------------------------
 
-GATE = Gate(rule="value-gated", value="critic", beta=1.5, epsilon=1.0)
+ASKING = Gate(rule="value-gated", value="critic", beta=1.5, epsilon=1.0)
 
 
 async def generate(url: str, seed: int) -> dict[str, Any]:
@@ -201,7 +196,7 @@ def replay(
     """
     prompt, ids = choice["prompt_token_ids"], choice["token_ids"]
     by_token = values(critic, [*prompt, *ids])[len(prompt) :]
-    watch = Watch(GATE, len(prompt))
+    watch = Watch(ASKING, len(prompt))
     logprobs = choice["logprobs"]
     needed, margin = 0, math.inf
     for value, logprob, top in zip(
@@ -209,7 +204,7 @@ def replay(
     ):
         if watch.push(logprob, max(top.values())) is Verdict.ASK:
             needed += 1
-            margin = min(margin, abs(watch.z - GATE.beta * max(value, GATE.epsilon)))
+            margin = min(margin, abs(watch.z - ASKING.beta * max(value, ASKING.epsilon)))
             watch.settle(watch.tokens, value)
     return watch.cut, watch.value, needed, margin
 
@@ -221,7 +216,7 @@ async def test_stops_are_those_of_a_replay_with_hugging_faces_values(
     await publish(vllm_server, policy, version="39")
     await publish(critic_server, critic, version="39")
     gate = json.dumps(
-        {"rule": GATE.rule, "value": GATE.value, "beta": GATE.beta, "epsilon": GATE.epsilon}
+        {"rule": ASKING.rule, "value": ASKING.value, "beta": ASKING.beta, "epsilon": ASKING.epsilon}
     ).encode()
     config = Config((vllm_server.url,), critic_server.url, port=0, gate=gate)
     async with running(config) as gateway:

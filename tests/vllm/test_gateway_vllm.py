@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.gateway import post, post_stream, raw_request
+from tests.helpers.gateway import gateway_for, post, post_stream, raw_request
 from tests.helpers.vllm import (
     CHAT,
     COMPLETIONS,
@@ -16,7 +16,6 @@ from tests.helpers.vllm import (
     VllmServer,
     body_for,
     comparable,
-    gateway_for,
     generated,
     joined,
     rounded,
@@ -59,7 +58,7 @@ async def test_answers_equal_the_bare_servers(
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     gate = STRICT if mode == "shadow" else None
-    async with gateway_for(vllm_server, gate) as gateway:
+    async with gateway_for(vllm_server, gate=gate) as gateway:
         answers = []
         for url, sent in ((vllm_server.url, body), (gateway.url, {**body, "espo": {"mode": mode}})):
             if stream:
@@ -80,7 +79,7 @@ async def test_a_client_does_not_see_what_the_confidence_rule_reads(
     if asked is not None:
         body |= {"logprobs": True, "top_logprobs": asked} if path == CHAT else {"logprobs": asked}
     gate = b'{"rule": "confidence", "confidence": 0.001, "confidence_top_k": 8}'
-    async with gateway_for(vllm_server, gate) as gateway:
+    async with gateway_for(vllm_server, gate=gate) as gateway:
         sent = {**body, "espo": {"trace": True}}
         answers = [await post(url + path, body) for url in (vllm_server.url, gateway.url)]
         status, traced = await post(gateway.url + path, sent)
@@ -99,7 +98,7 @@ async def test_a_client_does_not_see_what_the_confidence_rule_reads(
 async def test_several_prompts_equal_the_bare_servers(vllm_server: VllmServer) -> None:
     fields = {"max_tokens": 12, "temperature": 1.0, "seed": 3, "n": 2, "return_token_ids": True}
     body = body_for(vllm_server, COMPLETIONS, **fields)
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         for prompt in (["1+1=", "12+3="], [[5, 6, 7], [8, 9]]):
             sent = {**body, "prompt": prompt}
             answers = [
@@ -116,7 +115,7 @@ async def test_a_stop_ends_the_generation(vllm_server: VllmServer, path: str, st
     """Each of several choices ends where it fails; vLLM generates next to nothing after that."""
     fields = {"max_tokens": LENGTH, "temperature": 1.0, "seed": 1, "ignore_eos": True, "n": CHOICES}
     body = body_for(vllm_server, path, return_token_ids=True, **fields)
-    async with gateway_for(vllm_server, STRICT) as gateway:
+    async with gateway_for(vllm_server, gate=STRICT) as gateway:
         before = await settled(vllm_server)
         _, whole = await post(gateway.url + path, {**body, "espo": {"mode": "shadow"}})
         assert await settled(vllm_server) - before == CHOICES * LENGTH + 1
@@ -153,7 +152,7 @@ async def test_a_departure_ends_the_generation(
 ) -> None:
     fields = {"max_tokens": LENGTH, "ignore_eos": True, "stream": stream, "n": CHOICES}
     body = body_for(vllm_server, path, **fields)
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         spent: list[float] = []
         while not spent or (min(spent) > CHOICES * LENGTH / 2 and len(spent) < ATTEMPTS):
             before = await settled(vllm_server)
@@ -177,7 +176,7 @@ async def test_the_token_that_completes_is_exempt(
     """vLLM tells the end in the chunk of the last token, also when it merges many."""
     certain = json.dumps({"rule": "random", "hazard": 1.0}).encode()
     fields = {"max_tokens": LENGTH, "temperature": 1.0, **ends}
-    async with gateway_for(vllm_server, certain) as gateway:
+    async with gateway_for(vllm_server, gate=certain) as gateway:
 
         async def choice(seed: int, espo: dict[str, Any]) -> dict[str, Any]:
             body = body_for(vllm_server, path, seed=seed, espo=espo, **fields)

@@ -16,7 +16,7 @@ from openai import APIError, APIStatusError, OpenAI
 from pydantic import BaseModel
 
 from espo_gateway.supervisor import ServerProcess, free_port
-from tests.helpers.gateway import client_of, post
+from tests.helpers.gateway import client_of, gateway_for, post
 from tests.helpers.vllm import (
     CHAT,
     COMPLETIONS,
@@ -24,7 +24,6 @@ from tests.helpers.vllm import (
     VllmServer,
     body_for,
     comparable,
-    gateway_for,
     joined,
     rounded,
     settled,
@@ -138,7 +137,7 @@ async def asked_in_thread(url: str, server: VllmServer, call: Call, *, stream: b
 async def test_the_client_gets_the_same(
     vllm_server: VllmServer, call: Call, ask: Callable[..., Any], stream: bool
 ) -> None:
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         direct = await ask(vllm_server.url, vllm_server, call, stream=stream)
         through = await ask(gateway.url, vllm_server, call, stream=stream)
     assert rounded(direct) == rounded(json.loads(json.dumps(through), object_hook=comparable))
@@ -149,7 +148,7 @@ async def test_the_client_gets_the_same(
 async def test_the_client_is_refused_the_same(
     vllm_server: VllmServer, call: Call, stream: bool
 ) -> None:
-    async with gateway_for(vllm_server, STRICT) as gateway:
+    async with gateway_for(vllm_server, gate=STRICT) as gateway:
         errors = []
         for url in (vllm_server.url, gateway.url):
             async with client_of(url) as client:
@@ -169,7 +168,7 @@ async def test_the_client_is_refused_the_same(
 
 async def test_raw_responses(vllm_server: VllmServer) -> None:
     call = COMPLETION_CALLS["greedy"]
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         seen = []
         for url in (vllm_server.url, gateway.url):
             async with client_of(url) as client:
@@ -194,7 +193,7 @@ async def test_raw_responses(vllm_server: VllmServer) -> None:
 
 
 async def test_models(vllm_server: VllmServer) -> None:
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         listed = []
         for url in (vllm_server.url, gateway.url):
             async with client_of(url) as client:
@@ -223,7 +222,7 @@ async def test_other_routes_answer_the_same(vllm_server: VllmServer, path: str, 
     def nameless(fields: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if name not in NAMES}
 
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         answers = []
         for url in (vllm_server.url, gateway.url):
             status, answer = await post(url + path, {"model": vllm_server.model, **body})
@@ -252,7 +251,7 @@ async def curl(url: str, path: str, body: Call) -> tuple[list[str], list[bytes]]
 async def test_curl_gets_the_same_events(vllm_server: VllmServer, path: str, n: int) -> None:
     options = {"include_usage": True, "continuous_usage_stats": n == 1}
     body = body_for(vllm_server, path, **SEEDED, n=n, stream=True, stream_options=options)
-    async with gateway_for(vllm_server) as gateway:
+    async with gateway_for(vllm_server, gate=None) as gateway:
         heads, streams = zip(
             *[await curl(url, path, body) for url in (vllm_server.url, gateway.url)], strict=True
         )

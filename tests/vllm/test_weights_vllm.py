@@ -16,16 +16,11 @@ from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
 from espo_rl.servers.weights import WeightParityError, WeightPublisher
 from tests.helpers.models import PROBE, logprobs, random_model
-from tests.helpers.vllm import BASE_SEED, VllmServer
+from tests.helpers.vllm import BASE_SEED, VllmServer, publish
 
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 1e-4
-
-
-async def publish(server: VllmServer, model: PreTrainedModel, version: str) -> None:
-    async with WeightPublisher([server.url]) as publisher:
-        await publisher.publish(tensor_specs(model), gathered(model), version=version)
 
 
 async def verify(server: VllmServer, model: PreTrainedModel, version: str) -> float:

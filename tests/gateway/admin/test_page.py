@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import shutil
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, expect
 
 from espo_gateway.app import listen, running
 from espo_gateway.config import Config
 from espo_gateway.supervisor import free_port
 from espo_gateway.testing import FakeServer, Script, Token
+from tests.helpers.browser import in_browser
 from tests.helpers.gateway import (
     BAD,
     COMPLETIONS,
@@ -33,22 +30,10 @@ from tests.helpers.gateway import (
     raw_request,
 )
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium, or set CHROMIUM"),
-    pytest.mark.asyncio(loop_scope="module"),
-]
-expect.set_options(timeout=20_000)  # a machine may be busy
+pytestmark = [in_browser, pytest.mark.asyncio(loop_scope="module")]
 WIDTHS = {"wide": 1280, "narrow": 390}
 both = pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"><b>" + "long" * 200
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        # Containers run as root and have no user namespaces; only our own page is opened.
-        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 
 import pytest
@@ -13,15 +12,21 @@ from espo_gateway.critic.custom import CALLS, CustomCritic, load_critic
 from espo_gateway.errors import InvalidRequest, UpstreamError
 from espo_gateway.testing import FakeServer
 from tests.helpers import own_critics
-from tests.helpers.gateway import COMPLETIONS, FAILING, completion_body, gateway_for, metric, post
-
-GATE = json.dumps({"rule": "value-gated", "value": "critic", "beta": 2.0, "epsilon": 0.5}).encode()
+from tests.helpers.gateway import (
+    COMPLETIONS,
+    CRITIC_GATE,
+    FAILING,
+    completion_body,
+    gateway_for,
+    metric,
+    post,
+)
 
 
 async def test_it_decides_where_to_stop_and_is_entered_and_left() -> None:
     async with FakeServer(FAILING) as server:
         async with gateway_for(
-            server, gate=GATE, critic="tests.helpers.own_critics:Good"
+            server, gate=CRITIC_GATE, critic="tests.helpers.own_critics:Good"
         ) as gateway:
             status, answer = await post(gateway.url + COMPLETIONS, completion_body())
             assert (status, answer["choices"][0]["espo"]["cut"]) == (200, 10)
@@ -37,7 +42,10 @@ async def test_one_that_fails_costs_stops_not_requests(
     async with (
         FakeServer(FAILING) as server,
         gateway_for(
-            server, gate=GATE, critic=f"tests.helpers.own_critics:{name}", critic_timeout=0.05
+            server,
+            gate=CRITIC_GATE,
+            critic=f"tests.helpers.own_critics:{name}",
+            critic_timeout=0.05,
         ) as gateway,
     ):
         for _ in range(3):
@@ -102,5 +110,7 @@ def test_what_cannot_be_loaded_is_named_with_the_fix(path: str, message: str) ->
 async def test_one_that_cannot_be_entered_is_a_start_up_error() -> None:
     async with FakeServer(FAILING) as server:
         with pytest.raises(InvalidRequest, match="Unopened: entering it failed: no such model"):
-            async with gateway_for(server, gate=GATE, critic="tests.helpers.own_critics:Unopened"):
+            async with gateway_for(
+                server, gate=CRITIC_GATE, critic="tests.helpers.own_critics:Unopened"
+            ):
                 pass

@@ -23,6 +23,7 @@ from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.testing.critic import FakeCritic
 from tests.helpers.gateway import (
     COMPLETIONS,
+    CRITIC_GATE,
     FAILING,
     LONG,
     completion_body,
@@ -35,7 +36,6 @@ from tests.helpers.gateway import (
     until_running,
 )
 
-GATE = json.dumps({"rule": "value-gated", "value": "critic", "beta": 2.0, "epsilon": 0.5}).encode()
 #: z first passes β·ε = 1 at token 8; there, at 9 and so on, V decides.
 # z passes at token 8; the last of the 16 ended the completion, so nothing can stop it any more.
 ASKED = list(range(8, 16))
@@ -73,7 +73,7 @@ def ask(server: CriticServer, *prefixes: list[int]) -> list[asyncio.Task[float]]
 
 @asynccontextmanager
 async def gateway_with(
-    server: FakeServer, critic: FakeCritic, gate: bytes = GATE, **settings: Any
+    server: FakeServer, critic: FakeCritic, gate: bytes = CRITIC_GATE, **settings: Any
 ) -> AsyncIterator[Gateway]:
     async with gateway_for(server, gate=gate, critic=critic.url, **settings) as gateway:
         yield gateway
@@ -299,7 +299,9 @@ async def test_the_cut_is_where_the_critic_says(stream: bool) -> None:
 
 async def test_what_a_critic_says_is_read_in_its_own_unit() -> None:
     """-1 for a wrong answer and 1 for a right one: 0 is a chance of one half."""
-    gate = json.dumps({**json.loads(GATE), "critic_wrong": -1.0, "critic_right": 1.0}).encode()
+    gate = json.dumps(
+        {**json.loads(CRITIC_GATE), "critic_wrong": -1.0, "critic_right": 1.0}
+    ).encode()
     async with (
         FakeServer(FAILING) as server,
         FakeCritic(lambda prefix: 0.0) as critic,
@@ -475,7 +477,7 @@ async def test_a_critic_with_several_policies() -> None:
         FakeServer(FAILING) as one,
         FakeServer(FAILING) as two,
         FakeCritic(stop_at(9)) as critic,
-        running(Config((one.url, two.url), critic=critic.url, port=0, gate=GATE)) as gateway,
+        running(Config((one.url, two.url), critic=critic.url, port=0, gate=CRITIC_GATE)) as gateway,
     ):
         url = gateway.url + COMPLETIONS
         answers = await asyncio.gather(*(post(url, completion_body()) for _ in range(8)))
@@ -497,7 +499,7 @@ async def test_a_critic_with_several_policies() -> None:
 
 async def test_a_gate_that_needs_a_critic_says_how_to_give_one() -> None:
     async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
-        status, answer = await put(gateway.url + "/espo/gate", GATE)
+        status, answer = await put(gateway.url + "/espo/gate", CRITIC_GATE)
         assert (status, answer["error"]["param"]) == (400, "value")
         assert "--critic URL" in answer["error"]["message"]
     async with (
@@ -505,7 +507,7 @@ async def test_a_gate_that_needs_a_critic_says_how_to_give_one() -> None:
         FakeCritic(total) as critic,
         gateway_with(server, critic) as gateway,
     ):
-        status, _ = await put(gateway.url + "/espo/gate", GATE)
+        status, _ = await put(gateway.url + "/espo/gate", CRITIC_GATE)
         assert status == 200
 
 

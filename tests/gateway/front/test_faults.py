@@ -24,6 +24,7 @@ from espo_gateway.testing.critic import FakeCritic
 from tests.helpers.gateway import (
     CHAT,
     COMPLETIONS,
+    CRITIC_GATE,
     FAILING,
     GATE,
     GOOD,
@@ -234,7 +235,6 @@ async def test_no_server_at_all() -> None:
 
 # -- a critic ----------------------------------------------------------------------------------
 
-CRITIC_GATE = {"rule": "value-gated", "value": "critic", "beta": 2.0, "epsilon": 0.5}
 #: z first passes β·ε = 1 at token 8; there, at 9 and so on, V decides.
 ASKED = [8, 9, 10, 11, 12, 13, 14, 15, 16]
 
@@ -266,13 +266,12 @@ async def test_a_critic_cuts_at_the_token_it_was_asked_for(
 ) -> None:
     critic = Critic({10: 0.0})
     make = chat_body if path == CHAT else completion_body
-    gate = json.dumps(CRITIC_GATE).encode()
     ids = [Token(t.text, t.logprob, t.max_logprob, i) for i, t in enumerate(FAILING.tokens)]
     if not late:
         critic.ready.set()
     async with (
         FakeServer(Script(ids), gated=True) as server,
-        gateway_for(server, gate=gate, critic=critic) as gateway,
+        gateway_for(server, gate=CRITIC_GATE, critic=critic) as gateway,
     ):
         request = asyncio.create_task(
             (post_stream if stream else post)(gateway.url + path, make(stream=stream))
@@ -306,10 +305,9 @@ async def test_a_critic_cuts_at_the_token_it_was_asked_for(
 async def test_a_critic_that_fails_stops_nothing() -> None:
     critic = Critic({token: RuntimeError("down") for token in ASKED})
     critic.ready.set()
-    gate = json.dumps(CRITIC_GATE).encode()
     async with (
         FakeServer(FAILING) as server,
-        gateway_for(server, gate=gate, critic=critic) as gateway,
+        gateway_for(server, gate=CRITIC_GATE, critic=critic) as gateway,
     ):
         _, answer = await post(gateway.url + COMPLETIONS, completion_body())
     assert critic.asked == ASKED[:-1]  # the last token completes the rollout
@@ -319,10 +317,9 @@ async def test_a_critic_that_fails_stops_nothing() -> None:
 
 async def test_a_departed_client_also_ends_its_questions() -> None:
     critic = Critic({})
-    gate = json.dumps(CRITIC_GATE).encode()
     async with (
         FakeServer(LONG, gated=True) as server,
-        gateway_for(server, gate=gate, critic=critic) as gateway,
+        gateway_for(server, gate=CRITIC_GATE, critic=critic) as gateway,
     ):
         body = completion_body(max_tokens=10_000)
         _, writer = await raw_request(gateway.url, COMPLETIONS, body)
@@ -397,7 +394,7 @@ async def test_the_command_refuses(arguments: list[str], code: int, message: str
 
 
 async def test_the_command_with_a_critic(tmp_path: Path) -> None:
-    (tmp_path / "gate.json").write_text(json.dumps(CRITIC_GATE))
+    (tmp_path / "gate.json").write_text(CRITIC_GATE.decode())
     async with FakeServer(FAILING) as server, FakeCritic(lambda prefix: 0.0) as critic:
         arguments = ["--upstream", server.url, "--port", "0", "--gate", f"{tmp_path}/gate.json"]
         process = await start(*arguments, "--critic", critic.url)

@@ -132,7 +132,12 @@ def test_an_unreadable_alternative_leaves_no_confidence(bad: float | None) -> No
 
 # -- in a gateway ----------------------------------------------------------------------------------
 
-GATE = {"rule": "confidence", "confidence": 4.0, "confidence_window": 3, "confidence_top_k": 3}
+CONFIDENCE_GATE = {
+    "rule": "confidence",
+    "confidence": 4.0,
+    "confidence_window": 3,
+    "confidence_top_k": 3,
+}
 #: Confident tokens have an alternative that is all but impossible.
 SURE_TOKEN = Token("a", -0.1, None, 1, others=(-9.0, -11.0, -12.0))
 UNSURE_TOKEN = Token("b", -0.9, None, 2, others=(-1.0, -1.1, -1.2))
@@ -148,7 +153,7 @@ async def test_a_gateway_asks_for_the_alternatives_and_stops_by_them(
     route, body = "/v1/completions", completion_body()
     if chat:
         route, body = "/v1/chat/completions", chat_body()
-    gate = json.dumps(GATE).encode()
+    gate = json.dumps(CONFIDENCE_GATE).encode()
     async with (
         FakeServer(script) as server,
         gateway_for(server, gate=gate, record=path) as gateway,
@@ -172,7 +177,7 @@ async def test_a_client_sees_the_alternatives_it_asked_for(asked: int) -> None:
     body = chat_body(logprobs=True, top_logprobs=asked)
     async with (
         FakeServer(Script(tokens)) as server,
-        gateway_for(server, gate=json.dumps(GATE).encode()) as watched,
+        gateway_for(server, gate=json.dumps(CONFIDENCE_GATE).encode()) as watched,
         gateway_for(server, gate=None) as plain,
     ):
         answers = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from espo_gateway.stop.watch import Watch
 from espo_gateway.stream.followers import Step
 from espo_gateway.stream.request import plan
 from espo_gateway.stream.session import Policy, Session
+from tests.helpers.streams import CALM, EAGER, WILD, chunk
 
-GATE = Gate(rule="regret-only", beta=1.0, min_tokens=1)
-CALM, WILD = -0.1, -8.0
 #: z passes 1 with the second wild token in a row.
 LOGPROBS = [CALM, CALM, WILD, WILD, CALM, WILD]
 CUT = 4
@@ -35,15 +33,7 @@ class Listener:
         self.heard.append(step)
 
 
-def chunk(logprob: float | None, finish: str | None = None) -> bytes:
-    top = {"t": logprob, "top": CALM}
-    numbers = {"token_logprobs": [logprob], "tokens": ["t"], "top_logprobs": [top]}
-    choice = {"index": 0, "text": "t", "logprobs": numbers, "finish_reason": finish}
-    head = {"id": "c", "object": "text_completion", "created": 1, "model": "m"}
-    return json.dumps({**head, "choices": [choice]}, separators=(",", ":")).encode()
-
-
-def followed(*followers: Listener, gate: Gate = GATE, **fields: Any) -> Session:
+def followed(*followers: Listener, gate: Gate = EAGER, **fields: Any) -> Session:
     body = {"model": "m", "prompt": [1, 2, 3], **fields}
     planned = plan(body, chat=False)
     control = Control(mode="shadow")
@@ -62,10 +52,10 @@ def followed(*followers: Listener, gate: Gate = GATE, **fields: Any) -> Session:
 def test_they_hear_every_token_and_the_watchs_numbers_up_to_the_cut(asked: dict[str, Any]) -> None:
     listeners = Listener(), Listener()
     session, alone = followed(*listeners, **asked), followed(**asked)
-    watch = Watch(GATE, 3)
+    watch = Watch(EAGER, 3)
     expected: list[Step] = []
     for t, logprob in enumerate(LOGPROBS, 1):
-        event = chunk(logprob, "stop" if t == len(LOGPROBS) else None)
+        event = chunk([logprob], "stop" if t == len(LOGPROBS) else None)
         assert not listeners[0].heard[t - 1 :]
         for one in (session, alone):
             one.receive(event)
@@ -83,8 +73,8 @@ def test_they_hear_every_token_and_the_watchs_numbers_up_to_the_cut(asked: dict[
 def test_a_missing_regret_is_told_as_missing() -> None:
     listener = Listener()
     session = followed(listener)
-    session.receive(chunk(WILD))
-    session.receive(chunk(None))
+    session.receive(chunk([WILD]))
+    session.receive(chunk([None]))
     first, missing = listener.heard
     assert first.regret == pytest.approx(CALM - WILD)
     assert missing == Step(None, None, None, False, None, first.z)
@@ -93,9 +83,9 @@ def test_a_missing_regret_is_told_as_missing() -> None:
 def test_nobody_follows_what_is_not_monitored() -> None:
     listener = Listener()
     session = followed(listener)
-    session.receive(chunk(CALM))
+    session.receive(chunk([CALM]))
     session.give_up("not today")
-    session.receive(chunk(WILD))
+    session.receive(chunk([WILD]))
     assert session.followers == ()
     assert len(listener.heard) == 1
     assert session.tokens == 2

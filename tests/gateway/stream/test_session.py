@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -17,11 +16,8 @@ from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.request import plan
 from espo_gateway.stream.session import Session
+from tests.helpers.streams import CALM, EAGER, WILD, chunk
 
-CALM, WILD = -0.1, -8.0
-
-#: z passes 1 with the second wild token in a row.
-GATE = Gate(rule="regret-only", beta=1.0, min_tokens=1)
 #: Stops where the hash of the stream says so: at any token, the last included.
 CHANCE = Gate(rule="random", hazard=0.2, min_tokens=1)
 
@@ -31,18 +27,7 @@ def session(gate: Gate, **control: Any) -> Session:
     return Session(gate, Control(**control), planned.asked, planned.singles[0], chat=False)
 
 
-def chunk(logprobs: list[float], finish: str | None = None) -> bytes:
-    tokens = ["t"] * len(logprobs)
-    tops = [{"t": logprob, "top": max(logprob, CALM)} for logprob in logprobs]
-    numbers = {"token_logprobs": logprobs, "tokens": tokens, "top_logprobs": tops}
-    choice = {"index": 0, "text": "".join(tokens), "finish_reason": finish}
-    head = {"id": "c", "object": "text_completion", "created": 1, "model": "m"}
-    return json.dumps(
-        {**head, "choices": [{**choice, "logprobs": numbers if logprobs else None}]}
-    ).encode()
-
-
-def played(chunks: list[bytes], gate: Gate = GATE, **control: Any) -> Session:
+def played(chunks: list[bytes], gate: Gate = EAGER, **control: Any) -> Session:
     """As `relay.follow` does it, up to the end of the stream or of the choice."""
     one = session(gate, **control)
     for event in chunks:
@@ -82,7 +67,7 @@ def test_an_end_told_in_a_chunk_of_its_own_comes_too_late() -> None:
     """Whether the stop was carried out before would be a matter of timing."""
     chunks = [chunk([CALM, WILD]), chunk([WILD]), chunk([], "stop")]
     assert ending(played(chunks)) == ("length", 3, True)
-    late = session(GATE)
+    late = session(EAGER)
     for event in chunks:
         late.receive(event)
     late.drain()
@@ -105,7 +90,7 @@ def test_a_critic_is_not_asked_about_the_token_that_completes() -> None:
     st.lists(st.floats(-12, 0), min_size=1, max_size=30),
     st.data(),
     st.sampled_from(["stop", "length"]),
-    st.sampled_from([GATE, CHANCE]),
+    st.sampled_from([EAGER, CHANCE]),
 )
 def test_a_replay_of_what_was_received_gives_the_same_cut(
     logprobs: list[float], data: st.DataObject, finish: str, gate: Gate

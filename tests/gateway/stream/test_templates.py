@@ -15,7 +15,7 @@ from espo_gateway.stream.request import plan
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.templates import Output, template_of
 
-GATE = Gate(rule="regret-only", beta=2.0, min_tokens=1)
+STOPPING = Gate(rule="regret-only", beta=2.0, min_tokens=1)
 
 TEXTS = st.text(max_size=4)
 LOGPROBS = st.floats(-12, 0, allow_nan=False)
@@ -92,7 +92,7 @@ def played(events: list[bytes], *, chat: bool, stream: bool) -> tuple[Any, Any]:
     """What the client gets, and the record."""
     prompt: dict[str, Any] = {"messages": []} if chat else {"prompt": "p"}
     planned = plan({"model": "m", "stream": stream, **prompt}, chat=chat)
-    session = Session(GATE, planned.control, planned.asked, planned.singles[0], chat=chat)
+    session = Session(STOPPING, planned.control, planned.asked, planned.singles[0], chat=chat)
     answer = Answer(chat=chat)
     sent = []
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import tenacity
 
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.supervisor import ServerProcess
@@ -28,7 +27,6 @@ from espo_rl.evaluate.command import Command
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Sampling
 from espo_rl.evaluate.results_folder import ResultsFolder
-from espo_rl.rollouts import collector as rollouts
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import exact_answer, make_answer_reader, math_answer
@@ -47,9 +45,7 @@ from tests.helpers.models import random_checkpoint
 PROBLEMS = [Problem(id=f"p{i}", prompt=f"{i}", answer=str(i)) for i in range(3)]
 
 
-@pytest.fixture(autouse=True)
-def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "wait_exponential_jitter", lambda **_: tenacity.wait_none())
+pytestmark = pytest.mark.usefixtures("retry_at_once")
 
 
 def place(body: dict[str, Any]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from espo_rl.types import EndReason, Rollout
 from tests.helpers.report import (
     BATCH,
     ESTIMATOR,
-    GATE,
+    RUN_GATE,
     lines_of,
     make_run,
     metrics,
@@ -151,9 +151,9 @@ NOISE = np.random.default_rng(1).exponential(1.0, 60)
 @pytest.mark.parametrize(
     "gate",
     [
-        GATE,
-        dataclasses.replace(GATE, rule="value-gated", value="stream", estimator=ESTIMATOR),
-        dataclasses.replace(GATE, rule="success-probability", estimator=ESTIMATOR, p_star=0.7),
+        RUN_GATE,
+        dataclasses.replace(RUN_GATE, rule="value-gated", value="stream", estimator=ESTIMATOR),
+        dataclasses.replace(RUN_GATE, rule="success-probability", estimator=ESTIMATOR, p_star=0.7),
     ],
     ids=lambda gate: gate.rule,
 )
@@ -185,7 +185,7 @@ def test_a_trace_is_what_the_gate_decided_by(gate: Gate) -> None:
 def test_a_trace_of_numbers_that_are_missing() -> None:
     rollout = one(tokens=4)
     rollout.logprobs[1] = math.nan
-    shown = trace(rollout, GATE, None, Pieces(), 10)
+    shown = trace(rollout, RUN_GATE, None, Pieces(), 10)
     assert shown["g"][1] is None
     assert shown["z"][1] == shown["z"][0]
     assert (shown["threshold"], shown["value"], shown["text"]) == (0.5, None, "xxxx")
@@ -202,8 +202,8 @@ def test_a_trace_of_numbers_that_are_missing() -> None:
     ],
 )
 def test_a_long_rollout_is_shown_around_its_cut(rollout: Rollout, start: int) -> None:
-    whole = trace(rollout, GATE, None, Pieces(), 1000)
-    shown = trace(rollout, GATE, None, Pieces(), 30)
+    whole = trace(rollout, RUN_GATE, None, Pieces(), 1000)
+    shown = trace(rollout, RUN_GATE, None, Pieces(), 30)
     assert shown["start"] == start
     end = min(start + 30, len(rollout.token_ids))
     assert shown["z"] == whole["z"][start:end]

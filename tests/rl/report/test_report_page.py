@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, expect
 
 from espo_rl.record.run_folder import read_run
 from espo_rl.report import command as report
 from espo_rl.report.curves import panels
 from espo_rl.types import Problem
+from tests.helpers.browser import in_browser
 from tests.helpers.report import (
     ESTIMATOR,
-    GATE,
     HOSTILE,
+    RUN_GATE,
     make_run,
     one,
     with_tokenizer,
 )
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium")
 both = pytest.mark.parametrize("width", [1280, 390], ids=["wide", "narrow"])
-expect.set_options(timeout=20_000)  # a machine may be busy
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        # Containers run as root and have no user namespaces; only our own page is opened.
-        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
 @asynccontextmanager
@@ -262,7 +250,7 @@ async def test_rollouts_in_turn_by_keyboard(browser: Browser, made: Path) -> Non
 async def test_2000_rollouts_without_a_tokenizer(
     browser: Browser, tmp_path: Path, width: int
 ) -> None:
-    gate = dataclasses.replace(GATE, rule="success-probability", estimator=ESTIMATOR)
+    gate = dataclasses.replace(RUN_GATE, rule="success-probability", estimator=ESTIMATOR)
     folder = make_run(tmp_path / "run", [one(i, 120) for i in range(1000)], gate, steps=3)
     report.main([str(folder)])
     assert (folder / "report.html").stat().st_size < 4e6

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tenacity
 from openai.types import Completion
 
 from espo_gateway.front.gateway import Gateway
@@ -36,9 +35,7 @@ PROBLEM = Problem(id="358c", prompt="358c", answer="164")
 PROMPTER = Prompter(make_tokenizer())
 
 
-@pytest.fixture(autouse=True)
-def _retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "wait_exponential_jitter", lambda **_: tenacity.wait_none())
+pytestmark = pytest.mark.usefixtures("retry_at_once")
 
 
 @asynccontextmanager
