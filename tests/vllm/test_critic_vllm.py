@@ -20,7 +20,7 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
 from espo_rl.base_model.train import make_tokenizer
-from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.ppo.parameters import TensorSpec, gathered
 from espo_rl.ppo.trainer import Critic
 from espo_rl.servers.weights import WeightParityError, WeightPublisher
 from tests.helpers.gateway import metric, post

@@ -17,7 +17,6 @@ from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
-from espo_rl.rollouts import collector as rollouts
 from espo_rl.rollouts.collector import Collector, Prompter, read_completion
 from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import (
