@@ -35,7 +35,7 @@ from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import open_fleet
-from espo_rl.servers.served import ServedModels
+from espo_rl.servers.served_models import ServedModels
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader

@@ -21,8 +21,8 @@ DEFAULTS = {"k": 8, "temperature": 1.0, "top_p": 1.0}
 def main() -> int:
     """The command line; its exit code is that of `evaluate.command.run_command`."""
     options = parse(prog="python -m espo_rl.collect", about=__doc__, defaults=DEFAULTS)
+    from espo_rl.collect.command import CollectCommand
     from espo_rl.evaluate.command import run_command
-    from espo_rl.evaluate.keeper import CollectCommand
 
     return run_command(lambda: CollectCommand(options))
 

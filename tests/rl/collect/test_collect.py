@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl.collect import DEFAULTS
+from espo_rl.collect.__main__ import DEFAULTS
+from espo_rl.collect.command import CollectCommand
 from espo_rl.evaluate.arguments import parse
-from espo_rl.evaluate.keeper import CollectCommand
 from espo_rl.record.rollout_files import read_rollouts
 from tests.helpers.models import random_checkpoint
 
