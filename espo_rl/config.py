@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from espo_gateway.stop.rules import RuleName, ValueName, value_source
+from espo_gateway.stop.thresholds import Bound
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -135,7 +136,7 @@ class Stopping(Section):
     rule: RuleName = "success-probability"
     value: ValueName = "stream"
     # How the threshold is set: β, or p* of the rules that compare a value with it.
-    # "audit": as loose as known outcomes allow under `false_positives`; "share": the paper's
+    # "audit": as loose as known outcomes allow under the bound below; "share": the paper's
     # controller; "quantile": once, so that target_share of the warm-up's rollouts would stop;
     # "fixed". Rule "random" always follows "share"
     threshold: Literal["audit", "share", "quantile", "fixed"] = "audit"
@@ -148,9 +149,11 @@ class Stopping(Section):
     min_tokens: Count = 4
     failure_reward: float = -1.0
     audit_share: Share = 0.1
-    # threshold = "audit": of the stopped rollouts at most this share would have been right, with
-    # this confidence, judged on the outcomes of the last `evidence` batches
-    false_positives: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    # threshold = "audit": of the right rollouts at most this share is stopped, with this
+    # confidence, judged on the outcomes of the last `evidence` batches. With false_positives (the
+    # paper's figure) in its place: of the stopped ones at most that share would have been right
+    right_lost: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    false_positives: Annotated[float, Field(gt=0, lt=1)] | None = None
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
     evidence: Count = 20
     # Batch statistics and z
@@ -173,6 +176,13 @@ class Stopping(Section):
     warmup_explained: Share = 0.2
     # Success estimator: fitted on the last `window` batches
     window: Count = 6
+
+    @property
+    def bound(self) -> Bound:
+        """What threshold = "audit" keeps."""
+        if self.false_positives is not None:
+            return Bound("false-positives", self.false_positives, self.confidence)
+        return Bound("right-lost", self.right_lost, self.confidence)
 
     @model_validator(mode="after")
     def _together(self) -> Stopping:

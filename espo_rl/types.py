@@ -50,9 +50,8 @@ class EndReason(enum.StrEnum):
 class Rollout:
     """One sampled completion.
 
-    The training sample is the first `kept` tokens. An audited rollout was generated to its end
-    although the rule stopped it: `end` is EARLY_STOP and the sample is cut all the same, but the
-    tokens past the cut and the outcome are known.
+    An audited rollout was generated to its end although the rule stopped it: `end` is EARLY_STOP
+    and `kept` is where it was stopped, but the tokens past the cut and the outcome are known.
     """
 
     problem: Problem
@@ -77,6 +76,16 @@ class Rollout:
     def stopped(self) -> bool:
         """Whether the stop rule decided to stop it, audited or not."""
         return self.end is EndReason.EARLY_STOP
+
+    @property
+    def spared(self) -> bool:
+        """Whether an audit found it right: it is worth what it is worth, and trained on whole."""
+        return self.audited and bool(self.correct)
+
+    @property
+    def trained(self) -> int:
+        """Length in tokens of the training sample: all that came before the cut."""
+        return len(self.token_ids) if self.spared else self.kept
 
     @property
     def generated(self) -> int:

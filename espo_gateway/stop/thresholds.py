@@ -1,12 +1,12 @@
 """How the threshold of a stop rule moves between batches. Pure.
 
-Works on levels (`espo_gateway.replay`): -β, log p*/(1 - p*) or log hazard, where higher always
+Works on levels (`rules.Threshold.level`): -β, log p*/(1 - p*) or log hazard, where higher always
 stops more, and where each rollout has a level of its own, above which a gate stops it. So one
 controller serves every rule.
 
 `ShareThreshold` steers the share of rollouts stopped: the paper's controller (row 6), or with step
-0 a quantile taken once or a fixed number. `AuditThreshold` bounds the false positives: of the
-stopped rollouts, the share that would have been right.
+0 a quantile taken once or a fixed number. `AuditThreshold` keeps what stopping costs under a
+`Bound`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,53 @@ _RATIO = 1.1
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What stopping may cost at most, with stated confidence.
+
+    of: "right-lost", the share of right rollouts that are stopped: what RL learns from. Or
+        "false-positives", the paper's: of the stopped rollouts, the share that would have been
+        right. Where few are right the latter lets a rule stop most of these few.
+    """
+
+    of: Literal["right-lost", "false-positives"] = "right-lost"
+    limit: float = 0.05
+    confidence: float = 0.9
+
+    @property
+    def needed(self) -> float:
+        """Known outcomes (of right rollouts, or of stopped ones) that hold it if none is bad."""
+        return math.log1p(-self.confidence) / math.log1p(-self.limit)
+
+    @property
+    def cost(self) -> str:
+        """What is bounded, in words."""
+        return "right rollouts lost" if self.of == "right-lost" else "false positives"
+
+    def __str__(self) -> str:
+        return f"{self.cost} under {100 * self.limit:.3g}% with {self.confidence:.0%} confidence"
+
+
+@dataclass(frozen=True)
 class Outcomes:
-    """Rollouts of one batch whose outcome is known; all of shape [rollouts].
+    """Rollouts of one batch whose outcome is known; arrays of shape [rollouts].
 
     levels: as `stop_levels` gives them under a gate that has not seen the batch, so that an
         estimator which flatters itself does so here as it does when it gates.
     weights: how many rollouts of the batch each stands for: one, and one over the audit share if
         it was stopped and audited.
+    known_share: of the rollouts that its gate stopped, the share whose outcome is known; 1 where
+        it stopped none.
     """
 
     levels: NDArray[np.float32]
     correct: NDArray[np.bool_]
     weights: NDArray[np.float32]
+    known_share: float = 1.0
+
+    @property
+    def right(self) -> float:
+        """Right rollouts that would show if they were stopped: those that audits pass by do not."""
+        return self.known_share * float(self.weights[self.correct].sum(dtype=np.float64))
 
 
 def steered(
@@ -82,7 +117,7 @@ class ShareThreshold:
             raise ValueError(f"need low < high, not {low} and {high}")
         self.level = None if start is None else _clipped(start, low, high)
         self.reason = "as given" if start is not None else "not calibrated yet"
-        self.bound: float | None = None
+        self.upper: float | None = None
         self.known: float | None = None
         self._target = target
         self._step = step
@@ -132,47 +167,43 @@ class ShareThreshold:
 class AuditThreshold:
     """As loose as known outcomes allow.
 
-    Of the rollouts stopped at the threshold at most a share `limit` would have been right, with a
-    stated confidence; without such a threshold stopping is off, and the full rollouts that follow
-    are evidence again.
+    What the threshold costs stays under a bound with stated confidence; without such a threshold
+    stopping is off, and the full rollouts that follow are evidence again.
 
     Evidence are the rollouts of the last batches whose outcome is known: those never stopped, and
     of the stopped ones the audited. Each says by its level at which thresholds it would have been
     stopped. For each of a row of candidates the bound is Clopper and Pearson's (Biometrika 26,
-    1934) for the effective number of outcomes (Kish: (Σw)²/Σw²) in each batch; the loosest
-    candidate that holds is taken, and that on the last batch would not have been too loose for the
-    next batch's gate. Rollouts are taken to be independent, and the last batches to speak for the
+    1934) for the effective number of outcomes in each batch: of stopped rollouts Kish's
+    (Σw)²/Σw², of right ones those that an audit would show if they were lost. The loosest
+    candidate that holds is taken, and that on the last batch does not speak against the next
+    batch's gate. Rollouts are taken to be independent, and the last batches to speak for the
     next: until, with the same confidence at each look, the audits of what was really stopped say
-    that too much of it was right. Then all that was known before is forgotten.
+    that the bound is broken. Then all that was known before is forgotten.
 
-    Looser thresholds have more false positives where levels mean anything, so that candidates are
-    nearly one test; tests/gateway/stop/test_thresholds.py simulates that the confidence holds.
+    Looser thresholds cost more where levels mean anything, so that candidates are nearly one test;
+    tests/gateway/stop/test_thresholds.py simulates that the confidence holds.
 
-    level: in force; None when no candidate holds. bound: the upper bound of the false share there
-    (or the smallest of any candidate). known: the effective number of outcomes it rests on;
-    false: of these, the ones that would have been right.
+    level: in force; None when no candidate holds. upper: the upper bound of the cost there (or the
+    smallest of any candidate). known: the effective number of outcomes it rests on; bad: of these,
+    the right rollouts that are stopped.
     """
 
     learns = True
 
-    def __init__(
-        self, *, limit: float, confidence: float, window: int, low: float, high: float
-    ) -> None:
+    def __init__(self, bound: Bound, *, window: int, low: float, high: float) -> None:
         """window: batches that evidence is kept for. low, high: bounds of the level."""
         if not low < high:
             raise ValueError(f"need low < high, not {low} and {high}")
+        self.bound = bound
         self.level: float | None = None
-        self.bound: float | None = None
+        self.upper: float | None = None
         self.known: float | None = None
-        self.false: float | None = None
+        self.bad: float | None = None
         self.reason = "no outcomes known yet"
-        self._limit = limit
-        self._confidence = confidence
         self._range = low, high
         self._evidence: deque[Outcomes | None] = deque(maxlen=window)
-        self._audits: deque[tuple[int, int]] = deque(maxlen=window)
-        #: outcomes that it takes to hold the bound without a single false one
-        self.needed = math.log1p(-confidence) / math.log1p(-limit)
+        #: of each batch: outcomes that could have spoken against the bound, and those that did
+        self._audits: deque[tuple[float, float]] = deque(maxlen=window)
 
     def update(
         self,
@@ -184,91 +215,121 @@ class AuditThreshold:
         audits: tuple[int, int] = (0, 0),
     ) -> None:
         """Take note of a finished batch; arguments as of `ShareThreshold.update`."""
-        self._audits.append(audits)
+        audited, false = audits
+        lost = self.bound.of == "right-lost"
+        right = outcomes.right if outcomes is not None and stop_share is not None else 0.0
+        self._audits.append((right if lost else audited, false))
         refuted = self._refuted()
         if refuted:
             self._evidence.clear()
             self._audits.clear()
         self._evidence.append(outcomes)
         batches = [batch for batch in self._evidence if batch is not None]
-        total = sum(batch.levels.size for batch in batches)
         candidates = self._candidates(batches)
-        false, known = _pooled(batches, candidates)
-        upper = upper_bound(false, known, self._confidence)
-        holds = upper <= self._limit
+        bad, known = self._pooled(batches, candidates)
+        upper = upper_bound(bad, known, self.bound.confidence)
+        holds = upper <= self.bound.limit
         if rehearsal is not None:
-            # Evidence is of earlier estimators. The one to come may say of every rollout, right at
-            # its start, what an earlier one said of failures only.
-            would_be_false, would_stop = _pooled([rehearsal], candidates)
-            holds &= would_be_false <= self._limit * would_stop
+            holds &= self._rehearsed(rehearsal, candidates)
         holding = np.flatnonzero(holds)
         best = int(holding[-1]) if holding.size else int(upper.argmin())
         self.level = float(candidates[best]) if holding.size else None
-        self.bound, self.known = float(upper[best]), float(known[best])
-        self.false = float(false[best])
+        self.upper, self.known, self.bad = float(upper[best]), float(known[best]), float(bad[best])
+        of = "right rollouts" if lost else "outcomes"
         if self.level is not None:
             self.reason = (
-                f"at most {self.bound:.1%} false positives with {self._confidence:.0%} confidence "
-                f"({self.known:.0f} known outcomes)"
+                f"at most {self.upper:.1%} {self.bound.cost} with {self.bound.confidence:.0%} "
+                f"confidence ({self.known:.0f} known {of})"
             )
         else:
+            total = sum(batch.levels.size for batch in batches)
             self.reason = (
-                f"no threshold keeps false positives under {self._limit:.0%} with "
-                f"{self._confidence:.0%} confidence: {total} known outcomes, of which the best "
-                f"stops {self.known:.0f} with at most {self.bound:.1%} false"
+                f"no threshold keeps {self.bound}: {total} known outcomes, of which "
+                + (
+                    f"{self.known:.0f} tell of right rollouts"
+                    if lost
+                    else f"the best stops {self.known:.0f}"
+                )
+                + f", with at most {self.upper:.1%} {'lost' if lost else 'false'}"
             )
+            if lost and self.known < self.bound.needed:
+                more = math.ceil(self.bound.needed - self.known)
+                self.reason += f"; at least {more} more right ones are needed"
         self.reason += refuted
 
     def _refuted(self) -> str:
         """What the last audits tell against the bound; empty if nothing."""
-        audited, false = np.sum(self._audits, axis=0)
-        # That so few are false is the complement of the bound that so few are not.
-        lower = 1.0 - float(upper_bound(audited - false, audited, self._confidence))
-        if lower <= self._limit:
+        trials, bad = np.sum(self._audits, axis=0)
+        if _lower_bound(bad, trials, self.bound.confidence) <= self.bound.limit:
             return ""
-        return f"; {false} of the last {audited} audits were false, so what was known is forgotten"
+        if self.bound.of == "right-lost":
+            what = f"{bad:.0f} right rollouts were lost of {trials:.0f} that audits would show"
+        else:
+            what = f"{bad} of the last {trials} audits were false"
+        return f"; {what}, so what was known is forgotten"
+
+    def _rehearsed(self, rehearsal: Outcomes, candidates: Array) -> NDArray[np.bool_]:
+        """Which candidates the last batch, under the next batch's gate, does not speak against.
+
+        Evidence is of earlier estimators. The one to come may say of every rollout, right at its
+        start, what an earlier one said of failures only.
+        """
+        bad, known = self._pooled([rehearsal], candidates)
+        if self.bound.of == "false-positives":
+            return bad <= self.bound.limit * known
+        # A batch may have a handful of right ones: one of them lost says nothing yet.
+        return _lower_bound(bad, known, self.bound.confidence) <= self.bound.limit
 
     def _candidates(self, batches: list[Outcomes]) -> Array:
         """Levels from strict to loose, shape [candidates]; none depends on whether it was right."""
         low, high = self._range
         levels = np.sort(np.concatenate([np.empty(0), *(batch.levels for batch in batches)]))
         levels = levels[levels < high]
-        ranks = [math.ceil(self.needed)]
+        ranks = [1 if self.bound.of == "right-lost" else math.ceil(self.bound.needed)]
         while ranks[-1] < levels.size:
             ranks.append(math.ceil(ranks[-1] * _RATIO))
         chosen = [_below(levels[rank]) for rank in ranks if rank < levels.size]
         return np.unique([*np.clip(chosen, low, high), high])
 
+    def _pooled(self, batches: list[Outcomes], candidates: Array) -> tuple[Array, Array]:
+        """Effective number of right rollouts that each candidate stops, and of all outcomes that
+        could be such, [candidates].
 
-def upper_bound(false: Array, known: Array, confidence: float) -> Array:
+        Weights compare rollouts of one batch. Batches are added by what they know, not by what they
+        stand for: else a few audited rollouts would outweigh a whole batch that was never stopped.
+        """
+        bad, known = np.zeros(len(candidates)), np.zeros(len(candidates))
+        for batch in batches:
+            order = np.argsort(batch.levels)
+            weights = batch.weights[order].astype(np.float64)
+            sums = np.cumsum([weights, weights**2, weights * batch.correct[order]], axis=1)
+            stopped = np.searchsorted(batch.levels[order], candidates, side="left")
+            total, squares, right = np.hstack([np.zeros((3, 1)), sums])[:, stopped]
+            if self.bound.of == "right-lost":
+                known += batch.right
+                bad += batch.known_share * right
+                continue
+            some = total > 0.0
+            effective = np.divide(total**2, squares, out=np.zeros_like(total), where=some)
+            known += effective
+            bad += effective * np.divide(right, total, out=np.zeros_like(total), where=some)
+        return bad, known
+
+
+def upper_bound(bad: Any, known: Any, confidence: float) -> Array:
     """One-sided Clopper-Pearson bound of a share, for counts that need not be whole numbers.
 
     Raises ImportError without SciPy.
     """
     betaincinv = needed("scipy.special").betaincinv
-    rest = known - false
+    rest = np.asarray(known, float) - bad
     some = rest > 1e-9
-    return np.where(some, betaincinv(false + 1.0, np.where(some, rest, 1.0), confidence), 1.0)
+    return np.where(some, betaincinv(bad + 1.0, np.where(some, rest, 1.0), confidence), 1.0)
 
 
-def _pooled(batches: list[Outcomes], candidates: Array) -> tuple[Array, Array]:
-    """Effective number of false and of all outcomes that each candidate stops, [candidates].
-
-    Weights compare rollouts of one batch. Batches are added by what they know, not by what they
-    stand for: else a few audited rollouts would outweigh a whole batch that was never stopped.
-    """
-    false, known = np.zeros(len(candidates)), np.zeros(len(candidates))
-    for batch in batches:
-        order = np.argsort(batch.levels)
-        weights = batch.weights[order].astype(np.float64)
-        sums = np.cumsum([weights, weights**2, weights * batch.correct[order]], axis=1)
-        stopped = np.searchsorted(batch.levels[order], candidates, side="left")
-        total, squares, right = np.hstack([np.zeros((3, 1)), sums])[:, stopped]
-        some = total > 0.0
-        effective = np.divide(total**2, squares, out=np.zeros_like(total), where=some)
-        known += effective
-        false += effective * np.divide(right, total, out=np.zeros_like(total), where=some)
-    return false, known
+def _lower_bound(bad: Any, known: Any, confidence: float) -> Array:
+    # That so few are bad is the complement of the bound that so few are not.
+    return 1.0 - upper_bound(np.maximum(np.asarray(known, float) - bad, 0.0), known, confidence)
 
 
 def _below(level: Any) -> float:

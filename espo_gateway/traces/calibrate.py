@@ -18,10 +18,13 @@ from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes,
 from espo_gateway.traces.recommend import (
     JudgedTraces,
     Row,
+    add_bound,
+    bound_of,
     judge,
     level_for_bound,
     level_for_share,
     rows_at,
+    share,
 )
 
 _DESCRIPTION = """\
@@ -30,10 +33,9 @@ gate, or "espo": {"mode": "shadow"} in the requests), then ask for a share of st
 
   python -m espo_gateway calibrate traces.jsonl --stop-share 0.1 --output gate.json
 
-Where it is known which answers were right, ask for a bound on the false positives instead, the
-stopped answers that would have been right:
+Where it is known which answers were right, ask for a bound on the right ones that are stopped:
 
-  python -m espo_gateway calibrate traces.jsonl --outcomes outcomes.jsonl --false-positives 0.05
+  python -m espo_gateway calibrate traces.jsonl --outcomes outcomes.jsonl --right-lost 0.05
 
 outcomes.jsonl has a line for each answer, {"id": "cmpl-...", "correct": true}, with the answer's id
 or, as "request", its X-Request-Id. Rollouts that the trainer dumped (Parquet) have theirs already.
@@ -66,22 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=_RULES,
         help="default: success-probability with outcomes, else the gate's, or regret-only",
     )
-    add("--stop-share", type=_share, metavar="SHARE", help="stop about this share")
-    add(
-        "--false-positives",
-        type=_share,
-        default=0.05,
-        metavar="SHARE",
-        help="with outcomes and no --stop-share: of the stopped ones at most this share would have "
-        "been right (default: 0.05)",
-    )
-    add(
-        "--confidence",
-        type=_share,
-        default=0.9,
-        metavar="SHARE",
-        help="how sure that bound is to be (default: 0.9)",
-    )
+    add("--stop-share", type=share, metavar="SHARE", help="stop about this share")
+    add_bound(parser)
     add(
         "--outcome",
         default="correct",
@@ -93,13 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--folds", type=_folds, default=5, metavar="N", help="of the cross-fitting (default: 5)")
     add("--output", type=Path, metavar="FILE", help="where to write the gate, for --gate")
     return parser
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0.0 < share < 1.0:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
-    return share
 
 
 def _folds(text: str) -> int:
@@ -196,12 +177,7 @@ def _level(
     if options.stop_share is not None:
         level = level_for_share(judged, learnt.gate, options.stop_share)
         return level, f"nearest to {options.stop_share:.1%} stopped"
-    return level_for_bound(
-        judged,
-        learnt.gate,
-        false_positives=options.false_positives,
-        confidence=options.confidence,
-    )
+    return level_for_bound(judged, learnt.gate, bound_of(options))
 
 
 def _print(
@@ -213,11 +189,13 @@ def _print(
     if (explained := judged.explained_variance) is not None:
         print(f"explained variance of the estimator, out of sample: {explained:.2f}")
     symbol = threshold_of(gate.rule).symbol
-    print(f"\n{symbol:>12} {'stopped':>9} {'saved':>9} {'false':>9} {'undecided':>10}")
+    print(f"\n{symbol:>12} {'stopped':>9} {'saved':>9} {'lost':>9} {'false':>9} {'undecided':>10}")
     for number, row in enumerate(rows):
-        false = "unknown" if row.false is None else f"{row.false:.1%}"
+        lost, false = (
+            "unknown" if known is None else f"{known:.1%}" for known in (row.lost, row.false)
+        )
         print(
-            f"{row.threshold:12.4g} {row.stopped:9.1%} {row.saved:9.1%} {false:>9} "
+            f"{row.threshold:12.4g} {row.stopped:9.1%} {row.saved:9.1%} {lost:>9} {false:>9} "
             f"{row.undecided:10,}{'  <- recommended' if number == chosen else ''}"
         )
         if number == chosen:

@@ -6,8 +6,9 @@ rollouts would be too sure. Pure.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from espo_gateway.stop.regret import Array
 
 #: Resamplings worked on at once; bounds the memory.
 _BLOCK = 20
+#: Shares of right rollouts lost at which savings are told.
+RIGHT_LOST = (0.05, 0.1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Curve:
     saved: share of all tokens. false: of the stopped rollouts, the share that would have been
     right. false_positive_rate: of the right ones, the share stopped. recall: of the failures, the
     share stopped. position: mean cut as a share of the full length. before_end: mean tokens that
-    a stop spares.
+    a stop spares. saved_at: by the share of right rollouts lost, the most that any threshold saves
+    at that or less.
     """
 
     stopped: Array
@@ -83,6 +87,7 @@ class Curve:
     recall: Array
     position: Array
     before_end: Array
+    saved_at: dict[str, Estimate] = field(default_factory=dict)
 
 
 def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0) -> Curve:
@@ -120,11 +125,22 @@ def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0)
     for name, number in np.ndindex(*whole.shape):
         estimate = Estimate.of(float(whole[name, number]), drawn[name, :, number])
         out[name, number, 1:] = estimate.low, estimate.high
-    found = Curve(*out)
+    found = dataclasses.replace(Curve(*out), saved_at=_saved_at(whole, drawn))
     # Where none was seen a resampling sees none either: the exact bound, of prompts.
     for k in np.flatnonzero(found.false[:, 0] == 0.0):
         found.false[k, 2] = 1.0 - 0.025 ** (1.0 / np.count_nonzero(sums[:, 0, k]))
     return found
+
+
+def _saved_at(whole: Array, drawn: Array) -> dict[str, Estimate]:
+    def most(rates: Array, lost: float) -> Array:
+        saved, share = rates[1], rates[3]
+        return np.where(share <= lost, saved, 0.0).max(axis=-1)
+
+    return {
+        f"{lost:.2f}": Estimate.of(float(most(whole, lost)), most(drawn, lost))
+        for lost in RIGHT_LOST
+    }
 
 
 def _rates(totals: Array, sums: Array) -> Array:
@@ -168,6 +184,33 @@ def area(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimat
         for row in block
     ]
     return Estimate.of(of(judged.weights), np.array(drawn))
+
+
+def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimate:
+    """`area` over pairs of rollouts of one prompt: does it tell the rollout, or only the problem?
+
+    NaN where no prompt has both right and wrong rollouts.
+    """
+    # By prompt, and by level within it: a right one beats the wrong ones that come before.
+    order = np.lexsort((levels, judged.prompts))
+    prompts, levels = judged.prompts[order], levels[order]
+    right, weights = judged.correct[order], judged.weights[order]
+    count = int(judged.prompts.max(initial=-1)) + 1
+    wrong = np.cumsum(weights * ~right)
+    starts = np.searchsorted(prompts, np.arange(count))
+    before = np.concatenate([[0.0], wrong])[starts][prompts]
+    new = np.r_[True, (np.diff(prompts) != 0) | (np.diff(levels) != 0)]
+    first = np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
+    lower = np.concatenate([[0.0], wrong])[first] - before
+    last = np.r_[np.flatnonzero(new)[1:], len(new)][np.cumsum(new) - 1] - 1
+    ties = wrong[last] - before - lower
+    won = np.bincount(prompts, weights * right * (lower + 0.5 * ties), count)
+    pairs = np.bincount(prompts, weights * right, count) * np.bincount(
+        prompts, weights * ~right, count
+    )
+    with np.errstate(invalid="ignore"):
+        drawn = [block @ won / (block @ pairs) for block in _resampled(count, draws, seed)]
+        return Estimate.of(float(won.sum() / pairs.sum()), np.concatenate(drawn))
 
 
 def _resampled(prompts: int, draws: int, seed: int) -> Iterator[Array]:

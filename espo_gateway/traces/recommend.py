@@ -8,6 +8,7 @@ one is not, and there the trace is left out.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from espo_gateway.stop.fit import Variance
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import stop_levels, token_levels
 from espo_gateway.stop.rules import RULES, Gate, threshold_of
-from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, upper_bound
+from espo_gateway.stop.thresholds import AuditThreshold, Bound, Outcomes, upper_bound
 from espo_gateway.traces.cross_fit import (
     CalibrationError,
     CrossFit,
@@ -57,7 +58,14 @@ class JudgedTraces:
             levels=levels[known].astype(np.float32),
             correct=self.correct[known].astype(bool),
             weights=self.weights[known].astype(np.float32),
+            known_share=1.0 / spared_weight(int(self.cut.sum()), int(self.spared.sum())),
         )
+
+    def share_of(self, some: NDArray[np.bool_], all_of: NDArray[np.bool_]) -> float | None:
+        """Of these traces, the share of those, by weight; None when there are none of these."""
+        if not all_of.any():
+            return None
+        return float(np.average(some[all_of], weights=self.weights[all_of]))
 
     def shares(self, levels: Array) -> tuple[Array, NDArray[np.int64]]:
         """Share stopped at each of some levels, and how many are undecided there."""
@@ -72,14 +80,16 @@ class Row:
     """What a threshold would have done to the traces.
 
     stopped: share of those that can tell. undecided: traces that were cut before it can be known.
-    saved: share of the tokens, of traces that were not cut. false: of the stopped ones of known
-    outcome, the share that would have been right; None when none is known.
+    saved: share of the tokens, of traces that were not cut. lost: of those known to be right, the
+    share that is stopped. false: of the stopped ones of known outcome, the share that would have
+    been right. Both None when none is known.
     """
 
     threshold: float
     stopped: float
     undecided: int
     saved: float
+    lost: float | None
     false: float | None
 
 
@@ -133,19 +143,54 @@ def rows_at(
     threshold = threshold_of(learnt.gate.rule)
     rows = []
     for k, level in enumerate(levels):
-        stopped = judged.known & (judged.levels < level)
-        some = stopped.any()
-        false = np.average(judged.correct[stopped], weights=judged.weights[stopped]) if some else 0
+        below = judged.levels < level
         rows.append(
             Row(
                 threshold=threshold.at(level),
                 stopped=float(shares[k]),
                 undecided=int(undecided[k]),
                 saved=float(saved[k] / total) if total else math.nan,
-                false=float(false) if some else None,
+                lost=judged.share_of(below, judged.correct == 1.0),
+                false=judged.share_of(judged.correct == 1.0, judged.known & below),
             )
         )
     return rows
+
+
+def add_bound(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `bound_of` reads."""
+    cost = parser.add_mutually_exclusive_group()
+    for name, default, meaning in (
+        ("--right-lost", 0.05, "of the right ones at most this share is stopped (default: 0.05)"),
+        (
+            "--false-positives",
+            None,
+            "in its place: of the stopped ones at most this share is right",
+        ),
+    ):
+        cost.add_argument(name, type=share, default=default, metavar="SHARE", help=meaning)
+    parser.add_argument(
+        "--confidence",
+        type=share,
+        default=0.9,
+        metavar="SHARE",
+        help="how sure that bound is to be (default: 0.9)",
+    )
+
+
+def bound_of(options: argparse.Namespace) -> Bound:
+    """The bound that was asked for."""
+    if options.false_positives is not None:
+        return Bound("false-positives", options.false_positives, options.confidence)
+    return Bound("right-lost", options.right_lost, options.confidence)
+
+
+def share(text: str) -> float:
+    """An argument between 0 and 1. Raises argparse.ArgumentTypeError."""
+    value = float(text)
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
+    return value
 
 
 def level_for_share(judged: JudgedTraces, gate: Gate, share: float) -> float:
@@ -158,10 +203,8 @@ def level_for_share(judged: JudgedTraces, gate: Gate, share: float) -> float:
     return float(candidates[np.abs(shares - share).argmin()])
 
 
-def level_for_bound(
-    judged: JudgedTraces, gate: Gate, *, false_positives: float, confidence: float
-) -> tuple[float, str]:
-    """The loosest level with at most so many false positives, and why.
+def level_for_bound(judged: JudgedTraces, gate: Gate, bound: Bound) -> tuple[float, str]:
+    """The loosest level that keeps a bound, and why.
 
     Raises:
         CalibrationError: no threshold holds the bound; says how many more outcomes would do.
@@ -171,8 +214,7 @@ def level_for_bound(
         judged.outcomes(judged.levels),
         None if judged.rehearsed is None else judged.outcomes(judged.rehearsed),
         gate,
-        false_positives=false_positives,
-        confidence=confidence,
+        bound,
     )
 
 
@@ -180,22 +222,16 @@ def bounded_level(
     outcomes: Outcomes,
     rehearsal: Outcomes | None,
     gate: Gate,
-    *,
-    false_positives: float,
-    confidence: float,
+    bound: Bound,
 ) -> tuple[float, str]:
     """`level_for_bound` of rollouts whose outcome is known; rehearsal: by the final estimator."""
     low, high = _range(gate)
-    audit = AuditThreshold(
-        limit=false_positives, confidence=confidence, window=1, low=low, high=high
-    )
+    audit = AuditThreshold(bound, window=1, low=low, high=high)
     audit.update(outcomes, None, ready=True, rehearsal=rehearsal)
     if audit.level is None:
         known = outcomes.levels.size
         raise CalibrationError(
-            f"{known} outcomes are known, and no threshold keeps false positives under "
-            f"{false_positives:.1%} with {confidence:.0%} confidence: "
-            + _missing(audit, known, false_positives, confidence)
+            f"{known} outcomes are known, and no threshold keeps {bound}: " + _missing(audit, known)
         )
     return audit.level, audit.reason
 
@@ -213,22 +249,29 @@ def _check_confidences(gate: Gate, traces: Traces) -> None:
         )
 
 
-def _missing(audit: AuditThreshold, known: int, limit: float, confidence: float) -> str:
+def _missing(audit: AuditThreshold, known: int) -> str:
     """How many more outcomes would do, if they are like those there are."""
-    stopped, false = audit.known or 0.0, audit.false or 0.0
-    if not stopped:
-        return f"at least {math.ceil(audit.needed)} outcomes of traces that it stops are needed"
-    share = false / stopped
-    if share >= limit:
+    bound, told, bad = audit.bound, audit.known or 0.0, audit.bad or 0.0
+    lost = bound.of == "right-lost"
+    if told < bound.needed:
+        enough = math.ceil(bound.needed)
+        if lost:
+            return f"{told:.0f} are of right answers, and at least {enough} of these are needed"
+        if not told:
+            return f"at least {enough} outcomes of traces that it stops are needed"
+    share = bad / told
+    if share >= bound.limit:
+        what = "the right ones it loses" if lost else "those stopped by the best one"
         return (
-            f"of those stopped by the best one {share:.1%} would have been right, so more "
-            "outcomes alone will not do; allow more false positives, or use another rule"
+            f"of {what} {share:.1%}, so more outcomes alone will not do; allow more, or use "
+            "another rule"
         )
-    enough = stopped
-    while upper_bound(np.array(share * enough), np.array(enough), confidence) > limit:
-        enough *= 1.02
-    more = math.ceil(known * (enough / stopped - 1.0))
+    much = told
+    while upper_bound(share * much, much, bound.confidence) > bound.limit:
+        much *= 1.02
+    more = math.ceil(known * (much / told - 1.0))
     return (
-        f"the best one stops {stopped:.0f} of them, with at most {audit.bound:.1%} false; about "
-        f"{max(more, 1):,} more outcomes are needed"
-    )
+        f"the best one loses {bad:.0f} of {told:.0f} right ones"
+        if lost
+        else f"the best one stops {told:.0f} of them, with at most {audit.upper:.1%} false"
+    ) + f"; about {max(more, 1):,} more outcomes are needed"

@@ -108,9 +108,9 @@ class StopController:
         return threshold_of(self.config.rule).at(self._threshold.level)
 
     @property
-    def false_positive_bound(self) -> float | None:
-        """threshold = "audit": upper confidence bound of the share of false positives."""
-        return None if self._threshold is None else self._threshold.bound
+    def bound_upper(self) -> float | None:
+        """threshold = "audit": upper confidence bound of what `Stopping.bound` bounds."""
+        return None if self._threshold is None else self._threshold.upper
 
     @property
     def known_outcomes(self) -> float | None:
@@ -121,11 +121,11 @@ class StopController:
         """What a log says beside the gate, after a batch; NaN where nothing is known."""
         bound, known, explained = (
             math.nan if value is None else value
-            for value in (self.false_positive_bound, self.known_outcomes, self.explained_variance)
+            for value in (self.bound_upper, self.known_outcomes, self.explained_variance)
         )
         z = self.z_quantiles or (math.nan,) * 3
         return {
-            "false_positives_upper": bound,
+            "bound_upper": bound,
             "effective_n": known,
             "explained_variance": explained,
             "regret_mean": self.statistics.mean,
@@ -242,6 +242,7 @@ class StopController:
             levels=levels.astype(np.float32),
             correct=known.correct,
             weights=known.weights.astype(np.float32),
+            known_share=known.known_share,
         )
 
 
@@ -260,13 +261,7 @@ def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
         step = -0.5 / ((1.0 - target) * math.log1p(-target))
         return ShareThreshold(target=target, step=step, low=low, high=high, start=None)
     if config.threshold == "audit":
-        return AuditThreshold(
-            limit=config.false_positives,
-            confidence=config.confidence,
-            window=config.evidence,
-            low=low,
-            high=high,
-        )
+        return AuditThreshold(config.bound, window=config.evidence, low=low, high=high)
     default = threshold.level(threshold.of(Gate()))
     given = config.beta if threshold is BETA else config.p_star
     start = None if given is None else threshold.level(given)

@@ -52,12 +52,13 @@ def recorded_of(
 class KnownRollouts:
     """The rollouts of one batch whose outcome is known.
 
-    correct, weights: [rollouts].
+    correct, weights: [rollouts]. known_share: of those that were stopped; 1 if none was.
     """
 
     recorded: Recorded
     correct: NDArray[np.bool_]
     weights: Array
+    known_share: float
 
     @classmethod
     def of(
@@ -72,6 +73,7 @@ class KnownRollouts:
             recorded_of(known, critic),
             np.array([bool(rollout.correct) for rollout in known], dtype=np.bool_),
             weights(known, audit_share),
+            audit_share if any(rollout.stopped for rollout in rollouts) else 1.0,
         )
 
     def examples(self) -> fit.Examples:

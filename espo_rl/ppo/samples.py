@@ -28,9 +28,9 @@ class Sample:
     @classmethod
     def of(cls, rollout: Rollout) -> Sample:
         """With one column, `served_logprobs`: the server's, NaN where it gave none."""
-        served = torch.tensor(rollout.logprobs[: rollout.kept], dtype=torch.float32)
+        served = torch.tensor(rollout.logprobs[: rollout.trained], dtype=torch.float32)
         return cls(
-            tokens=torch.tensor(rollout.prompt_ids + rollout.token_ids[: rollout.kept]),
+            tokens=torch.tensor(rollout.prompt_ids + rollout.token_ids[: rollout.trained]),
             prompt=len(rollout.prompt_ids),
             group=rollout.group,
             reward=rollout.reward,

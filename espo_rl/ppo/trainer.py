@@ -93,7 +93,7 @@ class PpoTrainer:
         Raises:
             ValueError: no rollout has a token to train on.
         """
-        usable = [rollout for rollout in rollouts if rollout.kept]
+        usable = [rollout for rollout in rollouts if rollout.trained]
         if not usable:
             raise ValueError("no rollout has a token to train on")
         metrics = self._update([Sample.of(rollout) for rollout in usable])

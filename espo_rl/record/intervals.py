@@ -14,10 +14,13 @@ Z95 = 1.96
 
 @dataclass(frozen=True)
 class Share:
-    """A share of successes in trials, with Wilson's 95 % interval; NaN without trials."""
+    """A share of successes in trials, with Wilson's 95 % interval; NaN without trials.
 
-    successes: int
-    trials: int
+    Either may be an effective number.
+    """
+
+    successes: float
+    trials: float
 
     @property
     def value(self) -> float:

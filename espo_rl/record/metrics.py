@@ -47,6 +47,8 @@ METRICS = {
     "rollout/audited": "stopped rollouts generated to their end all the same",
     "rollout/audited_correct": "of these, right in the end: false positives",
     "rollout/false_positive_rate": "the audited batch's share of false positives",
+    "rollout/right": "right rollouts, an audited one standing for all that were stopped",
+    "rollout/right_lost": "of these, the share that was stopped",
     "rollout/errors": "rollouts without a usable answer; the step trains without them",
     "rollout/resampled": "rollouts asked for again because they had failed",
     "rollout/dropped": "rollouts of prompts that dynamic sampling dropped",
@@ -60,7 +62,8 @@ METRICS = {
     "stopping/beta": "β of z > β·max(V, ε)",
     "stopping/p_star": "success probability under which a rollout is stopped",
     "stopping/hazard": "random stopping: its probability at each token",
-    "stopping/false_positives_upper": "upper bound of the share of false positives at this "
+    "stopping/bound_upper": "upper bound of the share of right rollouts lost (or, where those are "
+    "bounded, of false positives) at this "
     "threshold, at stopping.confidence",
     "stopping/effective_n": "known outcomes that this bound rests on, as if weighted alike",
     "stopping/explained_variance": "of the outcome, by the estimate that gates, on rollouts it was "
@@ -127,6 +130,7 @@ def rollout_metrics(
     known = with_outcome(usable)
     audited = [bool(rollout.correct) for rollout in known if rollout.audited]
     weight = weights(known, audit_share or 1.0)
+    right = float(weight[[bool(rollout.correct) for rollout in known]].sum())
     totals = Totals()
     totals.add(rollouts, tokens, gated=True)
     without, _ = totals.tokens_without_stopping()
@@ -142,9 +146,7 @@ def rollout_metrics(
         lengths[f"length_{name}"] = _mean(ended)
     return {
         "reward": _mean([rollout.reward for rollout in usable]),
-        "accuracy": _ratio(
-            float(sum(weight[[bool(rollout.correct) for rollout in known]])), float(sum(weight))
-        ),
+        "accuracy": _ratio(right, float(weight.sum())),
         "completed_share": shares["completed"],
         "truncated_share": shares["truncated"],
         "stop_share": shares["stopped"],
@@ -160,6 +162,8 @@ def rollout_metrics(
         "audited": len(audited),
         "audited_correct": sum(audited),
         "false_positive_rate": _mean(audited),
+        "right": right,
+        "right_lost": _ratio(sum(audited) / (audit_share or 1.0), right),
         "errors": len(rollouts) - len(usable),
         "weights_version": Counter(versions).most_common(1)[0][0] if versions else "",
         "staleness": _step(weights_version) - _mean([_step(version) for version in versions]),

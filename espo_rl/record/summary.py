@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -70,17 +71,29 @@ class Summary:
 
     @property
     def bound(self) -> str | None:
-        """Whether the audits of the whole run show that stopping.false_positives was kept.
+        """Whether the audits of the whole run show that `Stopping.bound` was kept.
 
         None where nothing was to be kept: the threshold follows another aim.
         """
         stopping = self.recipe.stopping
         if stopping.threshold != "audit" or stopping.rule in ("none", "random"):
             return None
-        low, high = Share(self.totals.audited_correct, self.totals.audited).interval
-        if high <= stopping.false_positives:
+        low, high = self.cost.interval
+        if high <= stopping.bound.limit:
             return "met"
-        return "not met" if low > stopping.false_positives else "not shown"
+        return "not met" if low > stopping.bound.limit else "not shown"
+
+    @property
+    def cost(self) -> Share:
+        """What `Stopping.bound` bounds, over the run."""
+        if self.recipe.stopping.bound.of == "right-lost":
+            return self.right_lost
+        return Share(self.totals.audited_correct, self.totals.audited)
+
+    @property
+    def right_lost(self) -> Share:
+        """Of the right rollouts the share that was stopped, by the audits."""
+        return self.totals.right_lost(self.recipe.stopping.audit_share)
 
     @property
     def staleness(self) -> float:
@@ -107,8 +120,10 @@ class Summary:
                 "stop_rate": Share(totals.stopped, totals.gated).value,
                 "false_positive_rate": false_positives.value,
                 "false_positive_interval": false_positives.interval,
-                "false_positive_bound": self.bound and self.recipe.stopping.false_positives,
-                "false_positive_bound_kept": self.bound,
+                "right_lost": self.right_lost.value,
+                "right_lost_interval": self.right_lost.interval,
+                "bound": self.bound and dataclasses.asdict(self.recipe.stopping.bound),
+                "bound_kept": self.bound,
                 "audited": totals.audited,
                 "overshoot_tokens": totals.overshoot,
                 "errors": totals.errors,
@@ -165,6 +180,7 @@ class Summary:
                 if f"greedy_{when}" in self.accuracy
             },
             "rollouts stopped": Share(totals.stopped, totals.gated),
+            "right rollouts lost": self.right_lost,
             "false positives (audit)": Share(totals.audited_correct, totals.audited),
             **self._bound_line(),
             "tokens generated": f"{totals.tokens:,}",
@@ -189,6 +205,6 @@ class Summary:
         }
         if self.bound is None:
             return {}
-        limit = self.recipe.stopping.false_positives
+        bound = self.recipe.stopping.bound
         known = reading[self.bound] if self.totals.audited else "not shown: nothing was audited"
-        return {"their bound": f"{limit:.1%}, {known}"}
+        return {"bound": f"{bound.cost} under {bound.limit:.1%}, {known}"}

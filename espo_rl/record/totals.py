@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import stdtrit
 
+from espo_rl.record.intervals import Share
 from espo_rl.types import EndReason, Rollout
 
 
@@ -21,6 +22,7 @@ class Totals:
     stopped: int = 0
     audited: int = 0
     audited_correct: int = 0
+    finished_right: int = 0  # right ones that were not stopped, while a rule was on
     errors: int = 0
     tokens: int = 0  # sampled by the server
     needed: int = (
@@ -44,10 +46,19 @@ class Totals:
             self.rollouts += 1
             self.gated += gated
             self.stopped += rollout.stopped
+            self.finished_right += bool(gated and rollout.correct and not rollout.stopped)
             if rollout.audited:
                 self.audited += 1
                 self.audited_correct += bool(rollout.correct)
                 self.remaining.append(len(rollout.token_ids) - rollout.kept)
+
+    def right_lost(self, audit_share: float) -> Share:
+        """Of the right rollouts, sampled while a rule was on, the share that it stopped.
+
+        Counted in those that an audit would have shown: this share of them.
+        """
+        shown = audit_share * self.finished_right
+        return Share(self.audited_correct, self.audited_correct + shown)
 
     def tokens_without_stopping(self) -> tuple[float, float]:
         """Tokens the same rollouts would have had in full, and the half width of a 95 % interval.

@@ -24,9 +24,17 @@ from rich.table import Table
 
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.stop.rules import HAZARD, threshold_of
-from espo_gateway.stop.thresholds import Outcomes
+from espo_gateway.stop.thresholds import Bound, Outcomes
 from espo_gateway.traces.cross_fit import CalibrationError, CrossFit
-from espo_gateway.traces.detection import Curve, Estimate, Judged, area, curve, difficulty
+from espo_gateway.traces.detection import (
+    Curve,
+    Estimate,
+    Judged,
+    area,
+    area_within,
+    curve,
+    difficulty,
+)
 from espo_gateway.traces.judge import (
     Judgement,
     Replayed,
@@ -35,13 +43,13 @@ from espo_gateway.traces.judge import (
     replayed,
 )
 from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
-from espo_gateway.traces.recommend import bounded_level
+from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
 from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.replay.plot import draw
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Curve))
+_FIELDS = tuple(field.name for field in dataclasses.fields(Curve) if field.name != "saved_at")
 
 
 class Source:
@@ -109,6 +117,12 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
         chosen = recommend(judged, judgement, curves[name], options)
         rules[name] = {
             "auc": _plain(area(judged, judgement.levels, draws=options.bootstrap)),
+            "auc_within_prompts": _plain(
+                area_within(judged, judgement.levels, draws=options.bootstrap)
+            ),
+            "saved_at_right_lost": {
+                lost: _plain(saved) for lost, saved in curves[name].saved_at.items()
+            },
             "recommended": chosen,
             "by_difficulty": [
                 _of_bin(label, judged, judgement, rows, chosen, options.bootstrap)
@@ -122,8 +136,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
         "tokens": int(judged.lengths.sum()),
         "success": float(judged.weights @ judged.correct / weight),
         "left_out": done.left_out,
-        "false_positives": options.false_positives,
-        "confidence": options.confidence,
+        "bound": dataclasses.asdict(bound_of(options)),
         "rules": rules,
     }
     return content, curves
@@ -136,8 +149,9 @@ def recommend(
     gate, threshold = judgement.gate, threshold_of(judgement.gate.rule)
     if threshold is HAZARD:
         return {"threshold": None, "reason": "chance is here to compare with"}
+    weights = judged.weights.astype(np.float32)
     outcomes, rehearsal = (
-        Outcomes(levels.astype(np.float32), judged.correct, judged.weights.astype(np.float32))
+        Outcomes(levels.astype(np.float32), judged.correct, weights, 1.0 / float(weights.max()))
         for levels in (judgement.levels, judgement.rehearsed)
     )
     try:
@@ -145,8 +159,7 @@ def recommend(
             outcomes,
             rehearsal,
             gate,
-            false_positives=options.false_positives,
-            confidence=options.confidence,
+            bound_of(options),
         )
     except CalibrationError as error:
         return {"threshold": None, "reason": str(error)}
@@ -207,24 +220,26 @@ def write(
 
 def table(content: Mapping[str, Any]) -> Table:
     """A row for each rule, the best detector first; intervals below the numbers."""
-    bound = f"{content['false_positives']:.0%}"
     shown = Table(
-        title=f"stop rules, at a threshold with at most {bound} false positives", show_lines=True
+        title=f"stop rules, at a threshold that keeps {Bound(**content['bound'])}", show_lines=True
     )
-    heads = ("AUC", "threshold", "saved", "false", "recall", "cut at", "tokens before end")
+    heads = (
+        *("AUC", "within prompts", "threshold", "saved", "right lost", "false", "recall"),
+        *("cut at", "tokens before end"),
+    )
     shown.add_column("rule")
     for head in heads:
         shown.add_column(head, justify="right")
     ranked = sorted(content["rules"].items(), key=lambda item: -(item[1]["auc"][0] or 0.0))
     for name, rule in ranked:
         chosen = rule["recommended"]
-        cells = [_cell(rule["auc"], "{:.3f}")]
+        cells = [_cell(rule[name], "{:.3f}") for name in ("auc", "auc_within_prompts")]
         if chosen["threshold"] is None:
-            cells += ["none", *["—"] * 5]
+            cells += ["none", *["—"] * 6]
         else:
             symbol = threshold_of(chosen["gate"]["rule"]).symbol
             cells.append(f"{symbol} = {chosen['threshold']:.4g}")
-            shares = ("saved", "false", "recall", "position")
+            shares = ("saved", "false_positive_rate", "false", "recall", "position")
             cells += [_cell(chosen[field], "{:.1%}") for field in shares]
             cells.append(_cell(chosen["before_end"], "{:,.0f}"))
         shown.add_row(name, *cells)
@@ -310,14 +325,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=(-1.0, 1.0),
         help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
     )
-    add("--false-positives", type=float, default=0.05, help="bound (default: %(default)s)")
-    add("--confidence", type=float, default=0.9, help="of that bound (default: %(default)s)")
+    add_bound(parser)
     add("--folds", type=int, default=5, help="of the cross-fitting (default: %(default)s)")
     add("--bootstrap", type=int, default=400, help="resamplings (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("false_positives", "confidence"):
-        if not 0.0 < getattr(options, name) < 1.0:
-            parser.error(f"--{name.replace('_', '-')} must lie between 0 and 1")
     if not options.critic_worth[0] < options.critic_worth[1]:
         parser.error("--critic-worth must be two numbers, the lesser first")
     for name, least in (("folds", 2), ("bootstrap", 1)):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from espo_gateway.stop.thresholds import Bound
 from espo_rl.record.intervals import Share
 from espo_rl.record.json_files import nulls
 from espo_rl.record.metrics import METRICS
@@ -130,7 +131,7 @@ def _panels(run: RunFolder) -> Iterator[tuple[Panel, list[Line]]]:
     )
     logged = {panel.id: (panel, lines) for panel, lines in _logged(run, steps)}
     yield logged.pop("stops")
-    yield false_positives(run, steps)
+    yield cost(run, steps)
     yield from logged.values()
     phases = [name for name in run.steps[-1] if name.startswith("seconds/")]
     yield (
@@ -169,33 +170,31 @@ _LENGTH_NOTE = (
 )
 
 
-def false_positives(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
-    """Their share of the audited rollouts of the last steps, and the bounds."""
+def cost(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
+    """What stopping cost over the last steps, and the bounds."""
     window = int(run.setting("stopping", "evidence") or 20)
-    audited, right = (
-        np.nan_to_num(run.column(f"rollout/{name}")).astype(int)
-        for name in ("audited", "audited_correct")
+    audited, bad, right = (
+        np.nan_to_num(run.column(f"rollout/{name}"))
+        for name in ("audited", "audited_correct", "right")
     )
-    ends = range(1, len(audited) + 1)
-    shares = [
-        Share(
-            int(right[slice(max(0, end - window), end)].sum()), int(audited[:end][-window:].sum())
-        )
-        for end in ends
-    ]
-    wished = number(run.setting("stopping", "false_positives"))
+    bound = bound_of(run)
+    if bound.of == "right-lost":
+        share = number(run.setting("stopping", "audit_share"))
+        # In right rollouts that an audit would have shown.
+        trials = np.where(run.column("stopping/on") == 1.0, share * right, bad)
+    else:
+        trials = audited
+    ends = range(1, len(bad) + 1)
+    shares = [Share(bad[:end][-window:].sum(), trials[:end][-window:].sum()) for end in ends]
     # Before anything is stopped the bound is trivially 1 and would flatten all else.
-    upper = [
-        bound if bound < 1.0 else math.nan for bound in run.column("stopping/false_positives_upper")
-    ]
+    upper = [number if number < 1.0 else math.nan for number in run.column("stopping/bound_upper")]
     return (
         Panel(
-            "false-positives",
-            "False positives of the audit",
+            "cost",
+            f"What stopping costs: {bound.cost}",
             "share",
-            f"Stopped rollouts that would have been right: share of those audited in the last "
-            f"{window} steps, with a 95 % interval. Bound: "
-            f"{METRICS['stopping/false_positives_upper']}.",
+            f"By the audits of the last {window} steps, with a 95 % interval. Bound: "
+            f"{METRICS['stopping/bound_upper']}.",
         ),
         [
             Line(
@@ -206,9 +205,22 @@ def false_positives(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
                 [share.interval[1] for share in shares],
             ),
             Line("bound", steps, upper),
-            Line("wished (at most)", steps, [wished if audited.any() else math.nan] * len(steps)),
+            Line(
+                "wished (at most)", steps, [bound.limit if audited.any() else math.nan] * len(steps)
+            ),
         ],
     )
+
+
+def bound_of(run: RunFolder) -> Bound:
+    """What the run was to keep; runs of before bounded false positives alone."""
+    lost, false, confidence = (
+        number(run.setting("stopping", name))
+        for name in ("right_lost", "false_positives", "confidence")
+    )
+    if math.isfinite(false) or not math.isfinite(lost):
+        return Bound("false-positives", false, confidence)
+    return Bound("right-lost", lost, confidence)
 
 
 def tiles(run: RunFolder) -> Row:
@@ -243,7 +255,8 @@ def tiles(run: RunFolder) -> Row:
     share = Share(numbers["audited_correct"], numbers["audited"])
     numbers["false_positives"] = share.value
     numbers["false_positives_low"], numbers["false_positives_high"] = share.interval
-    numbers["wished"] = number(run.setting("stopping", "false_positives"))
+    numbers["right_lost"] = number(summary.get("right_lost"))
+    numbers["wished"] = bound_of(run).limit
     return nulls(numbers) | {
         "rule": run.setting("stopping", "rule") or last.get("stopping/rule"),
         "seed": run.setting("run", "seed"),

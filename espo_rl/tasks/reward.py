@@ -34,19 +34,20 @@ async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe
 def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
     """What a rollout is worth at its last token; all earlier rewards are 0.
 
-    A stopped one gets r_fail (row 7), audited or not: its score is not the sample's. Else the
-    score lies between wrong and right, less DAPO's penalty for overlong ones (arXiv 2503.14476,
-    eq. 13), which over the last overlong_buffer tokens before max_tokens grows to 1.
+    A stopped one gets r_fail (row 7), but for one that an audit found right: what RL learns from is
+    not punished once it is known. Else the score lies between wrong and right, less DAPO's penalty
+    for overlong ones (arXiv 2503.14476, eq. 13), which over the last overlong_buffer tokens before
+    max_tokens grows to 1.
 
     Args:
         score: in [0, 1]; None is for stopped ones alone.
     """
-    if rollout.end is EndReason.EARLY_STOP:
+    if rollout.stopped and not rollout.spared:
         return recipe.stopping.failure_reward
     assert score is not None, f"a rollout that ended by {rollout.end} needs a score"
     ppo, buffer = recipe.ppo, recipe.ppo.overlong_buffer
     value = ppo.wrong_reward + (ppo.right_reward - ppo.wrong_reward) * score
     if buffer:
-        excess = rollout.kept - (recipe.rollout.max_tokens - buffer)
+        excess = rollout.trained - (recipe.rollout.max_tokens - buffer)
         value -= min(max(excess / buffer, 0.0), 1.0)
     return value

@@ -87,7 +87,7 @@ def metrics(step: int, **more: Any) -> dict[str, Any]:
         "rollout/audited": 2,
         "rollout/audited_correct": 1,
         "stopping/threshold": 0.5,
-        "stopping/false_positives_upper": 1.0 if step == 1 else 0.2,
+        "stopping/bound_upper": 1.0 if step == 1 else 0.2,
         "ppo/entropy": 0.5 / step,
         "ppo/kl": 1e-5,
         "seconds/rollout": 2.0,

@@ -38,6 +38,7 @@ function showRun(run, index) {
     tile("Accuracy", percent(accuracy), start),
     tile("Tokens sampled", count(run.tokens), run.saved ? `≈ ${percent(run.saved)} saved of ${count(run.without)}${width}` : "nothing saved"),
     tile("Stop share", percent(run.stop_share), run.ended ? "while stopping was on" : "in the last step"),
+    tile("Right rollouts lost", percent(run.right_lost), run.ended ? "by the audits" : "known when the run has ended"),
     tile("False positives", percent(run.false_positives), audit),
   );
   section.append(title, tiles);

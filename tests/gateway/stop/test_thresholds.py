@@ -17,7 +17,13 @@ from scipy.stats import norm
 
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.rules import RuleName, threshold_of
-from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, ShareThreshold, upper_bound
+from espo_gateway.stop.thresholds import (
+    AuditThreshold,
+    Bound,
+    Outcomes,
+    ShareThreshold,
+    upper_bound,
+)
 
 LOW, HIGH = threshold_of("value-only").level(1e-6), 0.0
 
@@ -105,7 +111,8 @@ def audit(
     low: float = LOW,
     high: float = HIGH,
 ) -> AuditThreshold:
-    return AuditThreshold(limit=limit, confidence=confidence, window=window, low=low, high=high)
+    bound = Bound("false-positives", limit, confidence)
+    return AuditThreshold(bound, window=window, low=low, high=high)
 
 
 @given(st.integers(0, 30), st.integers(1, 300), st.floats(0.5, 0.99))
@@ -136,10 +143,10 @@ def test_the_loosest_candidate_that_holds_is_taken(seed: int, count: int) -> Non
         assert bound(HIGH) > 0.05
         assert "no threshold keeps false positives under 5%" in controller.reason
         return
-    assert controller.bound is not None
+    assert controller.upper is not None
     assert controller.known is not None
-    assert bound(controller.level) == pytest.approx(controller.bound)
-    assert controller.bound <= 0.05
+    assert bound(controller.level) == pytest.approx(controller.upper)
+    assert controller.upper <= 0.05
     assert (levels < controller.level).sum() == pytest.approx(controller.known)
     # A candidate stops 1.1 times what the one before it does: the next did not hold.
     looser = np.sort(levels[levels < HIGH])[math.ceil(1.2 * controller.known + 1) :]

@@ -39,8 +39,8 @@ def limit_of(stopping: StopController) -> float:
 
 
 def bound_of(stopping: StopController) -> float:
-    assert stopping.false_positive_bound is not None
-    return stopping.false_positive_bound
+    assert stopping.bound_upper is not None
+    return stopping.bound_upper
 
 
 def play(

@@ -434,7 +434,7 @@ def test_the_line_of_a_step() -> None:
         "rollout/stop_share": 0.4,
         "rollout/audited": 12,
         "rollout/audited_correct": 1,
-        "stopping/false_positives_upper": 0.048,
+        "stopping/bound_upper": 0.048,
         "rollout/tokens": 7012,
         "rollout/tokens_saved_share": math.nan,
         "stopping/on": True,
