@@ -77,6 +77,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return main()
 
 
+@pytest.mark.slow  # a trainer is made, whose DeepSpeed compiles itself where it is new
 def test_a_critic_that_learns_what_spoils_a_rollout(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
