@@ -178,16 +178,15 @@ def cost(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
         for name in ("audited", "audited_correct", "right")
     )
     bound = bound_of(run)
+    trials = audited
     if bound.of == "right-lost":
-        share = number(run.setting("stopping", "audit_share"))
         # In right rollouts that an audit would have shown.
-        trials = np.where(run.column("stopping/on") == 1.0, share * right, bad)
-    else:
-        trials = audited
+        shown = number(run.setting("stopping", "audit_share")) * right
+        trials = np.where(np.array(run.column("stopping/on")) == 1.0, shown, bad)
     ends = range(1, len(bad) + 1)
     shares = [Share(bad[:end][-window:].sum(), trials[:end][-window:].sum()) for end in ends]
     # Before anything is stopped the bound is trivially 1 and would flatten all else.
-    upper = [number if number < 1.0 else math.nan for number in run.column("stopping/bound_upper")]
+    upper = [most if most < 1.0 else math.nan for most in run.column("stopping/bound_upper")]
     return (
         Panel(
             "cost",

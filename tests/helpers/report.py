@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,12 @@ def make_run(
     batch: list[Rollout] = BATCH,
     gate: Gate = RUN_GATE,
     steps: int = 3,
+    settings: Sequence[str] = (),
     **options: Any,
 ) -> Path:
     """A run's folder, as a run leaves it."""
-    recipe = load_recipe(
-        "arithmetic", [f"run.output={folder}", f"run.steps={steps}", "model.path=nowhere/at-all"]
-    )
+    overrides = [f"run.output={folder}", f"run.steps={steps}", "model.path=nowhere/at-all"]
+    recipe = load_recipe("arithmetic", [*overrides, *settings])
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     estimate = {"value": 0.25, "interval": [0.125, 0.5]}

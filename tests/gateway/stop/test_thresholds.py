@@ -1,7 +1,8 @@
-"""Controllers of the threshold: row 6 as written, and a bound on false positives that holds."""
+"""Controllers of the threshold: row 6 as written, and bounds that hold."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from espo_gateway.stop.thresholds import (
     ShareThreshold,
     upper_bound,
 )
+from simulate_bound import play
 
 LOW, HIGH = threshold_of("value-only").level(1e-6), 0.0
 
@@ -231,6 +233,89 @@ def test_what_a_checkpoint_keeps_is_bounded() -> None:
     for _ in range(20):
         calibrating.update(outcomes(np.zeros(1000), np.zeros(1000)), None, ready=False)
     assert len(pickle.dumps(calibrating)) < 5 * 1000 * 5
+
+
+# -- a bound on right rollouts lost ----------------------------------------------------------------
+
+
+def keeper(limit: float = 0.05, confidence: float = 0.9, window: int = 20) -> AuditThreshold:
+    return AuditThreshold(Bound("right-lost", limit, confidence), window=window, low=LOW, high=HIGH)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(50, 600))
+def test_the_loosest_candidate_that_spares_the_right_ones_is_taken(seed: int, count: int) -> None:
+    """Against counting by hand, with all weights alike."""
+    rng = np.random.default_rng(seed)
+    levels = rng.normal(-3, 2, count).astype(np.float32)
+    correct = rng.random(count) < 1 / (1 + np.exp(-2 * levels - 4))
+    controller = keeper()
+    controller.update(outcomes(levels, correct), None, ready=True)
+
+    def bound(level: float) -> float:
+        lost, right = (correct & (levels < level)).sum(), correct.sum()
+        return beta_distribution.ppf(0.9, lost + 1, right - lost) if right > lost else 1.0
+
+    if controller.level is None:
+        assert bound(levels.min()) > 0.05
+        return
+    assert controller.upper == pytest.approx(bound(controller.level))
+    assert bound(controller.level) <= 0.05
+    looser = np.sort(levels[levels < HIGH])[
+        math.ceil(1.2 * (levels < controller.level).sum() + 1) :
+    ]
+    assert controller.level == HIGH or not looser.size or bound(looser[0]) > 0.04
+
+
+@pytest.mark.parametrize(("right", "holds"), [(44, False), (46, True)])
+def test_with_too_few_right_ones_nothing_is_stopped(right: int, holds: bool) -> None:
+    """However many wrong ones are known."""
+    controller = keeper()
+    levels = np.concatenate([np.linspace(-9, -4, 5000), np.linspace(-1, 0, right)])
+    controller.update(outcomes(levels, levels > -2), None, ready=True)
+    assert (controller.level is not None) == holds
+    assert holds or "at least 1 more right ones are needed" in controller.reason
+
+
+def test_a_lost_one_counts_among_those_that_audits_would_show() -> None:
+    """Ten are stopped for each that is audited: so for each that shows, ten finished ones count."""
+    controller = keeper(window=1)
+    levels, right = np.linspace(-9.0, 0.0, 400), np.ones(400, bool)
+    weights = np.where(levels < -8.9, 10.0, 1.0)  # five of them, audited
+    batch = outcomes(levels, right, weights)
+    controller.update(dataclasses.replace(batch, known_share=0.1), 0.1, ready=True)
+    assert controller.known == pytest.approx(0.1 * (395 + 5 * 10))
+
+
+def test_audits_that_show_right_ones_lost_end_what_was_known() -> None:
+    controller = keeper()
+    levels = np.concatenate([np.linspace(-9, -4, 300), np.linspace(-1, 0, 300)])
+    controller.update(outcomes(levels, levels > -2), None, ready=True)
+    assert controller.level is not None
+    lost = outcomes([-9.0] * 6 + [-1.0] * 100, [True] * 106, [10.0] * 6 + [1.0] * 100)
+    lost = dataclasses.replace(lost, known_share=0.1)
+    controller.update(lost, 0.3, ready=True, audits=(6, 6))
+    assert controller.level is None
+    assert "6 right rollouts were lost of 16 that audits would show" in controller.reason
+
+
+def test_one_right_one_lost_of_a_handful_is_no_rehearsal_that_failed() -> None:
+    levels = np.concatenate([np.linspace(-9, -4, 300), np.linspace(-1, 0, 300)])
+    for lost, holds in ((1, True), (8, False)):
+        controller = keeper()
+        rehearsal = outcomes([-9.0] * lost + [-1.0] * (8 - lost), [True] * 8)
+        controller.update(outcomes(levels, levels > -2), None, ready=True, rehearsal=rehearsal)
+        assert (controller.level is not None) == holds
+
+
+@pytest.mark.parametrize("accuracy", [0.02, 0.12, 0.5])
+@pytest.mark.parametrize("area", [0.7, 0.95])
+def test_however_few_are_right_few_of_them_are_lost(accuracy: float, area: float) -> None:
+    """What a bound on false positives gives away: with 2 % right nearly all of them."""
+    played = [play(Bound(), accuracy, area, seed=seed) for seed in range(3)]
+    assert np.mean([one.lost for one in played]) < 0.05
+    assert np.mean([one.caught for one in played]) > 0.01
+    if accuracy == 0.02:
+        assert play(Bound("false-positives"), accuracy, area, seed=0).lost > 0.5
 
 
 # -- simulations -----------------------------------------------------------------------------------

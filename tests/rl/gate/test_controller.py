@@ -182,7 +182,7 @@ def realised(stopping: StopController, batches: int, **settings: Any) -> tuple[f
 @pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
 def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule: RuleName) -> None:
     """70 % of these rollouts slip, visibly: half of them early enough to be worth a stop."""
-    stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1)
+    stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1, false_positives=0.05)
     false, stopped = realised(stopping, 30)
     assert false < 0.05
     assert stopped > 0.5
@@ -195,6 +195,7 @@ def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule: RuleName)
 def test_the_audit_ends_a_rule_that_cannot_tell() -> None:
     """Half of what looks like a slip is none: no threshold is safe, and a fixed one is not."""
     settings = {"rule": "regret-only", "beta": 0.4, "beta_min": 0.1, "audit_share": 0.1}
+    settings["false_positives"] = 0.05
     careless, _ = realised(controller(threshold="fixed", **settings), 10, harmless=0.5)
     assert careless > 0.15
     stopping = controller(**settings)
@@ -202,6 +203,27 @@ def test_the_audit_ends_a_rule_that_cannot_tell() -> None:
     assert [gate.rule for gate in gates].count("none") >= 15
     if not stopping.on:
         assert "no threshold keeps false positives under 5%" in stopping.reason
+
+
+@pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
+def test_the_audit_loses_few_of_the_right_ones(rule: RuleName) -> None:
+    """The default bound, with a tenth audited."""
+    stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1)
+    lost = right = stops = 0
+    for batch in range(30):
+        gate = stopping.gate("w")
+        full = simulate(200, 88_000 + batch)
+        found = np.array(cuts(full, gate)) > 0
+        correct = np.array([bool(rollout.correct) for rollout in full])
+        lost, right, stops = (
+            lost + (found & correct).sum(),
+            right + correct.sum(),
+            stops + found.sum(),
+        )
+        stopping.observe(censored(full, gate, 0.1, batch), None)
+    assert lost < 0.05 * right
+    assert stops > 0.4 * 200 * 30 * 0.7  # 70 % slip
+    assert "right rollouts lost with 90% confidence" in stopping.reason
 
 
 def test_scores_are_made_before_the_estimator_has_seen_the_batch() -> None:
@@ -366,14 +388,20 @@ def test_what_no_critic_said_calibrates_nothing() -> None:
 
 @pytest.mark.parametrize("rule", ["value-gated", "value-only"])
 def test_audits_bound_a_critics_rule(rule: RuleName) -> None:
-    stopping = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
+    settings = {"rule": rule, "value": "critic", "audit_share": AUDIT, "beta_min": 0.01}
+    settings["false_positives"] = 0.05
+    stopping = controller(
+        rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01, false_positives=0.05
+    )
     _, shares = play(stopping, 12)
     assert stopping.needs_values
     assert bound_of(stopping) <= 0.05
     failing = 1.0 - 0.97**40
     assert np.mean(shares[6:]) == pytest.approx(failing, abs=0.12)
     # A critic that takes too much for fatal is not believed.
-    deceived = controller(rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01)
+    deceived = controller(
+        rule=rule, value="critic", audit_share=AUDIT, beta_min=0.01, false_positives=0.05
+    )
     _, shares = play(deceived, 12, harmless=0.5)
     assert bound_of(deceived) > 0.05
     assert np.mean(shares) < 0.05

@@ -442,7 +442,9 @@ def test_the_line_of_a_step() -> None:
         "stopping/threshold": 2.34567,
     }
     line = step_line(3, 40, row)
-    assert line.startswith("step 3/40  reward 0.31  accuracy –  stopped 40% (false 1/12, ≤ 4.8%)")
+    assert line.startswith(
+        "step 3/40  reward 0.31  accuracy –  stopped 40% (right 1 of 12 audited, bound ≤ 4.8%)"
+    )
     assert "tokens 7,012 (– saved)" in line
     assert line.endswith("[value-gated at 2.35]")
     off = step_line(1, 40, {"stopping/on": False, "stopping/reason": "warm-up: 1 of 2"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -291,14 +292,13 @@ def test_whether_the_bound_was_kept(
     tmp_path: Path, audited: int, correct: int, verdict: str
 ) -> None:
     batch = [stopped(30, 10, audited=True, correct=i < correct) for i in range(audited)]
-    summary = summary_of([*batch, rollout(5)])
+    summary = summary_of([*batch, rollout(5)], **{"stopping.false_positives": "0.05"})
     written = strict(summary.write(tmp_path / "summary.json").read_text())
-    assert (written["false_positive_bound"], written["false_positive_bound_kept"]) == (
-        0.05,
-        verdict,
-    )
-    (line,) = (row for row in summary.text().splitlines() if row.startswith("their bound"))
-    assert re.split("  +", line)[1].lower().startswith(f"5.0%, {verdict}")
+    assert written["bound"] == {"of": "false-positives", "limit": 0.05, "confidence": 0.9}
+    assert written["bound_kept"] == verdict
+    (line,) = (row for row in summary.text().splitlines() if row.startswith("bound "))
+    said = re.split("  +", line)[1].lower()
+    assert said.startswith(f"false positives under 5.0%, {verdict}")
     assert ("nothing was audited" in line) == (audited == 0)
 
 
@@ -306,8 +306,25 @@ def test_whether_the_bound_was_kept(
 def test_no_bound_where_none_was_to_be_kept(override: str) -> None:
     key, _, value = override.partition("=")
     summary = summary_of([stopped(30, 10, audited=True, correct=True)], **{key: value})
-    assert summary.as_dict()["false_positive_bound_kept"] is None
-    assert "their bound" not in summary.text()
+    assert summary.as_dict()["bound_kept"] is None
+    assert not [row for row in summary.text().splitlines() if row.startswith("bound ")]
+
+
+@pytest.mark.parametrize(
+    ("finished", "audited", "verdict"),
+    [(3000, 2, "met"), (300, 2, "not shown"), (300, 12, "not met"), (0, 0, "not shown")],
+)
+def test_right_rollouts_lost_are_counted_in_those_that_audits_show(
+    finished: int, audited: int, verdict: str
+) -> None:
+    """A tenth of what was stopped is audited, so a tenth of the finished is what they stand for."""
+    batch = [stopped(30, 10, audited=True, correct=True) for _ in range(audited)]
+    full = [dataclasses.replace(rollout(5), correct=True) for _ in range(finished)]
+    summary = summary_of([*batch, *full], **{"stopping.audit_share": "0.1"})
+    told = summary.as_dict()
+    trials = 0.1 * finished + audited
+    assert told["right_lost"] == (pytest.approx(audited / trials) if trials else None)
+    assert (told["bound"]["of"], told["bound_kept"]) == ("right-lost", verdict)
 
 
 def test_staleness_and_restarts_are_said_where_there_are_any() -> None:

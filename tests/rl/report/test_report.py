@@ -37,8 +37,11 @@ from tests.helpers.report import (
 # -- curves ----------------------------------------------------------------------------------------
 
 
+FALSE = ["stopping.false_positives=0.05"]
+
+
 def test_curves_follow_from_the_log(tmp_path: Path) -> None:
-    lines = lines_of(make_run(tmp_path / "run"))
+    lines = lines_of(make_run(tmp_path / "run", settings=FALSE))
     assert lines["accuracy-step/training rollouts"]["x"] == [1, 2, 3]
     assert lines["accuracy-tokens/training rollouts"]["x"] == [100, 300, 600]
     evaluation = lines["accuracy-tokens/evaluation avg@1"]
@@ -49,27 +52,44 @@ def test_curves_follow_from_the_log(tmp_path: Path) -> None:
     assert lines["tokens-total/without stopping"]["y"] == [150, 300, 800]
     assert lines["length/as cut"]["y"] == [10, 10, 10]
     assert lines["length/in full"]["y"] == [15, None, 15]
-    audited = lines["false-positives/audited"]
+    audited = lines["cost/audited"]
     assert audited["y"] == [0.5, 0.5, 0.5]
     low, high = Share(3, 6).interval
     assert audited["low"][2] == pytest.approx(low, rel=1e-5)
     assert audited["high"][2] == pytest.approx(high, rel=1e-5)
-    assert lines["false-positives/bound"]["y"] == [None, 0.2, 0.2]
-    assert lines["false-positives/wished (at most)"]["y"] == [0.05] * 3
+    assert lines["cost/bound"]["y"] == [None, 0.2, 0.2]
+    assert lines["cost/wished (at most)"]["y"] == [0.05] * 3
     assert lines["seconds/step"]["y"] == [3, 3, 3]
     assert "explained/critic" not in lines  # of which nothing is known
 
 
 def test_false_positives_are_those_of_the_last_steps(tmp_path: Path) -> None:
     """So many as the threshold is judged by."""
-    folder = make_run(tmp_path / "run", batch=[], steps=30)
+    folder = make_run(tmp_path / "run", batch=[], steps=30, settings=FALSE)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows[:11]:
         row["rollout/audited_correct"] = 2
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    audited = lines_of(folder)["false-positives/audited"]["y"]
+    audited = lines_of(folder)["cost/audited"]["y"]
     assert audited[9] == 1.0
     assert audited[-1] == 0.5
+
+
+def test_right_rollouts_lost_are_of_those_that_audits_show(tmp_path: Path) -> None:
+    """One of two audited was right in each step, a tenth is audited, and 20 were right in all."""
+    known: dict[str, Any] = {"rollout/right": 20.0, "stopping/on": 1.0}
+    folder = make_run(tmp_path / "run", **known)
+    lines = lines_of(folder)
+    assert lines["cost/audited"]["y"] == [0.5, 0.5, 0.5]
+    assert lines["cost/wished (at most)"]["y"] == [0.05] * 3
+
+
+def test_a_run_of_before_bounded_false_positives(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", settings=FALSE)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    del recipe["stopping"]["right_lost"]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert lines_of(folder)["cost/audited"]["y"] == [0.5, 0.5, 0.5]
 
 
 def test_the_run_in_a_few_numbers(tmp_path: Path) -> None:
