@@ -380,10 +380,10 @@ async def test_the_command_waits_for_its_servers() -> None:
         (["--wait", "0.1"], 1, "no answer within 0.1 s"),
         (["--wait", "0.1", "--critic", "http://127.0.0.1:7"], 1, "http://127.0.0.1:7"),
         (["--critic", "127.0.0.1:7"], 2, "must be like http://host:port"),
-        (["--critic-timeout", "0"], 2, "critic_timeout: Input should be greater than 0"),
+        (["--critic-timeout", "0"], 2, "--critic-timeout: Input should be greater than 0"),
         (["--gate", "/nowhere/gate.json"], 2, "No such file"),
         (["--upstream", "ftp://x"], 2, "must be like http://host:port"),
-        (["--attempts", "0"], 2, "attempts: Input should be greater than or equal to 1"),
+        (["--attempts", "0"], 2, "--attempts: Input should be greater than or equal to 1"),
     ],
 )
 async def test_the_command_refuses(arguments: list[str], code: int, message: str) -> None:

@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,9 @@ def wandb_records(path: Path) -> Iterator[bytes]:
         if (left := 32_768 - position % 32_768) < 7:
             position += left
             continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7].ljust(3, b"\0"))
+        if position + 7 + length > len(data):
+            return  # still being written
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last piece
@@ -279,17 +282,28 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 def wandb_runs(folder: Path) -> list[tuple[str, list[Any]]]:
     """The offline runs in the order they were made: each one's id and records."""
+    paths = folder.glob("wandb/offline-run-*/run-*.wandb")
+    runs = [(path.stem.removeprefix("run-"), whole_wandb_run(path)) for path in paths]
+    return sorted(runs, key=lambda run: started(run[1]))
+
+
+def started(records: list[Any]) -> float:
+    """When a run began, since 1970."""
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    return run.start_time.ToNanoseconds()
+
+
+def whole_wandb_run(path: Path) -> list[Any]:
+    """Its records, once the last is there: W&B's own process may write after `finish` returns."""
     from wandb.proto import wandb_internal_pb2
 
-    runs = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime):
-        records = []
-        for data in wandb_records(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            records.append(record)
-        runs.append((path.stem.removeprefix("run-"), records))
-    return runs
+    records: list[Any] = []
+    while not records or records[-1].WhichOneof("record_type") != "exit":
+        data = list(wandb_records(path))
+        if len(data) == len(records):
+            time.sleep(0.02)
+        records = list(map(wandb_internal_pb2.Record.FromString, data))
+    return records
 
 
 def history(records: list[Any]) -> list[dict[str, float]]:

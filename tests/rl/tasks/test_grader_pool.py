@@ -265,6 +265,7 @@ def program(tmp_path: Path) -> Iterator[Program]:
         program.process.wait()
 
 
+@pytest.mark.slow
 def test_workers_run_no_line_of_the_program_and_write_no_line_of_its_output(
     program: Program,
 ) -> None:
@@ -273,6 +274,7 @@ def test_workers_run_no_line_of_the_program_and_write_no_line_of_its_output(
     assert sorted(errors.splitlines()) == ["a grader's chatter", "program starts"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_the_parents_alone(program: Program) -> None:
     process = program.start("hang", "fine")
     assert process.stdout is not None
@@ -285,6 +287,7 @@ def test_ctrl_c_is_the_parents_alone(program: Program) -> None:
     assert not psutil.wait_procs(mine, timeout=60.0)[1]
 
 
+@pytest.mark.slow
 def test_a_killed_parent_leaves_no_worker(program: Program) -> None:
     process = program.start("hang deaf", "fine")
     assert process.stdout is not None
