@@ -67,6 +67,13 @@ def made_rollout(logprobs: list[float], max_logprobs: list[float], kept: int) ->
     )
 
 
+def test_a_stopped_rollout_that_an_audit_found_right_is_trained_on_whole() -> None:
+    found = made_rollout([-0.5] * 4, [0.0] * 4, 3)
+    found.correct = True
+    assert Sample.of(found).tokens.tolist() == [7, 8, 1, 2, 3, 4]
+    assert len(Sample.of(found).columns["served_logprobs"]) == 4
+
+
 def test_a_sample_is_what_a_rollout_keeps() -> None:
     made = Sample.of(made_rollout([-0.5, -9999.0, math.nan, -2.0], [0.0] * 4, 3))
     assert made.tokens.tolist() == [7, 8, 1, 2, 3]

@@ -349,10 +349,19 @@ def test_a_score_lies_between_wrong_and_right(end: EndReason, score: float, wort
     assert reward(rollout(end, 100), score, recipe(right_reward=2.0, wrong_reward=-1.0)) == worth
 
 
-@pytest.mark.parametrize("score", [None, 1.0])
-def test_a_stopped_rollout_has_failed_whatever_an_audit_finds(score: float | None) -> None:
-    stopped = rollout(EndReason.EARLY_STOP, 99, audited=score is not None)
+@pytest.mark.parametrize("score", [None, 0.0, 0.9])
+def test_a_stopped_rollout_has_failed(score: float | None) -> None:
+    stopped = rollout(EndReason.EARLY_STOP, 99, audited=score is not None, correct=False)
     assert reward(stopped, score, recipe(overlong_buffer=20)) == -3.0
+
+
+def test_one_that_an_audit_found_right_is_worth_what_it_is_worth() -> None:
+    """Whole, so that it is what its reward is of: no -1 for what is known to be right."""
+    stopped = rollout(EndReason.EARLY_STOP, 95, audited=True, correct=True)
+    stopped.kept = 50
+    whole = rollout(EndReason.COMPLETED, 95, correct=True)
+    settings = recipe(overlong_buffer=20, right_reward=2.0)
+    assert reward(stopped, 1.0, settings) == reward(whole, 1.0, settings) == 2.0 - 15 / 20
 
 
 @given(
