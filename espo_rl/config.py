@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from espo_gateway.stop.rules import RuleName, ValueName, value_source
-from espo_gateway.stop.thresholds import Bound
+from espo_gateway.stop.threshold_control import Bound
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -25,7 +25,7 @@ from espo_rl.config import Recipe, RecipeError, differences
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sampling
 from espo_rl.evaluate.table import as_dict
-from espo_rl.gate.controller import StopController
+from espo_rl.gate.batch_gates import StopController
 from espo_rl.gate.outcomes import with_outcome
 from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.record.log import RunLog

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from espo_gateway.stop.thresholds import AuditThreshold, Bound, Outcomes
+from espo_gateway.stop.threshold_control import AuditThreshold, Bound, Outcomes
 
 ROLLOUTS, STEPS, AUDIT_SHARE, SEEDS = 128, 200, 0.1, 8
 ACCURACIES = (0.02, 0.05, 0.12, 0.3, 0.5)

@@ -21,7 +21,7 @@ from espo_gateway.stop.fit import Variance
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import stop_levels, token_levels
 from espo_gateway.stop.rules import RULES, Gate, threshold_of
-from espo_gateway.stop.thresholds import AuditThreshold, Bound, Outcomes, upper_bound
+from espo_gateway.stop.threshold_control import AuditThreshold, Bound, Outcomes, upper_bound
 from espo_gateway.traces.cross_fit import (
     CalibrationError,
     CrossFit,

@@ -19,7 +19,7 @@ import numpy as np
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.estimate import StreamStatistics, sigmoid
 from espo_gateway.stop.rules import BETA, RULES, Gate
-from espo_gateway.stop.thresholds import share_level, steered
+from espo_gateway.stop.threshold_control import share_level, steered
 from espo_gateway.stop.watch import Watch
 from espo_gateway.stream.followers import Step
 

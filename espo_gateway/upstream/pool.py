@@ -2,7 +2,7 @@
 
 Retries happen only while nothing of an answer has been given out. Leaving `UpstreamPool.open`
 closes the connection unless the answer was read to its end, and that is how a generation is
-cancelled. `Upstream` (health.py) holds what is known of each server.
+cancelled. `Upstream` (server.py) holds what is known of each server.
 """
 
 from __future__ import annotations

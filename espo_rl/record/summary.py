@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from espo_rl.config import Recipe
-from espo_rl.gate.controller import StopController
+from espo_rl.gate.batch_gates import StopController
 from espo_rl.record.intervals import ProblemMean, Share
 from espo_rl.record.json_files import nulls, write_json
 from espo_rl.record.provenance import versions

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.stop.rules import HAZARD, threshold_of
-from espo_gateway.stop.thresholds import Bound, Outcomes
+from espo_gateway.stop.threshold_control import Bound, Outcomes
 from espo_gateway.traces.cross_fit import CalibrationError, CrossFit
 from espo_gateway.traces.detection import (
     Curve,

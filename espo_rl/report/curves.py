@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from espo_gateway.stop.thresholds import Bound
+from espo_gateway.stop.threshold_control import Bound
 from espo_rl.record.intervals import Share
 from espo_rl.record.json_files import nulls
 from espo_rl.record.metrics import METRICS

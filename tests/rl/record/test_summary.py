@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from espo_rl.config import load_recipe
-from espo_rl.gate.controller import StopController
+from espo_rl.gate.batch_gates import StopController
 from espo_rl.record.intervals import ProblemMean
 from espo_rl.record.provenance import versions
 from espo_rl.record.summary import Share, Summary

@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.rules import RuleName, threshold_of
-from espo_gateway.stop.thresholds import (
+from espo_gateway.stop.threshold_control import (
     AuditThreshold,
     Bound,
     Outcomes,

@@ -22,7 +22,7 @@ from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
 from espo_gateway.stop.replay import stop_levels
 from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_source
-from espo_gateway.stop.thresholds import AuditThreshold, Outcomes, ShareThreshold
+from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes, ShareThreshold
 from espo_rl.config import Stopping
 from espo_rl.gate.outcomes import KnownRollouts, recorded_of
 from espo_rl.gate.warm_up import WarmUp

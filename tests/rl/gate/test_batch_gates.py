@@ -18,9 +18,9 @@ from espo_gateway.stop.estimate import SuccessEstimator
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.regret import RegretStatistics, smoothed_regret
 from espo_gateway.stop.rules import Gate, RuleName, threshold_of
-from espo_gateway.stop.thresholds import AuditThreshold, Outcomes
+from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes
 from espo_rl.config import Stopping
-from espo_rl.gate.controller import StopController
+from espo_rl.gate.batch_gates import StopController
 from espo_rl.gate.outcomes import recorded_of, with_outcome
 from espo_rl.gate.warm_up import WarmUp
 from espo_rl.types import EndReason

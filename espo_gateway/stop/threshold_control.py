@@ -181,7 +181,7 @@ class AuditThreshold:
     that the bound is broken. Then all that was known before is forgotten.
 
     Looser thresholds cost more where levels mean anything, so that candidates are nearly one test;
-    tests/gateway/stop/test_thresholds.py simulates that the confidence holds.
+    tests/gateway/stop/test_threshold_control.py simulates that the confidence holds.
 
     level: in force; None when no candidate holds. upper: the upper bound of the cost there (or the
     smallest of any candidate). known: the effective number of outcomes it rests on; bad: of these,
