@@ -27,13 +27,6 @@ settings.load_profile("espo")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests in several processes: one process has all that need vLLM, and a file's fixtures."""
-    for item in items:
-        together = "vllm" if item.get_closest_marker("vllm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
-
-
 @pytest.fixture(autouse=True)
 def _no_command_left() -> Iterator[None]:
     """A test that fails, or runs out of time, leaves no gateway behind."""

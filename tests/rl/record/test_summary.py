@@ -29,7 +29,7 @@ def rollout(length: int, end: EndReason = EndReason.COMPLETED, **fields: object)
     return Rollout(
         problem=Problem("1", "1", "1"),
         prompt_ids=[1],
-        token_ids=list(range(length)),
+        token_ids=[1] * length,
         logprobs=NOTHING,
         max_logprobs=NOTHING,
         text="",
