@@ -30,7 +30,7 @@ from tests.helpers.gateway import (
     raw_request,
 )
 
-pytestmark = [in_browser, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [in_browser, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 WIDTHS = {"wide": 1280, "narrow": 390}
 both = pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"><b>" + "long" * 200

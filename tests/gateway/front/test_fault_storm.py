@@ -301,6 +301,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "unmonitored"), [(0, "pass"), (1, "refuse")])
 async def test_a_storm_of_faults(
     seed: int, unmonitored: str, caplog: pytest.LogCaptureFixture

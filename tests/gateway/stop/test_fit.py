@@ -53,6 +53,7 @@ def test_the_estimate_is_the_true_probability() -> None:
     assert explained_variance(fitted, held_out) == pytest.approx(best, abs=0.05)
 
 
+@pytest.mark.slow
 def test_audits_undo_the_censoring_by_stops() -> None:
     full = simulate(3000, 2)
     first = fit(full[:800])

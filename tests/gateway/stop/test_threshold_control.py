@@ -307,6 +307,7 @@ def test_one_right_one_lost_of_a_handful_is_no_rehearsal_that_failed() -> None:
         assert (controller.level is not None) == holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accuracy", [0.02, 0.12, 0.5])
 @pytest.mark.parametrize("area", [0.7, 0.95])
 def test_however_few_are_right_few_of_them_are_lost(accuracy: float, area: float) -> None:
@@ -406,6 +407,7 @@ def test_the_overconfident_policy_breaks_an_assumed_p_star() -> None:
     assert CALIBRATED.false_share(threshold_of("value-only").level(0.1))[0] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [CALIBRATED, OVERCONFIDENT], ids=["calibrated", "overconfident"])
 def test_realised_false_positives_stay_under_the_limit(policy: Policy) -> None:
     stopped, false = sum(
@@ -414,12 +416,14 @@ def test_realised_false_positives_stay_under_the_limit(policy: Policy) -> None:
     assert 0 < false / stopped < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "share"), [(CALIBRATED, 0.8), (OVERCONFIDENT, 0.5)])
 def test_it_stops_most_of_what_an_oracle_would(policy: Policy, share: float) -> None:
     told = np.mean([run(lambda _: policy, audit(), seed=s, batches=60) for s in range(6)], axis=0)
     assert told[:, 0].mean() / 256 > share * policy.oracle_share()
 
 
+@pytest.mark.slow
 def test_the_confidence_holds_for_the_threshold_that_is_chosen() -> None:
     """Chosen among many candidates, on full rollouts; violations come from luck alone."""
     violations = 0
@@ -432,6 +436,7 @@ def test_the_confidence_holds_for_the_threshold_that_is_chosen() -> None:
     assert violations <= 400 * 0.1
 
 
+@pytest.mark.slow
 def test_a_rosy_warm_up_is_corrected_by_audits() -> None:
     """From batch 20 on the estimator is far too sure; before it was not."""
     worse = Policy(gap=2.5, scale=2.0, shift=-2.0)
@@ -446,6 +451,7 @@ def test_a_rosy_warm_up_is_corrected_by_audits() -> None:
     assert after[:, 1].sum() / after[:, 0].sum() < 0.06
 
 
+@pytest.mark.slow
 def test_audits_that_speak_against_the_bound_end_what_was_known() -> None:
     """From batch 20 on levels hardly tell right from wrong; evidence of before says they do."""
     broken = Policy(gap=1.0, scale=3.0, shift=-3.0)

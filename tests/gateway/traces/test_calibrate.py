@@ -186,6 +186,7 @@ def test_spared_traces_stand_for_the_cut_ones(tmp_path: Path) -> None:
 # -- a bound on false positives --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["success-probability", "regret-only"])
 def test_the_bound_holds_on_others_as_often_as_it_says(tmp_path: Path, rule: str) -> None:
     held, stopped = [], []

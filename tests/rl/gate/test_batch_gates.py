@@ -119,6 +119,7 @@ def test_every_combination_makes_gates_that_hold(
         assert stopping.reason.startswith(("β = ", "p* = ", "hazard = "))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "value", "threshold"),
     [
@@ -179,6 +180,7 @@ def realised(stopping: StopController, batches: int, **settings: Any) -> tuple[f
     return false / max(stops, 1), stops / (gated or 1) / 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
 def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule: RuleName) -> None:
     """70 % of these rollouts slip, visibly: half of them early enough to be worth a stop."""
@@ -192,6 +194,7 @@ def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule: RuleName)
     assert "false positives with 90% confidence" in stopping.reason
 
 
+@pytest.mark.slow
 def test_the_audit_ends_a_rule_that_cannot_tell() -> None:
     """Half of what looks like a slip is none: no threshold is safe, and a fixed one is not."""
     settings = {"rule": "regret-only", "beta": 0.4, "beta_min": 0.1, "audit_share": 0.1}
@@ -205,6 +208,7 @@ def test_the_audit_ends_a_rule_that_cannot_tell() -> None:
         assert "no threshold keeps false positives under 5%" in stopping.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
 def test_the_audit_loses_few_of_the_right_ones(rule: RuleName) -> None:
     """The default bound, with a tenth audited."""
@@ -386,6 +390,7 @@ def test_what_no_critic_said_calibrates_nothing() -> None:
     assert "no full rollout has been judged" in stopping.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["value-gated", "value-only"])
 def test_audits_bound_a_critics_rule(rule: RuleName) -> None:
     settings = {"rule": rule, "value": "critic", "audit_share": AUDIT, "beta_min": 0.01}

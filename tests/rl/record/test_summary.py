@@ -76,6 +76,7 @@ def totals_of(batch: list[Rollout]) -> Totals:
 # -- tokens without stopping -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "audit_share"), [(1200, 0.1), (500, 0.5), (500, 0.9)])
 def test_tokens_without_stopping_lies_in_its_interval(count: int, audit_share: float) -> None:
     repeats, inside, errors = 400, 0, []

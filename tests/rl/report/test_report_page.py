@@ -78,6 +78,7 @@ async def show(page: Page, row: int) -> None:
 
 
 @in_browser
+@pytest.mark.slow
 @both
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_curves_are_drawn(browser: Browser, made: Path, width: int) -> None:
@@ -123,6 +124,7 @@ async def drawn_in(page: Page, canvas: str, name: str) -> None:
 
 
 @in_browser
+@pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_colours_follow_the_system(browser: Browser, made: Path) -> None:
     async with opened(browser, made, color_scheme="light") as page:
@@ -135,6 +137,7 @@ async def test_the_colours_follow_the_system(browser: Browser, made: Path) -> No
 
 
 @in_browser
+@pytest.mark.slow
 @both
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_table_is_filtered_and_sorted(browser: Browser, made: Path, width: int) -> None:
@@ -170,6 +173,7 @@ async def test_the_table_is_filtered_and_sorted(browser: Browser, made: Path, wi
 
 
 @in_browser
+@pytest.mark.slow
 @both
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_rollout_token_by_token(browser: Browser, made: Path, width: int) -> None:
@@ -229,6 +233,7 @@ async def cursor(page: Page) -> float:
 
 
 @in_browser
+@pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="module")
 async def test_rollouts_in_turn_by_keyboard(browser: Browser, made: Path) -> None:
     async with opened(browser, made) as page:
@@ -245,6 +250,7 @@ async def test_rollouts_in_turn_by_keyboard(browser: Browser, made: Path) -> Non
 
 
 @in_browser
+@pytest.mark.slow
 @both
 @pytest.mark.asyncio(loop_scope="module")
 async def test_2000_rollouts_without_a_tokenizer(
@@ -266,6 +272,7 @@ async def test_2000_rollouts_without_a_tokenizer(
 
 
 @in_browser
+@pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="module")
 async def test_texts_from_outside_are_text(browser: Browser, tmp_path: Path) -> None:
     rollout = one(1, text=HOSTILE)
@@ -281,6 +288,7 @@ async def test_texts_from_outside_are_text(browser: Browser, tmp_path: Path) -> 
 
 
 @in_browser
+@pytest.mark.slow
 @both
 @pytest.mark.asyncio(loop_scope="module")
 async def test_two_runs_and_no_rollouts(browser: Browser, tmp_path: Path, width: int) -> None:

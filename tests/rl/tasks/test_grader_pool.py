@@ -112,6 +112,7 @@ async def test_a_failure_costs_one_grade(text: str, reason: str) -> None:
         assert await told(graders, FINE, "wrong") == [Grade(1.0), Grade(0.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["hang", "hang deaf"])
 async def test_what_hangs_is_killed_and_costs_one_grade(text: str) -> None:
     async with pool(grader_timeout=2.0) as graders:
@@ -122,12 +123,14 @@ async def test_what_hangs_is_killed_and_costs_one_grade(text: str) -> None:
         assert grades == [Grade(1.0)] * 6
 
 
+@pytest.mark.slow
 async def test_more_hang_than_there_are_workers() -> None:
     async with pool(grader_timeout=2.0, grader_workers=2) as graders:
         grades = await told(graders, *["hang"] * 4, FINE)
     assert [grade.score for grade in grades] == [None] * 4 + [1.0]
 
 
+@pytest.mark.slow
 async def test_a_users_endless_pattern_hangs_no_run() -> None:
     config = TaskSection(grader="regex", pattern="^((a|aa)+)$", grader_timeout=2.0)
     async with GraderPool(config) as graders:
@@ -147,6 +150,7 @@ async def test_a_row_that_cannot_be_sent_costs_one_grade() -> None:
     assert fine == Grade(1.0)
 
 
+@pytest.mark.slow
 async def test_idle_workers_that_are_killed_are_replaced() -> None:
     async with pool() as graders:
         assert await told(graders, FINE) == [Grade(1.0)]
@@ -193,6 +197,7 @@ async def test_ctrl_c_while_workers_start_is_not_for_them(capfd: pytest.CaptureF
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 async def test_a_killed_graders_own_processes_die_with_it(tmp_path: Path) -> None:
     async with pool(grader_timeout=3.0) as graders:
         (grade,) = await told(graders, f"child:{tmp_path / 'pid'}")
