@@ -91,6 +91,7 @@ async def test_a_server_that_makes_no_token_though_it_has_work_hangs(
     assert await servers.down() == servers.policies
 
 
+@pytest.mark.slow
 async def test_a_stopped_process_hangs(make: Make, said: Said) -> None:
     servers = make(hang_timeout=0.2)
     await servers.start(said)
