@@ -129,6 +129,8 @@ def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0)
     # Where none was seen a resampling sees none either: the exact bound, of prompts.
     for k in np.flatnonzero(found.false[:, 0] == 0.0):
         found.false[k, 2] = 1.0 - 0.025 ** (1.0 / np.count_nonzero(sums[:, 0, k]))
+    for k in np.flatnonzero(found.false_positive_rate[:, 0] == 0.0):
+        found.false_positive_rate[k, 2] = 1.0 - 0.025 ** (1.0 / np.count_nonzero(totals[:, 2]))
     return found
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bench_replay
 from bench_replay import make_rollouts
@@ -22,7 +24,7 @@ from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import BETA, Gate, threshold_of
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_gateway.traces.detection import Judged, area, curve, difficulty
+from espo_gateway.traces.detection import Judged, area, area_within, curve, difficulty
 from espo_gateway.traces.judge import fitted, fitted_elsewhere, replayed
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
@@ -198,6 +200,63 @@ def test_the_cut_ones_are_not_left_out_in_silence(
 def test_none_seen_is_not_none_there() -> None:
     found = curve(judged([0] * 20, [*range(20)]), np.full((20, 1), 5, np.int32), draws=50)
     assert found.false[0] == pytest.approx([0.0, 0.0, 1.0 - 0.025 ** (1 / 20)])
+
+
+def test_none_lost_is_not_none_that_could_be() -> None:
+    correct = [1, 0] * 10
+    cuts = np.where(np.array(correct) == 0, 5, 0).astype(np.int32)[:, None]
+    found = curve(judged(correct, [*range(20)]), cuts, draws=50)
+    assert found.false_positive_rate[0] == pytest.approx([0.0, 0.0, 1.0 - 0.025 ** (1 / 10)])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.booleans(), st.integers(0, 3), st.integers(0, 4), st.sampled_from([1.0, 10.0])
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_the_area_within_prompts_is_the_share_of_their_own_pairs_in_order(
+    rows: list[tuple[bool, int, int, float]],
+) -> None:
+    """Against counting by hand, with ties and weights."""
+    correct, prompts, levels, weights = (list(column) for column in zip(*rows, strict=True))
+    won = pairs = 0.0
+    for right in (k for k, answer in enumerate(correct) if answer):
+        for wrong in (k for k, answer in enumerate(correct) if not answer):
+            if prompts[right] == prompts[wrong]:
+                pair = weights[right] * weights[wrong]
+                pairs += pair
+                won += pair * (
+                    (levels[right] > levels[wrong]) + (levels[right] == levels[wrong]) / 2
+                )
+    numbers = np.unique(prompts, return_inverse=True)[1].tolist()
+    all_of = judged([int(answer) for answer in correct], numbers, weights)
+    found = area_within(all_of, np.array(levels, float), draws=5)
+    assert found.value == pytest.approx(won / pairs if pairs else math.nan, nan_ok=True)
+
+
+def test_a_rule_that_only_knows_the_problem_tells_nothing_within_prompts() -> None:
+    """One prompt is nearly always right, the other nearly never: the level is the prompt's."""
+    correct, prompts = [1] * 9 + [0] + [0] * 9 + [1], [0] * 10 + [1] * 10
+    levels = np.array([1.0] * 10 + [0.0] * 10)
+    all_of = judged(correct, prompts)
+    assert area(all_of, levels, draws=5).value > 0.85
+    assert area_within(all_of, levels, draws=5).value == 0.5
+
+
+def test_what_is_saved_is_told_at_the_right_ones_lost() -> None:
+    """Ten rollouts of ten tokens; the looser threshold saves twice as much and loses 1 of 5."""
+    correct = [1] * 5 + [0] * 5
+    strict = np.array([0] * 5 + [5] * 2 + [0] * 3)
+    loose = np.array([5] + [0] * 4 + [5] * 3 + [0] * 2)
+    found = curve(
+        judged(correct, [*range(10)]), np.stack([strict, loose], 1).astype(np.int32), draws=50
+    )
+    assert found.saved_at["0.05"].value == found.saved_at["0.10"].value == found.saved[0, 0]
+    assert found.saved[1, 0] == 2 * found.saved[0, 0]
 
 
 def test_audited_rollouts_stand_for_the_stopped_ones(tmp_path: Path) -> None:
