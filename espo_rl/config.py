@@ -180,9 +180,7 @@ class Stopping(Section):
     @property
     def bound(self) -> Bound:
         """What threshold = "audit" keeps."""
-        if self.false_positives is not None:
-            return Bound("false-positives", self.false_positives, self.confidence)
-        return Bound("right-lost", self.right_lost, self.confidence)
+        return Bound.chosen(self.right_lost, self.false_positives, self.confidence)
 
     @model_validator(mode="after")
     def _together(self) -> Stopping:

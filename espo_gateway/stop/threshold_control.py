@@ -40,6 +40,13 @@ class Bound:
     limit: float = 0.05
     confidence: float = 0.9
 
+    @classmethod
+    def chosen(cls, right_lost: float, false_positives: float | None, confidence: float) -> Bound:
+        """From settings: a share of false positives, when given, stands in the other's place."""
+        if false_positives is not None:
+            return cls("false-positives", false_positives, confidence)
+        return cls("right-lost", right_lost, confidence)
+
     @property
     def needed(self) -> float:
         """Known outcomes (of right rollouts, or of stopped ones) that hold it if none is bad."""

@@ -180,9 +180,7 @@ def add_bound(parser: argparse.ArgumentParser) -> None:
 
 def bound_of(options: argparse.Namespace) -> Bound:
     """The bound that was asked for."""
-    if options.false_positives is not None:
-        return Bound("false-positives", options.false_positives, options.confidence)
-    return Bound("right-lost", options.right_lost, options.confidence)
+    return Bound.chosen(options.right_lost, options.false_positives, options.confidence)
 
 
 def share(text: str) -> float:
