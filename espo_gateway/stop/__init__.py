@@ -3,7 +3,8 @@
 No network, no asyncio, no torch. In reading order:
 
     regret             surrogate regret g, its statistics over batches, z          rows 1 to 4
-    estimate           V from the stream's own statistics
+    told               what else may be known of a stream, and when it is asked
+    estimate           V from the stream's own statistics, and from what is told
     tracks             what other rules follow beside z
     recorded           many rollouts as arrays
     rules              every rule, its threshold, and the gate                     row 5

@@ -1,8 +1,7 @@
 """Where V(s_t), the estimated probability of success, comes from.
 
-A constant; or the stream's own statistics: a logistic regression on a dozen numbers known at token
-t, which needs no critic server and no forward pass. A critic server answers later and elsewhere:
-its seam is `Verdict.ASK` in `rules.py`. Pure: fitting an estimator is the trainer's business.
+A constant; or a logistic regression on a dozen numbers of the stream known at token t, which needs
+no forward pass, and on what sources tell beside (`told.py`). Pure; `fit.py` fits it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.stop.regret import Array, moving_average
+from espo_gateway.stop.told import ASKED, TOLD, SourceName, in_order
 
 #: What `StreamStatistics.features` gives, in order. Roots, not logarithms, tame the growing ones:
 #: a root is rounded alike by every library, so a replay equals the live decision to the last bit.
@@ -133,30 +133,48 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
 
 @dataclass(frozen=True)
 class SuccessEstimator:
-    """P(success | s_t) = sigmoid(bias + weights · features): one weight per name in `FEATURES`."""
+    """P(success | s_t) = sigmoid(bias + weights · features).
+
+    weights: one for each of `FEATURES`, then for each of what the `sources` tell (`told.TOLD`).
+    """
 
     weights: tuple[float, ...]
     bias: float
+    sources: tuple[SourceName, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.weights) != len(FEATURES):
-            raise ValueError(f"weights must have {len(FEATURES)} entries, not {len(self.weights)}")
+        if self.sources != in_order(self.sources):
+            raise ValueError(f"sources must be some of {tuple(TOLD)}, in this order")
+        count = len(FEATURES) + sum(len(TOLD[source]) for source in self.sources)
+        if len(self.weights) != count:
+            raise ValueError(f"weights must have {count} entries, not {len(self.weights)}")
         if not all(map(math.isfinite, (self.bias, *self.weights))):
             raise ValueError("weights and bias must be finite")
 
-    def logit(self, features: Sequence[float]) -> float:
-        """log P/(1-P) at one token."""
+    @property
+    def asks(self) -> bool:
+        """Whether it reads a source that must be asked, and so is known only where that was."""
+        return not ASKED.isdisjoint(self.sources)
+
+    def logit(self, features: Sequence[float], told: Sequence[float] = ()) -> float:
+        """log P/(1-P) at one token. told: `told.told_features`; with NaN in it, the logit is."""
         w, f = self.weights, features
         # Written out, as it is done for every token; added up in one order, that of `logits`.
         total = self.bias + w[0] * f[0] + w[1] * f[1] + w[2] * f[2] + w[3] * f[3] + w[4] * f[4]
         total = total + w[5] * f[5] + w[6] * f[6] + w[7] * f[7] + w[8] * f[8] + w[9] * f[9]
-        return total + w[10] * f[10] + w[11] * f[11]
+        total = total + w[10] * f[10] + w[11] * f[11]
+        for k, number in enumerate(told, len(FEATURES)):
+            total = total + w[k] * number
+        return total
 
-    def logits(self, features: Array) -> Array:
+    def logits(self, features: Array, told: Array | None = None) -> Array:
         """The same for features of shape [..., len(FEATURES)]; added up in the same order."""
         total = np.full_like(features[..., 0], self.bias, dtype=float)
-        for k, weight in enumerate(self.weights):
+        for k, weight in enumerate(self.weights[: len(FEATURES)]):
             total += weight * features[..., k]
+        if told is not None:
+            for k, weight in enumerate(self.weights[len(FEATURES) :]):
+                total += weight * told[..., k]
         return total
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
-from espo_gateway.stop.estimate import SuccessEstimator
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array
+from espo_gateway.stop.told import TOLD, SourceName
 
 #: Neighbouring tokens say almost the same; this many a rollout are enough to fit on.
 TOKENS_PER_ROLLOUT = 48
@@ -21,24 +22,35 @@ TOKENS_PER_ROLLOUT = 48
 class Examples:
     """What a fit needs of one batch: every (or every k-th) token of rollouts of known outcome."""
 
-    features: NDArray[np.float32]  # [tokens, features]
+    features: NDArray[np.float32]  # [tokens, features], those of the sources last
     outcomes: NDArray[np.bool_]  # [tokens]
     weights: NDArray[np.float32]  # [tokens]
 
 
-def examples(recorded: Recorded, correct: NDArray[np.bool_], weights: Array) -> Examples:
-    """Tokens of rollouts of known outcome to fit on.
+def examples(
+    recorded: Recorded,
+    correct: NDArray[np.bool_],
+    weights: Array,
+    sources: Sequence[SourceName] = (),
+) -> Examples:
+    """Tokens of rollouts of known outcome to fit on: those at which all sources have answered.
 
     Args:
         correct: [rollouts].
         weights: how many rollouts each stands for, [rollouts].
     """
     chosen = recorded.known.copy()
-    stride = max(1, chosen.shape[1] // TOKENS_PER_ROLLOUT)
-    chosen[:, np.arange(chosen.shape[1]) % stride != stride - 1] = False
+    told = recorded.told(sources)
+    if told is not None:
+        chosen &= np.isfinite(told).all(axis=-1)
+    # Each by its own length: by the longest, one runaway would leave nothing of all others.
+    place = np.cumsum(chosen, axis=1)
+    stride = np.maximum(place[:, -1:] // TOKENS_PER_ROLLOUT, 1)
+    chosen &= place % stride == 0
     rows, _ = np.nonzero(chosen)
+    features = [recorded.features[chosen], *([] if told is None else [told[chosen]])]
     return Examples(
-        features=recorded.features[chosen].astype(np.float32),
+        features=np.concatenate(features, axis=-1).astype(np.float32),
         outcomes=correct[rows],
         weights=weights[rows].astype(np.float32),
     )
@@ -47,20 +59,22 @@ def examples(recorded: Recorded, correct: NDArray[np.bool_], weights: Array) -> 
 def explained_variance(
     recorded: Recorded, correct: NDArray[np.bool_], weights: Array, expected: Array
 ) -> float | None:
-    """1 - var(outcome - P)/var(outcome) over all tokens.
+    """1 - var(outcome - P)/var(outcome) over all tokens at which P is known.
 
     Args:
         correct, weights: as for `examples`.
-        expected: P, [rollouts, tokens], of an estimator that was not fitted on these rollouts.
+        expected: P, [rollouts, tokens], of an estimator that was not fitted on these rollouts; NaN
+            where it knows none.
 
     Returns:
         None when all outcomes are the same.
     """
     variance, rest = Variance(), Variance()
-    rows, _ = np.nonzero(recorded.known)
+    known = recorded.known & ~np.isnan(expected)
+    rows, _ = np.nonzero(known)
     outcomes, weight = correct[rows].astype(float), weights[rows]
     variance.add(outcomes, weight)
-    rest.add(outcomes - expected[recorded.known], weight)
+    rest.add(outcomes - expected[known], weight)
     return 1.0 - rest.value / variance.value if variance.value else None
 
 
@@ -84,8 +98,11 @@ class Variance:
         return max(self._squares / self._weight - mean * mean, 0.0)
 
 
-def fit(batches: Iterable[Examples]) -> SuccessEstimator | None:
-    """Logistic regression of the outcome on the stream's statistics.
+def fit(batches: Iterable[Examples], sources: Sequence[SourceName] = ()) -> SuccessEstimator | None:
+    """Logistic regression of the outcome on the stream's statistics and what sources tell.
+
+    Args:
+        sources: those of the examples, or the first of them: the others are then left out.
 
     Returns None when all outcomes are the same: there is nothing to tell apart. Raises ImportError
     without scikit-learn.
@@ -96,7 +113,8 @@ def fit(batches: Iterable[Examples]) -> SuccessEstimator | None:
     outcomes = np.concatenate([batch.outcomes for batch in batches] or [np.empty(0, bool)])
     if outcomes.size == 0 or outcomes.all() or not outcomes.any():
         return None
-    values = np.concatenate([batch.features for batch in batches]).astype(np.float64)
+    read = len(FEATURES) + sum(len(TOLD[source]) for source in sources)
+    values = np.concatenate([batch.features[:, :read] for batch in batches]).astype(np.float64)
     weight = np.concatenate([batch.weights for batch in batches])
     scaler = preprocessing.StandardScaler().fit(values)
     # A scale of nearly 0 (a statistic that never moved) would blow up its weight.
@@ -105,4 +123,5 @@ def fit(batches: Iterable[Examples]) -> SuccessEstimator | None:
     return SuccessEstimator(
         weights=tuple(map(float, unscaled)),
         bias=float(model.intercept_[0] - unscaled @ scaler.mean_),
+        sources=tuple(sources),
     )

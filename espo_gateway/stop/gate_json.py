@@ -18,6 +18,7 @@ from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.estimate import SuccessEstimator
 from espo_gateway.stop.regret import MonitorConfig, RegretStatistics
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import Probe, Schedule
 
 Mode = Literal["enforce", "shadow", "off"]
 T = TypeVar("T")
@@ -33,6 +34,9 @@ class Control:
     mode: "enforce" cuts; "shadow" decides and reports but never cuts; "off" does not monitor.
     audit: a share in [0, 1] of such requests is generated to the end even if the rule stops it.
     trace: list g, z, threshold and value of every token in the record.
+    history: log odds that the prompt is solved, by earlier rollouts of it (`told.TOLD`).
+    probe: the reference answer, whose likelihood is asked of the server at the tokens of the gate's
+        schedule; what it says is listed in the record.
     """
 
     mode: Mode = "enforce"
@@ -45,6 +49,8 @@ class Control:
     min_tokens: int | None = None
     audit: float | None = None
     trace: bool = False
+    history: float | None = None
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         if self.audit is not None and not 0.0 <= self.audit <= 1.0:
@@ -66,6 +72,9 @@ _NESTED: dict[str, type] = {
     "statistics": RegretStatistics,
     "monitor": MonitorConfig,
     "estimator": SuccessEstimator,
+    "free": SuccessEstimator,
+    "schedule": Schedule,
+    "probe": Probe,
 }
 
 

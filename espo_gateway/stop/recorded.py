@@ -19,6 +19,7 @@ from espo_gateway.stop.regret import (
     RegretStatistics,
     smoothed_regret,
 )
+from espo_gateway.stop.told import PROBED, SourceName, told_arrays
 
 Counts = NDArray[np.int64]
 
@@ -36,6 +37,8 @@ class Recorded:
         from a stop; 0 for the others. None: nobody knows, so none is exempt.
     critic: what a critic said after each token, in its own units (`Gate.success`), [.., tokens].
     confidences: of each position (`tracks.token_confidence`), [.., tokens].
+    history, probes: what these sources told (`told.TOLD`); probes are [rollouts, tokens, `PROBED`],
+        NaN where none was asked.
     """
 
     logprobs: Array
@@ -44,6 +47,8 @@ class Recorded:
     completed_at: Counts | None = None
     critic: Array | None = None
     confidences: Array | None = None
+    history: Array | None = None
+    probes: Array | None = None
     _z: dict[tuple[RegretStatistics, MonitorConfig], Array] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -89,6 +94,27 @@ class Recorded:
     def features(self) -> Array:
         """The stream's statistics after each token, [rollouts, tokens, `estimate.FEATURES`]."""
         return stream_features(self.regrets, -self.logprobs, self.prompt_tokens)
+
+    def told(self, sources: Sequence[SourceName]) -> Array | None:
+        """The features made of what was told, [rollouts, tokens, features]; None without sources.
+
+        What was not recorded is NaN; a critic's is in its own units.
+        """
+        if not sources:
+            return None
+        shape = self.logprobs.shape
+        answers: dict[SourceName, Array] = {
+            "history": np.full((*shape, 1), np.nan),
+            "critic": np.full((*shape, 1), np.nan),
+            "probe": np.full((*shape, PROBED), np.nan),
+        }
+        if self.history is not None:
+            answers["history"][:] = self.history[:, None, None]
+        if self.critic is not None:
+            answers["critic"][..., 0] = self.critic
+        if self.probes is not None:
+            answers["probe"] = self.probes
+        return told_arrays(sources, answers)
 
     def z(self, statistics: RegretStatistics, monitor: MonitorConfig) -> Array:
         """z (row 4), [rollouts, tokens]; past the end of a rollout it stays at its last value."""

@@ -8,8 +8,9 @@ Equal to `watch.Watch` token for token, to the last bit. Pure.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import probabilities
+from espo_gateway.stop.estimate import SuccessEstimator, probabilities
 from espo_gateway.stop.recorded import Counts, Recorded
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.rules import RULES, Gate, Threshold, threshold_of
@@ -29,6 +30,8 @@ def scores(gate: Gate, recorded: Recorded, values: Array | None = None) -> Array
     beside = rule.tracks(gate, recorded)
     if rule.valued:
         beside = _values(gate, recorded) if values is None else values
+        if gate.asks_estimate:
+            beside = np.where(_asked(gate, recorded), beside, np.nan)
     if rule.compared == "z" or beside is None:
         z = recorded.z(gate.statistics, gate.monitor)
         found = rule.scores(gate, z, z if beside is None else beside)
@@ -118,7 +121,21 @@ def _values(gate: Gate, recorded: Recorded) -> Array:
             )
         return gate.success(recorded.critic)
     assert gate.estimator is not None
-    return probabilities(gate.estimator.logits(recorded.features))
+    return probabilities(estimated(gate.estimator, recorded))
+
+
+def estimated(estimator: SuccessEstimator, recorded: Recorded) -> Array:
+    """log P/(1-P) at each token, [rollouts, tokens]; NaN where a source has not answered."""
+    return estimator.logits(recorded.features, recorded.told(estimator.sources))
+
+
+def _asked(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
+    """Where the gate's sources are asked, [rollouts, tokens]."""
+    asked = np.zeros(recorded.logprobs.shape, dtype=bool)
+    asked[:, gate.schedule.tokens(asked.shape[1]) - 1] = True
+    if gate.free is not None:
+        asked &= probabilities(estimated(gate.free, recorded)) < gate.schedule.below
+    return asked
 
 
 def _levels(threshold: Threshold, scores: Array) -> Array:

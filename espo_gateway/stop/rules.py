@@ -20,6 +20,7 @@ import numpy as np
 from espo_gateway.stop.estimate import SuccessEstimator, sigmoid
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics, moving_average
+from espo_gateway.stop.told import Schedule
 from espo_gateway.stop.tracks import (
     MeanSurprise,
     StreamChance,
@@ -297,6 +298,8 @@ class Gate:
         critic server.
     critic_wrong, critic_right: what the critic says of a wrong and of a right answer; V lies
         between them as it does between 0 and 1.
+    estimator: of V, where it is "stream". free: the same without the sources that must be asked.
+    schedule: when those are asked.
     min_tokens: no stop before this many tokens; a prompt is never skipped outright.
     """
 
@@ -312,6 +315,8 @@ class Gate:
     critic_wrong: float = 0.0
     critic_right: float = 1.0
     estimator: SuccessEstimator | None = None
+    free: SuccessEstimator | None = None
+    schedule: Schedule = field(default_factory=Schedule)
     p_star: float = 0.05
     confidence: float = 1.0
     confidence_window: int = 2048
@@ -320,7 +325,7 @@ class Gate:
     min_tokens: int = 4
 
     def __post_init__(self) -> None:
-        for part in (self, self.statistics, self.monitor):
+        for part in (self, self.statistics, self.monitor, self.schedule):
             for name, value in vars(part).items():
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{name} must be a finite number, not {value}")
@@ -345,6 +350,13 @@ class Gate:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.needs_estimator and self.estimator is None:
             raise ValueError(f"rule {self.rule!r} with value {self.value!r} needs an estimator")
+        if self.free is not None and self.free.asks:
+            raise ValueError("free must read no source that must be asked")
+        if self.asks_estimate and not self.schedule.every:
+            raise ValueError(
+                "schedule.every must be at least 1 for an estimator that asks "
+                f"{' and '.join(self.estimator.sources if self.estimator else ())}"
+            )
 
     @property
     def source(self) -> ValueName | None:
@@ -357,9 +369,15 @@ class Gate:
         return self.source == "stream"
 
     @property
+    def asks_estimate(self) -> bool:
+        """Whether V is an estimate that is known only where its sources were asked."""
+        return self.needs_estimator and self.estimator is not None and self.estimator.asks
+
+    @property
     def needs_critic(self) -> bool:
         """Whether a critic server is asked, who reads token ids."""
-        return self.source == "critic"
+        reads = self.needs_estimator and self.estimator and "critic" in self.estimator.sources
+        return self.source == "critic" or bool(reads)
 
     def success(self, said: Any) -> Any:
         """V of what a critic says, a number or an array; it may leave [0, 1] as V does."""

@@ -17,6 +17,7 @@ import math
 from espo_gateway.stop.estimate import StreamStatistics, sigmoid
 from espo_gateway.stop.regret import MISSING_LOGPROB
 from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.told import Answers, told_features
 
 
 class Verdict(enum.Enum):
@@ -36,9 +37,12 @@ class Watch:
 
     __slots__ = (
         "_clip",
+        "_asks_estimate",
         "_deviations",
+        "_due",
         "_floor",
         "_follows",
+        "_history",
         "_keep",
         "_limit",
         "_mean",
@@ -60,8 +64,20 @@ class Watch:
         "z",
     )
 
-    def __init__(self, gate: Gate, prompt_tokens: int, *, decides: bool = True) -> None:
-        """decides: else it follows the stream to its end and stops nothing."""
+    def __init__(
+        self,
+        gate: Gate,
+        prompt_tokens: int,
+        *,
+        decides: bool = True,
+        history: float | None = None,
+        asks: bool = True,
+    ) -> None:
+        """
+        decides: else it follows the stream to its end and stops nothing.
+        history: what the source of that name tells of the prompt.
+        asks: whether there is a source to ask on the gate's schedule.
+        """
         self.gate = gate
         self.tokens = 0
         #: tokens whose logprobs were missing or no numbers
@@ -73,7 +89,9 @@ class Watch:
         self.value: float | None = None
         #: g of the last token; None when it is missing
         self.regret: float | None = None
-        self._unsettled: dict[int, float] = {}
+        #: by token that was asked about: z, and the stream's features where an estimate waits;
+        #: None where nothing is decided by the answers, which are only to be recorded
+        self._unsettled: dict[int, tuple[float, tuple[float, ...]] | None] = {}
         self._min_tokens = gate.min_tokens
         # Of rows 3 and 4.
         self._mean = gate.statistics.mean
@@ -88,7 +106,11 @@ class Watch:
         self._limit = 0.0 if threshold is None else threshold.of(gate)
         self._statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
         self._track = rule.track(gate)
-        self._follows = self._statistics is not None or self._track is not None
+        self._history: Answers = {} if history is None else {"history": (history,)}
+        self._asks_estimate = gate.asks_estimate
+        #: the next token of the schedule
+        self._due = gate.schedule.after(0) if asks and decides else 0
+        self._follows = bool(self._statistics or self._track or self._due)
 
     def push(
         self,
@@ -119,6 +141,8 @@ class Watch:
             self.regret = None
             if self._statistics is not None:
                 self._statistics.push(None, None)
+            if token == self._due:
+                self._due = self.gate.schedule.after(token)
             return _GO
         regret = max_logprob - logprob
         if regret < 0.0:
@@ -135,7 +159,7 @@ class Watch:
             return self._follow(token, z, logprob, regret, confidence, last)
         if z <= self._floor or last or token < self._min_tokens:
             return _GO
-        return self._decide(token, z, 0.0)
+        return self._decide(token, z, 0.0, False)
 
     def _follow(
         self,
@@ -152,22 +176,53 @@ class Watch:
             self._statistics.push(regret, -logprob)
         if self._track is not None:
             v = self._track.push(logprob, confidence)
-        if z <= self._floor or last or token < self._min_tokens:
-            return _GO
-        return self._decide(token, z, v)
+        due = token == self._due
+        verdict = _GO
+        if not (z <= self._floor or last or token < self._min_tokens):
+            verdict = self._decide(token, z, v, due)
+        if due:
+            self._due = self.gate.schedule.after(token)
+            if verdict is _GO and not last and self._open():
+                self._unsettled[token] = None
+                return Verdict.ASK
+        return verdict
 
-    def _decide(self, token: int, z: float, v: float) -> Verdict:
+    def _decide(self, token: int, z: float, v: float, due: bool) -> Verdict:
         source = self._source
         if source is None:
             return self._compare(token, z, v, None)
+        if self._asks_estimate:
+            if not due or not self._open():
+                return _GO
+            assert self._statistics is not None
+            self._unsettled[token] = z, self._statistics.features()
+            return Verdict.ASK
         if source != "critic":
             value = self._known_value()
             return self._compare(token, z, value, value)
         # Asked lazily: if V = 0 would not stop the stream, no V does.
         if not self._crossed(self._rule.score(self.gate, z, 0.0)):
             return _GO
-        self._unsettled[token] = z
+        self._unsettled[token] = z, ()
         return Verdict.ASK
+
+    def _open(self) -> bool:
+        """Whether the estimate without the sources that cost something leaves a decision open."""
+        free = self.gate.free
+        if free is None or self._statistics is None:
+            return True
+        told = told_features(free.sources, self._history, self.tokens)
+        return sigmoid(free.logit(self._statistics.features(), told)) < self.gate.schedule.below
+
+    def estimated(self, token: int, answers: Answers) -> float | None:
+        """V at a token that was asked about, of what the sources have answered; None: unknown."""
+        unsettled, estimator = self._unsettled[token], self.gate.estimator
+        if unsettled is None or not unsettled[1] or estimator is None:
+            return None
+        features = unsettled[1]
+        told = told_features(estimator.sources, {**self._history, **answers}, token)
+        value = sigmoid(estimator.logit(features, told))
+        return None if math.isnan(value) else value
 
     @property
     def settled(self) -> bool:
@@ -180,8 +235,10 @@ class Watch:
         Answers may come late and out of order; the cut is the first token that says stop, so it is
         known once `settled`.
         """
-        z = self._unsettled.pop(token)
-        return _GO if value is None else self._compare(token, z, value, value)
+        unsettled = self._unsettled.pop(token)
+        if unsettled is None or value is None:
+            return _GO
+        return self._compare(token, unsettled[0], value, value)
 
     def look(self) -> tuple[float | None, float, float | None, float | None]:
         """g, z, threshold and V at the last token, or at the cut; made only when asked for.
@@ -197,8 +254,9 @@ class Watch:
 
     @property
     def estimate(self) -> float | None:
-        """V at the last token; None where the rule has none, or a critic must be asked."""
-        return None if self._source in (None, "critic") else self._known_value()
+        """V at the last token; None where the rule has none, or it must be asked for."""
+        asked = self._source in (None, "critic") or self._asks_estimate
+        return None if asked else self._known_value()
 
     def _crossed(self, score: float) -> bool:
         # Written out, as the call is most of its cost.
@@ -219,4 +277,5 @@ class Watch:
             return self.gate.constant
         assert self._statistics is not None
         assert self.gate.estimator is not None
-        return sigmoid(self.gate.estimator.logit(self._statistics.features()))
+        told = told_features(self.gate.estimator.sources, self._history, self.tokens)
+        return sigmoid(self.gate.estimator.logit(self._statistics.features(), told))

@@ -78,19 +78,33 @@ def test_batches_fitted_one_by_one_count_as_one() -> None:
 
 
 def test_examples_of_long_rollouts_are_thinned_and_small() -> None:
-    long = [
-        dataclasses.replace(
-            rollout,
-            token_ids=[1] * 4000,
-            logprobs=np.resize(rollout.logprobs, 4000),
-            max_logprobs=np.resize(rollout.max_logprobs, 4000),
-        )
-        for rollout in simulate(3, 0)
-    ]
+    long = [resized(rollout, 4000) for rollout in simulate(3, 0)]
     examples = KnownRollouts.of(long, 1.0).examples()
     assert len(examples.outcomes) in range(3 * 40, 3 * 60)
     assert examples.features.dtype == np.float32
     assert examples.features[:, 1].max() == pytest.approx(math.sqrt(4000), rel=0.02)
+
+
+@pytest.mark.parametrize("longest", [40, 8192])
+def test_what_a_rollout_gives_to_fit_on_does_not_hang_on_the_longest(longest: int) -> None:
+    rollouts = simulate(30, 5)
+    odd = resized(rollouts[0], longest)
+    short = resized(rollouts[1], 3)
+    examples = KnownRollouts.of([*rollouts, odd, short], 1.0).examples()
+    alone = KnownRollouts.of(rollouts, 1.0).examples()
+    assert np.array_equal(examples.features[: len(alone.outcomes)], alone.features)
+    assert np.array_equal(examples.outcomes[: len(alone.outcomes)], alone.outcomes)
+    assert len(examples.outcomes) - len(alone.outcomes) - 3 in range(40, 60)
+
+
+def resized(rollout: Rollout, tokens: int) -> Rollout:
+    return dataclasses.replace(
+        rollout,
+        token_ids=[1] * tokens,
+        logprobs=np.resize(rollout.logprobs, tokens),
+        max_logprobs=np.resize(rollout.max_logprobs, tokens),
+        kept=tokens,
+    )
 
 
 def test_only_a_length_limit_leaves_the_last_token_open() -> None:

@@ -64,7 +64,9 @@ def test_a_gate_on_disk_is_written_and_read_as_ever() -> None:
         estimator=SuccessEstimator(weights=(0.0, 1.5, -2.0, *[0.0] * 8, 0.25), bias=-1.0),
     )
     assert gate_from_json(ON_DISK, has_critic=False) == gate
-    assert json.loads(gate_to_json(gate)) == gate_to_dict(gate) == json.loads(ON_DISK)
+    written, before = gate_to_dict(gate), json.loads(ON_DISK)
+    before["estimator"]["sources"] = []
+    assert json.loads(gate_to_json(gate)) == written == written | before
     # Before a critic had a unit of its own, and a rule its confidence.
     assert gate_from_json(b'{"rule": "regret-only", "beta": 3}', has_critic=False).critic_wrong == 0
 

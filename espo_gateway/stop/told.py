@@ -1,0 +1,130 @@
+"""What else than its tokens tells of a stream: numbers that an estimate of success may read.
+
+The prompt's history is known before the first token. The others are asked while the stream goes on,
+at the tokens of the gate's `Schedule`; what is not answered decides nothing. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from espo_gateway.stop.regret import Array
+
+SourceName = Literal["history", "critic", "probe"]
+
+#: The features made of what each source tells, in the order of an estimator's weights.
+#:   history: log odds that the prompt is solved, by earlier rollouts of it.
+#:   critic: what a critic server says, in its own units.
+#:   probe: log-likelihood of the reference answer, asked of the policy itself (`Probe`): of its
+#:       first token, and of as much as the policy would have said of it.
+TOLD: dict[SourceName, tuple[str, ...]] = {
+    "history": ("history",),
+    "critic": ("critic",),
+    "probe": ("probe_first", "probe_answer", "probe_answer_by_sqrt_position"),
+}
+#: Those that must be asked; an estimate that reads one is known only where it was.
+ASKED: frozenset[SourceName] = frozenset({"critic", "probe"})
+#: Numbers that a probe gives.
+PROBED = 2
+
+Answers = Mapping[SourceName, Sequence[float]]
+
+
+def in_order(sources: Sequence[SourceName]) -> tuple[SourceName, ...]:
+    """Each once, in the order of `TOLD`: those that cost nothing first."""
+    return tuple(name for name in TOLD if name in sources)
+
+
+def told_features(sources: Sequence[SourceName], answers: Answers, token: int) -> list[float]:
+    """The features of one token; NaN where a source has not answered."""
+    features: list[float] = []
+    for source in sources:
+        answer = answers.get(source)
+        if answer is None:
+            features += [math.nan] * len(TOLD[source])
+        elif source == "probe":
+            first, whole = answer
+            features += [first, whole, whole * math.sqrt(token)]
+        else:
+            features += answer
+    return features
+
+
+def told_arrays(sources: Sequence[SourceName], answers: Mapping[SourceName, Array]) -> Array:
+    """The same for recorded rollouts, to the last bit.
+
+    Args:
+        answers: [rollouts, tokens, numbers] of each source, NaN where it has not answered.
+
+    Returns:
+        [rollouts, tokens, features].
+    """
+    parts = []
+    for source in sources:
+        answer = answers[source]
+        if source == "probe":
+            roots = np.sqrt(np.arange(1.0, answer.shape[1] + 1.0))[:, None]
+            answer = np.concatenate([answer, answer[..., 1:] * roots], axis=-1)
+        parts.append(answer)
+    return np.concatenate(parts, axis=-1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At which tokens sources are asked: multiples of `every`, sparser as a stream grows.
+
+    every: tokens; 0 asks never. growth: of its position, a stream is asked again after at least
+    this share. below: asked only where the estimate without them lies below.
+    """
+
+    every: int = 0
+    growth: float = 0.25
+    below: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every must not be negative, not {self.every}")
+        if not self.growth >= 0.0:
+            raise ValueError(f"growth must not be negative, not {self.growth}")
+        if not 0.0 < self.below <= 1.0:
+            raise ValueError(f"below must lie in (0, 1], not {self.below}")
+
+    def after(self, token: int) -> int:
+        """The next token at which they are asked; 0: never."""
+        if not self.every:
+            return 0
+        gap = max(self.every, math.ceil(self.growth * token))
+        return -(-(token + gap) // self.every) * self.every
+
+    def tokens(self, length: int) -> NDArray[np.int64]:
+        """All of them in a stream of so many tokens."""
+        found = []
+        token = self.after(0)
+        while 0 < token <= length:
+            found.append(token)
+            token = self.after(token)
+        return np.array(found, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an answer probe says after a stream's tokens, and what it then listens for; token ids.
+
+    phrase: leads to the answer, such as that of "\\n\\nThe final answer is \\\\boxed{".
+    answer: the reference answer, with what ends it.
+    """
+
+    phrase: list[int]
+    answer: list[int]
+
+    def __post_init__(self) -> None:
+        for name in ("phrase", "answer"):
+            ids = getattr(self, name)
+            if not ids or min(ids) < 0:
+                raise ValueError(f"{name} must be token ids, at least one")
