@@ -1,11 +1,18 @@
-"""What is asked of a critic about one stream: put to it in order, answered in any."""
+"""What is asked about one stream of the sources there are: put in order, answered in any."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from espo_gateway.critic.server import ValueServer, log
+from espo_gateway.stop.told import Answers, SourceName
 from espo_gateway.stream.session import Session
+
+log = logging.getLogger(__name__)
+
+#: Asks a source about the token ids of a prompt and of what was sampled. Any exception: no answer.
+Ask = Callable[[Sequence[int], Sequence[int]], Awaitable[Sequence[float]]]
 
 #: Answers one stream may wait for; it is read no further until there are fewer.
 MAX_UNANSWERED = 16
@@ -14,30 +21,41 @@ MAX_UNANSWERED = 16
 class Inquiry:
     """The questions of one session; their answers may come late and out of order."""
 
-    def __init__(self, server: ValueServer, session: Session) -> None:
-        self._server = server
+    def __init__(self, sources: Mapping[SourceName, Ask], session: Session) -> None:
+        self._sources = sources
         self._session = session
-        self._tasks: dict[asyncio.Task[float], int] = {}
+        self._tasks: dict[asyncio.Task[Answers], int] = {}
 
     async def proceed(self) -> None:
         """Put new questions, hand over the answers there are; waits only when too many are out."""
         session = self._session
         if session.questions and not (session.prompt_token_ids and session.token_ids):
             session.give_up(
-                "the critic reads token ids and the upstream does not send them "
-                "(return_token_ids): use vLLM, or another value than 'critic'"
+                f"{' and '.join(self._sources)} need token ids and the upstream does not send "
+                "them (return_token_ids): use vLLM, or a gate that asks nobody"
             )
         for token in session.questions:
-            # The critic sees the prefix as it was at that token, whatever has arrived since.
-            prefix = session.token_ids[:token]
-            question = self._server.value(session.prompt_token_ids, prefix)
-            self._tasks[asyncio.ensure_future(question)] = token
+            # They see the prefix as it was at that token, whatever has arrived since.
+            question = self._ask(session.prompt_token_ids, session.token_ids[:token])
+            self._tasks[asyncio.create_task(question)] = token
         session.questions.clear()
         if self._tasks:
             await asyncio.sleep(0)  # lets an answer that is there already be seen
         self._collect()
         while len(self._tasks) > MAX_UNANSWERED:
             await self._wait()
+
+    async def _ask(self, prompt: Sequence[int], sampled: Sequence[int]) -> Answers:
+        """What the sources answer, of those that do."""
+        asked = (ask(prompt, sampled) for ask in self._sources.values())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        answers: dict[SourceName, Sequence[float]] = {}
+        for source, answer in zip(self._sources, found, strict=True):
+            if isinstance(answer, BaseException):
+                log.debug("%s: no answer: %r", source, answer)
+            else:
+                answers[source] = answer
+        return answers
 
     async def conclude(self) -> None:
         """Wait for every answer that could still move the cut."""
@@ -50,11 +68,7 @@ class Inquiry:
 
     def _collect(self) -> None:
         for task in [task for task in self._tasks if task.done()]:
-            token = self._tasks.pop(task)
-            error = task.exception()
-            if error is not None:
-                log.debug("no value: %r", error)
-            self._session.answer(token, None if error is not None else task.result())
+            self._session.answer(self._tasks.pop(task), task.result())
         if self._session.decided:
             self.close()
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from espo_gateway.config import Config
+from espo_gateway.critic.probe import AnswerProbe
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.front.admission import Admission
@@ -40,6 +41,7 @@ class Gateway:
         self.config = config
         self.url = ""
         self.critic = critic
+        self.answer_probe = AnswerProbe(pool, registry=metrics.registry)
         self.metrics = metrics
         self.keys = keys
         self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")

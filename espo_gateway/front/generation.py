@@ -83,6 +83,7 @@ async def _follow_all(
             session,
             sink,
             gateway.critic,
+            gateway.answer_probe,
         )
         for single, session, sink in zip(planned.singles, sessions, sinks, strict=True)
     ]

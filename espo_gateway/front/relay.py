@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
 
-from espo_gateway.critic.inquiry import Inquiry
+from espo_gateway.critic.inquiry import Ask, Inquiry
+from espo_gateway.critic.probe import AnswerProbe
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import (
     EXCERPT,
@@ -15,6 +17,7 @@ from espo_gateway.errors import (
     UpstreamProtocolError,
     UpstreamStatusError,
 )
+from espo_gateway.stop.told import SourceName
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Single, upstream_body
 from espo_gateway.stream.session import Session
@@ -23,6 +26,9 @@ from espo_gateway.stream.templates import Output
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
+
+#: Of a client's request, those that a question about it needs.
+_OWN_HEADERS = frozenset({"authorization", "content-type", "accept-encoding", "x-session-id"})
 
 
 class OutputSink(Protocol):
@@ -47,6 +53,7 @@ async def follow(
     session: Session,
     sink: OutputSink,
     critic: ValueServer | None = None,
+    answer_probe: AnswerProbe | None = None,
 ) -> None:
     """Deliver one choice to its client.
 
@@ -61,7 +68,14 @@ async def follow(
         alternatives=session.gate.top_logprobs,
     )
     key = affinity_key(pool.affinity, headers, single.body)
-    inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
+    sources: dict[SourceName, Ask] = {}
+    if critic is not None and session.gate.needs_critic:
+        sources["critic"] = partial(_valued, critic)
+    if answer_probe is not None and session.probe is not None:
+        # The cache of the prefix is on the server that samples it.
+        key = key or affinity_key("prefix", headers, single.body)
+        sources["probe"] = partial(_probed, answer_probe, session, headers, key)
+    inquiry = Inquiry(sources, session) if sources and session.wants_ids else None
     try:
         async with pool.open(
             "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
@@ -74,6 +88,28 @@ async def follow(
         if inquiry is not None:
             inquiry.close()
     await sink.deliver([*session.drain(), session.finish()])
+
+
+async def _valued(
+    critic: ValueServer, prompt: Sequence[int], sampled: Sequence[int]
+) -> list[float]:
+    return [await critic.value(prompt, sampled)]
+
+
+async def _probed(
+    answer_probe: AnswerProbe,
+    session: Session,
+    headers: Mapping[str, str],
+    key: bytes | None,
+    prompt: Sequence[int],
+    sampled: Sequence[int],
+) -> list[float]:
+    assert session.probe is not None
+    # Another name for the request would be that of one under way.
+    own = {name: value for name, value in headers.items() if name.lower() in _OWN_HEADERS}
+    prefix = [*prompt, *sampled]
+    said = await answer_probe.ask(session.probe, session.model, prefix, headers=own, key=key)
+    return [said.first, said.answer]
 
 
 class _Relay:

@@ -36,8 +36,8 @@ class Watch:
     """One stream under a gate. After a stop, further tokens are counted and change nothing."""
 
     __slots__ = (
-        "_clip",
         "_asks_estimate",
+        "_clip",
         "_deviations",
         "_due",
         "_floor",

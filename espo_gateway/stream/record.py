@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ class Record:
     stopped: whether the choice was cut. audited: whether it was let finish in spite of it. cut: the
     token it was, or in shadow mode would have been, cut at. overshoot: tokens the server sent past
     the cut. missing: tokens without a usable logprob. reason: why the choice was not monitored.
+    probes: of each token that an answer probe was asked about, the token and what it said.
     """
 
     rule: str | None = None
@@ -41,6 +43,7 @@ class Record:
     gate_version: int = 0
     weights_version: str = ""
     reason: str | None = None
+    probes: list[list[float]] | None = None
     trace: list[Any] | None = None
 
     @classmethod
@@ -53,6 +56,7 @@ class Record:
         audited: bool,
         stopped: bool,
         reason: str | None,
+        probes: Mapping[int, Sequence[float]] | None,
         trace: list[dict[str, Any]] | None,
     ) -> Record:
         """Of a choice under a gate. watch: None before its first token."""
@@ -74,13 +78,14 @@ class Record:
             gate_version=gate.version,
             weights_version=gate.weights_version,
             reason=reason,
+            probes=None if probes is None else [[at, *said] for at, said in sorted(probes.items())],
             trace=trace[:cut] if trace is not None and stopped else trace,
         )
 
     def json(self) -> dict[str, Any]:
-        """As a client gets it: without a reason or a trace where there is none."""
+        """As a client gets it: without a reason, probes or a trace where there is none."""
         fields = dict(vars(self))
-        for name in ("reason", "trace"):
+        for name in ("reason", "probes", "trace"):
             if fields[name] is None:
                 del fields[name]
         return fields

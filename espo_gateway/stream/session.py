@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from espo_gateway.errors import EXCERPT, UpstreamProtocolError, UpstreamStatusError
 from espo_gateway.stop.gate_json import Control, Mode
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import Answers
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.stream.chunks import Chunk, SampledToken, decode_chunk, sampled_tokens
 from espo_gateway.stream.cut import text_of
@@ -80,13 +81,16 @@ class Session:
         self.first_token: float | None = None
         #: tokens of the prompt, None until known
         self.prompt_tokens = single.prompt_tokens
-        #: ids of prompt and sampled tokens, kept only when a critic needs them
+        #: ids of prompt and sampled tokens, kept only for sources that read them
         self.prompt_token_ids: list[int] = []
         self.token_ids: list[int] = []
-        #: decision tokens a critic must value, not yet put to it; and those not yet answered
+        #: tokens that sources are to be asked about, not yet put to them; and those not answered
         self.questions: list[int] = []
         self._unanswered: set[int] = set()
-        #: how many there were, and the last V that was answered
+        #: what an answer probe asks for, if the client wants one; and what it has said, by token
+        self.probe = control.probe if self.gate.schedule.every else None
+        self.probed: dict[int, Sequence[float]] = {}
+        #: how many questions there were, and the last V that was answered
         self.asked = 0
         self._answered: float | None = None
         #: what watches it; None before the first token
@@ -103,8 +107,9 @@ class Session:
         self._model = single.body.get("model")
         #: alternatives a token whose logprobs make up its confidence
         self._top_k = self.gate.top_logprobs if self.gate.top_logprobs > 1 else 0
-        #: whether a critic will be asked, who reads token ids
-        self.wants_ids = self.gate.needs_critic
+        #: whether a source will be asked, which reads token ids
+        self.wants_ids = self.gate.needs_critic or self.probe is not None
+        self._history = control.history
         self._echo = bool(chat and single.body.get("echo"))
         self._outbox = Outbox(
             asked,
@@ -230,7 +235,7 @@ class Session:
         return watch
 
     def _watch_by(self, gate: Gate, prompt_tokens: int) -> Watch:
-        watch = self.watch = Watch(gate, prompt_tokens)
+        watch = self.watch = Watch(gate, prompt_tokens, history=self._history, asks=self.wants_ids)
         self._push = Followed(watch, self.followers).push if self.followers else watch.push
         return watch
 
@@ -254,6 +259,7 @@ class Session:
             self.mode = "off"
             self.gate = _NEVER
             self.followers = ()
+            self.wants_ids = False
             tokens = self.tokens
             self._watch_by(_NEVER, 0).tokens = tokens
             self.questions.clear()
@@ -266,10 +272,16 @@ class Session:
                 self.prompt_token_ids = ids
         self.token_ids += choice.get("token_ids") or ()
 
-    def answer(self, token: int, output: float | None) -> None:
-        """Take a critic's output for a token it was asked for; None when it could not be had."""
+    def answer(self, token: int, answers: Answers) -> None:
+        """Take what sources have answered about a token; a missing one could not be had."""
         assert self.watch is not None
-        value = None if output is None else self.gate.success(output)
+        if "probe" in answers:
+            self.probed[token] = answers["probe"]
+        if self.gate.source == "critic" and "critic" in answers:
+            [output] = answers["critic"]
+            value = self.gate.success(output)
+        else:
+            value = self.watch.estimated(token, answers)
         self._unanswered.discard(token)
         self._answered = self._answered if value is None else value
         self.watch.settle(token, value)
@@ -387,6 +399,7 @@ class Session:
             audited=self.audited,
             stopped=self._cut is not None,
             reason=self.unmonitored,
+            probes=None if self.probe is None else self.probed,
             trace=None if self._trace is None else self._trace.tokens,
         )
 

@@ -1,4 +1,4 @@
-"""What is told of a stream beside its tokens: asked on a schedule, decided alike live and replayed."""
+"""What is told of a stream beside its tokens: asked on a schedule; live and replayed are equal."""
 
 from __future__ import annotations
 
@@ -119,8 +119,9 @@ def test_what_a_source_knows_is_learnt_where_it_has_answered() -> None:
     examples = estimator.examples(many, correct, np.ones(400), ("probe",))
     assert len(examples.outcomes) == 4 * 400
     whole, free = estimator.fit([examples], ("probe",)), estimator.fit([examples], ())
-    assert whole is not None and free is not None
-    assert whole.sources == ("probe",) and free.sources == ()
+    assert whole is not None
+    assert free is not None
+    assert (whole.sources, free.sources) == (("probe",), ())
 
     def explained(one: SuccessEstimator) -> float:
         p = 1.0 / (1.0 + np.exp(-estimated(one, many)))

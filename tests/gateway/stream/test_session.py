@@ -81,7 +81,7 @@ def test_a_critic_is_not_asked_about_the_token_that_completes() -> None:
     one.receive(chunk([CALM] * 2, "stop"))
     assert one.questions == [2, 3, 4]
     for token in (4, 3, 2):
-        one.answer(token, 0.9)
+        one.answer(token, {"critic": [0.9]})
     one.drain()
     assert ending(one) == ("stop", None, False)
 
