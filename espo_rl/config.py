@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from espo_gateway.stop.rules import RuleName, ValueName, value_source
 from espo_gateway.stop.threshold_control import Bound
+from espo_gateway.stop.told import ASKED, SourceName
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -176,6 +177,21 @@ class Stopping(Section):
     warmup_explained: Share = 0.2
     # Success estimator: fitted on the last `window` batches
     window: Count = 6
+    # What it reads beside the stream's own numbers. "history": how often the prompt was solved in
+    # earlier steps; "probe": how likely the policy itself finds the reference answer by now;
+    # "critic": V of a critic server. The latter two are asked every ask_every tokens, further apart
+    # as a rollout grows: by ask_growth of its length
+    sources: list[SourceName] = []
+    ask_every: Count = 64
+    ask_growth: Annotated[float, Field(ge=0)] = 0.25
+    # The probe: answers are read after probe_phrase, and end with probe_end
+    probe_phrase: Annotated[str, Field(min_length=1)] = "\n\nThe final answer is \\boxed{"
+    probe_end: str = "}"
+
+    @property
+    def asks(self) -> bool:
+        """Whether an estimate reads a source that must be asked."""
+        return not ASKED.isdisjoint(self.sources)
 
     @property
     def bound(self) -> Bound:
@@ -198,6 +214,12 @@ class Stopping(Section):
                         f"audit_share = 0 with {what}: stopping hides the outcomes it learns from; "
                         "set audit_share above 0 (0.1 is usual)"
                     )
+        if self.sources and source != "stream":
+            raise ValueError(
+                f"sources = {self.sources} are read by the estimate of success, which rule = "
+                f'"{self.rule}" with value = "{self.value}" has none of: set value = "stream" and '
+                "a rule that has a V, or sources = []"
+            )
         if self.rule == "confidence":
             raise ValueError(
                 'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '
@@ -351,8 +373,10 @@ class Recipe(Section):
 
     @property
     def asks_critic(self) -> bool:
-        """Whether the gate takes V from a critic server."""
-        return value_source(self.stopping.rule, self.stopping.value) == "critic"
+        """Whether the gate takes V from a critic server, or an estimate that reads it."""
+        stopping = self.stopping
+        source = value_source(stopping.rule, stopping.value)
+        return source == "critic" or "critic" in stopping.sources
 
     @property
     def needs_critic(self) -> bool:

@@ -33,7 +33,7 @@ from espo_rl.record.metrics import gate_metrics, rollout_metrics
 from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
-from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.servers.fleet import open_fleet
 from espo_rl.servers.served_models import ServedModels
 from espo_rl.servers.server import ServerError
@@ -150,8 +150,13 @@ class Loop:
             )
         )
         prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
+        stopping, phrase = recipe.stopping, None
+        if "probe" in stopping.sources:
+            phrase = ProbePhrase(self.tokenizer, stopping.probe_phrase, stopping.probe_end)
         self.collector = await enter(
-            Collector(self.fleet.gateway_url, self.fleet.model, prompter, recipe.rollout)
+            Collector(
+                self.fleet.gateway_url, self.fleet.model, prompter, recipe.rollout, probe=phrase
+            )
         )
         await enter(self.grader)
 
@@ -221,7 +226,9 @@ class Loop:
         self.drawn += count
         audits = self.stopping.draw_audits(count * n)
         modes: list[Mode] = ["shadow" if audited else "enforce" for audited in audits]
-        batch.ask(islice(self.problems, count), n, modes)
+        history = "history" in self.recipe.stopping.sources
+        known = {"history": self.stopping.history.log_odds} if history else {}
+        batch.ask(islice(self.problems, count), n, modes, **known)
 
     @asynccontextmanager
     async def collected_meanwhile(self, batch: Batch | None) -> AsyncIterator[None]:

@@ -34,6 +34,7 @@ class Request:
     seed: int
     mode: Mode = "enforce"
     group: int = 0
+    history: float | None = None
     attempt: int = 0
 
 
@@ -49,6 +50,8 @@ class EndReason(enum.StrEnum):
 @dataclass
 class Rollout:
     """One sampled completion.
+
+    probes: what an answer probe said (`espo_gateway.stop.told`).
 
     An audited rollout was generated to its end although the rule stopped it: `end` is EARLY_STOP
     and `kept` is where it was stopped, but the tokens past the cut and the outcome are known.
@@ -69,6 +72,8 @@ class Rollout:
     correct: bool | None = None  # None: stopped and not audited, so nobody knows
     reward: float = 0.0
     group: int = 0  # rollouts of one prompt in one batch have the same
+    history: float | None = None  # what was known of its prompt (`espo_rl.gate.history`)
+    probes: list[list[float]] = field(default_factory=list, repr=False)  # token, and what was said
     seed: int = 0
     error: str = ""
 

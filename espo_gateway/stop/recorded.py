@@ -130,3 +130,24 @@ def pad(rows: Sequence[Sequence[float] | Array]) -> Array:
     for row, values in zip(out, rows, strict=True):
         row[: len(values)] = values
     return out
+
+
+def padded_probes(
+    rows: Sequence[Sequence[Sequence[float]]], lengths: Sequence[int]
+) -> Array | None:
+    """What probes said, as [rollouts, tokens, `PROBED`], NaN where nobody asked.
+
+    Args:
+        rows: of each rollout, lists of a token (counted from 1) and what was said after it.
+        lengths: in tokens, [rollouts].
+
+    Returns:
+        None when none was asked.
+    """
+    if not any(rows):
+        return None
+    out = np.full((len(rows), max(lengths), PROBED), np.nan)
+    for row, probes in zip(out, rows, strict=True):
+        for token, *said in probes:
+            row[int(token) - 1] = said
+    return out

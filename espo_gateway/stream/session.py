@@ -302,9 +302,9 @@ class Session:
     def decided(self) -> bool:
         """No answer of a critic that is still out could change the cut."""
         watch = self.watch
-        return not self._unanswered or (
-            watch is not None and watch.cut is not None and watch.settled
-        )
+        cut = watch is not None and watch.cut is not None and watch.settled
+        # What is spared is followed to its end, and all that is said of it recorded.
+        return not self._unanswered or (cut and self.mode == "enforce")
 
     @property
     def ended(self) -> bool:

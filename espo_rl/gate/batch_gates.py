@@ -20,20 +20,28 @@ from espo_gateway.stop.estimate import SuccessEstimator, probabilities
 from espo_gateway.stop.fit import Examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
-from espo_gateway.stop.replay import stop_levels
+from espo_gateway.stop.replay import estimated, stop_levels
 from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_source
 from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes, ShareThreshold
+from espo_gateway.stop.told import ASKED, Schedule, in_order
 from espo_rl.config import Stopping
-from espo_rl.gate.outcomes import KnownRollouts, recorded_of
+from espo_rl.gate.history import History
+from espo_rl.gate.outcomes import KnownRollouts, recorded_of, weights, with_outcome
 from espo_rl.gate.warm_up import WarmUp
 from espo_rl.types import EndReason, Rollout
+
+#: A source that costs something is asked where the estimate without it lies below what this share
+#: of the tokens that stop have, judged by so many of them at least.
+KEPT_STOPS, ENOUGH_STOPS = 0.95, 50
 
 
 class StopController:
     """Makes the gate for each batch and updates itself between batches.
 
     explained_variance: of the V that gates, on the last batch, which it had not seen; None where
-        the rule has no V, but for a warm-up that asks for the stream's estimate.
+        the rule has no V, but for a warm-up that asks for the stream's estimate. free_variance: the
+        same without the sources that are asked, at the tokens where they were.
+    history: what earlier steps tell of a prompt.
     z_quantiles: 50, 90 and 99 % quantiles of z over the tokens of the last batch.
     """
 
@@ -49,14 +57,19 @@ class StopController:
         self.config = config
         self.statistics = RegretStatistics(decay=config.decay)
         self.estimator: SuccessEstimator | None = None
+        self.history = History()
         self.warmup = WarmUp(config, total_steps)
         self.version = 0
         self.explained_variance: float | None = None
+        self.free_variance: float | None = None
         self.z_quantiles: tuple[float, float, float] | None = None
         self._monitor = MonitorConfig(smoothing=config.smoothing, clip=config.clip)
         self._source = value_source(config.rule, config.value)
         explained = config.warmup == "explained-variance" and self._source != "critic"
         self._estimates = self._source == "stream" or (explained and config.rule != "none")
+        self._sources = in_order(config.sources)
+        self._free: SuccessEstimator | None = None
+        self._below = 1.0
         self._threshold = None if config.rule == "none" else make_threshold(config)
         self._recent: deque[Examples] = deque(maxlen=config.window)
         self._rng = rng
@@ -124,7 +137,8 @@ class StopController:
             for value in (self.bound_upper, self.known_outcomes, self.explained_variance)
         )
         z = self.z_quantiles or (math.nan,) * 3
-        return {
+        free = {} if self.free_variance is None else {"explained_variance_free": self.free_variance}
+        return free | {
             "bound_upper": bound,
             "effective_n": known,
             "explained_variance": explained,
@@ -148,6 +162,12 @@ class StopController:
             critic_wrong=self._worth[0],
             critic_right=self._worth[1],
             estimator=self.estimator,
+            free=self._free,
+            schedule=Schedule(
+                every=config.ask_every if config.asks else 0,
+                growth=config.ask_growth,
+                below=self._below,
+            ),
             min_tokens=config.min_tokens,
         )
 
@@ -156,7 +176,8 @@ class StopController:
     @property
     def needs_values(self) -> bool:
         """Whether `observe` has a use for values."""
-        return self._source == "critic" and self._threshold is not None and self._threshold.learns
+        learns = self._threshold is not None and self._threshold.learns
+        return (self._source == "critic" and learns) or "critic" in self._sources
 
     def observe(
         self,
@@ -193,10 +214,15 @@ class StopController:
             self.explained_variance = critic_explained_variance
         elif expected is not None:
             self.explained_variance = known.explained_variance(expected)
+            if self._free is not None:
+                free = probabilities(estimated(self._free, known.recorded))
+                asked = np.where(np.isnan(expected), np.nan, free)
+                self.free_variance = known.explained_variance(asked)
         self.statistics = updated
         if self._estimates:
-            self._recent.append(known.examples())
-            self.estimator = fit(self._recent) or self.estimator
+            self._learn(known)
+        outcomes_known = with_outcome(usable)
+        self.history.add(outcomes_known, weights(outcomes_known, self.config.audit_share or 1.0))
         self.warmup.update(critic_loss, self.explained_variance)
         if self._threshold is not None:
             share = sum(rollout.stopped for rollout in usable) / len(usable)
@@ -209,6 +235,23 @@ class StopController:
                 audits=(len(audited), sum(audited)),
             )
         self.version += 1
+
+    def _learn(self, known: KnownRollouts) -> None:
+        """Fit the estimates anew, and see where the free one leaves the other a decision."""
+        self._recent.append(known.examples(self._sources))
+        self.estimator = fit(self._recent, self._sources) or self.estimator
+        if not self.config.asks:
+            return
+        free_sources = [source for source in self._sources if source not in ASKED]
+        self._free = fit(self._recent, free_sources) or self._free
+        expected, p_star = self._expected(known), self.threshold
+        if expected is None or self._free is None or not p_star:
+            return
+        if threshold_of(self.config.rule) is P_STAR:
+            stops = expected < p_star
+            if stops.sum() >= ENOUGH_STOPS:
+                free = probabilities(estimated(self._free, known.recorded))[stops]
+                self._below = max(float(np.quantile(free, KEPT_STOPS)), 1e-6)
 
     def _quantiles(
         self, recorded: Recorded, statistics: RegretStatistics
@@ -223,7 +266,7 @@ class StopController:
         """V at each token by the estimator as it is now, [rollouts, tokens]; None without one."""
         if self.estimator is None:
             return None
-        return probabilities(self.estimator.logits(known.recorded.features))
+        return probabilities(estimated(self.estimator, known.recorded))
 
     def _outcomes(
         self, known: KnownRollouts, expected: Array | None, statistics: RegretStatistics

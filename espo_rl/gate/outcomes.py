@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.stop import fit
-from espo_gateway.stop.recorded import Recorded, pad
+from espo_gateway.stop.recorded import Recorded, pad, padded_probes
 from espo_gateway.stop.regret import Array
+from espo_gateway.stop.told import SourceName
 from espo_rl.types import EndReason, Rollout
 
 
@@ -45,6 +46,10 @@ def recorded_of(
             dtype=np.int64,
         ),
         critic=None if critic is None else pad(critic),
+        history=np.array([rollout.history for rollout in rollouts], dtype=float),
+        probes=padded_probes(
+            [rollout.probes for rollout in rollouts], [len(r.token_ids) for r in rollouts]
+        ),
     )
 
 
@@ -76,9 +81,9 @@ class KnownRollouts:
             audit_share if any(rollout.stopped for rollout in rollouts) else 1.0,
         )
 
-    def examples(self) -> fit.Examples:
-        """Tokens to fit an estimator on."""
-        return fit.examples(self.recorded, self.correct, self.weights)
+    def examples(self, sources: Sequence[SourceName] = ()) -> fit.Examples:
+        """Tokens to fit an estimator on that reads these sources."""
+        return fit.examples(self.recorded, self.correct, self.weights, sources)
 
     def explained_variance(self, expected: Array) -> float | None:
         """See `fit.explained_variance`. expected: V at each token, [rollouts, tokens]."""

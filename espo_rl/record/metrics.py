@@ -68,6 +68,8 @@ METRICS = {
     "stopping/effective_n": "known outcomes that this bound rests on, as if weighted alike",
     "stopping/explained_variance": "of the outcome, by the estimate that gates, on rollouts it was "
     "not fitted on",
+    "stopping/explained_variance_free": "the same without the sources that are asked, where they "
+    "were: what they add is the difference",
     "stopping/regret_mean": "running mean of the surrogate regret g (row 2 of the method)",
     "stopping/regret_variance": "running variance of g",
     "stopping/z_p50": "median of z over the batch's tokens (row 4)",

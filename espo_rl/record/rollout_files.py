@@ -48,9 +48,13 @@ SCHEMA = pa.schema(
         "weights_version": pa.string(),
         "group": pa.int32(),
         "seed": pa.int64(),
+        "history": pa.float64(),  # log odds that the prompt is solved, by earlier steps
+        "probes": pa.list_(_LOGPROBS),  # of an answer probe: token, and what was said
         "error": pa.string(),
     }
 )
+#: Columns that files of before lack.
+_ADDED = ("history", "probes")
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 
@@ -118,7 +122,8 @@ def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
             table = pq.read_table(file)
             text = (table.schema.metadata or {})[b"espo.gate"]
             gate = gate_from_json(text, has_critic=True)
-            rows = table.select(SCHEMA.names).to_pylist()
+            there = [n for n in SCHEMA.names if n in table.column_names or n not in _ADDED]
+            rows = table.select(there).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError, InvalidRequest) as error:
             raise ValueError(f"{path} holds no rollouts, or is damaged: {error}") from error
     return [_rollout(row) for row in rows], gate

@@ -7,7 +7,7 @@ or when a checkpoint is written; what it holds is then neither lost nor asked ag
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from espo_gateway.stop.gate_json import Mode
@@ -38,12 +38,22 @@ class Batch:
     _requests: dict[int, Request] = field(default_factory=dict)
     _groups: int = 0
 
-    def ask(self, problems: Iterable[Problem], n: int, modes: Sequence[Mode]) -> None:
-        """Want n rollouts of each problem, in these modes ("shadow": an audit)."""
+    def ask(
+        self,
+        problems: Iterable[Problem],
+        n: int,
+        modes: Sequence[Mode],
+        history: Callable[[str], float | None] = lambda problem_id: None,
+    ) -> None:
+        """Want n rollouts of each problem, in these modes ("shadow": an audit).
+
+        history: what is known of a problem by its id, for the estimate of success.
+        """
         mode = iter(modes)
         for problem in problems:
+            asked = Request(problem, seed=0, group=self._groups, history=history(problem.id))
             for _ in range(n):
-                self._add(Request(problem, seed=0, mode=next(mode), group=self._groups))
+                self._add(dataclasses.replace(asked, mode=next(mode)))
             self._groups += 1
         self.rounds += 1
 

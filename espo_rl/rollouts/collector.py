@@ -7,6 +7,7 @@ Owns the requests in flight and nothing else. A request that fails for good beco
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tenacity import (
 )
 
 from espo_gateway.stop.gate_json import Mode
+from espo_gateway.stop.told import Probe
 from espo_gateway.stream.chunks import sampled_tokens
 from espo_rl.config import RolloutSection
 from espo_rl.types import EndReason, Problem, Request, Rollout
@@ -58,6 +60,22 @@ class Prompter:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
+@dataclass(frozen=True)
+class ProbePhrase:
+    """Problem to what the policy is asked along its rollouts: its reference answer."""
+
+    tokenizer: Tokenizer
+    phrase: str
+    end: str
+
+    def __call__(self, problem: Problem) -> Probe:
+        phrase, answer = (
+            self.tokenizer.encode(text, add_special_tokens=False)
+            for text in (self.phrase, problem.answer + self.end)
+        )
+        return Probe(phrase, answer)
+
+
 class Collector:
     """Asks for completions, a bounded number at a time.
 
@@ -65,11 +83,18 @@ class Collector:
     """
 
     def __init__(
-        self, base_url: str, model: str, prompter: Prompter, config: RolloutSection
+        self,
+        base_url: str,
+        model: str,
+        prompter: Prompter,
+        config: RolloutSection,
+        *,
+        probe: ProbePhrase | None = None,
     ) -> None:
         self._model = model
         self._prompter = prompter
         self._config = config
+        self._probe = probe
         self._client = openai.AsyncOpenAI(
             base_url=f"{base_url}/v1", api_key="EMPTY", timeout=config.timeout, max_retries=0
         )
@@ -106,6 +131,11 @@ class Collector:
 
     async def _rollout(self, request: Request, temperature: float, top_p: float) -> Rollout:
         prompt_ids = self._prompter(request.problem)
+        espo: dict[str, Any] = {"mode": request.mode}
+        if request.history is not None:
+            espo["history"] = request.history
+        if self._probe is not None and (request.problem.answer or self._probe.end):
+            espo["probe"] = dataclasses.asdict(self._probe(request.problem))
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(_TRANSIENT),
@@ -122,7 +152,7 @@ class Collector:
                         top_p=top_p,
                         seed=request.seed,
                         logprobs=1,
-                        extra_body={"return_token_ids": True, "espo": {"mode": request.mode}},
+                        extra_body={"return_token_ids": True, "espo": espo},
                     )
             rollout = read_completion(completion, request.problem, prompt_ids, request.mode)
         except (openai.OpenAIError, ValueError) as error:
@@ -138,6 +168,7 @@ class Collector:
                 error=f"{type(error).__name__}: {error}",
             )
         rollout.group, rollout.seed = request.group, request.seed
+        rollout.history = request.history
         return rollout
 
 
@@ -182,6 +213,7 @@ def read_completion(
         overshoot=record.get("overshoot", 0),
         gate_version=record.get("gate_version", 0),
         weights_version=record.get("weights_version", ""),
+        probes=record.get("probes", []),
     )
 
 
