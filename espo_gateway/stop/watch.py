@@ -135,7 +135,7 @@ class Watch:
             return self._follow(token, z, logprob, regret, confidence, last)
         if z <= self._floor or last or token < self._min_tokens:
             return _GO
-        return self._decide(token, z, 0.0)
+        return self._decide(token, z, token)
 
     def _follow(
         self,

@@ -67,6 +67,7 @@ def gates(learnt: CrossFit, traces: Traces) -> dict[str, Gate]:
         "regret-only": {"rule": "regret-only"},
         "success-probability": {"rule": "success-probability"},
         "surprise": {"rule": "surprise"},
+        "length": {"rule": "length"},
         "random": {"rule": "random"},
     }
     if traces.recorded.critic is not None:
