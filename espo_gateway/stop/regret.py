@@ -8,6 +8,7 @@ last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -94,15 +95,40 @@ def smoothed_regret(regrets: Array, statistics: RegretStatistics, config: Monito
 
 def moving_average(rows: Array, decay: float) -> Array:
     """Exponential moving average along axis 1 from 0, shape kept; a NaN leaves it unchanged."""
-    # Laid out by token, so that each step reads and writes one run of memory. A missing number is a
-    # step that keeps all and adds nothing, which leaves the average as it was, to the last bit.
-    tokens = np.ascontiguousarray(rows.T)
-    missing = np.isnan(tokens)
-    keep = np.where(missing, 1.0, decay)
-    out = np.where(missing, 0.0, (1.0 - decay) * tokens)
-    current = np.zeros(len(rows))
-    for kept, moved in zip(keep, out, strict=True):
-        np.multiply(kept, current, out=kept)
-        np.add(kept, moved, out=moved)
-        current = moved
-    return out.T
+    out = np.empty(rows.shape, order="F")
+    state: Array = np.zeros(len(rows))
+    for tokens in token_blocks(rows.shape):
+        part, moved = rows[:, tokens].T, out[:, tokens].T
+        missing = np.isnan(part)
+        moved[:] = np.where(missing, 0.0, (1.0 - decay) * part)
+        # A missing number is a step that keeps all and adds nothing, to the last bit.
+        state = recurrence(np.where(missing, 1.0, decay), moved, state)
+    return out
+
+
+def recurrence(keep: Array, moved: Array, state: Array) -> Array:
+    """state ← keep · state + moved, token after token.
+
+    Args:
+        keep: [tokens, ...]; what it holds is lost.
+        moved: the same shape; becomes the states after each token.
+        state: that before the first token, [...].
+
+    Returns:
+        the state after the last token.
+    """
+    multiply, add = np.multiply, np.add
+    for kept, now in zip(keep, moved, strict=True):
+        multiply(kept, state, kept)
+        state = add(kept, now, now)
+    return state
+
+
+def token_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Axis 1 of arrays [rollouts, tokens] in parts that stay in a processor's cache.
+
+    Such arrays lie by token in memory, so that each part is one run of it.
+    """
+    step = max(1, 2**14 // max(shape[0], 1))
+    for start in range(0, shape[1], step):
+        yield slice(start, min(start + step, shape[1]))

@@ -7,13 +7,18 @@ Equal to `watch.Watch` token for token, to the last bit. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import SuccessEstimator, probabilities
+from espo_gateway.stop.estimate import SuccessEstimator, probabilities, rough_probabilities
 from espo_gateway.stop.recorded import Counts, Recorded
-from espo_gateway.stop.regret import Array
-from espo_gateway.stop.rules import RULES, Gate, Threshold, threshold_of
+from espo_gateway.stop.regret import Array, token_blocks
+from espo_gateway.stop.rules import RULES, Gate, Rule, Threshold, threshold_of
+
+_NEVER = np.iinfo(np.int64).max
 
 
 def scores(gate: Gate, recorded: Recorded, values: Array | None = None) -> Array:
@@ -26,23 +31,8 @@ def scores(gate: Gate, recorded: Recorded, values: Array | None = None) -> Array
     Raises:
         ValueError: the gate needs a critic's values, or confidences, that were not recorded.
     """
-    rule = RULES[gate.rule]
-    beside = rule.tracks(gate, recorded)
-    if rule.valued:
-        beside = _values(gate, recorded) if values is None else values
-        if gate.asks_estimate:
-            beside = np.where(_asked(gate, recorded), beside, np.nan)
-    if rule.compared == "z" or beside is None:
-        z = recorded.z(gate.statistics, gate.monitor)
-        found = rule.scores(gate, z, z if beside is None else beside)
-    else:
-        found = rule.scores(gate, beside, beside)
-    decided = recorded.known.copy(order="K")
-    decided[:, : gate.min_tokens - 1] = False
-    if recorded.completed_at is not None:
-        rows = np.flatnonzero(recorded.completed_at)
-        decided[rows, recorded.completed_at[rows] - 1] = False
-    return np.where(decided, found, np.nan)
+    rule, z, beside = _compared(gate, recorded, values)
+    return np.where(_decided(gate, recorded), rule.scores(gate, z, beside), np.nan)
 
 
 def first_stops(gate: Gate, recorded: Recorded, values: Array | None = None) -> Counts:
@@ -83,32 +73,115 @@ def stop_levels(gate: Gate, recorded: Recorded, values: Array | None = None) -> 
     return token_levels(gate, recorded, values).min(axis=1, initial=np.inf)
 
 
-def crossings(threshold: Threshold, scores: Array, limits: Array) -> tuple[Counts, Array]:
+@dataclass(frozen=True)
+class Crossings:
+    """What gates that differ only in their threshold would do; see `crossings`.
+
+    cuts: tokens kept under each limit, 0 for no stop, [rollouts, limits].
+    levels: how strict a gate would still have stopped each rollout, [rollouts].
+    looked_at: the score at each token that was asked for, negative where the rule stops above its
+        threshold, so that lower is worse; NaN where nothing is decided, [rollouts, asked for].
+    """
+
+    cuts: Counts
+    levels: Array
+    looked_at: Array
+
+
+def crossings(
+    gate: Gate,
+    recorded: Recorded,
+    limits: Array,
+    logits: Array | None = None,
+    looks: Sequence[int] = (),
+) -> Crossings:
     """Where gates that differ only in their threshold would cut, in one look at the scores.
 
-    Args:
-        scores: as `scores` gives them, [rollouts, tokens].
-        limits: thresholds from strict to loose, [limits].
+    Equal to `first_stops` and `stop_levels`, of all limits at once.
 
-    Returns:
-        Tokens kept under each limit, [rollouts, limits], 0 for no stop: equal to `first_stops`.
-        And how strict a gate would still have stopped each rollout, as `stop_levels`, [rollouts].
+    Args:
+        limits: thresholds from strict to loose, [limits].
+        logits: log V/(1 - V) at each token in the place of the gate's own V, [rollouts, tokens].
+        looks: numbers of tokens, from 1, whose scores are wanted.
     """
+    threshold = threshold_of(gate.rule)
     sign = 1.0 if threshold.above else -1.0
-    excess = np.where(np.isnan(scores), -np.inf, sign * scores)
-    highest = np.maximum.accumulate(excess, axis=1)
-    # Only a score beyond all before it can be the first to cross anything.
-    records = excess.copy(order="K")
-    records[:, 1:] = np.where(excess[:, 1:] > highest[:, :-1], excess[:, 1:], -np.inf)
-    tokens, rows = np.nonzero(~np.isneginf(records.T))
-    crossed = np.searchsorted(-sign * limits, -records[rows, tokens], side="right")
-    cuts = np.full((len(scores), len(limits) + 1), np.iinfo(np.int64).max)
-    # Backwards, so that of many that cross the same limits the first one stays.
-    cuts[rows[::-1], crossed[::-1]] = tokens[::-1] + 1
+    rule, z, beside = _compared(gate, recorded, logits)
+    decided = _decided(gate, recorded) & ~np.isnan(beside)
+    worst = np.full(len(recorded), -np.inf)
+    cuts = np.full((len(recorded), len(limits) + 1), _NEVER)
+    looked_at = np.full((len(recorded), len(looks)), np.nan)
+    for tokens in token_blocks(recorded.logprobs.shape):
+        seen = beside[:, tokens]
+        rough = rule.scores(
+            gate, z[:, tokens], seen if logits is None else rough_probabilities(seen)
+        )
+        excess = np.where(decided[:, tokens], sign * rough, -np.inf)
+        for k, token in enumerate(looks):
+            if tokens.start < token <= tokens.start + excess.shape[1]:
+                looked_at[:, k] = -excess[:, token - 1 - tokens.start]
+        # Only a score beyond all before it can be the first to cross anything; few rollouts have
+        # one in a block. What is rough may be a hair beyond, so that no such score is missed.
+        rows = np.flatnonzero(excess.max(axis=1) > _hair_below(worst))
+        part = excess[rows]
+        before = np.maximum.accumulate(np.column_stack([worst[rows], part]), axis=1)[:, :-1]
+        at, token = np.nonzero(part > _hair_below(before))
+        rows, token = rows[at], token + tokens.start
+        exact = beside[rows, token]
+        if logits is not None:
+            exact = probabilities(exact)
+        found = sign * rule.scores(gate, z[rows, token], exact)
+        np.maximum.at(worst, rows, found)
+        crossed = np.searchsorted(-sign * limits, -found, side="right")
+        new = cuts[rows, crossed] == _NEVER
+        # Backwards, so that of many that cross the same limits the first one stays.
+        cuts[rows[new][::-1], crossed[new][::-1]] = token[new][::-1] + 1
     cuts = np.minimum.accumulate(cuts, axis=1)[:, :-1]
-    cuts[cuts == np.iinfo(np.int64).max] = 0
-    worst = sign * highest.max(axis=1, initial=-np.inf)
-    return cuts, _levels(threshold, np.where(np.isinf(worst), np.nan, worst))
+    cuts[cuts == _NEVER] = 0
+    levels = _levels(threshold, np.where(np.isinf(worst), np.nan, sign * worst))
+    return Crossings(cuts, levels, np.where(np.isinf(looked_at), np.nan, looked_at))
+
+
+def _hair_below(numbers: Array) -> Array:
+    return numbers - 1e-12 * np.abs(numbers)
+
+
+def _compared(gate: Gate, recorded: Recorded, values: Array | None) -> tuple[Rule, Array, Array]:
+    """The rule and what its scores are made of: z where it looks at it, and what stands beside."""
+    rule = RULES[gate.rule]
+    beside = rule.tracks(gate, recorded)
+    if rule.valued:
+        beside = _values(gate, recorded) if values is None else values
+    if rule.compared == "z" or beside is None:
+        z = recorded.z(gate.statistics, gate.monitor)
+        return rule, z, z if beside is None else beside
+    return rule, beside, beside
+
+
+def _decided(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
+    """Where something is decided, [rollouts, tokens]."""
+    decided = recorded.known.copy(order="K")
+    decided[:, : gate.min_tokens - 1] = False
+    if recorded.completed_at is not None:
+        rows = np.flatnonzero(recorded.completed_at)
+        decided[rows, recorded.completed_at[rows] - 1] = False
+    if gate.asks_estimate:
+        decided &= _asked(gate, recorded)
+    return decided
+
+
+def _asked(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
+    """Where the gate's sources are asked, [rollouts, tokens]."""
+    asked = np.zeros(recorded.logprobs.shape, dtype=bool)
+    asked[:, gate.schedule.tokens(asked.shape[1]) - 1] = True
+    if gate.free is not None:
+        asked &= probabilities(estimated(gate.free, recorded)) < gate.schedule.below
+    return asked
+
+
+def estimated(estimator: SuccessEstimator, recorded: Recorded) -> Array:
+    """log P/(1-P) at each token, [rollouts, tokens]; NaN where a source has not answered."""
+    return estimator.logits(recorded.features, recorded.told(estimator.sources))
 
 
 def _values(gate: Gate, recorded: Recorded) -> Array:
@@ -122,20 +195,6 @@ def _values(gate: Gate, recorded: Recorded) -> Array:
         return gate.success(recorded.critic)
     assert gate.estimator is not None
     return probabilities(estimated(gate.estimator, recorded))
-
-
-def estimated(estimator: SuccessEstimator, recorded: Recorded) -> Array:
-    """log P/(1-P) at each token, [rollouts, tokens]; NaN where a source has not answered."""
-    return estimator.logits(recorded.features, recorded.told(estimator.sources))
-
-
-def _asked(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
-    """Where the gate's sources are asked, [rollouts, tokens]."""
-    asked = np.zeros(recorded.logprobs.shape, dtype=bool)
-    asked[:, gate.schedule.tokens(asked.shape[1]) - 1] = True
-    if gate.free is not None:
-        asked &= probabilities(estimated(gate.free, recorded)) < gate.schedule.below
-    return asked
 
 
 def _levels(threshold: Threshold, scores: Array) -> Array:

@@ -39,6 +39,7 @@ RuleName = Literal[
     "surprise",
     "confidence",
     "random",
+    "length",
 ]
 ValueName = Literal["constant", "stream", "critic"]
 
@@ -77,7 +78,7 @@ class Threshold:
     def level(self, value: Any) -> Any:
         """How loose a threshold or a score is, or each of an array: higher always stops more.
 
-        -β, log p*/(1 - p*), the confidence or log hazard.
+        -β, log p*/(1 - p*), the confidence, log hazard or minus the logarithm of a length.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             return self._level(value)
@@ -91,6 +92,14 @@ def _log_odds(value: Any) -> Any:
     """Infinite where a V has left [0, 1], as a critic's may."""
     share = np.clip(value, 0.0, 1.0)
     return np.log(share) - np.log1p(-share)
+
+
+def _shortness(tokens: Any) -> Any:
+    return -np.log(tokens)
+
+
+def _length(shortness: float) -> float:
+    return math.exp(-shortness)
 
 
 _POINTS = 121
@@ -118,6 +127,13 @@ HAZARD = Threshold(
     _level=np.log,
     _at=math.exp,
 )
+#: β again, in tokens.
+LENGTH = Threshold(
+    *("beta", "β", True, 2.0**20, 1.0),
+    grid=np.unique(np.geomspace(1.0, 2.0**17, 139).round())[::-1],
+    _level=_shortness,
+    _at=_length,
+)
 
 
 class Rule:
@@ -138,7 +154,8 @@ class Rule:
         return math.inf
 
     def score(self, gate: Gate, z: float, v: float) -> float:
-        """What is compared. v: V, or what the rule's track gives in its place."""
+        """What is compared. v: V, or what the rule's track gives in its place, or else the token's
+        number, from 1."""
         return z
 
     def scores(self, gate: Gate, z: Array, v: Array) -> Array:
@@ -154,7 +171,7 @@ class Rule:
         return None
 
     def tracks(self, gate: Gate, recorded: Recorded) -> Array | None:
-        """What `track` would have given, [rollouts, tokens]."""
+        """V apart, what `score` would have got beside z, [rollouts, tokens]; None: nothing."""
         return None
 
     def alternatives(self, gate: Gate) -> int:
@@ -263,6 +280,16 @@ class Random(WithoutRegret):
         return stream_draws(gate.version, recorded.logprobs, recorded.known)
 
 
+class Length(WithoutRegret):
+    """More than β tokens, whatever they are: what a detector must beat."""
+
+    threshold = LENGTH
+
+    def tracks(self, gate: Gate, recorded: Recorded) -> Array:
+        shape = recorded.logprobs.shape
+        return np.broadcast_to(np.arange(1.0, shape[1] + 1.0), shape)
+
+
 RULES: dict[RuleName, Rule] = {
     "none": Rule(),
     "value-gated": ValueGated(),
@@ -272,6 +299,7 @@ RULES: dict[RuleName, Rule] = {
     "surprise": Surprise(),
     "confidence": Confidence(),
     "random": Random(),
+    "length": Length(),
 }
 
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.regret import MISSING_LOGPROB, Array
+from espo_gateway.stop.regret import MISSING_LOGPROB, Array, token_blocks
 
 _MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _DOUBLE, _BITS = struct.Struct("<d"), struct.Struct("<Q")
 
 
@@ -51,25 +51,42 @@ def stream_draws(seed: int, logprobs: Array, known: NDArray[np.bool_]) -> Array:
     Returns:
         shape [rollouts, tokens].
     """
-    bits = np.ascontiguousarray(logprobs, dtype=np.float64).view(np.uint64)
     state = np.full(len(logprobs), _seeded(seed), dtype=np.uint64)
-    draws = np.empty(logprobs.shape)
-    for t in range(logprobs.shape[1]):
-        state = np.where(known[:, t], _mixed(state ^ bits[:, t]), state)
-        draws[:, t] = _uniform(state)
-    return draws
+    states = np.empty(logprobs.shape, dtype=np.uint64, order="F")
+    for tokens in token_blocks(logprobs.shape):
+        bits = np.ascontiguousarray(logprobs[:, tokens].T, dtype=np.float64).view(np.uint64)
+        there = known[:, tokens].T
+        for now, pushed, told, whole in zip(
+            states[:, tokens].T, bits, there, there.all(axis=1).tolist(), strict=True
+        ):
+            np.bitwise_xor(state, pushed, now)
+            _mix(now)
+            if not whole:
+                np.copyto(now, state, where=~told)
+            state = now
+    return _uniform(states)
 
 
 def _seeded(seed: int) -> int:
     return seed * _GOLDEN & _MASK
 
 
-def _mixed(state: Any) -> Any:
-    """A step of the generator splitmix64, of an int or of an array of uint64."""
+def _mixed(state: int) -> int:
+    """A step of the generator splitmix64."""
     state = state + _GOLDEN & _MASK
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+    state = (state ^ (state >> 30)) * _FIRST & _MASK
+    state = (state ^ (state >> 27)) * _SECOND & _MASK
     return state ^ (state >> 31)
+
+
+def _mix(states: NDArray[np.uint64]) -> None:
+    """`_mixed` of each, in its place."""
+    states += _GOLDEN
+    states ^= states >> 30
+    states *= _FIRST
+    states ^= states >> 27
+    states *= _SECOND
+    states ^= states >> 31
 
 
 def _uniform(state: Any) -> Any:

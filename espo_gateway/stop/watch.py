@@ -159,7 +159,7 @@ class Watch:
             return self._follow(token, z, logprob, regret, confidence, last)
         if z <= self._floor or last or token < self._min_tokens:
             return _GO
-        return self._decide(token, z, 0.0, False)
+        return self._decide(token, z, token, False)
 
     def _follow(
         self,
@@ -171,7 +171,7 @@ class Watch:
         last: bool,
     ) -> Verdict:
         """For the rules that look at more than z."""
-        v = 0.0
+        v: float = token
         if self._statistics is not None:
             self._statistics.push(regret, -logprob)
         if self._track is not None:

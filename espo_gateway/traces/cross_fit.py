@@ -7,7 +7,7 @@ and each fold is judged by an estimator of the others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,17 +37,20 @@ class CrossFit:
     gate: Gate
     folds: list[SuccessEstimator] = field(default_factory=list)
 
-    def values(self, traces: Traces) -> tuple[Array | None, Array | None]:
-        """V at each token, [traces, tokens]: out of sample, and by the estimator that is to gate.
-
-        None where the gate has no estimator.
-        """
-        estimator = self.gate.estimator
-        if estimator is None:
-            return None, None
+    def logits(self, traces: Traces) -> tuple[Array, Array]:
+        """log V/(1 - V) at each token, [traces, tokens]: out of sample, and by the estimator that
+        is to gate."""
+        assert self.gate.estimator is not None
         features = traces.recorded.features
         unseen = logits_by(self.folds, traces.keys % len(self.folds), features)
-        return probabilities(unseen), probabilities(estimator.logits(features))
+        return unseen, logits_by([self.gate.estimator], np.zeros_like(traces.keys), features)
+
+    def values(self, traces: Traces) -> tuple[Array | None, Array | None]:
+        """V of these; None where the gate has no estimator."""
+        if self.gate.estimator is None:
+            return None, None
+        unseen, final = self.logits(traces)
+        return probabilities(unseen), probabilities(final)
 
 
 def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
@@ -73,10 +76,8 @@ def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
             raise CalibrationError("the estimator needs prompt_tokens, and a trace has none")
         known = ~np.isnan(traces.correct)
         fitted += int(known.sum())
-        for k in range(folds):
-            rows = known & (traces.keys % folds == k)
-            if rows.any():
-                dealt[k].append(_examples(traces.where(rows)))
+        for k, part in enumerate(_dealt(traces.where(known), folds)):
+            dealt[k].append(part)
     if not count:
         raise CalibrationError("no trace has a single token with its logprobs")
     statistics = RegretStatistics(decay=base.statistics.decay).moved_by(count, total, squares)
@@ -115,9 +116,19 @@ def spared_weight(cut: int, spared: int) -> float:
     return (cut + spared) / spared if spared else 1.0
 
 
-def _examples(traces: Traces) -> Examples:
-    """Weights are 1 for a spared trace and 0 for others: how many were cut is known only later."""
-    return examples(traces.recorded, traces.correct == 1.0, traces.spared.astype(np.float64))
+def _dealt(traces: Traces, folds: int) -> Iterator[Examples]:
+    """Examples by fold. Weights are 1 for a spared trace and 0 for others: how many were cut is
+    known only later."""
+    # In the place of its weight each brings the number of its trace.
+    every = examples(traces.recorded, traces.correct == 1.0, np.arange(float(len(traces))))
+    number = every.weights.astype(np.int64)
+    for k in range(folds):
+        rows = traces.keys[number] % folds == k
+        yield Examples(
+            every.features[rows],
+            every.outcomes[rows],
+            traces.spared[number[rows]].astype(np.float32),
+        )
 
 
 def _weighted(parts: list[Examples], spared: float) -> list[Examples]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.stop.regret import Array
-from espo_gateway.stop.replay import crossings, scores, stop_levels
+from espo_gateway.stop.replay import crossings
 from espo_gateway.stop.rules import Gate, threshold_of
 from espo_gateway.traces.cross_fit import (
     UNFITTED,
@@ -67,6 +67,7 @@ def gates(learnt: CrossFit, traces: Traces) -> dict[str, Gate]:
         "regret-only": {"rule": "regret-only"},
         "success-probability": {"rule": "success-probability"},
         "surprise": {"rule": "surprise"},
+        "length": {"rule": "length"},
         "random": {"rule": "random"},
     }
     if traces.recorded.critic is not None:
@@ -154,15 +155,14 @@ def judge(
 ) -> list[tuple[str, tuple[NDArray[np.int32], Array, Array]]]:
     """Cuts, levels and rehearsed levels of some rollouts under each rule."""
     recorded = traces.recorded
-    unseen, final = learnt.values(traces)
+    unseen, final = learnt.logits(traces)
     del recorded.features
     found = []
     for name, gate in made.items():
-        threshold, streams = threshold_of(gate.rule), gate.source == "stream"
-        judged = scores(gate, recorded, unseen if streams else None)
-        cuts, levels = crossings(threshold, judged, threshold.grid)
-        rehearsed = levels
+        grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
+        judged = crossings(gate, recorded, grid, unseen if streams else None)
+        rehearsed = judged.levels
         if streams and len(learnt.folds) > 1:
-            rehearsed = stop_levels(gate, recorded, final)
-        found.append((name, (cuts.astype(np.int32), levels, rehearsed)))
+            rehearsed = crossings(gate, recorded, grid[:0], final).levels
+        found.append((name, (judged.cuts.astype(np.int32), judged.levels, rehearsed)))
     return found

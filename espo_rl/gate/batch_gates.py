@@ -306,7 +306,7 @@ def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
     if config.threshold == "audit":
         return AuditThreshold(config.bound, window=config.evidence, low=low, high=high)
     default = threshold.level(threshold.of(Gate()))
-    given = config.beta if threshold is BETA else config.p_star
+    given = config.p_star if threshold is P_STAR else config.beta
     start = None if given is None else threshold.level(given)
     if config.threshold == "fixed":
         start = default if start is None else start

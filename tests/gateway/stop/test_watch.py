@@ -29,6 +29,7 @@ from espo_gateway.stop.rules import (
     BETA,
     CONFIDENCE,
     HAZARD,
+    LENGTH,
     P_STAR,
     Gate,
     RuleName,
@@ -76,6 +77,7 @@ def gates(estimator: SuccessEstimator, version: int = 0) -> list[Gate]:
             for window in (1, 5, 100)
         ),
         Gate(rule="random", hazard=0.2, **common),
+        Gate(rule="length", beta=6.0, **common),
     ]
 
 
@@ -167,7 +169,13 @@ def test_a_rollout_is_stopped_by_just_the_gates_above_its_level(
 
 @pytest.mark.parametrize(
     ("threshold", "loose", "strict"),
-    [(BETA, 2.0, 3.0), (P_STAR, 0.1, 0.05), (HAZARD, 0.1, 0.05), (CONFIDENCE, 2.0, 1.0)],
+    [
+        (BETA, 2.0, 3.0),
+        (P_STAR, 0.1, 0.05),
+        (HAZARD, 0.1, 0.05),
+        (CONFIDENCE, 2.0, 1.0),
+        (LENGTH, 9, 80),
+    ],
     ids=lambda x: getattr(x, "name", None),
 )
 def test_a_higher_level_is_a_looser_threshold(
@@ -310,6 +318,14 @@ def test_no_rule_stops_before_min_tokens() -> None:
     for _ in range(20):
         watch.push(-9.0, 0.0)
     assert watch.cut == 7
+
+
+def test_the_length_rule_counts_all_tokens_and_decides_only_at_known_ones() -> None:
+    watch = Watch(Gate(rule="length", beta=4.0), 1)
+    stream = [(-1.0, 0.0)] * 2 + [(math.nan, 0.0)] * 4 + [(-1.0, 0.0)]
+    verdicts = [watch.push(*pair) for pair in stream]
+    assert verdicts == [Verdict.GO] * 6 + [Verdict.STOP]
+    assert first_stops(watch.gate, recorded([stream])).tolist() == [watch.cut] == [7]
 
 
 @given(streams, st.integers(1, 500))

@@ -67,7 +67,7 @@ def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: P
     learnt.gate = dataclasses.replace(learnt.gate, critic_wrong=-1.0, critic_right=2.0)
     traces = next(iter(source.read()))
     done = replayed(source.read, learnt)
-    assert len(done.rules) == 7
+    assert len(done.rules) == 8
     stops = 0
     for judgement in done.rules.values():
         threshold = threshold_of(judgement.gate.rule)
@@ -184,7 +184,7 @@ def test_the_command_leaves_table_numbers_and_picture(
     }
     with open(out / "curves.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 * 121
+    assert len(rows) == 6 * 121
     assert (out / "replay.png").read_bytes().startswith(b"\x89PNG")
 
 
