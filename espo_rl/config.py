@@ -148,7 +148,11 @@ class Stopping(Section):
     epsilon: Positive = 0.2
     constant: float = 1.0
     min_tokens: Count = 4
-    failure_reward: float = -1.0
+    # What a stopped rollout is worth; None: ppo.wrong_reward. A lower one makes an answer that is
+    # wrong but finished the better of two failures, in a group the one that is learnt
+    failure_reward: float | None = None
+    # Generated to the end though stopped. Of each prompt's rollouts it is one at least, where there
+    # are 4 or more, so that none is left without a finished one
     audit_share: Share = 0.1
     # threshold = "audit": of the right rollouts at most this share is stopped, with this
     # confidence, judged on the outcomes of the last `evidence` batches. With false_positives (the
@@ -370,6 +374,12 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     logs: Logs = Logs()
+
+    @property
+    def failure_reward(self) -> float:
+        """What a stopped rollout is worth."""
+        given = self.stopping.failure_reward
+        return self.ppo.wrong_reward if given is None else given
 
     @property
     def asks_critic(self) -> bool:

@@ -25,6 +25,7 @@ from espo_rl.config import Recipe, RecipeError, differences
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sampling
 from espo_rl.evaluate.table import as_dict
+from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
 from espo_rl.gate.outcomes import with_outcome
 from espo_rl.ppo.trainer import PpoTrainer
@@ -70,6 +71,7 @@ class Loop:
             recipe.run.steps,
             random.Random(recipe.run.seed),
             worth=(recipe.ppo.wrong_reward, recipe.ppo.right_reward),
+            audits=Audits.of(recipe.stopping.audit_share, recipe.rollout.n),
         )
         self.checkpoints = CheckpointStore(
             recipe.run.output / "checkpoints", keep=recipe.checkpoints.keep
@@ -180,7 +182,7 @@ class Loop:
         sampled = rollout_metrics(
             batch.all,
             tokens=tokens,
-            audit_share=recipe.stopping.audit_share,
+            audit_share=self.stopping.audits.share,
             weights_version=f"step-{self.step - 1}",
         )
         staleness = cast(float, sampled["staleness"])

@@ -25,6 +25,7 @@ from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_sour
 from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes, ShareThreshold
 from espo_gateway.stop.told import ASKED, Schedule, in_order
 from espo_rl.config import Stopping
+from espo_rl.gate.audits import Audits
 from espo_rl.gate.history import History
 from espo_rl.gate.outcomes import KnownRollouts, recorded_of, weights, with_outcome
 from espo_rl.gate.warm_up import WarmUp
@@ -52,9 +53,14 @@ class StopController:
         rng: random.Random,
         *,
         worth: tuple[float, float] = (0.0, 1.0),
+        audits: Audits | None = None,
     ) -> None:
-        """worth: what a wrong and a right answer are worth in the critic's returns."""
+        """worth: what a wrong and a right answer are worth in the critic's returns.
+
+        audits: None: by the recipe's share alone, whatever the prompts.
+        """
         self.config = config
+        self.audits = audits or Audits(config.audit_share)
         self.statistics = RegretStatistics(decay=config.decay)
         self.estimator: SuccessEstimator | None = None
         self.history = History()
@@ -87,11 +93,8 @@ class StopController:
         return threshold_of(rule).set(dataclasses.replace(gate, rule=rule), self.threshold)
 
     def draw_audits(self, count: int) -> list[bool]:
-        """Which of `count` rollouts are generated to the end even if the rule stops them.
-
-        Drawn before anything is sampled, so an audit cannot depend on what it observes.
-        """
-        return [self._rng.random() < self.config.audit_share for _ in range(count)]
+        """Which of `count` rollouts are generated to the end even if the rule stops them."""
+        return self.audits.draw(count, self._rng)
 
     @property
     def on(self) -> bool:
@@ -201,7 +204,7 @@ class StopController:
         if not usable:
             return
         was_on = self.on if gated is None else gated
-        known = KnownRollouts.of(usable, self.config.audit_share, values)
+        known = KnownRollouts.of(usable, self.audits.share, values)
         recorded = recorded_of(usable)
         updated = self.statistics.updated(recorded.regrets)
         # The first batch had no statistics in force: its own stand in.
@@ -222,7 +225,7 @@ class StopController:
         if self._estimates:
             self._learn(known)
         outcomes_known = with_outcome(usable)
-        self.history.add(outcomes_known, weights(outcomes_known, self.config.audit_share or 1.0))
+        self.history.add(outcomes_known, weights(outcomes_known, self.audits.share or 1.0))
         self.warmup.update(critic_loss, self.explained_variance)
         if self._threshold is not None:
             share = sum(rollout.stopped for rollout in usable) / len(usable)

@@ -23,7 +23,7 @@ Metric = float | str | bool | None
 
 #: every name a run logs, and what it says; `*` stands for any word
 METRICS = {
-    "rollout/reward": "mean reward; a stopped rollout's is stopping.failure_reward",
+    "rollout/reward": "mean reward; a stopped rollout's is that of a failure",
     "rollout/accuracy": "share of right answers, had none been stopped: audited rollouts stand for "
     "the stopped ones",
     "rollout/completed_share": "share that ended by themselves",

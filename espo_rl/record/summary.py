@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from espo_rl.config import Recipe
+from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
 from espo_rl.record.intervals import ProblemMean, Share
 from espo_rl.record.json_files import nulls, write_json
@@ -91,9 +92,13 @@ class Summary:
         return Share(self.totals.audited_correct, self.totals.audited)
 
     @property
+    def _audits(self) -> Audits:
+        return Audits.of(self.recipe.stopping.audit_share, self.recipe.rollout.n)
+
+    @property
     def right_lost(self) -> Share:
         """Of the right rollouts the share that was stopped, by the audits."""
-        return self.totals.right_lost(self.recipe.stopping.audit_share)
+        return self.totals.right_lost(self._audits.share)
 
     @property
     def staleness(self) -> float:
@@ -162,7 +167,7 @@ class Summary:
         if stopping.rule != "none":
             rule = (
                 f"{stopping.rule}, threshold by {stopping.threshold}, "
-                f"{stopping.audit_share:.0%} audited"
+                f"{self._audits.share:.0%} audited"
             )
         explained = "unknown"
         if self._explained:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from espo_gateway.stop.threshold_control import Bound
+from espo_rl.gate.audits import Audits
 from espo_rl.record.intervals import Share
 from espo_rl.record.json_files import nulls
 from espo_rl.record.metrics import METRICS
@@ -181,7 +182,8 @@ def cost(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
     trials = audited
     if bound.of == "right-lost":
         # In right rollouts that an audit would have shown.
-        shown = number(run.setting("stopping", "audit_share")) * right
+        share, n = run.setting("stopping", "audit_share"), run.setting("rollout", "n")
+        shown = Audits.of(number(share), int(number(n))).share * right
         trials = np.where(np.array(run.column("stopping/on")) == 1.0, shown, bad)
     ends = range(1, len(bad) + 1)
     shares = [Share(bad[:end][-window:].sum(), trials[:end][-window:].sum()) for end in ends]

@@ -43,7 +43,7 @@ def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
         score: in [0, 1]; None is for stopped ones alone.
     """
     if rollout.stopped and not rollout.spared:
-        return recipe.stopping.failure_reward
+        return recipe.failure_reward
     assert score is not None, f"a rollout that ended by {rollout.end} needs a score"
     ppo, buffer = recipe.ppo, recipe.ppo.overlong_buffer
     value = ppo.wrong_reward + (ppo.right_reward - ppo.wrong_reward) * score

@@ -27,6 +27,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]))
 ids = st.lists(st.integers(0, 200_000), max_size=5)
 
 
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
 @st.composite
 def rollouts(draw: Any) -> Rollout:
     token_ids = draw(ids)
@@ -48,10 +51,11 @@ def rollouts(draw: Any) -> Rollout:
         reward=draw(st.floats(allow_nan=False)),
         group=draw(st.integers(0, 1000)),
         error=draw(text),
+        history=draw(st.none() | finite),
+        probes=draw(st.lists(st.lists(finite, min_size=3, max_size=3), max_size=3)),
     )
 
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
 gates = st.builds(
     Gate,
     version=st.integers(0, 10**6),
@@ -206,3 +210,17 @@ def test_a_file_that_is_no_dump(tmp_path: Path, kind: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_rollouts(tmp_path / "step-00000001.parquet")
+
+
+def test_files_of_before_are_read(tmp_path: Path) -> None:
+    rollout = Rollout(
+        Problem("p", "q", "a"), [1], [2], np.zeros(1), np.zeros(1), "", EndReason.LENGTH, 1
+    )
+    RolloutFiles(recipe_for(tmp_path)).write(1, [rollout], Gate())
+    path = tmp_path / "rollouts" / "step-00000001.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["history", "probes"]), path)
+    [read], _ = read_rollouts(path)
+    assert (read.history, read.probes) == (None, [])
+    pq.write_table(pq.read_table(path).drop_columns(["text"]), path)
+    with pytest.raises(ValueError, match="text"):
+        read_rollouts(path)

@@ -1,0 +1,137 @@
+"""What the controller learns of sources beside the stream: probes and the prompt's history."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from espo_gateway.stop.replay import first_stops
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import Stopping
+from espo_rl.gate.batch_gates import StopController
+from espo_rl.gate.history import History
+from espo_rl.gate.outcomes import recorded_of
+from espo_rl.types import EndReason, Problem, Rollout
+from tests.helpers.simulated import LENGTH, simulate
+
+EVERY = 8
+
+
+def blind(count: int, seed: int, gate: Gate) -> list[Rollout]:
+    """Rollouts whose tokens tell nothing, and whose probes tell all once they have failed."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for number, rollout in enumerate(simulate(count, seed)):
+        failed = rng.integers(0, LENGTH) if not rollout.correct else LENGTH
+        flat = rng.normal(-0.3, 0.05, LENGTH)
+        probes = [
+            [float(t), *(-6.0 if t > failed else -1.0) + rng.normal(0, 0.4, 2)]
+            for t in gate.schedule.tokens(LENGTH - 1)
+        ]
+        rollouts.append(
+            dataclasses.replace(
+                rollout,
+                problem=Problem(f"p{number % 10}", "p", "a"),
+                logprobs=flat,
+                max_logprobs=np.maximum(flat, -0.25),
+                probes=[[float(n) for n in probe] for probe in probes],
+            )
+        )
+    return rollouts
+
+
+def stopped_by(gate: Gate, rollouts: list[Rollout], audit_share: float, seed: int) -> list[Rollout]:
+    rng = random.Random(seed)
+    seen = []
+    for rollout, cut in zip(rollouts, first_stops(gate, recorded_of(rollouts)), strict=True):
+        changes: dict[str, Any] = {}
+        if cut:
+            audited = rng.random() < audit_share
+            changes = {"end": EndReason.EARLY_STOP, "kept": int(cut), "audited": audited}
+            if not audited:
+                changes["correct"] = None
+        seen.append(dataclasses.replace(rollout, **changes))
+    return seen
+
+
+@pytest.mark.slow
+def test_probes_decide_where_the_tokens_tell_nothing() -> None:
+    settings: dict[str, Any] = {"ask_every": EVERY, "ask_growth": 0.0, "audit_share": 0.2}
+    stopping = StopController(Stopping(sources=["probe"], **settings), 100, random.Random(0))
+    free = StopController(Stopping(**settings), 100, random.Random(0))
+    caught = {}
+    for controller in (stopping, free):
+        for batch in range(10):
+            gate = controller.gate("w")
+            full = blind(300, batch, stopping.gate("w"))
+            wrong = np.array([not rollout.correct for rollout in full])
+            seen = stopped_by(gate, full, 0.2, batch)
+            stops = np.array([rollout.stopped for rollout in seen])
+            controller.observe(seen, None)
+            controller = pickle.loads(pickle.dumps(controller))  # as a checkpoint does
+        caught[controller.config.asks] = stops[wrong].mean(), stops[~wrong].mean()
+        if controller.config.asks:
+            told = controller.metrics()
+            assert told["explained_variance"] > told["explained_variance_free"] + 0.2
+            assert gate.free is not None
+            assert gate.estimator is not None
+            assert gate.estimator.sources == ("probe",)
+        else:
+            assert "explained_variance_free" not in controller.metrics()
+    assert caught[True][0] > 0.5
+    assert caught[True][1] < 0.1
+    assert caught[False][0] < 0.2
+
+
+def test_a_source_is_asked_only_where_the_free_estimate_leaves_a_decision() -> None:
+    """Rollouts that the free estimate is sure of cost no question."""
+    config = Stopping(sources=["history", "probe"], ask_every=EVERY, warmup_batches=1)
+    stopping = StopController(config, 100, random.Random(0))
+    for batch in range(6):
+        full = blind(300, batch, stopping.gate("w"))
+        for rollout in full:
+            rollout.history = 4.0 if rollout.correct else -4.0
+        stopping.observe(stopped_by(stopping.gate("w"), full, 0.1, batch), None)
+    gate = stopping.gate("w")
+    assert gate.free is not None
+    assert gate.free.sources == ("history",)
+    assert gate.schedule.every == EVERY
+    assert 0.0 < gate.schedule.below < 0.5
+
+
+def test_history_tells_of_a_prompt_what_its_rollouts_showed() -> None:
+    history = History()
+    assert history.log_odds("new") == 0.0
+    rollouts = [
+        dataclasses.replace(
+            rollout, problem=Problem("easy" if i < 4 else "hard", "p", "a"), correct=i < 4
+        )
+        for i, rollout in enumerate(simulate(8, 0))
+    ]
+    history.add(rollouts, np.ones(8))
+    assert history.log_odds("easy") > 1.0
+    assert history.log_odds("hard") < -1.0
+    assert abs(history.log_odds("new")) < 1e-9
+    history.add(rollouts[4:5], np.array([10.0]))  # an audited one stands for many
+    assert history.log_odds("hard") < -2.0
+    assert math.isfinite(history.log_odds("hard"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "regret-only", "sources": ["probe"]},
+        {"rule": "value-gated", "value": "critic", "sources": ["history"]},
+        {"sources": ["telepathy"]},
+    ],
+)
+def test_sources_that_nothing_reads_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="sources"):
+        Stopping(**settings)
