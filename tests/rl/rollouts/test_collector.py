@@ -14,10 +14,14 @@ import pytest
 from openai.types import Completion
 
 from espo_gateway.front.gateway import Gateway
+from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import Schedule
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.testing.script import Body
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
-from espo_rl.rollouts.collector import Collector, Prompter, read_completion
+from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter, read_completion
 from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import (
     BAD,
@@ -100,6 +104,35 @@ async def test_early_stop_keeps_what_led_to_the_decision(per_chunk: int) -> None
     assert rollout.max_logprobs.tolist() == [GOOD.logprob] * 6 + [BAD.max_logprob] * 2
     assert rollout.text == "aaaaaabb"
     assert rollout.correct is None
+
+
+async def test_what_is_told_of_a_rollout_is_asked_for_and_kept() -> None:
+    gate = gate_to_json(Gate(schedule=Schedule(every=4, growth=0.0)))
+    phrase = ProbePhrase(make_tokenizer(), "=", ";")
+
+    def script(body: Body) -> Script:
+        if "logprob_token_ids" not in body:
+            return Script([GOOD] * 10)
+
+        def rewrite(answer: Body) -> Body:
+            asked = {f"token_id:{token}": -0.5 for token in body["logprob_token_ids"]}
+            numbers = {"token_ids": [0], "logprobs": {"top_logprobs": [asked]}}
+            answer["choices"][0] |= numbers
+            return answer
+
+        return Script([GOOD], rewrite=rewrite)
+
+    async with FakeServer(script) as server, gateway_for(server, gate=gate) as gateway:
+        config = RolloutSection(max_tokens=20)
+        async with Collector(gateway.url, "fake", PROMPTER, config, probe=phrase) as collector:
+            asked = samples(1, history=0.25)
+            (rollout,) = await collector.collect(asked, temperature=1.0)
+    assert rollout.probes == [[4, -0.5, -0.5], [8, -0.5, -0.5]]
+    assert rollout.history == 0.25
+    encode = make_tokenizer().encode
+    assert server.bodies[1]["prompt"][-1:] == encode("=", add_special_tokens=False)
+    answer = encode("164;", add_special_tokens=False)
+    assert server.bodies[1]["logprob_token_ids"] == sorted(set(answer))
 
 
 async def test_overshoot_counts_what_the_server_sampled_past_the_cut() -> None:
