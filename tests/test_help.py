@@ -18,6 +18,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "datasets", "sklearn", "openai"}
         "espo_rl.replay",
         "espo_rl.report",
         "espo_rl.collect",
+        "espo_rl.probe",
         "espo_rl.pretrain_critic",
         "espo_rl.base_model",
         "espo_gateway",

@@ -32,7 +32,7 @@ LADDERS = {
         ("run",),
         ("train",),
         ("loop", "collect"),
-        ("evaluate", "replay", "report", "pretrain_critic", "base_model"),
+        ("evaluate", "probe", "replay", "report", "pretrain_critic", "base_model"),
         ("record", "servers"),
         ("dry_run", "ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),

@@ -1,0 +1,1 @@
+"""Answer probes along rollouts that were recorded without."""
