@@ -186,7 +186,7 @@ class Stopping(Section):
     # "critic": V of a critic server. The latter two are asked every ask_every tokens, further apart
     # as a rollout grows: by ask_growth of its length
     sources: list[SourceName] = []
-    ask_every: Count = 64
+    ask_every: Count = 96
     ask_growth: Annotated[float, Field(ge=0)] = 0.25
     # The probe: answers are read after probe_phrase, and end with probe_end
     probe_phrase: Annotated[str, Field(min_length=1)] = "\n\nThe final answer is \\boxed{"

@@ -33,12 +33,21 @@ FLOOR = -20.0
 
 
 class Probed(NamedTuple):
-    """Log-likelihoods of the answer's first token, and of it up to where the policy says another
-    thing, in nats; and how many tokens it took to ask."""
+    """Log-likelihoods, in nats; and how many tokens it took to ask.
+
+    first: of the answer's first token. answer: of it up to where the policy says another thing.
+    best: of the first token that the policy says.
+    """
 
     first: float
     answer: float
+    best: float
     tokens: int
+
+    @property
+    def told(self) -> list[float]:
+        """As the source "probe" tells it."""
+        return [self.first, self.answer, self.best]
 
 
 class AnswerProbe:
@@ -124,15 +133,17 @@ def read_probe(probe: Probe, answer: Any) -> Probed:
     try:
         [choice] = answer["choices"]
         sampled, told = choice["token_ids"], choice["logprobs"]["top_logprobs"]
+        best = float(choice["logprobs"]["token_logprobs"][0])
         likelihoods: list[float] = []
         for wanted, said, numbers in zip(probe.answer[:LONGEST], sampled, told, strict=False):
             logprob = float(numbers[f"token_id:{wanted}"])
-            if not math.isfinite(logprob):
+            if not math.isfinite(logprob + best):
                 raise ValueError("no number")
             likelihoods.append(max(logprob, FLOOR))
             if said != wanted:
                 break
-        return Probed(likelihoods[0], max(math.fsum(likelihoods), FLOOR), len(sampled))
+        answered = max(math.fsum(likelihoods), FLOOR)
+        return Probed(likelihoods[0], answered, max(best, FLOOR), len(sampled))
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             "the server does not tell the logprobs of given tokens (logprob_token_ids, vLLM 0.31 "

@@ -109,7 +109,7 @@ async def _probed(
     own = {name: value for name, value in headers.items() if name.lower() in _OWN_HEADERS}
     prefix = [*prompt, *sampled]
     said = await answer_probe.ask(session.probe, session.model, prefix, headers=own, key=key)
-    return [said.first, said.answer]
+    return said.told
 
 
 class _Relay:

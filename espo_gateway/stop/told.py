@@ -21,17 +21,21 @@ SourceName = Literal["history", "critic", "probe"]
 #: The features made of what each source tells, in the order of an estimator's weights.
 #:   history: log odds that the prompt is solved, by earlier rollouts of it.
 #:   critic: what a critic server says, in its own units.
-#:   probe: log-likelihood of the reference answer, asked of the policy itself (`Probe`): of its
-#:       first token, and of as much as the policy would have said of it.
+#:   probe: log-likelihoods, asked of the policy itself (`Probe`): of the reference answer's first
+#:       token, of as much of it as the policy would have said, and of the first token that it would
+#:       have said; each also by position, as it tells more the further a stream has come.
 TOLD: dict[SourceName, tuple[str, ...]] = {
     "history": ("history",),
     "critic": ("critic",),
-    "probe": ("probe_first", "probe_answer", "probe_answer_by_sqrt_position"),
+    "probe": (
+        *("probe_first", "probe_answer", "probe_best"),
+        *("probe_first_by_position", "probe_answer_by_position", "probe_best_by_position"),
+    ),
 }
 #: Those that must be asked; an estimate that reads one is known only where it was.
 ASKED: frozenset[SourceName] = frozenset({"critic", "probe"})
 #: Numbers that a probe gives.
-PROBED = 2
+PROBED = 3
 
 Answers = Mapping[SourceName, Sequence[float]]
 
@@ -49,8 +53,7 @@ def told_features(sources: Sequence[SourceName], answers: Answers, token: int) -
         if answer is None:
             features += [math.nan] * len(TOLD[source])
         elif source == "probe":
-            first, whole = answer
-            features += [first, whole, whole * math.sqrt(token)]
+            features += [*answer, *(number * token for number in answer)]
         else:
             features += answer
     return features
@@ -69,8 +72,8 @@ def told_arrays(sources: Sequence[SourceName], answers: Mapping[SourceName, Arra
     for source in sources:
         answer = answers[source]
         if source == "probe":
-            roots = np.sqrt(np.arange(1.0, answer.shape[1] + 1.0))[:, None]
-            answer = np.concatenate([answer, answer[..., 1:] * roots], axis=-1)
+            tokens = np.arange(1.0, answer.shape[1] + 1.0)[:, None]
+            answer = np.concatenate([answer, answer * tokens], axis=-1)
         parts.append(answer)
     return np.concatenate(parts, axis=-1)
 

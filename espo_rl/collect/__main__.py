@@ -10,6 +10,7 @@ send token ids and logprobs, as vLLM does; --model is where its tokenizer lies.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from espo_rl.evaluate.arguments import parse
@@ -18,9 +19,23 @@ from espo_rl.evaluate.arguments import parse
 DEFAULTS = {"k": 8, "temperature": 1.0, "top_p": 1.0}
 
 
+def probing(parser: argparse.ArgumentParser) -> None:
+    """What this command takes beside those of `espo_rl.evaluate`."""
+    parser.add_argument(
+        "--probe-every",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="ask the policy every so often how likely it finds the reference answer by then, and "
+        "keep what it says (default: never); `python -m espo_rl.probe` asks afterwards",
+    )
+
+
 def main() -> int:
     """The command line; its exit code is that of `evaluate.command.run_command`."""
-    options = parse(prog="python -m espo_rl.collect", about=__doc__, defaults=DEFAULTS)
+    options = parse(
+        prog="python -m espo_rl.collect", about=__doc__, defaults=DEFAULTS, more=probing
+    )
     from espo_rl.collect.command import CollectCommand
     from espo_rl.evaluate.command import run_command
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pyarrow.parquet as pq
 
 from espo_gateway.files import written_whole
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import Schedule
+from espo_rl.config import Stopping
 from espo_rl.evaluate.command import Command
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
-from espo_rl.rollouts.collector import Collector
+from espo_rl.rollouts.collector import Collector, ProbePhrase
+from espo_rl.servers.fleet import Fleet
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import Problem, Request, Rollout
 
@@ -58,9 +62,25 @@ class CollectCommand(Command):
         if options.gate is not None:
             raise EvaluationError("--gate: full rollouts are collected without stops")
         super().__init__(options)
+        if options.probe_every < 0:
+            raise EvaluationError("--probe-every must not be negative; 0 asks never")
+        if options.probe_every:
+            self.gate = Gate(schedule=Schedule(every=options.probe_every, growth=0.0))
+            # Nothing is stopped, but what is not monitored is not asked about either.
+            self.sampling = dataclasses.replace(self.sampling, gated=True)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "collected": True}
+        settings = {**super().settings(), "gate": None, "audit": None, "collected": True}
+        probes = {"probe_every": self.options.probe_every} if self.options.probe_every else {}
+        return settings | probes
+
+    def collector(self, fleet: Fleet) -> Collector:
+        if not self.options.probe_every:
+            return super().collector(fleet)
+        given = Stopping()
+        phrase = ProbePhrase(self.prompter.tokenizer, given.probe_phrase, given.probe_end)
+        rollout = self.recipe.rollout
+        return Collector(fleet.gateway_url, fleet.model, self.prompter, rollout, probe=phrase)
 
     async def evaluate(
         self, name: str, problems: Sequence[Problem], collector: Collector, grader: GraderPool

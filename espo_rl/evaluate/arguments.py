@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,18 @@ def parse(
     prog: str = "python -m espo_rl.evaluate",
     about: str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
     """The command line. Exits with a message, code 2, when it makes no sense.
 
-    prog, about, defaults: of a command that asks as this one does.
+    prog, about, defaults: of a command that asks as this one does. more: adds its own arguments.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    more(parser)
     task = TaskSection()
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint's folder or its name on the hub")

@@ -37,7 +37,7 @@ from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.provenance import machine, versions
 from espo_rl.rollouts.collector import Collector, Prompter
-from espo_rl.servers.fleet import open_fleet
+from espo_rl.servers.fleet import Fleet, open_fleet
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
@@ -106,7 +106,7 @@ class Command:
         started = time.monotonic()
         async with (
             open_fleet(recipe, recipe.model.path, self.folder.path / "logs") as fleet,
-            Collector(fleet.gateway_url, fleet.model, self.prompter, recipe.rollout) as asker,
+            self.collector(fleet) as asker,
             self.grader as grader,
         ):
             if self.gate is not None:
@@ -116,6 +116,10 @@ class Command:
                 for name, problems in self.problems.items()
             }
         return self.finish(reports, time.monotonic() - started)
+
+    def collector(self, fleet: Fleet) -> Collector:
+        """What asks."""
+        return Collector(fleet.gateway_url, fleet.model, self.prompter, self.recipe.rollout)
 
     async def evaluate(
         self, name: str, problems: Sequence[Problem], collector: Collector, grader: GraderPool

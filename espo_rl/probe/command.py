@@ -75,7 +75,7 @@ class Prober:
                 self.questions += 1
                 self.tokens += said.tokens
                 self.seconds += time.monotonic() - began
-                probes.append([token, said.first, said.answer])
+                probes.append([token, *said.told])
         return dataclasses.replace(rollout, probes=probes)
 
 

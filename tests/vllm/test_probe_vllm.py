@@ -54,11 +54,12 @@ async def test_it_is_the_models_likelihood_up_to_where_it_says_another_thing(
     choice = whole["choices"][0]
     probes = choice["espo"]["probes"]
     assert [probe[0] for probe in probes] == [5, 10, 15, 20]
-    for token, first, likelihood in probes:
+    for token, first, likelihood, best in probes:
         prefix = [*PROMPT, *choice["token_ids"][:token], *PHRASE]
         rows = logprobs_after(model, prefix, answer)
         wanted = rows[range(len(answer)), answer].tolist()
         ends = (i for i, row in enumerate(rows) if int(row.argmax()) != answer[i])
         until = next(ends, len(answer) - 1) + 1
+        assert best == pytest.approx(float(rows[0].max()), abs=1e-3)
         assert first == pytest.approx(wanted[0], abs=1e-3)
         assert likelihood == pytest.approx(max(sum(wanted[:until]), -20.0), abs=1e-3)

@@ -36,7 +36,7 @@ ASKING = {"probe": {"phrase": [70, 71], "answer": [80, 81]}}
 EVERY = Schedule(every=3, growth=0.0)
 RECORDING = Gate(schedule=EVERY)
 #: P(success) is one half where the answer's log-likelihood is -4, at any token.
-ESTIMATOR = SuccessEstimator((0.0,) * len(FEATURES) + (0.0, 1.0, 0.0), 4.0, ("probe",))
+ESTIMATOR = SuccessEstimator((0.0,) * len(FEATURES) + (0.0, 1.0, *[0.0] * 4), 4.0, ("probe",))
 STOPPING = Gate(rule="success-probability", p_star=0.5, estimator=ESTIMATOR, schedule=EVERY)
 
 
@@ -59,7 +59,8 @@ def server_that_says(
         tops = [{"token_id:80": first, "token_id:81": -9.0}, {"token_id:81": second}]
 
         def rewrite(answer: Body) -> Body:
-            answer["choices"][0] |= {"token_ids": [80, 99], "logprobs": {"top_logprobs": tops}}
+            logprobs = {"top_logprobs": tops, "token_logprobs": [-0.05, -0.05]}
+            answer["choices"][0] |= {"token_ids": [80, 99], "logprobs": logprobs}
             return answer
 
         return Script([GOOD] * 2, rewrite=rewrite, **fault)
@@ -81,7 +82,7 @@ async def record_of(script: Any, gate: Gate, **espo: Any) -> Any:
 async def test_what_a_probe_says_is_recorded_though_no_rule_stops_yet() -> None:
     record = await record_of(server_that_says(), RECORDING)
     # The last token completes: nothing could be decided there.
-    assert record["probes"] == [[t, -0.1 * t, pytest.approx(-0.6 * t)] for t in (3, 6, 9)]
+    assert record["probes"] == [[t, -0.1 * t, pytest.approx(-0.6 * t), -0.05] for t in (3, 6, 9)]
     assert record["cut"] is None
 
 
@@ -183,20 +184,21 @@ async def test_a_probe_that_makes_no_sense_names_the_field(espo: Any, field: str
 def test_the_answer_counts_up_to_where_the_policy_says_another_thing() -> None:
     probe = Probe([1], [5, 6, 7])
 
-    def read(sampled: list[int], *logprobs: float) -> tuple[float, float, int]:
+    def read(sampled: list[int], *logprobs: float) -> tuple[float, float, float, int]:
         tops = [
             {f"token_id:{wanted}": logprob}
             for wanted, logprob in zip(probe.answer, logprobs, strict=False)
         ]
-        choice = {"token_ids": sampled, "logprobs": {"top_logprobs": tops}}
+        numbers = {"top_logprobs": tops, "token_logprobs": [-0.5] * len(sampled)}
+        choice = {"token_ids": sampled, "logprobs": numbers}
         return tuple(read_probe(probe, {"choices": [choice]}))  # type: ignore[return-value]
 
-    assert read([5, 6, 7], -1.0, -2.0, -3.0) == (-1.0, -6.0, 3)
-    assert read([5, 9, 7], -1.0, -2.0, -3.0) == (-1.0, -3.0, 3)
-    assert read([9, 6, 7], -1.0, -2.0, -3.0) == (-1.0, -1.0, 3)
+    assert read([5, 6, 7], -1.0, -2.0, -3.0) == (-1.0, -6.0, -0.5, 3)
+    assert read([5, 9, 7], -1.0, -2.0, -3.0) == (-1.0, -3.0, -0.5, 3)
+    assert read([9, 6, 7], -1.0, -2.0, -3.0) == (-1.0, -1.0, -0.5, 3)
     # Its own end came first.
-    assert read([5], -1.0) == (-1.0, -1.0, 1)
-    assert read([5, 6, 7], -15.0, -15.0, -15.0) == (-15.0, FLOOR, 3)
+    assert read([5], -1.0) == (-1.0, -1.0, -0.5, 1)
+    assert read([5, 6, 7], -15.0, -15.0, -15.0) == (-15.0, FLOOR, -0.5, 3)
     long = Probe([1], list(range(40)))
     assert LONGEST < 40
     with pytest.raises(ValueError, match="logprob_token_ids"):

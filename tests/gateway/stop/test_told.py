@@ -57,8 +57,8 @@ def test_replay_equals_the_live_decision(
 ) -> None:
     shape = len(rows), max(map(len, rows))
     history = np.array([data.draw(numbers) for _ in rows])
-    flat = data.draw(st.lists(numbers, min_size=3 * shape[1], max_size=3 * shape[1]))
-    told = np.resize(np.array(flat), (*shape, 3))
+    many_numbers = st.lists(numbers, min_size=4 * shape[1], max_size=4 * shape[1])
+    told = np.resize(np.array(data.draw(many_numbers)), (*shape, 1 + PROBED))
     told[np.isnan(told[..., 1:]).any(axis=-1), 1:] = math.nan
     free: tuple[SourceName, ...] = tuple(s for s in wanted if s == "history")
     for rule, values in (("success-probability", {"p_star": 0.4}), ("value-gated", {"beta": 0.7})):
@@ -99,7 +99,7 @@ def test_a_stream_is_asked_about_though_no_rule_stops_it_yet() -> None:
     verdicts = [watch.push(None if t == 3 else -0.1, -0.1) for t in range(12)]
     # Without its logprobs a token is no state that anyone could judge; the next ones are.
     assert [t + 1 for t, verdict in enumerate(verdicts) if verdict is Verdict.ASK] == [8, 12]
-    assert watch.estimated(8, {"probe": (-1.0, -2.0)}) is None
+    assert watch.estimated(8, {"probe": (-1.0, -2.0, -0.1)}) is None
     assert watch.settle(8, None) is Verdict.GO
 
 

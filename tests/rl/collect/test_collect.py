@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from espo_gateway.testing import FakeServer, Script, Token
-from espo_rl.collect.__main__ import DEFAULTS
+from espo_rl.collect.__main__ import DEFAULTS, probing
 from espo_rl.collect.command import CollectCommand
 from espo_rl.evaluate.arguments import parse
 from espo_rl.record.rollout_files import read_rollouts
@@ -27,7 +27,7 @@ async def test_rollouts_are_graded_and_asked_once(tmp_path: Path) -> None:
     async def collect(server: FakeServer) -> bool:
         arguments = ["--model", str(model), "--data", str(data), "--url", server.url, "--plain"]
         arguments += ["--grader", "exact", "--k", "2", "--out", str(tmp_path / "out")]
-        options = parse(arguments, defaults=DEFAULTS)
+        options = parse(arguments, defaults=DEFAULTS, more=probing)
         return await CollectCommand(options).run()
 
     async with FakeServer(saying) as server:
@@ -43,3 +43,29 @@ async def test_rollouts_are_graded_and_asked_once(tmp_path: Path) -> None:
         assert await collect(server)
         assert sum(body["max_tokens"] > 1 for body in server.bodies) == asked + 2
         assert files[1].exists()
+
+
+async def test_probes_are_asked_along_and_kept(tmp_path: Path) -> None:
+    model = random_checkpoint(tmp_path / "model", 0)
+    data = tmp_path / "sums.jsonl"
+    data.write_text(json.dumps({"problem": "0", "answer": "0"}) + "\n")
+
+    def script(body: dict[str, Any]) -> Script:
+        if "logprob_token_ids" not in body:
+            return saying(body)
+
+        def rewrite(answer: dict[str, Any]) -> dict[str, Any]:
+            tops = [{f"token_id:{token}": -0.5 for token in body["logprob_token_ids"]}]
+            logprobs = {"top_logprobs": tops, "token_logprobs": [-0.1]}
+            answer["choices"][0] |= {"token_ids": [0], "logprobs": logprobs}
+            return answer
+
+        return Script([Token("a", id=0)], rewrite=rewrite)
+
+    async with FakeServer(script) as server:
+        arguments = ["--model", str(model), "--data", str(data), "--url", server.url, "--plain"]
+        arguments += ["--grader", "exact", "--k", "1", "--out", str(tmp_path / "out")]
+        options = parse([*arguments, "--probe-every", "2"], defaults=DEFAULTS, more=probing)
+        assert await CollectCommand(options).run()
+    [rollout], _ = read_rollouts(tmp_path / "out" / "rollouts" / "sums-00000000.parquet")
+    assert rollout.probes == [[2, -0.5, -0.5, -0.1], [4, -0.5, -0.5, -0.1]]

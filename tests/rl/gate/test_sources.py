@@ -32,7 +32,7 @@ def blind(count: int, seed: int, gate: Gate) -> list[Rollout]:
         failed = rng.integers(0, LENGTH) if not rollout.correct else LENGTH
         flat = rng.normal(-0.3, 0.05, LENGTH)
         probes = [
-            [float(t), *(-6.0 if t > failed else -1.0) + rng.normal(0, 0.4, 2)]
+            [float(t), *(-6.0 if t > failed else -1.0) + rng.normal(0, 0.4, 3)]
             for t in gate.schedule.tokens(LENGTH - 1)
         ]
         rollouts.append(

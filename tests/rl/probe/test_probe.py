@@ -26,7 +26,10 @@ def saying(body: dict[str, Any]) -> Script:
     tops = [{f"token_id:{token}": -length / 10 for token in body["logprob_token_ids"]}]
 
     def rewrite(answer: dict[str, Any]) -> dict[str, Any]:
-        answer["choices"][0] |= {"token_ids": [0], "logprobs": {"top_logprobs": tops}}
+        answer["choices"][0] |= {
+            "token_ids": [0],
+            "logprobs": {"top_logprobs": tops, "token_logprobs": [-0.1]},
+        }
         return answer
 
     return Script([Token("a", id=0)], rewrite=rewrite)
@@ -74,7 +77,7 @@ async def test_every_rollout_is_asked_about_once(tmp_path: Path) -> None:
             rollouts, _ = read_rollouts(tmp_path / "probed" / name)
             # Two tokens of prompt, and one of phrase; at its last token a completed one is decided.
             assert [[token for token, *_ in one.probes] for one in rollouts] == [[4], [4, 8], []]
-            assert rollouts[1].probes[1][1:] == pytest.approx([-1.1, -1.1])
+            assert rollouts[1].probes[1][1:] == pytest.approx([-1.1, -1.1, -0.1])
         (tmp_path / "probed" / "1.parquet").unlink()
         assert await probe(server, folder, model) == 0
     assert asked == 6

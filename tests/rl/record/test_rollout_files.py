@@ -52,7 +52,7 @@ def rollouts(draw: Any) -> Rollout:
         group=draw(st.integers(0, 1000)),
         error=draw(text),
         history=draw(st.none() | finite),
-        probes=draw(st.lists(st.lists(finite, min_size=3, max_size=3), max_size=3)),
+        probes=draw(st.lists(st.lists(finite, min_size=4, max_size=4), max_size=3)),
     )
 
 

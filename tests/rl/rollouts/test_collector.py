@@ -116,7 +116,10 @@ async def test_what_is_told_of_a_rollout_is_asked_for_and_kept() -> None:
 
         def rewrite(answer: Body) -> Body:
             asked = {f"token_id:{token}": -0.5 for token in body["logprob_token_ids"]}
-            numbers = {"token_ids": [0], "logprobs": {"top_logprobs": [asked]}}
+            numbers = {
+                "token_ids": [0],
+                "logprobs": {"top_logprobs": [asked], "token_logprobs": [-0.1]},
+            }
             answer["choices"][0] |= numbers
             return answer
 
@@ -127,7 +130,7 @@ async def test_what_is_told_of_a_rollout_is_asked_for_and_kept() -> None:
         async with Collector(gateway.url, "fake", PROMPTER, config, probe=phrase) as collector:
             asked = samples(1, history=0.25)
             (rollout,) = await collector.collect(asked, temperature=1.0)
-    assert rollout.probes == [[4, -0.5, -0.5], [8, -0.5, -0.5]]
+    assert rollout.probes == [[4, -0.5, -0.5, -0.1], [8, -0.5, -0.5, -0.1]]
     assert rollout.history == 0.25
     encode = make_tokenizer().encode
     assert server.bodies[1]["prompt"][-1:] == encode("=", add_special_tokens=False)
