@@ -154,3 +154,23 @@ async def test_a_run_whose_gate_asks_a_critic_server(
     rollouts = [rollout for batch in dumped(ended) for rollout in batch]
     assert any(rollout.stopped for rollout in rollouts)
     assert any(reason in row["stopping/reason"] for row in ended.rows)
+
+
+async def test_a_run_asks_the_policy_along_its_rollouts(
+    vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    settings = [
+        f'servers.policy_urls=["{vllm_server.url}"]',
+        *("stopping.rule=success-probability", "stopping.threshold=audit"),
+        *('stopping.sources=["probe", "history"]', "stopping.ask_every=8"),
+    ]
+    ended = Run(vllm_server.path, tmp_path, *settings).end()
+    assert_whole(ended)
+    rollouts = [rollout for step in dumped(ended) for rollout in step]
+    for rollout in rollouts:
+        # At the last token of a completed one nothing is left to decide.
+        asked = [token for token, *_ in rollout.probes]
+        assert asked == [8, 16, 24][: len(asked)]
+        assert len(asked) >= (len(rollout.token_ids) - 1) // 8
+        assert rollout.history is not None
+    assert any(rollout.probes for rollout in rollouts)
