@@ -38,7 +38,7 @@ def examples(recorded: Recorded, correct: NDArray[np.bool_], weights: Array) -> 
     chosen[:, np.arange(chosen.shape[1]) % stride != stride - 1] = False
     rows, _ = np.nonzero(chosen)
     return Examples(
-        features=recorded.features[chosen].astype(np.float32),
+        features=recorded.features_where(chosen).astype(np.float32),
         outcomes=correct[rows],
         weights=weights[rows].astype(np.float32),
     )

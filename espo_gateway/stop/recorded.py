@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import stream_features
+from espo_gateway.stop.estimate import FEATURES, feature_blocks, stream_features
 from espo_gateway.stop.regret import (
     MISSING_LOGPROB,
     Array,
@@ -89,6 +89,19 @@ class Recorded:
     def features(self) -> Array:
         """The stream's statistics after each token, [rollouts, tokens, `estimate.FEATURES`]."""
         return stream_features(self.regrets, -self.logprobs, self.prompt_tokens)
+
+    def feature_blocks(self) -> Iterator[tuple[slice, Array]]:
+        """`features` in parts that need little memory; see `estimate.feature_blocks`."""
+        return feature_blocks(self.regrets, -self.logprobs, self.prompt_tokens)
+
+    def features_where(self, chosen: NDArray[np.bool_]) -> Array:
+        """`features[chosen]`, [of those tokens, `estimate.FEATURES`]."""
+        parts, rows = [np.empty((0, len(FEATURES)))], [np.empty(0, dtype=np.int64)]
+        for tokens, features in self.feature_blocks():
+            parts.append(features[chosen[:, tokens]])
+            rows.append(np.nonzero(chosen[:, tokens])[0])
+        order = np.concatenate(rows).argsort(kind="stable")
+        return np.concatenate(parts)[order]
 
     def z(self, statistics: RegretStatistics, monitor: MonitorConfig) -> Array:
         """z (row 4), [rollouts, tokens]; past the end of a rollout it stays at its last value."""

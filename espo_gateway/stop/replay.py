@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from espo_gateway.stop.estimate import probabilities, rough_probabilities
 from espo_gateway.stop.recorded import Counts, Recorded
-from espo_gateway.stop.regret import Array, token_blocks
+from espo_gateway.stop.regret import Array, running_max, token_blocks
 from espo_gateway.stop.rules import RULES, Gate, Rule, Threshold, threshold_of
 
 _NEVER = np.iinfo(np.int64).max
@@ -124,7 +124,7 @@ def crossings(
         # one in a block. What is rough may be a hair beyond, so that no such score is missed.
         rows = np.flatnonzero(excess.max(axis=1) > _hair_below(worst))
         part = excess[rows]
-        before = np.maximum.accumulate(np.column_stack([worst[rows], part]), axis=1)[:, :-1]
+        before = running_max(np.column_stack([worst[rows], part[:, :-1]]))
         at, token = np.nonzero(part > _hair_below(before))
         rows, token = rows[at], token + tokens.start
         exact = beside[rows, token]

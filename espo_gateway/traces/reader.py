@@ -88,6 +88,11 @@ class Traces:
         )
 
 
+def itself(traces: Traces) -> Traces:
+    """The work of who wants the traces themselves."""
+    return traces
+
+
 def read_traces(paths: Iterable[Path], *, outcome: str, known: Known | None) -> Iterator[Traces]:
     """All traces that ended by themselves, by their limit or by a stop.
 

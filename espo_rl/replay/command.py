@@ -13,8 +13,14 @@ import argparse
 import csv
 import dataclasses
 import math
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +48,30 @@ from espo_gateway.traces.judge import (
     fitted_elsewhere,
     replayed,
 )
-from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
+from espo_gateway.traces.reader import (
+    Known,
+    TraceError,
+    Traces,
+    itself,
+    read_outcomes,
+    read_traces,
+)
 from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
 from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.replay.plot import draw
 
+#: Bytes of files up to which one process is done before others have started.
+APART = 2**26
+PROCESSES = min(len(os.sched_getaffinity(0)), 8)
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(Curve) if field.name != "saved_at")
 
 
 class Source:
-    """Recorded rollouts, read as often as needed, with a progress bar.
+    """Recorded rollouts, read as often as needed, with a progress bar; what is done with them is
+    done in as many processes as there are processors, where it is much.
 
     Raises:
         TraceError: naming the path that holds none.
@@ -61,19 +79,35 @@ class Source:
 
     def __init__(self, paths: Sequence[Path], outcome: str, known: Known | None) -> None:
         self.files = [file for path in paths for file in files_in(path)]
-        self._outcome, self._known = outcome, known
+        self._parts = partial(_parts, outcome=outcome, known=known)
         self.tokens = 0
 
-    def read(self) -> Iterator[Traces]:
-        """All rollouts, in chunks."""
+    def read(self, work: Callable[[Traces], Any] = itself) -> Iterator[Any]:
+        """What the work makes of each chunk of the rollouts, in their order."""
         self.tokens = 0
         with progress_bar() as bar:
             line = bar.add_task("reading files", total=len(self.files))
-            for file in self.files:
-                for traces in read_traces([file], outcome=self._outcome, known=self._known):
-                    self.tokens += int(traces.lengths.sum())
-                    yield traces
+            for parts in self._files(work):
+                for tokens, made in parts:
+                    self.tokens += tokens
+                    yield made
                 bar.advance(line)
+
+    def _files(self, work: Callable[[Traces], Any]) -> Iterator[Iterable[tuple[int, Any]]]:
+        much = work is not itself and sum(file.stat().st_size for file in self.files) > APART
+        if not much or len(self.files) == 1:
+            yield from (self._parts(file, work) for file in self.files)
+            return
+        # A few more than there are processes, lest all that is made should wait in memory.
+        files, ahead = iter(self.files), 2 * PROCESSES
+        running = deque(_submit(self._parts, file, work) for file in islice(files, ahead))
+        try:
+            while running:
+                yield running.popleft().result()
+                running.extend(_submit(self._parts, file, work) for file in islice(files, 1))
+        finally:
+            for future in running:
+                future.cancel()
 
     def warnings(self) -> list[str]:
         """What makes the rollouts a mixture."""
@@ -81,6 +115,29 @@ class Source:
         if len(recipes) > 1:
             return [f"the rollouts are of {len(recipes)} recipes, judged as if they were of one"]
         return []
+
+
+def _parts(
+    file: Path, work: Callable[[Traces], Any], *, outcome: str, known: Known | None
+) -> Iterator[tuple[int, Any]]:
+    for traces in read_traces([file], outcome=outcome, known=known):
+        yield int(traces.lengths.sum()), work(traces)
+
+
+def _listed(
+    parts: Callable[..., Iterator[tuple[int, Any]]], file: Path, work: Callable[[Traces], Any]
+) -> list[tuple[int, Any]]:
+    return list(parts(file, work))
+
+
+def _submit(*arguments: Any) -> Future[list[tuple[int, Any]]]:
+    return _pool().submit(_listed, *arguments)
+
+
+@cache
+def _pool() -> ProcessPoolExecutor:
+    # Not forked: there are threads of libraries here.
+    return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
 
 
 def files_in(path: Path) -> list[Path]:
