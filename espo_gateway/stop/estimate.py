@@ -110,13 +110,13 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
         shape [rollouts, tokens, len(FEATURES)].
     """
     out = np.empty((*regrets.shape, len(FEATURES)))
-    for tokens, features in feature_blocks(regrets, surprises, prompt_tokens):
+    for tokens, features in feature_blocks(regrets, -surprises, prompt_tokens):
         out[:, tokens] = features
     return out
 
 
 def feature_blocks(
-    regrets: Array, surprises: Array, prompt_tokens: Array
+    regrets: Array, logprobs: Array, prompt_tokens: Array
 ) -> Iterator[tuple[slice, Array]]:
     """`stream_features` in parts: which tokens, and theirs, [rollouts, tokens, len(FEATURES)].
 
@@ -126,7 +126,7 @@ def feature_blocks(
     decays = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])[:, None]
     state, largest = np.zeros((len(decays), len(regrets))), np.zeros((2, len(regrets)))
     for tokens in token_blocks(regrets.shape):
-        regret, surprise = regrets[:, tokens].T, surprises[:, tokens].T
+        regret, surprise = regrets[:, tokens].T, -logprobs[:, tokens].T
         missing = np.isnan(regret) | np.isnan(surprise)
         regret, surprise = (np.where(missing, 0.0, x) for x in (regret, surprise))
         moved = np.empty((len(regret), *state.shape))

@@ -18,6 +18,7 @@ from espo_gateway.stop.regret import (
     MonitorConfig,
     RegretStatistics,
     smoothed_regret,
+    token_blocks,
 )
 
 Counts = NDArray[np.int64]
@@ -72,13 +73,14 @@ class Recorded:
         NaN where either is missing, a placeholder, or not finite: a bad number carries no evidence
         and must never stop a rollout.
         """
+        out = np.empty(self.logprobs.shape, order="F")
         with np.errstate(invalid="ignore"):
-            known = [
-                (rows > MISSING_LOGPROB) & (rows < np.inf)
-                for rows in (self.logprobs, self.max_logprobs)
-            ]
-            regrets = np.maximum(self.max_logprobs - self.logprobs, 0.0)
-            return np.where(known[0] & known[1], regrets, np.nan)
+            for tokens in token_blocks(out.shape):
+                logprobs, best = self.logprobs[:, tokens], self.max_logprobs[:, tokens]
+                usable = (logprobs > MISSING_LOGPROB) & (logprobs < np.inf)
+                usable &= (best > MISSING_LOGPROB) & (best < np.inf)
+                out[:, tokens] = np.where(usable, np.maximum(best - logprobs, 0.0), np.nan)
+        return out
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:
@@ -92,7 +94,7 @@ class Recorded:
 
     def feature_blocks(self) -> Iterator[tuple[slice, Array]]:
         """`features` in parts that need little memory; see `estimate.feature_blocks`."""
-        return feature_blocks(self.regrets, -self.logprobs, self.prompt_tokens)
+        return feature_blocks(self.regrets, self.logprobs, self.prompt_tokens)
 
     def features_where(self, chosen: NDArray[np.bool_]) -> Array:
         """`features[chosen]`, [of those tokens, `estimate.FEATURES`]."""

@@ -8,7 +8,7 @@ last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,16 +89,24 @@ def smoothed_regret(regrets: Array, statistics: RegretStatistics, config: Monito
         z, shape [rollouts, tokens]; past the end of a rollout it stays at its last value.
     """
     inverse_deviation = 1.0 / math.sqrt(statistics.variance + config.delta)
-    normalised = (regrets - statistics.mean) * inverse_deviation
-    return moving_average(np.clip(normalised, -config.clip, config.clip), config.smoothing)
+
+    def normalised(regrets: Array) -> Array:
+        steps = (regrets - statistics.mean) * inverse_deviation
+        return np.clip(steps, -config.clip, config.clip)
+
+    return moving_average(regrets, config.smoothing, normalised)
 
 
-def moving_average(rows: Array, decay: float) -> Array:
-    """Exponential moving average along axis 1 from 0, shape kept; a NaN leaves it unchanged."""
+def moving_average(rows: Array, decay: float, of: Callable[[Array], Array] | None = None) -> Array:
+    """Exponential moving average along axis 1 from 0, shape kept; a NaN leaves it unchanged.
+
+    of: averaged in the place of each number, block by block.
+    """
     out = np.empty(rows.shape, order="F")
     state: Array = np.zeros(len(rows))
     for tokens in token_blocks(rows.shape):
         part, moved = rows[:, tokens].T, out[:, tokens].T
+        part = part if of is None else of(part)
         missing = np.isnan(part)
         moved[:] = np.where(missing, 0.0, (1.0 - decay) * part)
         # A missing number is a step that keeps all and adds nothing, to the last bit.

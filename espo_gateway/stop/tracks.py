@@ -52,20 +52,22 @@ def stream_draws(seed: int, logprobs: Array, known: NDArray[np.bool_]) -> Array:
         shape [rollouts, tokens].
     """
     state = np.full(len(logprobs), _seeded(seed), dtype=np.uint64)
-    states = np.empty(logprobs.shape, dtype=np.uint64, order="F")
+    draws = np.empty(logprobs.shape, order="F")
     mix = _Mixer(len(logprobs))
     for tokens in token_blocks(logprobs.shape):
         bits = np.ascontiguousarray(logprobs[:, tokens].T, dtype=np.float64).view(np.uint64)
         there = known[:, tokens].T
+        states = np.empty_like(bits)
         for now, pushed, told, whole in zip(
-            states[:, tokens].T, bits, there, there.all(axis=1).tolist(), strict=True
+            states, bits, there, there.all(axis=1).tolist(), strict=True
         ):
             np.bitwise_xor(state, pushed, now)
             mix(now)
             if not whole:
                 np.copyto(now, state, where=~told)
             state = now
-    return _uniform(states)
+        draws[:, tokens] = _uniform(states).T
+    return draws
 
 
 def _seeded(seed: int) -> int:

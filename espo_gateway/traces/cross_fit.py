@@ -154,7 +154,7 @@ class _Look:
 
     def __call__(self, traces: Traces) -> _Seen:
         recorded = traces.recorded
-        regrets = recorded.regrets[recorded.known]
+        regrets = recorded.regrets.T[recorded.known.T]  # as it lies in memory
         known = ~np.isnan(traces.correct)
         return _Seen(
             count=regrets.size,
