@@ -19,6 +19,9 @@ Array = NDArray[np.float64]
 #: A logprob below this is a placeholder, not a number: servers send -9999 for a missing entry.
 MISSING_LOGPROB = -9000.0
 
+#: Numbers of an array that are worked on at once: a few such arrays stay in a processor's cache.
+BLOCK = 2**14
+
 
 @dataclass(frozen=True)
 class RegretStatistics:
@@ -144,10 +147,10 @@ def running_max(rows: Array) -> Array:
 
 
 def token_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Axis 1 of arrays [rollouts, tokens] in parts that stay in a processor's cache.
+    """Axis 1 of arrays [rollouts, tokens] in parts of about `BLOCK` numbers.
 
     Such arrays lie by token in memory, so that each part is one run of it.
     """
-    step = max(1, 2**14 // max(shape[0], 1))
+    step = max(1, BLOCK // max(shape[0], 1))
     for start in range(0, shape[1], step):
         yield slice(start, min(start + step, shape[1]))

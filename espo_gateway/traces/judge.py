@@ -29,6 +29,9 @@ from espo_gateway.traces.cross_fit import (
 from espo_gateway.traces.detection import Judged
 from espo_gateway.traces.reader import Traces
 
+#: Tokens at which scores are held against outcomes: two to each doubling.
+LOOKS = tuple(sorted({16, *(step * 2**k for k in range(4, 17) for step in (2, 3))}))
+
 BASE = Gate(rule="success-probability", estimator=UNFITTED)
 
 
@@ -39,12 +42,15 @@ class Judgement:
     cuts: tokens kept under each of the rule's grid, 0 for no stop, [rollouts, thresholds].
     levels: how strict a gate still stops each rollout, [rollouts].
     rehearsed: the same by the gate's own estimator, which has seen these rollouts.
+    looked_at: the score at each of `LOOKS`, lower is worse, NaN where there is none, [rollouts,
+        looks].
     """
 
     gate: Gate
     cuts: NDArray[np.int32]
     levels: Array
     rehearsed: Array
+    looked_at: Array
 
 
 @dataclass
@@ -144,7 +150,7 @@ def replayed(read: Read, learnt: CrossFit) -> Replayed:
             made[name],
             *(
                 np.concatenate([getattr(each, column) for each in found])
-                for column in ("cuts", "levels", "rehearsed")
+                for column in ("cuts", "levels", "rehearsed", "looked_at")
             ),
         )
     return Replayed(judged, rules, left_out)
@@ -184,9 +190,11 @@ def _judgements(learnt: CrossFit, traces: Traces) -> dict[str, Judgement]:
     found = {}
     for name, gate in gates(learnt, traces).items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
-        judged = crossings(gate, recorded, grid, unseen if streams else None)
+        judged = crossings(gate, recorded, grid, unseen if streams else None, LOOKS)
         rehearsed = judged.levels
         if streams and len(learnt.folds) > 1:
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
-        found[name] = Judgement(gate, judged.cuts.astype(np.int32), judged.levels, rehearsed)
+        found[name] = Judgement(
+            gate, judged.cuts.astype(np.int32), judged.levels, rehearsed, judged.looked_at
+        )
     return found

@@ -42,6 +42,7 @@ from espo_gateway.traces.detection import (
     difficulty,
 )
 from espo_gateway.traces.judge import (
+    LOOKS,
     Judgement,
     Replayed,
     fitted,
@@ -65,6 +66,9 @@ from espo_rl.replay.plot import draw
 #: Bytes of files up to which one process is done before others have started.
 APART = 2**26
 PROCESSES = min(len(os.sched_getaffinity(0)), 8)
+
+#: Right and wrong rollouts below which nothing is said of a token.
+_FEW = 10
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Curve) if field.name != "saved_at")
 
@@ -177,6 +181,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
             "auc_within_prompts": _plain(
                 area_within(judged, judgement.levels, draws=options.bootstrap)
             ),
+            "auc_at": _areas_at(judged, judgement, options.bootstrap),
             "saved_at_right_lost": {
                 lost: _plain(saved) for lost, saved in curves[name].saved_at.items()
             },
@@ -193,6 +198,11 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
         "tokens": int(judged.lengths.sum()),
         "success": float(judged.weights @ judged.correct / weight),
         "left_out": done.left_out,
+        "running_at": {
+            str(token): int(running.sum())
+            for token in LOOKS
+            if (running := judged.lengths >= token).any()
+        },
         "bound": dataclasses.asdict(bound_of(options)),
         "rules": rules,
     }
@@ -236,6 +246,17 @@ def recommend(
     }
 
 
+def _areas_at(judged: Judged, judgement: Judgement, draws: int) -> dict[str, list[float | None]]:
+    """AUC of the score at one token, among the rollouts that have one there."""
+    found = {}
+    for token, levels in zip(LOOKS, judgement.looked_at.T, strict=True):
+        rows = ~np.isnan(levels)
+        part = judged.where(rows)
+        if min(part.correct.sum(), (~part.correct).sum()) >= _FEW:
+            found[str(token)] = _plain(area(part, levels[rows], draws=draws))
+    return found
+
+
 def _of_bin(
     label: str,
     judged: Judged,
@@ -272,7 +293,11 @@ def write(
             for place, limit in enumerate(threshold_of(done.rules[rule].gate.rule).grid):
                 numbers = [n for name in _FIELDS for n in getattr(found, name)[place]]
                 rows.writerow([rule, limit, *numbers])
-    draw(curves, folder / "replay.png")
+    draw(
+        curves,
+        {name: rule["auc_at"] for name, rule in content["rules"].items()},
+        folder / "replay.png",
+    )
 
 
 def table(content: Mapping[str, Any]) -> Table:
