@@ -57,13 +57,12 @@ def stream_draws(seed: int, logprobs: Array, known: NDArray[np.bool_]) -> Array:
     for tokens in token_blocks(logprobs.shape):
         bits = np.ascontiguousarray(logprobs[:, tokens].T, dtype=np.float64).view(np.uint64)
         there = known[:, tokens].T
+        whole = np.all(there, axis=1)
         states = np.empty_like(bits)
-        for now, pushed, told, whole in zip(
-            states, bits, there, there.all(axis=1).tolist(), strict=True
-        ):
+        for now, pushed, told, all_told in zip(states, bits, there, whole, strict=True):
             np.bitwise_xor(state, pushed, now)
             mix(now)
-            if not whole:
+            if not all_told:
                 np.copyto(now, state, where=~told)
             state = now
         draws[:, tokens] = _uniform(states).T

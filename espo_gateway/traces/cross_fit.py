@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +131,8 @@ def spared_weight(cut: int, spared: int) -> float:
     return (cut + spared) / spared if spared else 1.0
 
 
-class _Seen(NamedTuple):
+@dataclass(frozen=True)
+class _Seen:
     """What some traces bring to `learn`.
 
     count, total, squares: of g. known: outcomes. dealt: examples by fold.
@@ -172,7 +173,9 @@ class _Look:
             raise CalibrationError("the estimator needs prompt_tokens, and a trace has none")
         traces = traces.where(known)
         # In the place of its weight each brings the number of its trace.
-        every = examples(traces.recorded, traces.correct == 1.0, np.arange(float(len(traces))))
+        every = examples(
+            traces.recorded, traces.correct == 1.0, np.arange(len(traces), dtype=float)
+        )
         number = every.weights.astype(np.int64)
         folds = traces.keys[number] % self.folds
         return [
