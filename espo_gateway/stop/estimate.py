@@ -7,14 +7,14 @@ no forward pass, and on what sources tell beside (`told.py`). Pure; `fit.py` fit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.regret import Array, recurrence, token_blocks
+from espo_gateway.stop.regret import Array, recurrence, running_max, token_blocks
 from espo_gateway.stop.told import ASKED, TOLD, SourceName, in_order
 
 #: What `StreamStatistics.features` gives, in order. Roots, not logarithms, tame the growing ones:
@@ -109,18 +109,27 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
     Returns:
         shape [rollouts, tokens, len(FEATURES)].
     """
-    rollouts, tokens = regrets.shape
-    out = np.empty((len(FEATURES), tokens, rollouts)).transpose(2, 1, 0)
-    out[..., 0] = np.sqrt(prompt_tokens)[:, None]
-    out[..., 1] = np.sqrt(np.arange(1.0, tokens + 1.0))
+    out = np.empty((*regrets.shape, len(FEATURES)))
+    for tokens, features in feature_blocks(regrets, -surprises, prompt_tokens):
+        out[:, tokens] = features
+    return out
+
+
+def feature_blocks(
+    regrets: Array, logprobs: Array, prompt_tokens: Array
+) -> Iterator[tuple[slice, Array]]:
+    """`stream_features` in parts: which tokens, and theirs, [rollouts, tokens, len(FEATURES)].
+
+    A part lies feature by feature in memory, and each of these by token.
+    """
     # Averages and sums are the same recurrence: a sum keeps all that was.
     decays = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])[:, None]
-    state, largest = np.zeros((len(decays), rollouts)), np.zeros((2, rollouts))
-    for block in token_blocks(regrets.shape):
-        regret, surprise = regrets[:, block].T, surprises[:, block].T
+    state, largest = np.zeros((len(decays), len(regrets))), np.zeros((2, len(regrets)))
+    for tokens in token_blocks(regrets.shape):
+        regret, surprise = regrets[:, tokens].T, -logprobs[:, tokens].T
         missing = np.isnan(regret) | np.isnan(surprise)
         regret, surprise = (np.where(missing, 0.0, x) for x in (regret, surprise))
-        moved = np.empty((len(regret), len(decays), rollouts))
+        moved = np.empty((len(regret), *state.shape))
         moved[:, 0] = (1.0 - _FAST) * regret
         moved[:, 1] = (1.0 - _SLOW) * regret
         moved[:, 2] = regret
@@ -130,15 +139,17 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
         moved[:, 6] = (1.0 - _SLOW) * surprise
         moved[:, 7] = surprise
         state = recurrence(np.where(missing[:, None], 1.0, decays), moved, state)
-        now = out[:, block].T
-        now[2], now[3] = moved[:, 0], moved[:, 1]
-        now[8], now[9] = moved[:, 5], moved[:, 6]
+        out = np.empty((len(FEATURES), *regret.shape))
+        out[0] = np.sqrt(prompt_tokens)
+        out[1] = np.sqrt(np.arange(tokens.start + 1.0, tokens.stop + 1.0))[:, None]
+        out[2], out[3], out[8], out[9] = (moved[:, k] for k in (0, 1, 5, 6))
         for place, k in ((4, 2), (6, 3), (7, 4), (10, 7)):
-            np.sqrt(moved[:, k], now[place])
+            np.sqrt(moved[:, k], out[place])
         for place, numbers, most in ((5, regret, largest[0]), (11, surprise, largest[1])):
             np.maximum(numbers[0], most, numbers[0])
-            most[:] = np.maximum.accumulate(numbers, axis=0, out=now[place])[-1]
-    return out
+            out[place] = running_max(numbers.T).T
+            most[:] = out[place, -1]
+        yield tokens, out.T
 
 
 @dataclass(frozen=True)
@@ -199,13 +210,11 @@ def logits_by(
     """
     weights = np.array([estimator.weights for estimator in estimators])[which]
     bias = np.array([estimator.bias for estimator in estimators])[which]
-    out = np.empty(features.shape[:2], order="F")
-    for tokens in token_blocks(features.shape):
-        total = out[:, tokens]
-        total[:] = bias[:, None]
-        for k in range(features.shape[-1]):
-            total += weights[:, k, None] * features[:, tokens, k]
-    return out
+    total = np.full_like(features[..., 0], 0.0)
+    total += bias[:, None]
+    for k in range(features.shape[-1]):
+        total += weights[:, k, None] * features[..., k]
+    return total
 
 
 def rough_probabilities(logits: Array) -> Array:

@@ -48,7 +48,7 @@ def examples(
     stride = np.maximum(place[:, -1:] // TOKENS_PER_ROLLOUT, 1)
     chosen &= place % stride == 0
     rows, _ = np.nonzero(chosen)
-    features = [recorded.features[chosen], *([] if told is None else [told[chosen]])]
+    features = [recorded.features_where(chosen), *([] if told is None else [told[chosen]])]
     return Examples(
         features=np.concatenate(features, axis=-1).astype(np.float32),
         outcomes=correct[rows],

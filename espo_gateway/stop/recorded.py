@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import stream_features
+from espo_gateway.stop.estimate import FEATURES, feature_blocks, stream_features
 from espo_gateway.stop.regret import (
     MISSING_LOGPROB,
     Array,
     MonitorConfig,
     RegretStatistics,
     smoothed_regret,
+    token_blocks,
 )
 from espo_gateway.stop.told import PROBED, SourceName, told_arrays
 
@@ -77,13 +78,14 @@ class Recorded:
         NaN where either is missing, a placeholder, or not finite: a bad number carries no evidence
         and must never stop a rollout.
         """
+        out = np.empty(self.logprobs.shape, order="F")
         with np.errstate(invalid="ignore"):
-            known = [
-                (rows > MISSING_LOGPROB) & (rows < np.inf)
-                for rows in (self.logprobs, self.max_logprobs)
-            ]
-            regrets = np.maximum(self.max_logprobs - self.logprobs, 0.0)
-            return np.where(known[0] & known[1], regrets, np.nan)
+            for tokens in token_blocks(out.shape):
+                logprobs, best = self.logprobs[:, tokens], self.max_logprobs[:, tokens]
+                usable = (logprobs > MISSING_LOGPROB) & (logprobs < np.inf)
+                usable &= (best > MISSING_LOGPROB) & (best < np.inf)
+                out[:, tokens] = np.where(usable, np.maximum(best - logprobs, 0.0), np.nan)
+        return out
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:
@@ -115,6 +117,19 @@ class Recorded:
         if self.probes is not None:
             answers["probe"] = self.probes
         return told_arrays(sources, answers)
+
+    def feature_blocks(self) -> Iterator[tuple[slice, Array]]:
+        """`features` in parts that need little memory; see `estimate.feature_blocks`."""
+        return feature_blocks(self.regrets, self.logprobs, self.prompt_tokens)
+
+    def features_where(self, chosen: NDArray[np.bool_]) -> Array:
+        """`features[chosen]`, [of those tokens, `estimate.FEATURES`]."""
+        parts, rows = [np.empty((0, len(FEATURES)))], [np.empty(0, dtype=np.int64)]
+        for tokens, features in self.feature_blocks():
+            parts.append(features[chosen[:, tokens]])
+            rows.append(np.nonzero(chosen[:, tokens])[0])
+        order = np.concatenate(rows).argsort(kind="stable")
+        return np.concatenate(parts)[order]
 
     def z(self, statistics: RegretStatistics, monitor: MonitorConfig) -> Array:
         """z (row 4), [rollouts, tokens]; past the end of a rollout it stays at its last value."""

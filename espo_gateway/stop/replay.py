@@ -97,7 +97,8 @@ def crossings(
 ) -> Crossings:
     """Where gates that differ only in their threshold would cut, in one look at the scores.
 
-    Equal to `first_stops` and `stop_levels`, of all limits at once.
+    Equal to `first_stops` of all limits at once; levels are those of `stop_levels` but for the last
+    bits of an estimate.
 
     Args:
         limits: thresholds from strict to loose, [limits].
@@ -109,41 +110,45 @@ def crossings(
     rule, z, beside = _compared(gate, recorded, logits)
     decided = _decided(gate, recorded) & ~np.isnan(beside)
     worst = np.full(len(recorded), -np.inf)
-    cuts = np.full((len(recorded), len(limits) + 1), _NEVER)
+    cuts = np.full((len(recorded), len(limits)), _NEVER)
     looked_at = np.full((len(recorded), len(looks)), np.nan)
+    # From loose to strict; how many of them each rollout has crossed, and from where on a rough
+    # score may be beyond the next.
+    ahead = sign * limits[::-1]
+    near = np.append(ahead - 1e-12 * np.abs(ahead), np.inf)
+    reached = np.zeros(len(recorded), dtype=np.int64)
     for tokens in token_blocks(recorded.logprobs.shape):
         seen = beside[:, tokens]
-        rough = rule.scores(
-            gate, z[:, tokens], seen if logits is None else rough_probabilities(seen)
-        )
-        excess = np.where(decided[:, tokens], sign * rough, -np.inf)
-        for k, token in enumerate(looks):
-            if tokens.start < token <= tokens.start + excess.shape[1]:
-                looked_at[:, k] = -excess[:, token - 1 - tokens.start]
-        # Only a score beyond all before it can be the first to cross anything; few rollouts have
-        # one in a block. What is rough may be a hair beyond, so that no such score is missed.
-        rows = np.flatnonzero(excess.max(axis=1) > _hair_below(worst))
-        part = excess[rows]
-        before = np.maximum.accumulate(np.column_stack([worst[rows], part]), axis=1)[:, :-1]
-        at, token = np.nonzero(part > _hair_below(before))
-        rows, token = rows[at], token + tokens.start
-        exact = beside[rows, token]
         if logits is not None:
-            exact = probabilities(exact)
-        found = sign * rule.scores(gate, z[rows, token], exact)
-        np.maximum.at(worst, rows, found)
-        crossed = np.searchsorted(-sign * limits, -found, side="right")
-        new = cuts[rows, crossed] == _NEVER
-        # Backwards, so that of many that cross the same limits the first one stays.
-        cuts[rows[new][::-1], crossed[new][::-1]] = token[new][::-1] + 1
-    cuts = np.minimum.accumulate(cuts, axis=1)[:, :-1]
+            seen = rough_probabilities(seen)
+        excess = rule.scores(gate, z[:, tokens], seen)
+        excess = np.where(decided[:, tokens], sign * excess, -np.inf)
+        for k, token in enumerate(looks):
+            if tokens.start < token <= tokens.stop:
+                looked_at[:, k] = -excess[:, token - 1 - tokens.start]
+        highest = excess.max(axis=1)
+        np.maximum(worst, highest, out=worst)
+        # The first token beyond the next limit, then that beyond the one after it, ...
+        rows = np.flatnonzero(highest > near[reached])
+        while rows.size:
+            beyond = excess[rows] > near[reached[rows], None]
+            rows, beyond = rows[there := beyond.any(axis=1)], beyond[there]
+            place = beyond.argmax(axis=1)
+            token = tokens.start + place
+            exact = beside[rows, token]
+            if logits is not None:
+                exact = probabilities(exact)
+            found = sign * rule.scores(gate, z[rows, token], exact)
+            crossed = np.searchsorted(ahead, found)
+            new = crossed > reached[rows]
+            cuts[rows[new], len(limits) - crossed[new]] = token[new] + 1
+            reached[rows[new]] = crossed[new]
+            # What is near it may not be beyond it.
+            excess[rows, place] = -np.inf
+    cuts = np.minimum.accumulate(cuts, axis=1)
     cuts[cuts == _NEVER] = 0
     levels = _levels(threshold, np.where(np.isinf(worst), np.nan, sign * worst))
     return Crossings(cuts, levels, np.where(np.isinf(looked_at), np.nan, looked_at))
-
-
-def _hair_below(numbers: Array) -> Array:
-    return numbers - 1e-12 * np.abs(numbers)
 
 
 def _compared(gate: Gate, recorded: Recorded, values: Array | None) -> tuple[Rule, Array, Array]:

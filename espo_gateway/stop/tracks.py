@@ -52,19 +52,21 @@ def stream_draws(seed: int, logprobs: Array, known: NDArray[np.bool_]) -> Array:
         shape [rollouts, tokens].
     """
     state = np.full(len(logprobs), _seeded(seed), dtype=np.uint64)
-    states = np.empty(logprobs.shape, dtype=np.uint64, order="F")
+    draws = np.empty(logprobs.shape, order="F")
+    mix = _Mixer(len(logprobs))
     for tokens in token_blocks(logprobs.shape):
         bits = np.ascontiguousarray(logprobs[:, tokens].T, dtype=np.float64).view(np.uint64)
         there = known[:, tokens].T
-        for now, pushed, told, whole in zip(
-            states[:, tokens].T, bits, there, there.all(axis=1).tolist(), strict=True
-        ):
+        whole = np.all(there, axis=1)
+        states = np.empty_like(bits)
+        for now, pushed, told, all_told in zip(states, bits, there, whole, strict=True):
             np.bitwise_xor(state, pushed, now)
-            _mix(now)
-            if not whole:
+            mix(now)
+            if not all_told:
                 np.copyto(now, state, where=~told)
             state = now
-    return _uniform(states)
+        draws[:, tokens] = _uniform(states).T
+    return draws
 
 
 def _seeded(seed: int) -> int:
@@ -79,14 +81,27 @@ def _mixed(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _mix(states: NDArray[np.uint64]) -> None:
-    """`_mixed` of each, in its place."""
-    states += _GOLDEN
-    states ^= states >> 30
-    states *= _FIRST
-    states ^= states >> 27
-    states *= _SECOND
-    states ^= states >> 31
+class _Mixer:
+    """`_mixed` of each of so many, in its place."""
+
+    def __init__(self, count: int) -> None:
+        # Whole arrays: to make one of a number takes longer than the sum.
+        self._constants = [
+            np.full(count, number, dtype=np.uint64)
+            for number in (_GOLDEN, 30, _FIRST, 27, _SECOND, 31)
+        ]
+        self._shifted = np.empty(count, dtype=np.uint64)
+
+    def __call__(self, states: NDArray[np.uint64]) -> None:
+        shift, xor, multiply = np.right_shift, np.bitwise_xor, np.multiply
+        shifted = self._shifted
+        golden, first_shift, first, second_shift, second, last_shift = self._constants
+        np.add(states, golden, states)
+        xor(states, shift(states, first_shift, shifted), states)
+        multiply(states, first, states)
+        xor(states, shift(states, second_shift, shifted), states)
+        multiply(states, second, states)
+        xor(states, shift(states, last_shift, shifted), states)
 
 
 def _uniform(state: Any) -> Any:

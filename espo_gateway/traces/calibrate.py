@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -14,7 +15,7 @@ from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.rules import HAZARD, RULES, Gate, threshold_of, value_source
 from espo_gateway.traces.cross_fit import UNFITTED, CalibrationError, CrossFit, learn
-from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
+from espo_gateway.traces.reader import Known, TraceError, Traces, itself, read_outcomes, read_traces
 from espo_gateway.traces.recommend import (
     JudgedTraces,
     Row,
@@ -26,6 +27,8 @@ from espo_gateway.traces.recommend import (
     rows_at,
     share,
 )
+
+T = TypeVar("T")
 
 _DESCRIPTION = """\
 Replays recorded traces and recommends a gate. Record them with `--record FILE` and no stops (no
@@ -93,7 +96,7 @@ def _folds(text: str) -> int:
 def _run(options: argparse.Namespace) -> None:
     known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
     reader = _Reader(options.traces, options.outcome, known)
-    for chunk in reader.read():
+    for chunk in reader.read(itself):
         reader.count(chunk)
     print(reader.summary())
     gate = _base(options, has_outcomes=reader.known > 0)
@@ -121,10 +124,10 @@ class _Reader:
         self._paths, self._outcome, self._outcomes = paths, outcome, known
         self.traces = self.tokens = self.cut = self.known = self.right = 0
 
-    def read(self) -> Iterator[Traces]:
+    def read(self, work: Callable[[Traces], T]) -> Iterator[T]:
         done = 0
         for traces in read_traces(self._paths, outcome=self._outcome, known=self._outcomes):
-            yield traces
+            yield work(traces)
             done += len(traces)
             if sys.stderr.isatty():
                 print(f"\r{done:,} traces", end="", file=sys.stderr, flush=True)

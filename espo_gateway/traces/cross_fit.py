@@ -7,11 +7,16 @@ and each fold is judged by an estimator of the others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from espo_gateway.optional import needed
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator, logits_by, probabilities
 from espo_gateway.stop.fit import Examples, examples, fit
 from espo_gateway.stop.regret import Array, RegretStatistics
@@ -23,7 +28,14 @@ MAX_FITTED = 20_000
 #: Stands in a gate whose estimator is still to be fitted.
 UNFITTED = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
 
-Read = Callable[[], Iterable[Traces]]
+T = TypeVar("T")
+
+
+class Read(Protocol):
+    """What gives recorded traces, some at a time, as often as it is called."""
+
+    def __call__(self, work: Callable[[Traces], T], /) -> Iterable[T]:
+        """What some work makes of each part, in order; the work may be done in other processes."""
 
 
 class CalibrationError(ValueError):
@@ -41,9 +53,12 @@ class CrossFit:
         """log V/(1 - V) at each token, [traces, tokens]: out of sample, and by the estimator that
         is to gate."""
         assert self.gate.estimator is not None
-        features = traces.recorded.features
-        unseen = logits_by(self.folds, traces.keys % len(self.folds), features)
-        return unseen, logits_by([self.gate.estimator], np.zeros_like(traces.keys), features)
+        which, recorded = traces.keys % len(self.folds), traces.recorded
+        unseen, final = np.empty((2, *recorded.logprobs.T.shape)).transpose(0, 2, 1)
+        for tokens, features in recorded.feature_blocks():
+            unseen[:, tokens] = logits_by(self.folds, which, features)
+            final[:, tokens] = self.gate.estimator.logits(features)
+        return unseen, final
 
     def values(self, traces: Traces) -> tuple[Array | None, Array | None]:
         """V of these; None where the gate has no estimator."""
@@ -63,21 +78,19 @@ def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
     dealt: list[list[Examples]] = [[] for _ in range(folds)]
     cut = spared = fitted = 0
     estimates = base.source == "stream"
-    for traces in read():
-        regrets = traces.recorded.regrets[traces.recorded.known]
-        count += regrets.size
-        total += float(regrets.sum())
-        squares += float((regrets**2).sum())
-        cut += int(traces.cut.sum())
-        spared += int(traces.spared.sum())
-        if not estimates or fitted >= MAX_FITTED:
-            continue
-        if np.isnan(traces.recorded.prompt_tokens).any():
-            raise CalibrationError("the estimator needs prompt_tokens, and a trace has none")
-        known = ~np.isnan(traces.correct)
-        fitted += int(known.sum())
-        for k, part in enumerate(_dealt(traces.where(known), folds)):
-            dealt[k].append(part)
+    look = _Look(folds if estimates else 0)
+    for seen in read(look):
+        count += seen.count
+        total += seen.total
+        squares += seen.squares
+        cut += seen.cut
+        spared += seen.spared
+        if fitted < MAX_FITTED:
+            fitted += seen.known
+            for parts, part in zip(dealt, seen.dealt, strict=False):
+                parts.append(part)
+        else:
+            look.folds = 0  # what is still to be looked at needs no examples
     if not count:
         raise CalibrationError("no trace has a single token with its logprobs")
     statistics = RegretStatistics(decay=base.statistics.decay).moved_by(count, total, squares)
@@ -85,11 +98,13 @@ def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
     if not estimates:
         return CrossFit(gate)
     weighted = [_weighted(parts, spared_weight(cut, spared)) for parts in dealt]
-    whole = fit([part for parts in weighted for part in parts])
-    others = [
-        fit([part for j, parts in enumerate(weighted) if j != k for part in parts])
-        for k in range(folds)
+    sets = [
+        [part for j, parts in enumerate(weighted) if j != k for part in parts]
+        for k in (None, *range(folds))
     ]
+    # A core for each is much quicker than all for one, on matrices so narrow.
+    with needed("threadpoolctl").threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        whole, *others = pool.map(fit, sets)
     if whole is None or any(estimator is None for estimator in others):
         raise CalibrationError(
             f"{fitted} outcomes are known, too few of them right or too few wrong: there is "
@@ -116,19 +131,61 @@ def spared_weight(cut: int, spared: int) -> float:
     return (cut + spared) / spared if spared else 1.0
 
 
-def _dealt(traces: Traces, folds: int) -> Iterator[Examples]:
-    """Examples by fold. Weights are 1 for a spared trace and 0 for others: how many were cut is
-    known only later."""
-    # In the place of its weight each brings the number of its trace.
-    every = examples(traces.recorded, traces.correct == 1.0, np.arange(float(len(traces))))
-    number = every.weights.astype(np.int64)
-    for k in range(folds):
-        rows = traces.keys[number] % folds == k
-        yield Examples(
-            every.features[rows],
-            every.outcomes[rows],
-            traces.spared[number[rows]].astype(np.float32),
+@dataclass(frozen=True)
+class _Seen:
+    """What some traces bring to `learn`.
+
+    count, total, squares: of g. known: outcomes. dealt: examples by fold.
+    """
+
+    count: int
+    total: float
+    squares: float
+    cut: int
+    spared: int
+    known: int
+    dealt: list[Examples]
+
+
+@dataclass
+class _Look:
+    """The work of `learn` on some traces. folds: 0: no examples are wanted."""
+
+    folds: int
+
+    def __call__(self, traces: Traces) -> _Seen:
+        recorded = traces.recorded
+        regrets = recorded.regrets.T[recorded.known.T]  # as it lies in memory
+        known = ~np.isnan(traces.correct)
+        return _Seen(
+            count=regrets.size,
+            total=float(regrets.sum()),
+            squares=float((regrets**2).sum()),
+            cut=int(traces.cut.sum()),
+            spared=int(traces.spared.sum()),
+            known=int(known.sum()),
+            dealt=self._dealt(traces, known) if self.folds else [],
         )
+
+    def _dealt(self, traces: Traces, known: NDArray[np.bool_]) -> list[Examples]:
+        """Weights are 1 for a spared trace and 0 for others: how many were cut is known later."""
+        if np.isnan(traces.recorded.prompt_tokens).any():
+            raise CalibrationError("the estimator needs prompt_tokens, and a trace has none")
+        traces = traces.where(known)
+        # In the place of its weight each brings the number of its trace.
+        every = examples(
+            traces.recorded, traces.correct == 1.0, np.arange(len(traces), dtype=float)
+        )
+        number = every.weights.astype(np.int64)
+        folds = traces.keys[number] % self.folds
+        return [
+            Examples(
+                every.features[folds == k],
+                every.outcomes[folds == k],
+                traces.spared[number[folds == k]].astype(np.float32),
+            )
+            for k in range(self.folds)
+        ]
 
 
 def _weighted(parts: list[Examples], spared: float) -> list[Examples]:

@@ -168,24 +168,37 @@ def area(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimat
 
     levels: as `stop_levels`: lower is worse, [rollouts].
     """
-    distinct, places = np.unique(levels, return_inverse=True)
+    order = np.argsort(levels, kind="stable")
+    prompts, weights = judged.prompts[order], judged.weights[order]
+    correct = judged.correct[order]
+    first, after = _ties(levels[order])
 
-    def of(weights: Array) -> float:
-        failed = np.bincount(places, weights * ~judged.correct, len(distinct))
-        right = np.bincount(places, weights * judged.correct, len(distinct))
-        pairs = failed.sum() * right.sum()
-        if not pairs:
-            return np.nan
-        above = right.sum() - np.cumsum(right)
-        return float(failed @ (above + 0.5 * right) / pairs)
+    def of(weights: Array) -> Array:
+        right = np.where(correct, weights, 0.0)
+        sums = np.zeros((len(weights), weights.shape[1] + 1))
+        np.cumsum(right, axis=1, out=sums[:, 1:])
+        total = sums[:, -1:]
+        # What a failure is beaten by: the right ones above it, and half of those beside it.
+        beaten = total - 0.5 * (sums[:, first] + sums[:, after])
+        failed = weights - right
+        with np.errstate(invalid="ignore"):
+            return (failed * beaten).sum(axis=1) / (failed.sum(axis=1) * total[:, 0])
 
-    prompts = int(judged.prompts.max(initial=-1)) + 1
-    drawn = [
-        of(judged.weights * row[judged.prompts])
-        for block in _resampled(prompts, draws, seed)
-        for row in block
-    ]
-    return Estimate.of(of(judged.weights), np.array(drawn))
+    count = int(judged.prompts.max(initial=-1)) + 1
+    drawn = [of(weights * block[:, prompts]) for block in _resampled(count, draws, seed)]
+    return Estimate.of(float(of(weights[None])[0]), np.concatenate(drawn))
+
+
+def _ties(*keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of sorted rows, where the run of those that are alike begins for each, and where it ends."""
+    count = len(keys[0])
+    new = np.zeros(count, dtype=bool)
+    for key in keys:
+        new[1:] |= key[1:] != key[:-1]
+    new[:1] = True
+    starts = np.flatnonzero(new)
+    run = np.cumsum(new) - 1
+    return starts[run], np.append(starts[1:], count)[run]
 
 
 def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimate:
@@ -198,14 +211,12 @@ def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> 
     prompts, levels = judged.prompts[order], levels[order]
     right, weights = judged.correct[order], judged.weights[order]
     count = int(judged.prompts.max(initial=-1)) + 1
-    wrong = np.cumsum(weights * ~right)
     starts = np.searchsorted(prompts, np.arange(count))
-    before = np.concatenate([[0.0], wrong])[starts][prompts]
-    new = np.r_[True, (np.diff(prompts) != 0) | (np.diff(levels) != 0)]
-    first = np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
-    lower = np.concatenate([[0.0], wrong])[first] - before
-    last = np.r_[np.flatnonzero(new)[1:], len(new)][np.cumsum(new) - 1] - 1
-    ties = wrong[last] - before - lower
+    sums = np.concatenate([[0.0], np.cumsum(weights * ~right)])
+    before = sums[starts][prompts]
+    first, after = _ties(prompts, levels)
+    lower = sums[first] - before
+    ties = sums[after] - before - lower
     won = np.bincount(prompts, weights * right * (lower + 0.5 * ties), count)
     pairs = np.bincount(prompts, weights * right, count) * np.bincount(
         prompts, weights * ~right, count

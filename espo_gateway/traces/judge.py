@@ -7,8 +7,8 @@ it: about the same memory however long rollouts are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ from espo_gateway.traces.cross_fit import (
 from espo_gateway.traces.detection import Judged
 from espo_gateway.traces.reader import Traces
 
+#: Tokens at which scores are held against outcomes: two to each doubling.
+LOOKS = tuple(sorted({16, *(step * 2**k for k in range(4, 17) for step in (2, 3))}))
+
 BASE = Gate(rule="success-probability", estimator=UNFITTED)
 
 
@@ -39,12 +42,15 @@ class Judgement:
     cuts: tokens kept under each of the rule's grid, 0 for no stop, [rollouts, thresholds].
     levels: how strict a gate still stops each rollout, [rollouts].
     rehearsed: the same by the gate's own estimator, which has seen these rollouts.
+    looked_at: the score at each of `LOOKS`, lower is worse, NaN where there is none, [rollouts,
+        looks].
     """
 
     gate: Gate
     cuts: NDArray[np.int32]
     levels: Array
     rehearsed: Array
+    looked_at: Array
 
 
 @dataclass
@@ -97,39 +103,33 @@ def replayed(read: Read, learnt: CrossFit) -> Replayed:
         CalibrationError: no rollout was generated to its end and has an outcome, all have the same
             one, of those that were cut none was audited, or only some have a column.
     """
-    columns: dict[str, list[NDArray[Any]]] = {}
-    parts: dict[str, list[tuple[NDArray[np.int32], Array, Array]]] = {}
-    made: dict[str, Gate] = {}
     cut = spared = count = left_out = 0
-    for traces in read():
-        count += len(traces)
-        cut += int(traces.cut.sum())
-        spared += int(traces.spared.sum())
-        rows = ~traces.cut & ~np.isnan(traces.correct)
-        left_out += int((~rows).sum())
-        if not rows.any():
+    parts: list[Part] = []
+    made: dict[str, Gate] = {}
+    for part in read(partial(judge, learnt)):
+        count += part.count
+        cut += part.cut
+        spared += part.spared
+        left_out += part.count - len(part.columns["keys"])
+        if not part.judgements:
             continue
-        traces = traces.where(rows)
-        for name in ("keys", "lengths", "correct", "spared"):
-            columns.setdefault(name, []).append(getattr(traces, name))
-        columns.setdefault("prompt_tokens", []).append(traces.recorded.prompt_tokens)
-        there = gates(learnt, traces)
-        if made and there.keys() != made.keys():
-            differing = ", ".join(sorted(there.keys() ^ made.keys()))
+        if made and part.judgements.keys() != made.keys():
+            differing = ", ".join(sorted(part.judgements.keys() ^ made.keys()))
             raise CalibrationError(
                 f"only some of the rollouts carry what these rules need: {differing}; "
                 "replay them apart"
             )
-        made = there
-        for name, found in judge(traces, learnt, made):
-            parts.setdefault(name, []).append(found)
+        made = {name: judgement.gate for name, judgement in part.judgements.items()}
+        parts.append(part)
     check_spared(cut, spared, count)
     if not made:
         raise CalibrationError(
             "no rollout was generated to its end and has an outcome; record with stopping off, in "
             "shadow mode or with audits, and give the outcomes (--outcomes)"
         )
-    whole = {name: np.concatenate(found) for name, found in columns.items()}
+    whole = {
+        name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
+    }
     correct = whole["correct"] == 1.0
     if correct.all() or not correct.any():
         raise CalibrationError(
@@ -144,25 +144,57 @@ def replayed(read: Read, learnt: CrossFit) -> Replayed:
         weights=np.where(whole["spared"], spared_weight(cut, spared), 1.0),
     )
     rules = {}
-    for name, gate in made.items():
-        cuts, levels, rehearsed = map(np.concatenate, zip(*parts.pop(name), strict=True))
-        rules[name] = Judgement(gate, cuts, levels, rehearsed)
+    for name in made:
+        found = [part.judgements.pop(name) for part in parts]
+        rules[name] = Judgement(
+            made[name],
+            *(
+                np.concatenate([getattr(each, column) for each in found])
+                for column in ("cuts", "levels", "rehearsed", "looked_at")
+            ),
+        )
     return Replayed(judged, rules, left_out)
 
 
-def judge(
-    traces: Traces, learnt: CrossFit, made: Mapping[str, Gate]
-) -> list[tuple[str, tuple[NDArray[np.int32], Array, Array]]]:
-    """Cuts, levels and rehearsed levels of some rollouts under each rule."""
+@dataclass
+class Part:
+    """What some of the traces bring to `replayed`.
+
+    columns: of those judged. judgements: empty where none is.
+    """
+
+    count: int
+    cut: int
+    spared: int
+    columns: dict[str, NDArray[Any]]
+    judgements: dict[str, Judgement]
+
+
+def judge(learnt: CrossFit, traces: Traces) -> Part:
+    """Some rollouts under each rule."""
+    rows = ~traces.cut & ~np.isnan(traces.correct)
+    there = traces.where(rows)
+    return Part(
+        count=len(traces),
+        cut=int(traces.cut.sum()),
+        spared=int(traces.spared.sum()),
+        columns={name: getattr(there, name) for name in ("keys", "lengths", "correct", "spared")}
+        | {"prompt_tokens": there.recorded.prompt_tokens},
+        judgements=_judgements(learnt, there) if rows.any() else {},
+    )
+
+
+def _judgements(learnt: CrossFit, traces: Traces) -> dict[str, Judgement]:
     recorded = traces.recorded
     unseen, final = learnt.logits(traces)
-    del recorded.features
-    found = []
-    for name, gate in made.items():
+    found = {}
+    for name, gate in gates(learnt, traces).items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
-        judged = crossings(gate, recorded, grid, unseen if streams else None)
+        judged = crossings(gate, recorded, grid, unseen if streams else None, LOOKS)
         rehearsed = judged.levels
         if streams and len(learnt.folds) > 1:
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
-        found.append((name, (judged.cuts.astype(np.int32), judged.levels, rehearsed)))
+        found[name] = Judgement(
+            gate, judged.cuts.astype(np.int32), judged.levels, rehearsed, judged.looked_at
+        )
     return found

@@ -29,7 +29,7 @@ from espo_gateway.traces.cross_fit import (
     check_spared,
     spared_weight,
 )
-from espo_gateway.traces.reader import Traces
+from espo_gateway.traces.reader import Traces, itself
 
 
 @dataclass
@@ -99,7 +99,7 @@ def judge(read: Read, learnt: CrossFit) -> JudgedTraces:
         name: [] for name in ("levels", "cut", "spared", "correct", "rehearsed")
     }
     variance, rest = Variance(), Variance()
-    for traces in read():
+    for traces in read(itself):
         _check_confidences(learnt.gate, traces)
         unseen, final = learnt.values(traces)
         columns["levels"].append(stop_levels(learnt.gate, traces.recorded, unseen))
@@ -128,7 +128,7 @@ def rows_at(
     """What each of some levels would have done: one pass."""
     saved, total = np.zeros(len(levels)), 0.0
     weight = spared_weight(int(judged.cut.sum()), int(judged.spared.sum()))
-    for traces in read():
+    for traces in read(itself):
         whole = ~traces.cut
         lengths = traces.lengths[whole]
         weights = np.where(traces.spared[whole], weight, 1.0)

@@ -13,8 +13,14 @@ import argparse
 import csv
 import dataclasses
 import math
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +42,40 @@ from espo_gateway.traces.detection import (
     difficulty,
 )
 from espo_gateway.traces.judge import (
+    LOOKS,
     Judgement,
     Replayed,
     fitted,
     fitted_elsewhere,
     replayed,
 )
-from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
+from espo_gateway.traces.reader import (
+    Known,
+    TraceError,
+    Traces,
+    itself,
+    read_outcomes,
+    read_traces,
+)
 from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
 from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.replay.plot import draw
 
+#: Bytes of files up to which one process is done before others have started.
+APART = 2**26
+PROCESSES = min(len(os.sched_getaffinity(0)), 8)
+
+#: Right and wrong rollouts below which nothing is said of a token.
+_FEW = 10
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(Curve) if field.name != "saved_at")
 
 
 class Source:
-    """Recorded rollouts, read as often as needed, with a progress bar.
+    """Recorded rollouts, read as often as needed, with a progress bar; what is done with them is
+    done in as many processes as there are processors, where it is much.
 
     Raises:
         TraceError: naming the path that holds none.
@@ -61,19 +83,35 @@ class Source:
 
     def __init__(self, paths: Sequence[Path], outcome: str, known: Known | None) -> None:
         self.files = [file for path in paths for file in files_in(path)]
-        self._outcome, self._known = outcome, known
+        self._parts = partial(_parts, outcome=outcome, known=known)
         self.tokens = 0
 
-    def read(self) -> Iterator[Traces]:
-        """All rollouts, in chunks."""
+    def read(self, work: Callable[[Traces], Any] = itself) -> Iterator[Any]:
+        """What the work makes of each chunk of the rollouts, in their order."""
         self.tokens = 0
         with progress_bar() as bar:
             line = bar.add_task("reading files", total=len(self.files))
-            for file in self.files:
-                for traces in read_traces([file], outcome=self._outcome, known=self._known):
-                    self.tokens += int(traces.lengths.sum())
-                    yield traces
+            for parts in self._files(work):
+                for tokens, made in parts:
+                    self.tokens += tokens
+                    yield made
                 bar.advance(line)
+
+    def _files(self, work: Callable[[Traces], Any]) -> Iterator[Iterable[tuple[int, Any]]]:
+        much = work is not itself and sum(file.stat().st_size for file in self.files) > APART
+        if not much or len(self.files) == 1:
+            yield from (self._parts(file, work) for file in self.files)
+            return
+        # A few more than there are processes, lest all that is made should wait in memory.
+        files, ahead = iter(self.files), 2 * PROCESSES
+        running = deque(_submit(self._parts, file, work) for file in islice(files, ahead))
+        try:
+            while running:
+                yield running.popleft().result()
+                running.extend(_submit(self._parts, file, work) for file in islice(files, 1))
+        finally:
+            for future in running:
+                future.cancel()
 
     def warnings(self) -> list[str]:
         """What makes the rollouts a mixture."""
@@ -81,6 +119,29 @@ class Source:
         if len(recipes) > 1:
             return [f"the rollouts are of {len(recipes)} recipes, judged as if they were of one"]
         return []
+
+
+def _parts(
+    file: Path, work: Callable[[Traces], Any], *, outcome: str, known: Known | None
+) -> Iterator[tuple[int, Any]]:
+    for traces in read_traces([file], outcome=outcome, known=known):
+        yield int(traces.lengths.sum()), work(traces)
+
+
+def _listed(
+    parts: Callable[..., Iterator[tuple[int, Any]]], file: Path, work: Callable[[Traces], Any]
+) -> list[tuple[int, Any]]:
+    return list(parts(file, work))
+
+
+def _submit(*arguments: Any) -> Future[list[tuple[int, Any]]]:
+    return _pool().submit(_listed, *arguments)
+
+
+@cache
+def _pool() -> ProcessPoolExecutor:
+    # Not forked: there are threads of libraries here.
+    return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
 
 
 def files_in(path: Path) -> list[Path]:
@@ -120,6 +181,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
             "auc_within_prompts": _plain(
                 area_within(judged, judgement.levels, draws=options.bootstrap)
             ),
+            "auc_at": _areas_at(judged, judgement, options.bootstrap),
             "saved_at_right_lost": {
                 lost: _plain(saved) for lost, saved in curves[name].saved_at.items()
             },
@@ -136,6 +198,11 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
         "tokens": int(judged.lengths.sum()),
         "success": float(judged.weights @ judged.correct / weight),
         "left_out": done.left_out,
+        "running_at": {
+            str(token): int(running.sum())
+            for token in LOOKS
+            if (running := judged.lengths >= token).any()
+        },
         "bound": dataclasses.asdict(bound_of(options)),
         "rules": rules,
     }
@@ -179,6 +246,17 @@ def recommend(
     }
 
 
+def _areas_at(judged: Judged, judgement: Judgement, draws: int) -> dict[str, list[float | None]]:
+    """AUC of the score at one token, among the rollouts that have one there."""
+    found = {}
+    for token, levels in zip(LOOKS, judgement.looked_at.T, strict=True):
+        rows = ~np.isnan(levels)
+        part = judged.where(rows)
+        if min(part.correct.sum(), (~part.correct).sum()) >= _FEW:
+            found[str(token)] = _plain(area(part, levels[rows], draws=draws))
+    return found
+
+
 def _of_bin(
     label: str,
     judged: Judged,
@@ -215,7 +293,11 @@ def write(
             for place, limit in enumerate(threshold_of(done.rules[rule].gate.rule).grid):
                 numbers = [n for name in _FIELDS for n in getattr(found, name)[place]]
                 rows.writerow([rule, limit, *numbers])
-    draw(curves, folder / "replay.png")
+    draw(
+        curves,
+        {name: rule["auc_at"] for name, rule in content["rules"].items()},
+        folder / "replay.png",
+    )
 
 
 def table(content: Mapping[str, Any]) -> Table:

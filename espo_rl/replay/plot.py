@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -18,36 +20,58 @@ _MARKERS = "osD^vP*Xh"
 _LEAST = 0.01
 
 
-def draw(curves: Mapping[str, Curve], path: Path) -> None:
-    """Write the plot; its suffix is the format, such as .png or .svg."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
-    _panel(axes[0], curves, "false", "false positives: stopped rollouts that would be right (%)")
-    _panel(axes[1], curves, "false_positive_rate", "right rollouts that are stopped (%)")
+def draw(
+    curves: Mapping[str, Curve],
+    areas: Mapping[str, Mapping[str, Sequence[float | None]]],
+    path: Path,
+) -> None:
+    """Write the plot; its suffix is the format, such as .png or .svg.
+
+    areas: of each rule, AUC and its interval by the number of tokens at which it was looked at.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    _panel(axes[0], curves, "false_positive_rate", "right rollouts lost to stopping (%)")
+    _panel(axes[1], curves, "false", "false positives: stopped rollouts that would be right (%)")
+    axes[1].sharey(axes[0])
     axes[0].set_ylabel("tokens saved (%)")
+    _by_position(axes[2], areas)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     try:
         figure.savefig(path, dpi=130)
     finally:
         plt.close(figure)
 
 
+def _style(number: int) -> dict[str, Any]:
+    """The look of a rule's lines, the same in all panels."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 6,
+        "linewidth": 1.8,
+    }
+
+
+def _by_position(axes: Axes, areas: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    for number, (rule, found) in enumerate(areas.items()):
+        tokens = [int(token) for token in found]
+        values = [math.nan if area[0] is None else area[0] for area in found.values()]
+        axes.plot(tokens, values, label=rule, **_style(number))
+    axes.axhline(0.5, color="black", linewidth=0.8, alpha=0.5)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("token, of the rollouts that run on to it")
+    axes.set_ylabel("AUC of the score at that token")
+    axes.grid(alpha=0.25)
+
+
 def _panel(axes: Axes, curves: Mapping[str, Curve], name: str, label: str) -> None:
     for number, (rule, curve) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
         there = curve.stopped[:, 0] >= _LEAST
         x, y = 100 * getattr(curve, name)[there, 0], 100 * curve.saved[there, 0]
-        axes.plot(
-            x,
-            y,
-            color=colour,
-            linestyle=_DASHES[number % len(_DASHES)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            markevery=(number, 9),
-            markersize=6,
-            linewidth=1.8,
-            label=rule,
-        )
+        axes.plot(x, y, markevery=(number, 9), label=rule, **_style(number))
     axes.set_xlabel(label)
     axes.grid(alpha=0.25)
     # Where a rule is worth using all is below a few per cent; past that a glance will do.

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espo_gateway.stop import regret
 from espo_gateway.stop.estimate import (
     FEATURES,
     StreamStatistics,
@@ -24,13 +25,14 @@ from espo_gateway.stop.regret import (
     MonitorConfig,
     RegretStatistics,
 )
-from espo_gateway.stop.replay import first_stops, stop_levels
+from espo_gateway.stop.replay import crossings, first_stops, scores, stop_levels
 from espo_gateway.stop.rules import (
     BETA,
     CONFIDENCE,
     HAZARD,
     LENGTH,
     P_STAR,
+    RULES,
     Gate,
     RuleName,
     Threshold,
@@ -142,6 +144,54 @@ def test_replay_equals_the_live_decision_token_for_token(
         ]
         replayed = recorded(rows, prompt_tokens, completed_at=ends, critic=values, confidences=sure)
         assert first_stops(gate, replayed).tolist() == live
+
+
+@given(streams, estimators, st.integers(1, 40), st.data())
+def test_all_limits_at_once_cut_where_each_alone_does(
+    rows: list[Row], estimator: SuccessEstimator, block: int, data: st.DataObject
+) -> None:
+    """However the tokens are dealt to blocks, and for limits that scores are equal to, or miss by
+    the last bit."""
+    replayed = recorded(
+        rows,
+        prompt_tokens=9,
+        critic=np.resize([0.2, math.nan, 0.9], (len(rows), max(map(len, rows)))),
+        confidences=np.resize([0.3, 2.0, math.nan, 1.1], (len(rows), max(map(len, rows)))),
+    )
+    for gate in gates(estimator)[1:]:
+        threshold = threshold_of(gate.rule)
+        seen = scores(gate, replayed)
+        usable = sorted({*seen[(seen > 0) & (seen < 1)].tolist()}) or [0.5]
+        near = [n for score in usable for n in np.nextafter(score, [score, 0.0, 1.0])]
+        drawn = data.draw(st.lists(st.sampled_from(near), min_size=1, max_size=8))
+        limits = np.array(sorted(set(drawn), reverse=threshold.above))
+        limits = limits[(limits > 0.0) & (limits < 1.0)]
+        streams_v = estimator.logits(replayed.features) if gate.source == "stream" else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(regret, "BLOCK", block)
+            again = replayed.where(np.arange(len(rows)))
+            found = crossings(gate, again, limits, streams_v)
+        for limit, cuts in zip(limits.tolist(), found.cuts.T, strict=True):
+            assert cuts.tolist() == first_stops(threshold.set(gate, limit), replayed).tolist()
+        assert found.levels == pytest.approx(stop_levels(gate, replayed), rel=1e-9, abs=1e-9)
+
+
+@given(streams, st.integers(1, 40))
+def test_blocks_change_nothing_of_what_is_kept_of_a_stream(rows: list[Row], block: int) -> None:
+    gate = Gate(rule="random", hazard=0.2, **CONSTANTS)
+    whole = recorded(rows, prompt_tokens=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regret, "BLOCK", block)
+        parts = recorded(rows, prompt_tokens=9)
+        chosen = parts.known & (np.arange(parts.known.shape[1]) % 3 == 1)
+        for of in (
+            lambda one: one.regrets,
+            lambda one: one.features,
+            lambda one: one.z(gate.statistics, gate.monitor),
+            lambda one: RULES["random"].tracks(gate, one),
+        ):
+            np.testing.assert_array_equal(of(parts), of(whole))
+        np.testing.assert_array_equal(parts.features_where(chosen), whole.features[chosen])
 
 
 @given(streams, estimators, st.booleans(), st.floats(0.001, 0.999), st.floats(-0.5, 1.5))

@@ -19,13 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench_replay
+import espo_rl.replay.command as command
 from bench_replay import make_rollouts
+from espo_gateway.stop import regret
 from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.replay import scores
 from espo_gateway.stop.rules import BETA, Gate, threshold_of
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.testing import FakeServer, Script, Token
+from espo_gateway.traces import cross_fit
 from espo_gateway.traces.detection import Judged, area, area_within, curve, difficulty
-from espo_gateway.traces.judge import fitted, fitted_elsewhere, replayed
+from espo_gateway.traces.judge import LOOKS, Replayed, fitted, fitted_elsewhere, replayed
+from espo_gateway.traces.reader import TraceError
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.record.rollout_files import rollouts_table
@@ -55,7 +60,11 @@ def live_cut(gate: Gate, rollout: Rollout, values: Any = None) -> int:
     return watch.cut or 0
 
 
-def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [regret.BLOCK, 24 * 7])
+def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(regret, "BLOCK", block)
     rollouts = make_rollouts(24, 60, seed=5)
     rng = np.random.default_rng(0)
     for rollout in rollouts[::3]:
@@ -80,6 +89,65 @@ def test_every_threshold_of_the_grid_cuts_where_the_live_stream_does(tmp_path: P
                 assert judgement.cuts[row, place] == cut, (gate.rule, row, limit)
                 stops += cut > 0
     assert stops > 100
+
+
+def test_scores_are_looked_at_on_the_way(tmp_path: Path) -> None:
+    """Lower is worse, whichever way the rule compares; nothing where nothing is decided."""
+    rollouts = make_rollouts(24, 60, seed=5)
+    longest = max(range(24), key=lambda row: len(rollouts[row].logprobs))
+    rollouts[longest].logprobs[31] = np.nan
+    source = Source([dump(tmp_path / "a.parquet", rollouts)], "correct", None)
+    learnt = fitted(source.read, 2)
+    traces = next(iter(source.read()))
+    unseen, _ = learnt.values(traces)
+    for name, judgement in replayed(source.read, learnt).rules.items():
+        gate = judgement.gate
+        compared = scores(gate, traces.recorded, unseen if gate.needs_estimator else None)
+        if threshold_of(gate.rule).above:
+            compared = -compared
+        for token, found in zip(LOOKS, judgement.looked_at.T, strict=True):
+            column = compared[:, token - 1] if token <= compared.shape[1] else np.full(24, np.nan)
+            assert found == pytest.approx(column, rel=1e-12, nan_ok=True), (name, token)
+            assert np.isfinite(found).any() == (token < 60)
+        assert np.isnan(judgement.looked_at[longest, LOOKS.index(32)])
+
+
+@pytest.mark.slow
+def test_other_processes_find_what_this_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [dump(tmp_path / f"{k}.parquet", make_rollouts(20, 40, k)) for k in range(7)]
+
+    def done() -> tuple[Source, Replayed]:
+        source = Source(paths, "correct", None)
+        return source, replayed(source.read, fitted(source.read, 3))
+
+    here, alone = done()
+    monkeypatch.setattr(command, "APART", 0)
+    there, apart = done()
+    assert here.tokens == there.tokens > 0
+    assert (alone.judged.prompts == apart.judged.prompts).all()
+    for name, judgement in alone.rules.items():
+        assert judgement.gate == apart.rules[name].gate
+        assert (judgement.cuts == apart.rules[name].cuts).all()
+        assert (judgement.levels == apart.rules[name].levels).all()
+    paths.append(tmp_path / "damaged.parquet")
+    paths[-1].write_text("no rollouts")
+    with pytest.raises(TraceError, match=r"damaged\.parquet"):
+        done()
+
+
+def test_no_more_is_fitted_on_than_the_first_so_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [dump(tmp_path / f"{k}.parquet", make_rollouts(20, 40, k)) for k in range(2)]
+    more = [dump(tmp_path / f"{k}.parquet", make_rollouts(20, 40, k)) for k in (2, 3)]
+    monkeypatch.setattr(cross_fit, "MAX_FITTED", 40)
+    first, all_of = (
+        fitted(Source(paths, "correct", None).read, 2) for paths in (few, [*few, *more])
+    )
+    assert first.folds == all_of.folds
+    assert first.gate.statistics != all_of.gate.statistics
 
 
 async def test_the_replay_of_a_shadow_rollout_cuts_where_the_gateway_does(tmp_path: Path) -> None:
@@ -141,6 +209,15 @@ def test_the_area_is_the_share_of_pairs_in_order() -> None:
     assert math.isnan(area(judged([1, 1], [0, 1]), np.zeros(2), draws=5).value)
 
 
+def test_rollouts_that_nothing_stops_are_alike() -> None:
+    """Their levels are all +inf: a draw, whatever their order."""
+    rollouts = judged([1, 0, 0, 1], [0, 0, 0, 0])
+    for found in (area, area_within):
+        assert found(rollouts, np.full(4, np.inf), draws=5).value == 0.5
+        levels = np.array([np.inf, np.inf, 1.0, np.inf])
+        assert found(rollouts, levels, draws=5).value == 0.75
+
+
 def test_rollouts_of_one_prompt_count_as_one_draw() -> None:
     rng = np.random.default_rng(1)
     correct = np.repeat(rng.random(40) < 0.5, 8)
@@ -179,6 +256,9 @@ def test_the_command_leaves_table_numbers_and_picture(
     assert success["auc"][1] > content["rules"]["random"]["auc"][0]
     assert success["recommended"]["gate"]["rule"] == "success-probability"
     assert "at most" in success["recommended"]["reason"]
+    assert content["running_at"]["32"] == 399
+    assert content["rules"]["length"]["auc_at"]["32"] == [0.5, 0.5, 0.5]
+    assert success["auc_at"]["48"][1] > 0.5
     assert {part["bin"] for part in success["by_difficulty"]} <= {
         *("never right", "right up to 1/3", "1/3 to 2/3", "over 2/3", "always right")
     }
