@@ -200,13 +200,17 @@ class SuccessEstimator:
 
 
 def logits_by(
-    estimators: Sequence[SuccessEstimator], which: NDArray[np.integer[Any]], features: Array
+    estimators: Sequence[SuccessEstimator],
+    which: NDArray[np.integer[Any]],
+    features: Array,
+    told: Array | None = None,
 ) -> Array:
     """`SuccessEstimator.logits`, each rollout's by an estimator of its own.
 
     Args:
         which: index of each rollout's estimator, [rollouts].
         features: [rollouts, tokens, len(FEATURES)].
+        told: [rollouts, tokens, features of the sources].
     """
     weights = np.array([estimator.weights for estimator in estimators])[which]
     bias = np.array([estimator.bias for estimator in estimators])[which]
@@ -214,6 +218,8 @@ def logits_by(
     total += bias[:, None]
     for k in range(features.shape[-1]):
         total += weights[:, k, None] * features[..., k]
+    for k in range(0 if told is None else told.shape[-1]):
+        total += weights[:, len(FEATURES) + k, None] * told[..., k]
     return total
 
 

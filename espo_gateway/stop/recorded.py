@@ -97,6 +97,15 @@ class Recorded:
         """The stream's statistics after each token, [rollouts, tokens, `estimate.FEATURES`]."""
         return stream_features(self.regrets, -self.logprobs, self.prompt_tokens)
 
+    @property
+    def sources(self) -> tuple[SourceName, ...]:
+        """Those that have told anything, but for critics, who have rules of their own."""
+        history = self.history is not None and np.isfinite(self.history).any()
+        return (
+            *(("history",) if history else ()),
+            *(("probe",) if self.probes is not None else ()),
+        )
+
     def told(self, sources: Sequence[SourceName]) -> Array | None:
         """The features made of what was told, [rollouts, tokens, features]; None without sources.
 
@@ -154,7 +163,7 @@ def padded_probes(
 
     Args:
         rows: of each rollout, lists of a token (counted from 1) and what was said after it.
-        lengths: in tokens, [rollouts].
+        lengths: in tokens, [rollouts]; what lies beyond is left out.
 
     Returns:
         None when none was asked.
@@ -162,7 +171,8 @@ def padded_probes(
     if not any(rows):
         return None
     out = np.full((len(rows), max(lengths), PROBED), np.nan)
-    for row, probes in zip(out, rows, strict=True):
+    for row, probes, length in zip(out, rows, lengths, strict=True):
         for token, *said in probes:
-            row[int(token) - 1] = said
+            if 0 < token <= length and len(said) == PROBED:
+                row[int(token) - 1] = said
     return out

@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
-from espo_gateway.stop.estimate import FEATURES, SuccessEstimator, logits_by, probabilities
+from espo_gateway.stop.estimate import (
+    FEATURES,
+    SuccessEstimator,
+    logits_by,
+    probabilities,
+    rough_probabilities,
+)
 from espo_gateway.stop.fit import Examples, examples, fit
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, RegretStatistics
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import ASKED, Schedule, SourceName
 from espo_gateway.traces.reader import Traces
 
 #: Traces that an estimator is fitted on at most.
 MAX_FITTED = 20_000
+#: See `asked_below`.
+KEPT, LOST = 0.95, 0.05
 #: Stands in a gate whose estimator is still to be fitted.
 UNFITTED = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
 
@@ -44,10 +55,14 @@ class CalibrationError(ValueError):
 
 @dataclass
 class CrossFit:
-    """A gate under which traces are judged, and the estimators that judge each fold."""
+    """A gate under which traces are judged, and the estimators that judge each fold.
+
+    free: the same without the sources that must be asked, where there are such.
+    """
 
     gate: Gate
     folds: list[SuccessEstimator] = field(default_factory=list)
+    free: CrossFit | None = None
 
     def logits(self, traces: Traces) -> tuple[Array, Array]:
         """log V/(1 - V) at each token, [traces, tokens]: out of sample, and by the estimator that
@@ -55,9 +70,15 @@ class CrossFit:
         assert self.gate.estimator is not None
         which, recorded = traces.keys % len(self.folds), traces.recorded
         unseen, final = np.empty((2, *recorded.logprobs.T.shape)).transpose(0, 2, 1)
+        told = recorded.told(self.gate.estimator.sources)
         for tokens, features in recorded.feature_blocks():
-            unseen[:, tokens] = logits_by(self.folds, which, features)
-            final[:, tokens] = self.gate.estimator.logits(features)
+            beside = None if told is None else told[:, tokens]
+            unseen[:, tokens] = logits_by(self.folds, which, features, beside)
+            final[:, tokens] = self.gate.estimator.logits(features, beside)
+        if self.free is not None:
+            # Where the free estimate is good nobody is asked.
+            for logits, free in zip((unseen, final), self.free.logits(traces), strict=True):
+                logits[rough_probabilities(free) >= self.gate.schedule.below] = np.nan
         return unseen, final
 
     def values(self, traces: Traces) -> tuple[Array | None, Array | None]:
@@ -68,8 +89,11 @@ class CrossFit:
         return probabilities(unseen), probabilities(final)
 
 
-def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
+def learn(read: Read, base: Gate, *, folds: int, sources: tuple[SourceName, ...] = ()) -> CrossFit:
     """The statistics, and the estimators where the rule has one: one pass over the traces.
+
+    Args:
+        sources: what the estimators read beside the streams.
 
     Raises:
         CalibrationError: no traces, or no outcomes to fit an estimator to.
@@ -77,14 +101,16 @@ def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
     count, total, squares = 0, 0.0, 0.0
     dealt: list[list[Examples]] = [[] for _ in range(folds)]
     cut = spared = fitted = 0
+    look_every = 0
     estimates = base.source == "stream"
-    look = _Look(folds if estimates else 0)
+    look = _Look(folds if estimates else 0, sources)
     for seen in read(look):
         count += seen.count
         total += seen.total
         squares += seen.squares
         cut += seen.cut
         spared += seen.spared
+        look_every = min(filter(None, (look_every, seen.asked)), default=0)
         if fitted < MAX_FITTED:
             fitted += seen.known
             for parts, part in zip(dealt, seen.dealt, strict=False):
@@ -103,15 +129,48 @@ def learn(read: Read, base: Gate, *, folds: int) -> CrossFit:
         for k in (None, *range(folds))
     ]
     # A core for each is much quicker than all for one, on matrices so narrow.
+    free_sources = tuple(source for source in sources if source not in ASKED)
     with needed("threadpoolctl").threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        whole, *others = pool.map(fit, sets)
+        whole, *others = pool.map(partial(fit, sources=sources), sets)
+        frees = (
+            []
+            if free_sources == sources
+            else list(pool.map(partial(fit, sources=free_sources), sets))
+        )
     if whole is None or any(estimator is None for estimator in others):
         raise CalibrationError(
             f"{fitted} outcomes are known, too few of them right or too few wrong: there is "
             "nothing to tell apart"
         )
-    gate = dataclasses.replace(gate, estimator=whole)
-    return CrossFit(gate, [estimator for estimator in others if estimator is not None])
+    own = [estimator for estimator in others if estimator is not None]
+    if not frees or frees[0] is None:
+        return CrossFit(dataclasses.replace(gate, estimator=whole), own)
+    free = CrossFit(
+        dataclasses.replace(gate, estimator=frees[0]),
+        [estimator for estimator in frees[1:] if estimator is not None],
+    )
+    parts = [part for parts in weighted for part in parts]
+    asking = dataclasses.replace(
+        gate,
+        estimator=whole,
+        free=frees[0],
+        schedule=Schedule(every=look_every, growth=0.0, below=asked_below(whole, frees[0], parts)),
+    )
+    return CrossFit(asking, own, free)
+
+
+def asked_below(
+    estimator: SuccessEstimator, free: SuccessEstimator, parts: Sequence[Examples]
+) -> float:
+    """Below which free estimate it is worth asking: there lie `KEPT` of the states that an estimate
+    which asks would stop, were it to lose `LOST` of the states of right traces."""
+    features = np.concatenate([part.features for part in parts]).astype(np.float64)
+    right = np.concatenate([part.outcomes for part in parts])
+    whole = estimator.logits(features[:, : len(FEATURES)], features[:, len(FEATURES) :])
+    told = features[:, len(FEATURES) : len(free.weights)]
+    alone = rough_probabilities(free.logits(features[:, : len(FEATURES)], told))
+    stopped = whole <= np.quantile(whole[right], LOST)
+    return max(float(np.quantile(alone[stopped], KEPT)), 1e-6)
 
 
 def check_spared(cut: int, spared: int, traces: int) -> None:
@@ -135,7 +194,8 @@ def spared_weight(cut: int, spared: int) -> float:
 class _Seen:
     """What some traces bring to `learn`.
 
-    count, total, squares: of g. known: outcomes. dealt: examples by fold.
+    count, total, squares: of g. known: outcomes. dealt: examples by fold. asked: the first token
+    at which a source was asked; None: none was.
     """
 
     count: int
@@ -145,6 +205,7 @@ class _Seen:
     spared: int
     known: int
     dealt: list[Examples]
+    asked: int | None = None
 
 
 @dataclass
@@ -152,6 +213,7 @@ class _Look:
     """The work of `learn` on some traces. folds: 0: no examples are wanted."""
 
     folds: int
+    sources: tuple[SourceName, ...] = ()
 
     def __call__(self, traces: Traces) -> _Seen:
         recorded = traces.recorded
@@ -165,6 +227,7 @@ class _Look:
             spared=int(traces.spared.sum()),
             known=int(known.sum()),
             dealt=self._dealt(traces, known) if self.folds else [],
+            asked=_first_asked(recorded),
         )
 
     def _dealt(self, traces: Traces, known: NDArray[np.bool_]) -> list[Examples]:
@@ -174,7 +237,10 @@ class _Look:
         traces = traces.where(known)
         # In the place of its weight each brings the number of its trace.
         every = examples(
-            traces.recorded, traces.correct == 1.0, np.arange(len(traces), dtype=float)
+            traces.recorded,
+            traces.correct == 1.0,
+            np.arange(len(traces), dtype=float),
+            self.sources,
         )
         number = every.weights.astype(np.int64)
         folds = traces.keys[number] % self.folds
@@ -186,6 +252,13 @@ class _Look:
             )
             for k in range(self.folds)
         ]
+
+
+def _first_asked(recorded: Recorded) -> int | None:
+    if recorded.probes is None:
+        return None
+    asked = np.isfinite(recorded.probes[..., 0]).any(axis=0)
+    return int(asked.argmax()) + 1 if asked.any() else None
 
 
 def _weighted(parts: list[Examples], spared: float) -> list[Examples]:

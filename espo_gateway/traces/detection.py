@@ -90,11 +90,19 @@ class Curve:
     saved_at: dict[str, Estimate] = field(default_factory=dict)
 
 
-def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0) -> Curve:
+def curve(
+    judged: Judged,
+    cuts: NDArray[np.int32],
+    cost: Array | None = None,
+    *,
+    draws: int,
+    seed: int = 0,
+) -> Curve:
     """Count where thresholds cut.
 
     Args:
         cuts: tokens kept under each threshold, 0 for no stop, [rollouts, thresholds].
+        cost: of the questions asked by then, in tokens, which what is saved is less of; as cuts.
         draws: resamplings of the bootstrap.
     """
     weights = judged.weights
@@ -112,7 +120,8 @@ def curve(judged: Judged, cuts: NDArray[np.int32], *, draws: int, seed: int = 0)
         stopped = cut > 0
         sums[:, 0, k] = by_prompt(stopped)
         sums[:, 1, k] = by_prompt(stopped & judged.correct)
-        sums[:, 2, k] = by_prompt(np.where(stopped, lengths - cut, 0))
+        asked = 0.0 if cost is None else cost[:, k]
+        sums[:, 2, k] = by_prompt(np.where(stopped, lengths - cut, 0) - asked)
         sums[:, 3, k] = by_prompt(np.where(stopped, cut / lengths, 0))
     whole = _rates(totals.sum(axis=0)[None], sums.sum(axis=0)[None])[:, 0]
     resampled = [

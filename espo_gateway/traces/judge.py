@@ -7,6 +7,7 @@ it: about the same memory however long rollouts are.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import crossings
 from espo_gateway.stop.rules import Gate, threshold_of
+from espo_gateway.stop.told import SourceName
 from espo_gateway.traces.cross_fit import (
     UNFITTED,
     CalibrationError,
@@ -44,6 +46,8 @@ class Judgement:
     rehearsed: the same by the gate's own estimator, which has seen these rollouts.
     looked_at: the score at each of `LOOKS`, lower is worse, NaN where there is none, [rollouts,
         looks].
+    asked: questions to sources up to each of the cuts, or to the end, [rollouts, thresholds]; None
+        where nobody is asked.
     """
 
     gate: Gate
@@ -51,6 +55,7 @@ class Judgement:
     levels: Array
     rehearsed: Array
     looked_at: Array
+    asked: NDArray[np.int32] | None = None
 
 
 @dataclass
@@ -84,20 +89,27 @@ def gates(learnt: CrossFit, traces: Traces) -> dict[str, Gate]:
     return {name: dataclasses.replace(gate, **fields) for name, fields in made.items()}
 
 
-def fitted(read: Read, folds: int) -> CrossFit:
+def fitted(read: Read, folds: int, sources: tuple[SourceName, ...] = ()) -> CrossFit:
     """Statistics and estimators from rollouts with outcomes. Raises CalibrationError."""
-    return learn(read, BASE, folds=folds)
+    return learn(read, BASE, folds=folds, sources=sources)
 
 
-def fitted_elsewhere(read: Read) -> CrossFit:
+def fitted_elsewhere(read: Read, sources: tuple[SourceName, ...] = ()) -> CrossFit:
     """The same from rollouts of another run, all of which judge those of this one."""
-    learnt = learn(read, BASE, folds=2)
-    assert learnt.gate.estimator is not None
-    return CrossFit(learnt.gate, [learnt.gate.estimator])
+
+    def whole(learnt: CrossFit) -> CrossFit:
+        assert learnt.gate.estimator is not None
+        free = None if learnt.free is None else whole(learnt.free)
+        return CrossFit(learnt.gate, [learnt.gate.estimator], free)
+
+    return whole(learn(read, BASE, folds=2, sources=sources))
 
 
-def replayed(read: Read, learnt: CrossFit) -> Replayed:
+def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Replayed:
     """One pass.
+
+    Args:
+        told: estimators that read sources beside the streams.
 
     Raises:
         CalibrationError: no rollout was generated to its end and has an outcome, all have the same
@@ -106,7 +118,7 @@ def replayed(read: Read, learnt: CrossFit) -> Replayed:
     cut = spared = count = left_out = 0
     parts: list[Part] = []
     made: dict[str, Gate] = {}
-    for part in read(partial(judge, learnt)):
+    for part in read(partial(judge, learnt, told)):
         count += part.count
         cut += part.cut
         spared += part.spared
@@ -152,6 +164,7 @@ def replayed(read: Read, learnt: CrossFit) -> Replayed:
                 np.concatenate([getattr(each, column) for each in found])
                 for column in ("cuts", "levels", "rehearsed", "looked_at")
             ),
+            asked=None if found[0].asked is None else np.concatenate([e.asked for e in found]),
         )
     return Replayed(judged, rules, left_out)
 
@@ -170,7 +183,7 @@ class Part:
     judgements: dict[str, Judgement]
 
 
-def judge(learnt: CrossFit, traces: Traces) -> Part:
+def judge(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> Part:
     """Some rollouts under each rule."""
     rows = ~traces.cut & ~np.isnan(traces.correct)
     there = traces.where(rows)
@@ -180,21 +193,41 @@ def judge(learnt: CrossFit, traces: Traces) -> Part:
         spared=int(traces.spared.sum()),
         columns={name: getattr(there, name) for name in ("keys", "lengths", "correct", "spared")}
         | {"prompt_tokens": there.recorded.prompt_tokens},
-        judgements=_judgements(learnt, there) if rows.any() else {},
+        judgements=_judgements(learnt, told, there) if rows.any() else {},
     )
 
 
-def _judgements(learnt: CrossFit, traces: Traces) -> dict[str, Judgement]:
+def _judgements(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> dict[str, Judgement]:
+    found = _judged(learnt, gates(learnt, traces), traces)
+    if told is not None and told.gate.estimator is not None:
+        beside = " + ".join(told.gate.estimator.sources)
+        made = {
+            f"{name} + {beside}": dataclasses.replace(gate, free=None)
+            for name, gate in gates(told, traces).items()
+            if gate.source == "stream"
+        }
+        found |= _judged(told, made, traces)
+    return found
+
+
+def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[str, Judgement]:
     recorded = traces.recorded
     unseen, final = learnt.logits(traces)
     found = {}
-    for name, gate in gates(learnt, traces).items():
+    for name, gate in made.items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
         judged = crossings(gate, recorded, grid, unseen if streams else None, LOOKS)
         rehearsed = judged.levels
         if streams and len(learnt.folds) > 1:
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
+        asked = None
+        if streams and learnt.gate.asks_estimate:
+            questions = np.cumsum(np.isfinite(unseen), axis=1)
+            ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None]) - 1
+            asked = np.take_along_axis(questions, ends, axis=1).astype(np.int32)
+        if learnt.free is not None:
+            gate = dataclasses.replace(gate, free=learnt.free.gate.estimator)
         found[name] = Judgement(
-            gate, judged.cuts.astype(np.int32), judged.levels, rehearsed, judged.looked_at
+            gate, judged.cuts.astype(np.int32), judged.levels, rehearsed, judged.looked_at, asked
         )
     return found

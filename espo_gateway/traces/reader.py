@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.optional import needed
-from espo_gateway.stop.recorded import Recorded, pad
+from espo_gateway.stop.recorded import Recorded, pad, padded_probes
 from espo_gateway.stop.regret import Array
 
 #: Limits of what is read at once, padding included.
@@ -41,7 +41,7 @@ class Trace(NamedTuple):
     """One choice. key: traces of one prompt or request have the same. correct: None: unknown.
 
     cut: generated no further than the cut. spared: the rule would have cut it. values: a critic's V
-    of each token.
+    of each token. history, probes: what was told beside (`espo_gateway.stop.told`).
     """
 
     key: str
@@ -54,6 +54,8 @@ class Trace(NamedTuple):
     spared: bool
     correct: bool | None
     values: Array | None = None
+    history: float | None = None
+    probes: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ def _read_parquet(path: Path, outcome: str) -> Iterator[Trace]:
             absent = sorted({*columns} - {*file.schema_arrow.names})
             if absent:
                 raise TraceError(f"{path}: no column {absent[0]!r}; is it a dump of rollouts?")
-            if "values" in file.schema_arrow.names:
-                columns.append("values")
+            more = {*file.schema_arrow.names} & {"values", "history", "probes"}
+            columns += sorted(more)
             for batch in file.iter_batches(batch_size=_TRACES, columns=columns):
                 yield from _rollouts(batch, outcome, str(path))
     except OSError as error:
@@ -226,7 +228,8 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
     names = [name for name in ("logprobs", "max_logprobs", "values") if name in batch.schema.names]
     numbers = {name: _lists(batch.column(name)) for name in names}
     prompts = batch.column("prompt_ids").value_lengths().to_pylist()
-    told = batch.select(["problem_id", "end", "kept", "audited", outcome]).to_pylist()
+    beside = [name for name in ("history", "probes") if name in batch.schema.names]
+    told = batch.select(["problem_id", "end", "kept", "audited", outcome, *beside]).to_pylist()
     for number, row in enumerate(told):
         if row["end"] == "error":
             continue
@@ -244,6 +247,7 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
             cut=cut,
             spared=stopped and not cut,
             correct=None if cut else _outcome(row[outcome], outcome, where),
+            **{name: row[name] for name in beside},
             **rows,
         )
 
@@ -269,6 +273,8 @@ def _stacked(traces: list[Trace]) -> Traces:
             completed_at=np.where(completed, lengths, 0),
             critic=_padded([trace.values for trace in traces], lengths.max()),
             confidences=_padded([trace.confidences for trace in traces], lengths.max()),
+            history=np.array([trace.history for trace in traces], dtype=np.float64),
+            probes=padded_probes([trace.probes or [] for trace in traces], lengths.tolist()),
         ),
         lengths=lengths,
         cut=np.array([trace.cut for trace in traces]),

@@ -31,6 +31,7 @@ from rich.table import Table
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.stop.rules import HAZARD, threshold_of
 from espo_gateway.stop.threshold_control import Bound, Outcomes
+from espo_gateway.stop.told import SourceName
 from espo_gateway.traces.cross_fit import CalibrationError, CrossFit
 from espo_gateway.traces.detection import (
     Curve,
@@ -113,6 +114,10 @@ class Source:
             for future in running:
                 future.cancel()
 
+    def sources(self) -> tuple[SourceName, ...]:
+        """What the first rollouts were told beside their tokens."""
+        return next((traces.recorded.sources for traces in self.read()), ())
+
     def warnings(self) -> list[str]:
         """What makes the rollouts a mixture."""
         recipes = {recipe_of(file) for file in self.files if file.suffix == ".parquet"}
@@ -174,7 +179,9 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
     judged, rules, curves = done.judged, {}, {}
     bins = difficulty(judged)
     for name, judgement in done.rules.items():
-        curves[name] = curve(judged, judgement.cuts, draws=options.bootstrap)
+        asked = judgement.asked
+        cost = None if asked is None else options.price * asked
+        curves[name] = curve(judged, judgement.cuts, cost, draws=options.bootstrap)
         chosen = recommend(judged, judgement, curves[name], options)
         rules[name] = {
             "auc": _plain(area(judged, judgement.levels, draws=options.bootstrap)),
@@ -204,6 +211,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
             if (running := judged.lengths >= token).any()
         },
         "bound": dataclasses.asdict(bound_of(options)),
+        "price": options.price,
         "rules": rules,
     }
     return content, curves
@@ -230,13 +238,14 @@ def recommend(
         )
     except CalibrationError as error:
         return {"threshold": None, "reason": str(error)}
-    grid = threshold.grid
+    grid, asked = threshold.grid, judgement.asked
     stricter = threshold.level(grid) <= level
     if not stricter.any():
         return {"threshold": None, "reason": f"only thresholds beyond {grid[0]:g} keep the bound"}
     place = int(stricter.sum()) - 1
     chosen = threshold.set(gate, float(grid[place]))
     return {
+        "questions": None if asked is None else float(asked[:, place].mean()),
         "threshold": float(grid[place]),
         "field": threshold.name,
         "reason": reason,
@@ -343,12 +352,17 @@ def _triple(numbers: Any) -> list[float | None]:
     return [float(n) if math.isfinite(n) else None for n in numbers]
 
 
-def learnt_from(options: argparse.Namespace, source: Source, known: Known | None) -> CrossFit:
+def learnt_from(
+    options: argparse.Namespace,
+    source: Source,
+    known: Known | None,
+    sources: tuple[SourceName, ...] = (),
+) -> CrossFit:
     """The estimators, of this run by folds of prompts or of another run."""
     if options.fit_on is None:
-        learnt = fitted(source.read, options.folds)
+        learnt = fitted(source.read, options.folds, sources)
     else:
-        learnt = fitted_elsewhere(Source(options.fit_on, options.outcome, known).read)
+        learnt = fitted_elsewhere(Source(options.fit_on, options.outcome, known).read, sources)
     wrong, right = options.critic_worth
     return dataclasses.replace(
         learnt, gate=dataclasses.replace(learnt.gate, critic_wrong=wrong, critic_right=right)
@@ -363,7 +377,9 @@ def run(options: argparse.Namespace) -> None:
     warnings = source.warnings()
     for warning in warnings:
         console.print(f"warning: {warning}")
-    done = replayed(source.read, learnt_from(options, source, known))
+    sources = source.sources()
+    told = learnt_from(options, source, known, sources) if sources else None
+    done = replayed(source.read, learnt_from(options, source, known), told)
     content, curves = report(done, options)
     content["warnings"] = warnings
     console.print(
@@ -406,6 +422,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("WRONG", "RIGHT"),
         default=(-1.0, 1.0),
         help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
+    )
+    add(
+        "--price",
+        type=float,
+        default=13.0,
+        metavar="TOKENS",
+        help="what a question to an answer probe costs, in sampled tokens: what is saved is less of "
+        "it (default: %(default)s, a 0.5B model on two CPU cores)",
     )
     add_bound(parser)
     add("--folds", type=int, default=5, help="of the cross-fitting (default: %(default)s)")
