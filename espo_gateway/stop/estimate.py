@@ -218,8 +218,9 @@ def logits_by(
     total += bias[:, None]
     for k in range(features.shape[-1]):
         total += weights[:, k, None] * features[..., k]
-    for k in range(0 if told is None else told.shape[-1]):
-        total += weights[:, len(FEATURES) + k, None] * told[..., k]
+    if told is not None:
+        for k in range(told.shape[-1]):
+            total += weights[:, len(FEATURES) + k, None] * told[..., k]
     return total
 
 

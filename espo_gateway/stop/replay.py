@@ -171,22 +171,28 @@ def _decided(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
         rows = np.flatnonzero(recorded.completed_at)
         decided[rows, recorded.completed_at[rows] - 1] = False
     if gate.asks_estimate:
-        decided &= _asked(gate, recorded)
+        scheduled = np.zeros(decided.shape[1], dtype=bool)
+        scheduled[gate.schedule.tokens(decided.shape[1]) - 1] = True
+        decided &= scheduled
     return decided
-
-
-def _asked(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
-    """Where the gate's sources are asked, [rollouts, tokens]."""
-    asked = np.zeros(recorded.logprobs.shape, dtype=bool)
-    asked[:, gate.schedule.tokens(asked.shape[1]) - 1] = True
-    if gate.free is not None:
-        asked &= probabilities(estimated(gate.free, recorded)) < gate.schedule.below
-    return asked
 
 
 def estimated(estimator: SuccessEstimator, recorded: Recorded) -> Array:
     """log P/(1-P) at each token, [rollouts, tokens]; NaN where a source has not answered."""
     return estimator.logits(recorded.features, recorded.told(estimator.sources))
+
+
+def gate_logits(gate: Gate, recorded: Recorded) -> Array:
+    """log V/(1-V) of a gate's estimate at each token, [rollouts, tokens].
+
+    Where the free one leaves no decision to the one that asks, it stands.
+    """
+    assert gate.estimator is not None
+    logits = estimated(gate.estimator, recorded)
+    if gate.free is None or not gate.asks_estimate:
+        return logits
+    free = estimated(gate.free, recorded)
+    return np.where(probabilities(free) < gate.schedule.below, logits, free)
 
 
 def _values(gate: Gate, recorded: Recorded) -> Array:
@@ -198,8 +204,7 @@ def _values(gate: Gate, recorded: Recorded) -> Array:
                 "a critic's values cannot be made again: give the recorded ones as values"
             )
         return gate.success(recorded.critic)
-    assert gate.estimator is not None
-    return probabilities(estimated(gate.estimator, recorded))
+    return probabilities(gate_logits(gate, recorded))
 
 
 def _levels(threshold: Threshold, scores: Array) -> Array:

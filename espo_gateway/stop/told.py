@@ -83,7 +83,7 @@ class Schedule:
     """At which tokens sources are asked: multiples of `every`, sparser as a stream grows.
 
     every: tokens; 0 asks never. growth: of its position, a stream is asked again after at least
-    this share. below: asked only where the estimate without them lies below.
+    this share. below: asked only where the estimate without them lies below; else that one stands.
     """
 
     every: int = 0

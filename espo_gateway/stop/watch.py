@@ -182,7 +182,7 @@ class Watch:
             verdict = self._decide(token, z, v, due)
         if due:
             self._due = self.gate.schedule.after(token)
-            if verdict is _GO and not last and self._open():
+            if verdict is _GO and not last and not self._asks_estimate:
                 self._unsettled[token] = None
                 return Verdict.ASK
         return verdict
@@ -198,8 +198,10 @@ class Watch:
         if source is None:
             return self._compare(token, z, v, None)
         if self._asks_estimate:
-            if not due or not self._open():
+            if not due:
                 return _GO
+            if (free := self._free_value()) is not None and not free < self.gate.schedule.below:
+                return self._compare(token, z, free, free)
             assert self._statistics is not None
             self._unsettled[token] = z, self._statistics.features()
             return Verdict.ASK
@@ -212,13 +214,13 @@ class Watch:
         self._unsettled[token] = z, ()
         return Verdict.ASK
 
-    def _open(self) -> bool:
-        """Whether the estimate without the sources that cost something leaves a decision open."""
+    def _free_value(self) -> float | None:
+        """V by what costs nothing; None: there is no such estimate."""
         free = self.gate.free
         if free is None or self._statistics is None:
-            return True
+            return None
         told = told_features(free.sources, self._history, self.tokens)
-        return sigmoid(free.logit(self._statistics.features(), told)) < self.gate.schedule.below
+        return sigmoid(free.logit(self._statistics.features(), told))
 
     def estimated(self, token: int, answers: Answers) -> float | None:
         """V at a token that was asked about, of what the sources have answered; None: unknown."""

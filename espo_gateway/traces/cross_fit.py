@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -76,10 +77,22 @@ class CrossFit:
             unseen[:, tokens] = logits_by(self.folds, which, features, beside)
             final[:, tokens] = self.gate.estimator.logits(features, beside)
         if self.free is not None:
-            # Where the free estimate is good nobody is asked.
-            for logits, free in zip((unseen, final), self.free.logits(traces), strict=True):
-                logits[rough_probabilities(free) >= self.gate.schedule.below] = np.nan
+            # Where the free estimate is good nobody is asked, and it stands.
+            pairs = zip((unseen, final), self.free.logits(traces), strict=True)
+            for logits, free in pairs:
+                stands = rough_probabilities(free) >= self.gate.schedule.below
+                logits[stands] = free[stands]
         return unseen, final
+
+    def asked(self, traces: Traces) -> NDArray[np.bool_]:
+        """Where a source is asked, [traces, tokens]."""
+        asked = np.zeros(traces.recorded.logprobs.shape, dtype=bool)
+        schedule = self.gate.schedule
+        asked[:, schedule.tokens(asked.shape[1]) - 1] = True
+        if self.free is not None:
+            unseen, _ = self.free.logits(traces)
+            asked &= rough_probabilities(unseen) < schedule.below
+        return asked
 
     def values(self, traces: Traces) -> tuple[Array | None, Array | None]:
         """V of these; None where the gate has no estimator."""
@@ -89,11 +102,19 @@ class CrossFit:
         return probabilities(unseen), probabilities(final)
 
 
-def learn(read: Read, base: Gate, *, folds: int, sources: tuple[SourceName, ...] = ()) -> CrossFit:
+def learn(
+    read: Read,
+    base: Gate,
+    *,
+    folds: int,
+    sources: tuple[SourceName, ...] = (),
+    every: int = 0,
+) -> CrossFit:
     """The statistics, and the estimators where the rule has one: one pass over the traces.
 
     Args:
         sources: what the estimators read beside the streams.
+        every: tokens between two questions, made a multiple of those that were recorded.
 
     Raises:
         CalibrationError: no traces, or no outcomes to fit an estimator to.
@@ -101,7 +122,7 @@ def learn(read: Read, base: Gate, *, folds: int, sources: tuple[SourceName, ...]
     count, total, squares = 0, 0.0, 0.0
     dealt: list[list[Examples]] = [[] for _ in range(folds)]
     cut = spared = fitted = 0
-    look_every = 0
+    first = sys.maxsize
     estimates = base.source == "stream"
     look = _Look(folds if estimates else 0, sources)
     for seen in read(look):
@@ -110,7 +131,7 @@ def learn(read: Read, base: Gate, *, folds: int, sources: tuple[SourceName, ...]
         squares += seen.squares
         cut += seen.cut
         spared += seen.spared
-        look_every = min(filter(None, (look_every, seen.asked)), default=0)
+        first = min(first, seen.asked or first)
         if fitted < MAX_FITTED:
             fitted += seen.known
             for parts, part in zip(dealt, seen.dealt, strict=False):
@@ -154,7 +175,10 @@ def learn(read: Read, base: Gate, *, folds: int, sources: tuple[SourceName, ...]
         gate,
         estimator=whole,
         free=frees[0],
-        schedule=Schedule(every=look_every, growth=0.0, below=asked_below(whole, frees[0], parts)),
+        schedule=Schedule(
+            every=-(-max(every, 1) // first) * first,
+            below=asked_below(whole, frees[0], parts),
+        ),
     )
     return CrossFit(asking, own, free)
 
@@ -166,6 +190,8 @@ def asked_below(
     which asks would stop, were it to lose `LOST` of the states of right traces."""
     features = np.concatenate([part.features for part in parts]).astype(np.float64)
     right = np.concatenate([part.outcomes for part in parts])
+    asked = np.isfinite(features).all(axis=1)
+    features, right = features[asked], right[asked]
     whole = estimator.logits(features[:, : len(FEATURES)], features[:, len(FEATURES) :])
     told = features[:, len(FEATURES) : len(free.weights)]
     alone = rough_probabilities(free.logits(features[:, : len(FEATURES)], told))

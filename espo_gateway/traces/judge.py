@@ -89,12 +89,17 @@ def gates(learnt: CrossFit, traces: Traces) -> dict[str, Gate]:
     return {name: dataclasses.replace(gate, **fields) for name, fields in made.items()}
 
 
-def fitted(read: Read, folds: int, sources: tuple[SourceName, ...] = ()) -> CrossFit:
-    """Statistics and estimators from rollouts with outcomes. Raises CalibrationError."""
-    return learn(read, BASE, folds=folds, sources=sources)
+def fitted(
+    read: Read, folds: int, sources: tuple[SourceName, ...] = (), every: int = 0
+) -> CrossFit:
+    """Statistics and estimators from rollouts with outcomes; see `learn`.
+
+    Raises CalibrationError.
+    """
+    return learn(read, BASE, folds=folds, sources=sources, every=every)
 
 
-def fitted_elsewhere(read: Read, sources: tuple[SourceName, ...] = ()) -> CrossFit:
+def fitted_elsewhere(read: Read, sources: tuple[SourceName, ...] = (), every: int = 0) -> CrossFit:
     """The same from rollouts of another run, all of which judge those of this one."""
 
     def whole(learnt: CrossFit) -> CrossFit:
@@ -102,7 +107,7 @@ def fitted_elsewhere(read: Read, sources: tuple[SourceName, ...] = ()) -> CrossF
         free = None if learnt.free is None else whole(learnt.free)
         return CrossFit(learnt.gate, [learnt.gate.estimator], free)
 
-    return whole(learn(read, BASE, folds=2, sources=sources))
+    return whole(learn(read, BASE, folds=2, sources=sources, every=every))
 
 
 def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Replayed:
@@ -158,14 +163,12 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
     rules = {}
     for name in made:
         found = [part.judgements.pop(name) for part in parts]
-        rules[name] = Judgement(
-            made[name],
-            *(
-                np.concatenate([getattr(each, column) for each in found])
-                for column in ("cuts", "levels", "rehearsed", "looked_at")
-            ),
-            asked=None if found[0].asked is None else np.concatenate([e.asked for e in found]),
-        )
+        columns: dict[str, Any] = {
+            column: np.concatenate([getattr(each, column) for each in found])
+            for column in ("cuts", "levels", "rehearsed", "looked_at", "asked")
+            if getattr(found[0], column) is not None
+        }
+        rules[name] = Judgement(made[name], **columns)
     return Replayed(judged, rules, left_out)
 
 
@@ -222,7 +225,7 @@ def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
         asked = None
         if streams and learnt.gate.asks_estimate:
-            questions = np.cumsum(np.isfinite(unseen), axis=1)
+            questions = np.cumsum(learnt.asked(traces), axis=1)
             ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None]) - 1
             asked = np.take_along_axis(questions, ends, axis=1).astype(np.int32)
         if learnt.free is not None:

@@ -247,7 +247,8 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
             cut=cut,
             spared=stopped and not cut,
             correct=None if cut else _outcome(row[outcome], outcome, where),
-            **{name: row[name] for name in beside},
+            history=row.get("history"),
+            probes=row.get("probes"),
             **rows,
         )
 

@@ -20,7 +20,7 @@ from espo_gateway.stop.estimate import SuccessEstimator, probabilities
 from espo_gateway.stop.fit import Examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
-from espo_gateway.stop.replay import estimated, stop_levels
+from espo_gateway.stop.replay import estimated, gate_logits, stop_levels
 from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_source
 from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes, ShareThreshold
 from espo_gateway.stop.told import ASKED, Schedule, in_order
@@ -212,15 +212,12 @@ class StopController:
         self.z_quantiles = self._quantiles(recorded, in_force)
         # Before the estimator learns of the batch: what it says here must be out of sample.
         expected = self._expected(known)
+        told = self._told(known)
         outcomes = self._outcomes(known, expected, in_force)
         if self._source == "critic":
             self.explained_variance = critic_explained_variance
         elif expected is not None:
-            self.explained_variance = known.explained_variance(expected)
-            if self._free is not None:
-                free = probabilities(estimated(self._free, known.recorded))
-                asked = np.where(np.isnan(expected), np.nan, free)
-                self.free_variance = known.explained_variance(asked)
+            self.explained_variance, self.free_variance = told
         self.statistics = updated
         if self._estimates:
             self._learn(known)
@@ -247,9 +244,10 @@ class StopController:
             return
         free_sources = [source for source in self._sources if source not in ASKED]
         self._free = fit(self._recent, free_sources) or self._free
-        expected, p_star = self._expected(known), self.threshold
-        if expected is None or self._free is None or not p_star:
+        p_star = self.threshold
+        if self.estimator is None or self._free is None or not p_star:
             return
+        expected = probabilities(estimated(self.estimator, known.recorded))
         if threshold_of(self.config.rule) is P_STAR:
             stops = expected < p_star
             if stops.sum() >= ENOUGH_STOPS:
@@ -266,10 +264,25 @@ class StopController:
         return float(half), float(most), float(nearly_all)
 
     def _expected(self, known: KnownRollouts) -> Array | None:
-        """V at each token by the estimator as it is now, [rollouts, tokens]; None without one."""
+        """V at each token as the next gate would take it, [rollouts, tokens]; None without one."""
         if self.estimator is None:
             return None
-        return probabilities(estimated(self.estimator, known.recorded))
+        return probabilities(gate_logits(self._valued_gate, known.recorded))
+
+    @property
+    def _valued_gate(self) -> Gate:
+        return dataclasses.replace(self._gate(""), rule="value-only", value="stream")
+
+    def _told(self, known: KnownRollouts) -> tuple[float | None, float | None]:
+        """Explained variance of the estimate, and of the free one at the same tokens."""
+        if self.estimator is None:
+            return None, None
+        expected = probabilities(estimated(self.estimator, known.recorded))
+        explained = known.explained_variance(expected)
+        if self._free is None:
+            return explained, None
+        free = probabilities(estimated(self._free, known.recorded))
+        return explained, known.explained_variance(np.where(np.isnan(expected), np.nan, free))
 
     def _outcomes(
         self, known: KnownRollouts, expected: Array | None, statistics: RegretStatistics

@@ -360,9 +360,10 @@ def learnt_from(
 ) -> CrossFit:
     """The estimators, of this run by folds of prompts or of another run."""
     if options.fit_on is None:
-        learnt = fitted(source.read, options.folds, sources)
+        learnt = fitted(source.read, options.folds, sources, options.ask_every)
     else:
-        learnt = fitted_elsewhere(Source(options.fit_on, options.outcome, known).read, sources)
+        other = Source(options.fit_on, options.outcome, known)
+        learnt = fitted_elsewhere(other.read, sources, options.ask_every)
     wrong, right = options.critic_worth
     return dataclasses.replace(
         learnt, gate=dataclasses.replace(learnt.gate, critic_wrong=wrong, critic_right=right)
@@ -424,12 +425,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
     )
     add(
+        "--ask-every",
+        type=int,
+        default=96,
+        metavar="TOKENS",
+        help="between two questions to an answer probe at least (default: %(default)s)",
+    )
+    add(
         "--price",
         type=float,
         default=13.0,
         metavar="TOKENS",
-        help="what a question to an answer probe costs, in sampled tokens: what is saved is less of "
-        "it (default: %(default)s, a 0.5B model on two CPU cores)",
+        help="what a question to an answer probe costs, in sampled tokens, taken off what is saved "
+        "(default: %(default)s, a 0.5B model on two CPU cores)",
     )
     add_bound(parser)
     add("--folds", type=int, default=5, help="of the cross-fitting (default: %(default)s)")

@@ -114,8 +114,9 @@ async def test_a_stream_is_cut_where_its_answer_has_become_unlikely(
     assert (record["stopped"], record["cut"]) == (True, 9)
     assert text == "a" * 9
     assert record["value"] == pytest.approx(1 / (1 + math.exp(5.4 - 4.0)))
-    assert asked >= 3
-    assert sampled >= 6
+    # Before min_tokens nothing is decided, so nothing is asked.
+    assert asked >= 2
+    assert sampled >= 4
 
 
 async def test_a_replay_of_what_was_recorded_cuts_where_the_gateway_did() -> None:

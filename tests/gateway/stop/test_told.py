@@ -61,15 +61,18 @@ def test_replay_equals_the_live_decision(
     told = np.resize(np.array(data.draw(many_numbers)), (*shape, 1 + PROBED))
     told[np.isnan(told[..., 1:]).any(axis=-1), 1:] = math.nan
     free: tuple[SourceName, ...] = tuple(s for s in wanted if s == "history")
-    for rule, values in (("success-probability", {"p_star": 0.4}), ("value-gated", {"beta": 0.7})):
+    rules: list[dict[str, Any]] = [
+        {"rule": "success-probability", "p_star": 0.4},
+        {"rule": "value-gated", "beta": 0.7},
+    ]
+    for rule in rules:
         gate = Gate(
-            rule=rule,  # type: ignore[arg-type]
             value="stream",
             estimator=data.draw(estimators(wanted)),
             free=data.draw(estimators(free)),
             schedule=schedule,
             min_tokens=2,
-            **values,
+            **rule,
             **CONSTANTS,
         )
         many = recorded(rows, 3, history=history, critic=told[..., 0], probes=told[..., 1:])

@@ -44,9 +44,8 @@ def hold(box: Outbox, texts: list[str], end: int, finish: str | None = None) -> 
 
 def record(*, stopped: bool) -> Record:
     watch = Watch(Gate(), 0)
-    return Record.of(
-        Gate(), watch, mode="enforce", audited=False, stopped=stopped, reason=None, trace=None
-    )
+    told: dict[str, Any] = dict.fromkeys(("reason", "probes", "trace"))
+    return Record.of(Gate(), watch, mode="enforce", audited=False, stopped=stopped, **told)
 
 
 def texts(box: Outbox) -> list[str]:
