@@ -1,8 +1,9 @@
 """How fast `espo_rl.replay` is, and how much memory it takes, on synthetic rollouts.
 
-    python scripts/bench_replay.py 2000 --tokens 8192
+    python scripts/bench_replay.py 20000 --tokens 8192
 
-Prints one JSON object. They are read from one small file over and over.
+Prints one JSON object. They are read from one small file over and over. Memory is that of all
+processes. The start of these and the fits take seconds whatever the number, so take many.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from espo_gateway.stop.rules import Gate
 from espo_rl.record.rollout_files import rollouts_table
-from espo_rl.replay.command import Source, fitted, replayed
+from espo_rl.replay.command import PROCESSES, Source, fitted, processes, replayed
 from espo_rl.types import EndReason, Problem, Rollout
 
 _SAMPLES = 4  # of each prompt
@@ -67,6 +68,10 @@ def benchmark(rollouts: int, tokens: int) -> dict[str, float]:
         fitting = time.perf_counter() - started
         done = replayed(source.read, learnt)
         seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if processes.cache_info().currsize:
+        processes().shutdown()
+        peak += PROCESSES * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "rollouts": int(done.judged.correct.size),
         "tokens": source.tokens,
@@ -74,7 +79,7 @@ def benchmark(rollouts: int, tokens: int) -> dict[str, float]:
         "seconds_fit": round(fitting, 2),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(source.tokens / seconds),
-        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_megabytes": round(peak / 1024),
     }
 
 

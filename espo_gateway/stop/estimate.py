@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -110,24 +111,31 @@ def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> A
         shape [rollouts, tokens, len(FEATURES)].
     """
     out = np.empty((*regrets.shape, len(FEATURES)))
-    for tokens, features in feature_blocks(regrets, -surprises, prompt_tokens):
+    for tokens, features in feature_blocks(regrets, -surprises, prompt_tokens, to_the_end=True):
         out[:, tokens] = features
     return out
 
 
 def feature_blocks(
-    regrets: Array, logprobs: Array, prompt_tokens: Array
+    regrets: Array, logprobs: Array, prompt_tokens: Array, *, to_the_end: bool = False
 ) -> Iterator[tuple[slice, Array]]:
     """`stream_features` in parts: which tokens, and theirs, [rollouts, tokens, len(FEATURES)].
 
     A part lies feature by feature in memory, and each of these by token.
+
+    Args:
+        to_the_end: else they may be anything after the last token that is known.
     """
     # Averages and sums are the same recurrence: a sum keeps all that was.
     decays = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])[:, None]
     state, largest = np.zeros((len(decays), len(regrets))), np.zeros((2, len(regrets)))
+    decays = np.repeat(decays, len(regrets), axis=1)
+    unknown = np.isnan(regrets) | np.isnan(logprobs)
+    # Only what is missing between others must leave all as it was, and that is rare.
+    gaps = to_the_end or bool((unknown[:, :-1] & ~unknown[:, 1:]).any())
     for tokens in token_blocks(regrets.shape):
         regret, surprise = regrets[:, tokens].T, -logprobs[:, tokens].T
-        missing = np.isnan(regret) | np.isnan(surprise)
+        missing = unknown[:, tokens].T
         regret, surprise = (np.where(missing, 0.0, x) for x in (regret, surprise))
         moved = np.empty((len(regret), *state.shape))
         moved[:, 0] = (1.0 - _FAST) * regret
@@ -138,7 +146,8 @@ def feature_blocks(
         moved[:, 5] = (1.0 - _FAST) * surprise
         moved[:, 6] = (1.0 - _SLOW) * surprise
         moved[:, 7] = surprise
-        state = recurrence(np.where(missing[:, None], 1.0, decays), moved, state)
+        keep = np.where(missing[:, None], 1.0, decays) if gaps else repeat(decays)
+        state = recurrence(keep, moved, state)
         out = np.empty((len(FEATURES), *regret.shape))
         out[0] = np.sqrt(prompt_tokens)
         out[1] = np.sqrt(np.arange(tokens.start + 1.0, tokens.stop + 1.0))[:, None]

@@ -8,7 +8,7 @@ last bit. Pure: no I/O, no asyncio. The stop rules built on it are in `rules.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -117,21 +117,21 @@ def moving_average(rows: Array, decay: float, of: Callable[[Array], Array] | Non
     return out
 
 
-def recurrence(keep: Array, moved: Array, state: Array) -> Array:
+def recurrence(keep: Iterable[Array], moved: Array, state: Array) -> Array:
     """state ← keep · state + moved, token after token.
 
     Args:
-        keep: [tokens, ...]; what it holds is lost.
-        moved: the same shape; becomes the states after each token.
+        keep: for each token, or more, [...].
+        moved: [tokens, ...]; becomes the states after each token.
         state: that before the first token, [...].
 
     Returns:
         the state after the last token.
     """
-    multiply, add = np.multiply, np.add
-    for kept, now in zip(keep, moved, strict=True):
-        multiply(kept, state, kept)
-        state = add(kept, now, now)
+    multiply, add, rest = np.multiply, np.add, np.empty_like(state)
+    for kept, now in zip(keep, moved, strict=False):
+        multiply(kept, state, rest)
+        state = add(rest, now, now)
     return state
 
 

@@ -108,7 +108,7 @@ def crossings(
     threshold = threshold_of(gate.rule)
     sign = 1.0 if threshold.above else -1.0
     rule, z, beside = _compared(gate, recorded, logits)
-    decided = _decided(gate, recorded) & ~np.isnan(beside)
+    decided = _decided(gate, recorded)
     worst = np.full(len(recorded), -np.inf)
     cuts = np.full((len(recorded), len(limits)), _NEVER)
     looked_at = np.full((len(recorded), len(looks)), np.nan)
@@ -121,8 +121,8 @@ def crossings(
         seen = beside[:, tokens]
         if logits is not None:
             seen = rough_probabilities(seen)
-        excess = rule.scores(gate, z[:, tokens], seen)
-        excess = np.where(decided[:, tokens], sign * excess, -np.inf)
+        excess = sign * rule.scores(gate, z[:, tokens], seen)
+        excess = np.where(decided[:, tokens] & (excess == excess), excess, -np.inf)
         for k, token in enumerate(looks):
             if tokens.start < token <= tokens.stop:
                 looked_at[:, k] = -excess[:, token - 1 - tokens.start]

@@ -22,8 +22,8 @@ from espo_gateway.optional import needed
 from espo_gateway.stop.recorded import Recorded, pad, padded_probes
 from espo_gateway.stop.regret import Array
 
-#: Limits of what is read at once, padding included.
-_TRACES, _NUMBERS = 256, 2**21
+#: Limits of what is read at once; with padding it may be twice as many numbers.
+_TRACES, _NUMBERS = 256, 2**20
 _COLUMNS = (
     *("problem_id", "prompt_ids", "logprobs", "max_logprobs"),
     *("end", "kept", "audited", "correct"),
@@ -106,17 +106,20 @@ def read_traces(paths: Iterable[Path], *, outcome: str, known: Known | None) -> 
         TraceError: naming the file, and the line where there is one.
     """
     waiting: list[Trace] = []
-    longest = 0
+    longest = numbers = 0
     for path in paths:
         for trace in _read(path, outcome, known):
             if not len(trace.logprobs):
                 continue
-            length = max(longest, len(trace.logprobs))
-            if waiting and (len(waiting) == _TRACES or length * (len(waiting) + 1) > _NUMBERS):
+            length = len(trace.logprobs)
+            padded = max(longest, length) * (len(waiting) + 1)
+            full = len(waiting) == _TRACES or numbers + length > _NUMBERS or padded > 2 * _NUMBERS
+            if waiting and full:
                 yield _stacked(waiting)
-                waiting, length = [], len(trace.logprobs)
+                waiting, longest, numbers = [], 0, 0
             waiting.append(trace)
-            longest = length
+            longest = max(longest, length)
+            numbers += length
     if waiting:
         yield _stacked(waiting)
 

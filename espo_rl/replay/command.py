@@ -18,7 +18,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -140,11 +140,12 @@ def _listed(
 
 
 def _submit(*arguments: Any) -> Future[list[tuple[int, Any]]]:
-    return _pool().submit(_listed, *arguments)
+    return processes().submit(_listed, *arguments)
 
 
 @cache
-def _pool() -> ProcessPoolExecutor:
+def processes() -> ProcessPoolExecutor:
+    """Those that share the work; they end with this one."""
     # Not forked: there are threads of libraries here.
     return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
 
@@ -456,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         run(options)
-    except (CalibrationError, TraceError, ImportError, OSError) as error:
+    except (CalibrationError, TraceError, ImportError, OSError, BrokenExecutor) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-
 from espo_gateway.traces.detection import Curve
 
 #: Okabe and Ito's colours, told apart by colour-blind people; dash and marker say it again.
@@ -29,7 +26,11 @@ def draw(
 
     areas: of each rule, AUC and its interval by the number of tokens at which it was looked at.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    # Here, as the processes that share a replay's work would wait for it too.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(17, 5.5), layout="constrained")
+    axes = figure.subplots(1, 3)
     _panel(axes[0], curves, "false_positive_rate", "right rollouts lost to stopping (%)")
     _panel(axes[1], curves, "false", "false positives: stopped rollouts that would be right (%)")
     axes[1].sharey(axes[0])
@@ -37,10 +38,7 @@ def draw(
     _by_position(axes[2], areas)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    try:
-        figure.savefig(path, dpi=130)
-    finally:
-        plt.close(figure)
+    figure.savefig(path, dpi=130)
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _by_position(axes: Axes, areas: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+def _by_position(axes: Any, areas: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
     for number, (rule, found) in enumerate(areas.items()):
         tokens = [int(token) for token in found]
         values = [math.nan if area[0] is None else area[0] for area in found.values()]
@@ -67,7 +65,7 @@ def _by_position(axes: Axes, areas: Mapping[str, Mapping[str, Sequence[float | N
     axes.grid(alpha=0.25)
 
 
-def _panel(axes: Axes, curves: Mapping[str, Curve], name: str, label: str) -> None:
+def _panel(axes: Any, curves: Mapping[str, Curve], name: str, label: str) -> None:
     for number, (rule, curve) in enumerate(curves.items()):
         there = curve.stopped[:, 0] >= _LEAST
         x, y = 100 * getattr(curve, name)[there, 0], 100 * curve.saved[there, 0]
