@@ -78,10 +78,10 @@ class CrossFit:
             final[:, tokens] = self.gate.estimator.logits(features, beside)
         if self.free is not None:
             # Where the free estimate is good nobody is asked, and it stands.
-            pairs = zip((unseen, final), self.free.logits(traces), strict=True)
-            for logits, free in pairs:
-                stands = rough_probabilities(free) >= self.gate.schedule.below
-                logits[stands] = free[stands]
+            below = self.gate.schedule.below
+            free_unseen, free_final = self.free.logits(traces)
+            unseen = np.where(rough_probabilities(free_unseen) < below, unseen, free_unseen)
+            final = np.where(rough_probabilities(free_final) < below, final, free_final)
         return unseen, final
 
     def asked(self, traces: Traces) -> NDArray[np.bool_]:
