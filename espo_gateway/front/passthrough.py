@@ -18,7 +18,7 @@ from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Body, Plan
 from espo_gateway.stream.sse import SSEParser
 from espo_gateway.telemetry.logs import REQUEST_ID, current
-from espo_gateway.upstream.affinity import affinity_key
+from espo_gateway.upstream.affinity import affinity_key, passed_key
 from espo_gateway.upstream.connection import Reply
 
 _CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
@@ -118,7 +118,10 @@ async def pass_through(gateway: Gateway, request: web.Request) -> web.StreamResp
     path = upstream_path(request)
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
-    async with gateway.pool.open(request.method, path, headers=headers, data=data) as upstream:
+    key = passed_key(gateway.pool.affinity, headers, data)
+    async with gateway.pool.open(
+        request.method, path, headers=headers, data=data, key=key
+    ) as upstream:
         response = web.StreamResponse(status=upstream.status)
         skipped = _HOP_BY_HOP | _connection_headers(upstream.headers)
         for name, value in upstream.headers.items():

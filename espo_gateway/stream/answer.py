@@ -55,9 +55,9 @@ class Answer:
         for name, value in choice.items():
             if value is None:
                 continue
-            if name == "text":
+            if name == "text" and self._message is None:
                 self._texts.setdefault("text", []).append(value)
-            elif name == "delta":
+            elif name == "delta" and self._message is not None:
                 self._add_delta(value)
             elif name == "logprobs":
                 self._add_logprobs(value)

@@ -74,7 +74,8 @@ def only_choice(choices: Any) -> Chunk:
         raise ValueError("not one choice")
     choice: Chunk = choices[0]
     for name, kind in _TYPES:
-        if type(value := choice.get(name)) is not kind and value is not None:
+        value = choice.get(name)
+        if value is not None and type(value) is not kind:
             raise ValueError(f"{name} is {value!r:.80}")
     return choice
 
@@ -101,11 +102,14 @@ def _of_completion(logprobs: Chunk, ids: list[int] | None, top_k: int) -> list[S
     texts = _sized(logprobs.get("tokens"), count, "")
     tops = _sized(logprobs.get("top_logprobs"), count, None)
     token_ids = _sized(ids, count, None)
-    tokens = []
-    for token_id, text, x, top in zip(token_ids, texts, sampled, tops, strict=True):
-        position = _position(x, () if top is None else top.values(), top_k)
-        tokens.append(SampledToken(token_id, _text(text), *position))
-    return tokens
+    return [
+        SampledToken(
+            token_id,
+            text if type(text) is str else "",
+            *_position(x, () if top is None else top.values(), top_k),
+        )
+        for token_id, text, x, top in zip(token_ids, texts, sampled, tops, strict=True)
+    ]
 
 
 def _of_chat(content: list[Chunk], ids: list[int] | None, top_k: int) -> list[SampledToken]:
@@ -115,8 +119,9 @@ def _of_chat(content: list[Chunk], ids: list[int] | None, top_k: int) -> list[Sa
         logprob = entry.get("logprob")
         if logprob is None and "token" not in entry:
             raise KeyError("logprob")
+        text = entry.get("token")  # only a cut needs it, and can do without
         position = _position(logprob, tops, top_k)
-        tokens.append(SampledToken(token_id, _text(entry.get("token")), *position))
+        tokens.append(SampledToken(token_id, text if type(text) is str else "", *position))
     return tokens
 
 
@@ -129,23 +134,16 @@ def _position(
     logprob: object, alternatives: Collection[object], top_k: int
 ) -> tuple[float | None, float | None, float | None]:
     """The logprob, the largest and the confidence at a position."""
-    sampled, others = _number(logprob), [*map(_number, alternatives)]
+    sampled = logprob if type(logprob) is float else _number(logprob)
+    others = [x if type(x) is float else _number(x) for x in alternatives]
     confidence = token_confidence(others, top_k) if top_k else None
     return sampled, largest_logprob(sampled, others), confidence
 
 
-def _number(value: Any) -> float | None:
-    # A whole number may be too large for a float, and for all that is done with logprobs.
-    if value is None or type(value) is float:
-        return value
-    if type(value) is int:
-        return float(value)
+def _number(value: object) -> float | None:
+    if value is None or type(value) is int:
+        return None if value is None else float(value)  # a whole number may be too large for it
     raise TypeError(f"{value!r:.80} is no logprob")
-
-
-def _text(token: object) -> str:
-    # Only a cut needs it, and can do without.
-    return token if type(token) is str else ""
 
 
 def largest_logprob(logprob: float | None, alternatives: Iterable[float | None]) -> float | None:

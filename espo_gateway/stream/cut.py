@@ -160,10 +160,9 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
             del (entry.get("top_logprobs") or [])[alternatives:]
         return
     # The sampled token comes first, and its string may also be an alternative's.
-    tokens, sampled, tops = (
-        logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "top_logprobs")
-    )
-    if len(tokens) == len(sampled) == len(tops):
+    tops, tokens = logprobs.get("top_logprobs"), logprobs.get("tokens")
+    sampled = logprobs["token_logprobs"]
+    if tops and tokens and len(tokens) == len(sampled or ()) == len(tops):
         logprobs["top_logprobs"] = [
             _likeliest(token, logprob, top, alternatives) if top and type(token) is str else top
             for token, logprob, top in zip(tokens, sampled, tops, strict=True)

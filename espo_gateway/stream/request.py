@@ -118,19 +118,12 @@ def _unmonitored(body: Body, control: Control, *, chat: bool) -> str | None:
 
 def _logprobs_asked(body: Body, *, chat: bool) -> int | None:
     if not chat:
-        return _whole(body.get("logprobs"))
+        value = body.get("logprobs")
+        return int(value) if isinstance(value, int) else None
     if not body.get("logprobs"):
         return None
-    return _whole(body.get("top_logprobs")) or 0
-
-
-def _whole(value: object) -> int | None:
-    """A whole number in any of the ways that vLLM takes for one (3, 3.0, "3"); else None."""
-    try:
-        whole = int(value)  # type: ignore[call-overload]
-        return whole if whole == float(value) else None  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
+    top = body.get("top_logprobs")
+    return int(top) if isinstance(top, int) else 0
 
 
 def _singles(body: Body, *, chat: bool) -> list[Single]:
@@ -209,6 +202,7 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
 
 
 def _at_least(count: int, asked: object) -> object:
-    """Alternatives to ask for; a negative number is all of them. What is no number stays so."""
-    whole = 0 if asked is None else _whole(asked)
-    return asked if whole is None or whole >= count or whole < 0 else count
+    """Alternatives to ask for; a negative number is all of them."""
+    if asked is None:
+        return count
+    return max(asked, count) if type(asked) is int and asked >= 0 else asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ def events(*chunks: Any) -> bytes:
 
 
 class WireServer(Fake):
-    """parts: written one by one. breaks: the connection is reset at the end."""
+    """parts: written one by one. breaks: the connection is lost at the end; hangs: it is not."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class WireServer(Fake):
         self.status = status
         self.headers = {"Content-Type": "text/event-stream", **(headers or {})}
         self.breaks = breaks
+        self.hangs = False
         self.bodies: list[dict[str, Any]] = []
 
     def _add_routes(self, app: web.Application) -> None:
@@ -45,6 +47,8 @@ class WireServer(Fake):
         await response.prepare(request)
         for part in self.parts:
             await response.write(part)
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.breaks:
             assert request.transport is not None
             await response.write(b"")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from typing import Any
 
+import aiohttp
 import pytest
 
-from tests.helpers.gateway import chat_body, client_of, gateway_for
+from tests.helpers.gateway import CHAT, chat_body, client_of, completion_body, gateway_for, post
 from tests.helpers.wire import DONE, WireServer, events, heard
 
 HEAD = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
@@ -203,5 +206,140 @@ async def test_the_same_stream_makes_the_whole_answer(shape: str) -> None:
         assert found == expected
 
 
+def completion(chunk: dict[str, Any]) -> dict[str, Any]:
+    """A chat's chunk as one of the other endpoint."""
+    (choice,) = chunk["choices"]
+    text = {"text": choice["delta"].get("content", "")}
+    return {**chunk, "choices": [{k: v for k, v in choice.items() if k != "delta"} | text]}
+
+
 def failed(found: dict[str, Any]) -> bool:
     return found["error"] is not None
+
+
+# -- the way the bytes come ---------------------------------------------------------------------
+
+FLUSHED = zlib.compressobj(wbits=zlib.MAX_WBITS + 16)
+COMPRESSED = {
+    "gzip": [
+        FLUSHED.compress(event + b"\n\n") + FLUSHED.flush(zlib.Z_SYNC_FLUSH)
+        for event in PLAIN.split(b"\n\n")
+    ],
+    "deflate": [zlib.compress(PLAIN)],
+    "x-gzip": [gzip.compress(PLAIN)],
+    "identity": [PLAIN],
+}
+
+
+@pytest.mark.parametrize("mode", ["enforce", "off"])
+@pytest.mark.parametrize("encoding", COMPRESSED)
+async def test_a_server_may_compress(encoding: str, mode: str) -> None:
+    server = WireServer(*COMPRESSED[encoding], headers={"Content-Encoding": encoding})
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    async with (
+        server,
+        WireServer(PLAIN) as plain,
+        gateway_for(server) as gateway,
+        client_of(plain.url) as straight,
+        client_of(gateway.url) as through,
+    ):
+        expected = await heard(straight, chat_body(**stream))
+        espo = {"extra_body": {"espo": {"mode": mode}}}
+        assert await heard(through, chat_body(**stream, **espo)) == expected
+        if mode == "enforce":
+            assert await heard(through, chat_body()) == expected
+
+
+@pytest.mark.parametrize("mode", ["enforce", "off"])
+@pytest.mark.parametrize(
+    ("encoding", "body"), [("br", PLAIN), ("gzip", PLAIN), ("gzip, gzip", PLAIN)], ids=str
+)
+async def test_what_cannot_be_undone_is_said(encoding: str, body: bytes, mode: str) -> None:
+    server = WireServer(body, headers={"Content-Encoding": encoding})
+    async with server, gateway_for(server) as gateway:
+        for stream in (True, False):
+            sent = chat_body(stream=stream, espo={"mode": mode})
+            status, answer = await post(gateway.url + CHAT, sent)
+            assert status == 502
+            assert "encoding" in answer["error"]["message"].lower()
+
+
+async def test_other_answers_may_be_compressed_too() -> None:
+    packed = gzip.compress(b'{"data": []}')
+    server = WireServer(packed, headers={"Content-Encoding": "gzip", "Content-Type": "text/x"})
+    async with (
+        server,
+        gateway_for(server) as gateway,
+        aiohttp.ClientSession(auto_decompress=False) as session,
+    ):
+        for encoding, body in (("gzip", b'{"data": []}'), ("zstd", packed)):
+            server.headers["Content-Encoding"] = encoding
+            response = await session.post(gateway.url + "/v1/embeddings", json={})
+            assert await response.read() == body
+            assert response.headers.get("Content-Encoding") == {"zstd": "zstd"}.get(encoding)
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/octet-stream", "Text/Event-Stream"]
+)
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n\n", b": hello\n\n", b"event: x\n"])
+async def test_a_stream_is_known_by_its_bytes(kind: str, start: bytes) -> None:
+    """As OpenAI's clients know it."""
+    server = WireServer(start[:1], start[1:], PLAIN, headers={"Content-Type": kind})
+    body = chat_body(stream=True, stream_options={"include_usage": True})
+    async with server, gateway_for(server) as gateway, client_of(gateway.url) as client:
+        for mode in ("enforce", "off"):
+            found = await heard(client, {**body, "extra_body": {"espo": {"mode": mode}}})
+            assert found["text"] == {"content": "Hello"}
+            assert (found["finish"], found["error"]) == ("stop", None)
+
+
+@pytest.mark.parametrize("broken", ["reset", "end", "half", "garbage", "silence"])
+@pytest.mark.parametrize("told", [True, False], ids=["usage told", "no usage told"])
+async def test_an_answer_whose_end_has_come_is_whole(broken: str, told: bool) -> None:
+    last = {**END, "usage": USAGE} if told else END
+    chunks = [events(ROLE), events(said("Hel")), events(said("lo")), events(last)]
+    tail = {"half": b'data: {"id', "garbage": b"data: {no\n\n"}.get(broken, b"")
+    server = WireServer(*chunks, tail, breaks=broken in ("reset", "half"))
+    server.hangs = broken == "silence"
+    limits = {"idle_timeout": 0.2} if broken == "silence" else {}
+    async with (
+        server,
+        gateway_for(server, **limits) as gateway,
+        client_of(gateway.url) as client,
+    ):
+        for fields in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+            found = await heard(client, chat_body(**fields))
+            assert (found["text"], found["finish"]) == ({"content": "Hello"}, "stop")
+            assert found["error"] is None
+            assert (found["usage"] or {}).get("total_tokens") == (5 if told else None)
+        # Where the prompt's length is known, so is the usage.
+        server.parts = [events(*map(completion, (said("Hel"), said("lo"), last))), tail]
+        found = await heard(client, completion_body(prompt=[1, 2, 3]))
+        assert (found["text"], found["finish"]) == ({"text": "Hello"}, "stop")
+        assert found["usage"]["total_tokens"] == 5
+
+
+async def test_an_answer_whose_end_has_not_come_is_none() -> None:
+    server = WireServer(events(ROLE, said("Hel"), said("lo")), breaks=True)
+    async with server, gateway_for(server) as gateway, client_of(gateway.url) as client:
+        for fields in ({}, {"stream": True}):
+            assert failed(await heard(client, chat_body(**fields)))
+        server.breaks = False
+        for fields in ({}, {"stream": True}):
+            assert failed(await heard(client, chat_body(**fields)))
+
+
+@pytest.mark.parametrize(
+    "word", ["stop", "eos_token", "repetition", "content_filter", "abort", "x"]
+)
+async def test_a_servers_own_word_for_the_end_is_kept(word: str) -> None:
+    """Though the rule would stop at that very token, in the place of which a word would be ours."""
+    wild = {"token": "x", "logprob": -8.0, "top_logprobs": [{"token": "y", "logprob": -0.1}]}
+    choice = {"delta": {"content": "xx"}, "logprobs": {"content": [wild, wild]}}
+    body = events({**HEAD, "choices": [{**choice, "finish_reason": word}]}) + DONE
+    async with WireServer(body) as server, gateway_for(server) as gateway:
+        _, answer = await post(gateway.url + CHAT, chat_body())
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == word
+    assert choice["espo"]["cut"] is None

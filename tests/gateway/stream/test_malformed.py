@@ -59,6 +59,34 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from places(inner)
 
 
+#: Of chunks of either endpoint, and of others'.
+FIELDS = st.sampled_from(
+    [
+        "choices",
+        "delta",
+        "text",
+        "message",
+        "logprobs",
+        "content",
+        "token_logprobs",
+        "top_logprobs",
+        "tokens",
+        "tool_calls",
+        "function_call",
+        "finish_reason",
+        "usage",
+        "error",
+        "index",
+        "id",
+        "role",
+        "prompt_token_ids",
+        "token_ids",
+        "reasoning",
+        "refusal",
+        "audio",
+        "espo",
+    ]
+)
 #: What stands where something else is expected; written as JSON.
 ODD = st.one_of(
     st.sampled_from(
@@ -144,6 +172,9 @@ def test_no_chunk_fails_the_gateway(
     texts: dict[str, str] = {}
     for mark in range(data.draw(st.integers(1, 3))):
         place, name = data.draw(st.sampled_from([*places(chunks)]))
+        if isinstance(place, dict) and data.draw(st.booleans()):
+            name = data.draw(FIELDS)
+            place.setdefault(name, 0)
         if data.draw(st.booleans()):
             place[name] = f"@{mark}@"
             texts[json.dumps(place[name])] = data.draw(ODD)

@@ -79,25 +79,6 @@ def test_what_leaves_logprobs_as_they_are_is_monitored(fields: dict[str, Any], c
     assert plan({**(CHAT if chat else TEXT), **fields}, chat=chat).unmonitored is None
 
 
-@pytest.mark.parametrize("asked", [3, 3.0, "3", True, 0, -1, None])
-def test_logprobs_are_read_as_a_server_reads_them(asked: Any) -> None:
-    count = None if asked is None else int(asked)
-    assert plan({**TEXT, "logprobs": asked}, chat=False).asked.logprobs == count
-    chat = {**CHAT, "logprobs": True, "top_logprobs": asked}
-    assert plan(chat, chat=True).asked.logprobs == (count or 0)
-    for alternatives in (1, 5):
-        for body, name, least in (
-            (
-                sent({**TEXT, "logprobs": asked}, chat=False, alternatives=alternatives),
-                "logprobs",
-                0,
-            ),
-            (sent(chat, chat=True, alternatives=alternatives), "top_logprobs", 2),
-        ):
-            got = int(body[0][name])
-            assert got == count if got < 0 else got >= max(alternatives, least, count or 0)
-
-
 @pytest.mark.parametrize("asked", ["x", {}, [], 2.5, ""], ids=str)
 def test_what_is_no_number_is_the_servers_to_refuse(asked: Any) -> None:
     assert sent({**TEXT, "logprobs": asked}, chat=False)[0]["logprobs"] == asked
