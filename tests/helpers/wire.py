@@ -41,11 +41,15 @@ class WireServer(Fake):
     def _add_routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/{path:.*}", self._generate)
 
+    def answer(self, body: dict[str, Any]) -> Iterable[bytes]:
+        """What is written; of a subclass, what the request asks for."""
+        return self.parts
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        self.bodies.append(await request.json())
+        self.bodies.append(body := await request.json())
         response = web.StreamResponse(status=self.status, headers=self.headers)
         await response.prepare(request)
-        for part in self.parts:
+        for part in self.answer(body):
             await response.write(part)
         if self.hangs:
             await asyncio.Event().wait()
@@ -62,11 +66,13 @@ async def heard(client: AsyncOpenAI, body: dict[str, Any]) -> dict[str, Any]:
     """What the official client makes of a chat's or a completion's answer, whole or streamed.
 
     text: by the name of its field. Of a stream the pieces are put together as its readers do.
+    error: in words; status: of an error that came in the place of an answer.
     """
     create: Any = (
         client.chat.completions.create if "messages" in body else client.completions.create
     )
-    found: dict[str, Any] = {"text": {}, "calls": {}, "finish": None, "usage": None, "error": None}
+    found: dict[str, Any] = {"text": {}, "calls": {}, "logprobs": []}
+    found |= dict.fromkeys(("finish", "usage", "error", "status"))
     try:
         answer = await create(**body)
         if not body.get("stream"):
@@ -76,7 +82,9 @@ async def heard(client: AsyncOpenAI, body: dict[str, Any]) -> dict[str, Any]:
                 _add(found, chunk.model_dump())
     except APIError as error:
         found["error"] = error.message
-    except ValueError as error:  # what is no JSON is no APIError
+        found["status"] = getattr(error, "status_code", None)
+    except (AttributeError, TypeError, ValueError) as error:
+        # What is no JSON is no APIError; and some of what is, its readers cannot read.
         found["error"] = type(error).__name__
     return found
 
@@ -85,6 +93,8 @@ def _add(found: dict[str, Any], chunk: dict[str, Any]) -> None:
     found["usage"] = chunk.get("usage") or found["usage"]
     for choice in chunk.get("choices") or ():
         found["finish"] = choice.get("finish_reason") or found["finish"]
+        logprobs = choice.get("logprobs") or {}
+        found["logprobs"] += logprobs.get("content") or [*_columns(logprobs)]
         told = choice.get("delta") or choice.get("message") or {"text": choice.get("text")}
         for name, value in told.items():
             if isinstance(value, str) and value and name != "role":
@@ -95,3 +105,8 @@ def _add(found: dict[str, Any], chunk: dict[str, Any]) -> None:
             function = call.get("function") or {}
             known[0] = function.get("name") or known[0]
             known[1] += function.get("arguments") or ""
+
+
+def _columns(logprobs: dict[str, Any]) -> Iterable[tuple[Any, ...]]:
+    names = ("tokens", "token_logprobs", "top_logprobs")
+    return zip(*(logprobs.get(name) or () for name in names), strict=False)
