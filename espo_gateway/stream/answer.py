@@ -195,9 +195,9 @@ def _sum(counts: list[Chunk]) -> Chunk:
     """Field by field, at any depth; of those that all have."""
     total: Chunk = {}
     for name in counts[0]:
-        values = [count.get(name) for count in counts]
+        values: list[Any] = [count.get(name) for count in counts]
         if all(isinstance(value, dict) for value in values):
-            total[name] = _sum(values)  # type: ignore[arg-type]
+            total[name] = _sum(values)
         elif all(type(value) in (int, float) for value in values):
-            total[name] = sum(values)  # type: ignore[arg-type]
+            total[name] = sum(values)
     return total

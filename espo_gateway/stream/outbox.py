@@ -132,7 +132,7 @@ class Outbox:
         """
         last = self.last
         if last is None and done and self.head:
-            place = {"delta": {}} if self._chat else {"text": ""}
+            place: Chunk = {"delta": {}} if self._chat else {"text": ""}
             choice = {"index": self._index, **place, "logprobs": None, "finish_reason": None}
             last = {**self.head, "choices": [choice]}
         if last is None:

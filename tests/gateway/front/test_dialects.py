@@ -302,7 +302,7 @@ async def test_an_answer_whose_end_has_come_is_whole(broken: str, told: bool) ->
     tail = {"half": b'data: {"id', "garbage": b"data: {no\n\n"}.get(broken, b"")
     server = WireServer(*chunks, tail, breaks=broken in ("reset", "half"))
     server.hangs = broken == "silence"
-    limits = {"idle_timeout": 0.2} if broken == "silence" else {}
+    limits: dict[str, Any] = {"idle_timeout": 0.2} if broken == "silence" else {}
     async with (
         server,
         gateway_for(server, **limits) as gateway,

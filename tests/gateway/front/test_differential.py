@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Answer:
     """What a server says, whatever it is asked for.
 
     pieces: the tokens of each chunk. where: the field of their text. calls: deltas of tool calls.
-    damage: what becomes of the events; wrong: in words, for whom it fails.
+    damage: what becomes of the events and the stream's tail; wrong: in words, for whom it fails.
     """
 
     pieces: list[list[str]]
@@ -57,16 +58,15 @@ class Answer:
     done: bytes
     status: int = 200
     splits: list[int] = field(default_factory=list)
-    damage: Callable[[list[bytes]], list[bytes]] = list
+    damage: Callable[[list[bytes], list[bytes]], list[bytes]] = operator.add
     wrong: Any = None
     breaks: bool = False
 
     def chunks(self, body: Body) -> Iterator[Body]:
         """For a request: logprobs and usage as it asks for them."""
         chat = "messages" in body
-        options = body.get("stream_options") or {}
         usage = {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}
-        told = bool(options.get("include_usage"))
+        told = _tells(body)
 
         def chunk(choice: Body, end: str | None = None) -> Body:
             one = {**self.head, "choices": [{"index": 0, **choice, "finish_reason": end}]}
@@ -100,7 +100,13 @@ class Answer:
             text = json.dumps(one, ensure_ascii=False, indent=0 if self.lines else None)
             data = b"".join(b"data: " + line.encode() + b"\n" for line in text.split("\n"))
             events.append((self.before + data + b"\n").replace(b"\n", self.newline))
-        return b"".join(self.damage([*events, self.done]))
+        told = self.usage_at in ("end", "choice") and _tells(body)
+        tail = [*([events.pop()] if told else []), self.done]
+        return b"".join(self.damage(events, tail))
+
+
+def _tells(body: Body) -> bool:
+    return bool((body.get("stream_options") or {}).get("include_usage"))
 
 
 def logprobs(tokens: list[str], body: Body, *, chat: bool) -> Body | None:
@@ -181,7 +187,7 @@ def damaged(draw: Any, answer: Answer) -> None:
         answer.status = draw(st.sampled_from([400, 404, 422, 500, 501]))
     elif kind in ("cut", "break"):
         kept = draw(st.sampled_from([0, 3, 40]))
-        answer.damage = lambda events: [*events[:place], b"".join(events[place:])[:kept]]
+        answer.damage = lambda events, tail: [*events[:place], b"".join(events[place:])[:kept]]
         answer.breaks = kind == "break"
     elif kind == "replace":
         old, new = draw(
@@ -196,7 +202,7 @@ def damaged(draw: Any, answer: Answer) -> None:
                 ]
             )
         )
-        answer.damage = lambda events: [event.replace(old, new) for event in events]
+        answer.damage = lambda events, tail: [e.replace(old, new) for e in [*events, *tail]]
     else:
         if kind == "error":
             event = draw(
@@ -212,7 +218,7 @@ def damaged(draw: Any, answer: Answer) -> None:
             event = draw(st.binary(max_size=8))
         answer.wrong = event
         event = b"data: " + event + b"\n\n"
-        answer.damage = lambda events: [*events[:place], event, *events[place:]]
+        answer.damage = lambda events, tail: [*events[:place], event, *events[place:], *tail]
 
 
 @st.composite
@@ -268,10 +274,9 @@ def both() -> Iterator[Both]:
             gateway = await stack.enter_async_context(
                 gateway_for(server, gate=NEVER, attempts=1, breaker_failures=10**6)
             )
-            clients = [client_of(url) for url in (server.url, gateway.url)]
-            for client in clients:
-                await stack.enter_async_context(client)
-            return Both(server, *clients, runner)
+            straight = await stack.enter_async_context(client_of(server.url))
+            through = await stack.enter_async_context(client_of(gateway.url))
+            return Both(server, straight, through, runner)
 
         yield runner.run(start())
         runner.run(stack.aclose())

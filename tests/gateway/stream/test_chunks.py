@@ -255,7 +255,7 @@ def test_text_held_back_for_stop_strings_belongs_to_a_cut_answer() -> None:
 
 
 def test_nothing_is_held_back_without_stop_strings() -> None:
-    bodies = ({}, {"stop": "x", "include_stop_str_in_output": True})
+    bodies: tuple[dict[str, Any], ...] = ({}, {"stop": "x", "include_stop_str_in_output": True})
     bad = ({"stop": stop} for stop in (None, 5, True, 1.5, {}, {"a": "b"}, [], [5, None], ""))
     for body in (*bodies, *bad):
         assert HeldText(body).before("", ["a"]) is None

@@ -123,7 +123,8 @@ ODD = st.one_of(
 
 def served(events: list[bytes], asked: dict[str, Any], gate: Gate, *, chat: bool) -> Any:
     """As `relay.follow` does it; the client's answer as it would be written."""
-    body = {"model": "m", **({"messages": []} if chat else {"prompt": "p"}), **asked}
+    prompt: dict[str, Any] = {"messages": []} if chat else {"prompt": "p"}
+    body = {"model": "m", **prompt, **asked}
     planned = plan(body, chat=chat)
     policy = Policy(refuse=False)
     single = planned.singles[0]

@@ -15,6 +15,7 @@ from espo_gateway.upstream.affinity import (
     LOAD_SLACK,
     PREFIX_CHARACTERS,
     PREFIX_TOKENS,
+    Affinity,
     affinity_key,
     choose,
     passed_key,
@@ -114,14 +115,15 @@ def test_what_prompts_begin_with(one: dict[str, Any], other: dict[str, Any], sam
 
 
 def test_a_request_that_is_passed_through_has_the_same_key() -> None:
-    for kind in ("session", "prefix"):
+    kinds: tuple[Affinity, ...] = ("session", "prefix")
+    for kind in kinds:
         for body in ({"prompt": "p", "user": "a"}, {**chat(("user", "p")), "user": "a"}):
             data = json.dumps(body).encode()
             assert passed_key(kind, {}, data) == affinity_key(kind, {}, body) is not None
     assert passed_key("none", {"X-Session-ID": "a"}, b"{}") is None
-    for data in (None, b"", b"no JSON", b"[1]", b"\xff", b"[" * 100_000):
-        assert passed_key("prefix", {}, data) is None
-        assert passed_key("session", {"X-Session-ID": "a"}, data) is not None
+    for odd in (None, b"", b"no JSON", b"[1]", b"\xff", b"[" * 100_000):
+        assert passed_key("prefix", {}, odd) is None
+        assert passed_key("session", {"X-Session-ID": "a"}, odd) is not None
 
 
 def test_other_endpoints_have_their_prompts_elsewhere() -> None:

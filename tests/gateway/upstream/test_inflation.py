@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -28,7 +29,7 @@ def flushed(data: bytes) -> bytes:
     return b"".join(pieces) + deflator.flush()
 
 
-WAYS = {
+WAYS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "gzip, flushed": flushed,
     "gzip, several members": lambda data: gzip.compress(data[:5]) + gzip.compress(data[5:]),
