@@ -85,6 +85,6 @@ class EventStream:
                 continue
             # Choices of one answer share its id, wherever they come from.
             head = self._head = self._head or output
-            output["id"], output["created"] = head["id"], head["created"]
+            output.update((name, head[name]) for name in ("id", "created") if name in head)
             events.append(event(output))
         return b"".join(events)

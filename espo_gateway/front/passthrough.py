@@ -13,11 +13,12 @@ from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.front.auth import Keys
 from espo_gateway.front.events import event, event_stream
 from espo_gateway.front.gateway import Gateway
+from espo_gateway.front.relay import streams
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Body, Plan
 from espo_gateway.stream.sse import SSEParser
 from espo_gateway.telemetry.logs import REQUEST_ID, current
-from espo_gateway.upstream.affinity import affinity_key
+from espo_gateway.upstream.affinity import affinity_key, passed_key
 from espo_gateway.upstream.connection import Reply
 
 _CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
@@ -117,7 +118,10 @@ async def pass_through(gateway: Gateway, request: web.Request) -> web.StreamResp
     path = upstream_path(request)
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
-    async with gateway.pool.open(request.method, path, headers=headers, data=data) as upstream:
+    key = passed_key(gateway.pool.affinity, headers, data)
+    async with gateway.pool.open(
+        request.method, path, headers=headers, data=data, key=key
+    ) as upstream:
         response = web.StreamResponse(status=upstream.status)
         skipped = _HOP_BY_HOP | _connection_headers(upstream.headers)
         for name, value in upstream.headers.items():
@@ -143,14 +147,15 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
         async with gateway.pool.open(
             "POST", planned.path, headers=headers, data=data, key=key
         ) as upstream:
-            if upstream.content_type != "text/event-stream":
+            if not await streams(upstream):
                 return await _marked_whole(upstream, mark)
             received = await upstream.read()
             stream.set_status(upstream.status)
             await stream.prepare(request)
             while received:
                 marked = (_marked(data, mark) for data in parser.feed(received))
-                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in marked))
+                lines = (data.replace(b"\n", b"\ndata: ") for data in marked)
+                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in lines))
                 received = await upstream.read()
     except GatewayError as error:
         if not stream.prepared:
@@ -165,9 +170,10 @@ async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:
     body = await upstream.body()
     if upstream.status == 200:
         body = _marked(body, mark)
-    response = web.Response(body=body, status=upstream.status, content_type=upstream.content_type)
-    if (wait := upstream.headers.get("Retry-After")) is not None:
-        response.headers["Retry-After"] = wait
+    response = web.Response(body=body, status=upstream.status)
+    for name in ("Content-Type", "Content-Encoding", "Retry-After"):
+        if (value := upstream.headers.get(name)) is not None:
+            response.headers[name] = value
     return response
 
 
@@ -177,7 +183,12 @@ def _marked(data: bytes, mark: dict[str, Any]) -> bytes:
         answer = decode_chunk(data)
     except ValueError:
         return data
-    finished = [c for c in answer.get("choices") or () if c.get("finish_reason") is not None]
+    choices = answer.get("choices")
+    finished = [
+        choice
+        for choice in (choices if isinstance(choices, list) else ())
+        if isinstance(choice, dict) and choice.get("finish_reason")
+    ]
     for choice in finished:
         choice["espo"] = mark
     return msgspec.json.encode(answer) if finished else data

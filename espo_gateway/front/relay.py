@@ -21,7 +21,7 @@ from espo_gateway.stop.told import SourceName
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Single, upstream_body
 from espo_gateway.stream.session import Session
-from espo_gateway.stream.sse import SSEParser
+from espo_gateway.stream.sse import BOM, SSEParser
 from espo_gateway.stream.templates import Output
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
@@ -130,12 +130,18 @@ class _Relay:
         """Until the answer's end, or until nothing more of it is needed."""
         over = False
         while not over:
-            if self._inquiry is None and self._sink.flowing:
-                over = await self._reply.push(self._receive)
-            else:
-                over = await self._read()
-            if self._failure is not None:
-                raise self._failure
+            try:
+                if self._inquiry is None and self._sink.flowing:
+                    over = await self._reply.push(self._receive)
+                else:
+                    over = await self._read()
+                if self._failure is not None:
+                    raise self._failure
+            except UpstreamError as error:
+                # What breaks after the answer's end leaves it whole, unless the server says not.
+                if isinstance(error, UpstreamStatusError) or not self._session.complete:
+                    raise
+                return
             over = over or self._done or self._session.ended
 
     async def _read(self) -> bool:
@@ -158,23 +164,40 @@ class _Relay:
         session = self._session
         try:
             for data in self._parser.feed(received):
-                if data == b"[DONE]":
-                    self._done = True
+                if data[:6] == b"[DONE]":
+                    self._done = session.done = True
                     return
                 session.receive(data)
         except UpstreamError as error:
             self._failure = error  # what came before it is still the client's
 
 
+async def streams(reply: Reply) -> bool:
+    """Whether the answer is an event stream, by its name or, as OpenAI's clients see it, its kind.
+
+    Raises UpstreamProtocolError when it is compressed in a way that nobody here can undo.
+    """
+    encoding = reply.headers.get("Content-Encoding")
+    if encoding is not None and reply.status < 300:
+        raise UpstreamProtocolError(
+            f"the upstream answered with Content-Encoding {encoding}, though asked for none: "
+            "switch its compression off"
+        )
+    if reply.content_type == "text/event-stream":
+        return True
+    start = (await reply.peek(16)).removeprefix(BOM).lstrip()
+    return any(start.startswith(field) for field in (b"data:", b"event:", b"id:", b"retry:", b":"))
+
+
 async def check_stream(reply: Reply) -> None:
     """Raises UpstreamStatusError or UpstreamProtocolError unless the answer is an event stream."""
-    if reply.status == 200 and reply.content_type == "text/event-stream":
+    if await streams(reply) and 200 <= reply.status < 300:
         return
     data = await reply.body()
-    if reply.status == 200:
+    if reply.status < 400:
         raise UpstreamProtocolError(
-            f"the upstream answered a streaming request with {reply.content_type}: "
-            f"{data[:EXCERPT]!r}"
+            f"the upstream answered a streaming request with {reply.content_type} "
+            f"(status {reply.status}): {data[:EXCERPT]!r}"
         )
     try:
         answer: object = decode_chunk(data)

@@ -27,6 +27,8 @@ class TextDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 #: Where a chat's delta may have its text.
 TEXT_FIELDS = TextDelta.__struct_fields__
+#: Of what a choice may have, and where null is the same as nothing.
+_TYPES = (("delta", dict), ("text", str), ("logprobs", dict), ("token_ids", list))
 
 
 class SampledToken(NamedTuple):
@@ -46,15 +48,36 @@ class SampledToken(NamedTuple):
 
 
 def decode_chunk(data: bytes) -> Chunk:
-    """The JSON object of one event. Raises ValueError when it is none."""
+    """The JSON object of one event. Raises ValueError when it is none.
+
+    Half a surrogate pair, which no UTF-8 can say, is U+FFFD.
+    """
     try:
-        chunk = msgspec.json.decode(data)
-    except msgspec.DecodeError:
-        # Python servers write NaN and Infinity, which JSON does not have and msgspec refuses.
-        chunk = json.loads(data)
+        try:
+            chunk = msgspec.json.decode(data)
+        except msgspec.DecodeError:
+            # Python servers write NaN and Infinity, which JSON does not have and msgspec refuses.
+            chunk = json.loads(data)
+            if b"\\u" in data:
+                text = json.dumps(chunk, ensure_ascii=False).encode("utf-16", "surrogatepass")
+                chunk = json.loads(text.decode("utf-16", "replace"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if type(chunk) is not dict:
         raise ValueError("not a JSON object")
     return chunk
+
+
+def only_choice(choices: Any) -> Chunk:
+    """A chunk's one choice, of the types that the rest relies on. Raises ValueError."""
+    if type(choices) is not list or len(choices) != 1 or type(choices[0]) is not dict:
+        raise ValueError("not one choice")
+    choice: Chunk = choices[0]
+    for name, kind in _TYPES:
+        value = choice.get(name)
+        if value is not None and type(value) is not kind:
+            raise ValueError(f"{name} is {value!r:.80}")
+    return choice
 
 
 def sampled_tokens(choice: Chunk, top_k: int = 0) -> list[SampledToken]:
@@ -69,7 +92,7 @@ def sampled_tokens(choice: Chunk, top_k: int = 0) -> list[SampledToken]:
         if "token_logprobs" in logprobs:
             return _of_completion(logprobs, choice.get("token_ids"), top_k)
         return _of_chat(logprobs.get("content") or [], choice.get("token_ids"), top_k)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"malformed logprobs: {error!r}") from error
 
 
@@ -80,18 +103,25 @@ def _of_completion(logprobs: Chunk, ids: list[int] | None, top_k: int) -> list[S
     tops = _sized(logprobs.get("top_logprobs"), count, None)
     token_ids = _sized(ids, count, None)
     return [
-        SampledToken(token_ids[i], texts[i], x, *_position(x, (top or {}).values(), top_k))
-        for i, (x, top) in enumerate(zip(sampled, tops, strict=True))
+        SampledToken(
+            token_id,
+            text if type(text) is str else "",
+            *_position(x, () if top is None else top.values(), top_k),
+        )
+        for token_id, text, x, top in zip(token_ids, texts, sampled, tops, strict=True)
     ]
 
 
 def _of_chat(content: list[Chunk], ids: list[int] | None, top_k: int) -> list[SampledToken]:
     tokens = []
     for token_id, entry in zip(_sized(ids, len(content), None), content, strict=True):
-        logprob = entry.get("logprob")
         tops = [top.get("logprob") for top in entry.get("top_logprobs") or ()]
+        logprob = entry.get("logprob")
+        if logprob is None and "token" not in entry:
+            raise KeyError("logprob")
+        text = entry.get("token")  # only a cut needs it, and can do without
         position = _position(logprob, tops, top_k)
-        tokens.append(SampledToken(token_id, entry["token"], logprob, *position))
+        tokens.append(SampledToken(token_id, text if type(text) is str else "", *position))
     return tokens
 
 
@@ -101,11 +131,19 @@ def _sized(values: list[Any] | None, count: int, default: Any) -> list[Any]:
 
 
 def _position(
-    logprob: float | None, alternatives: Collection[float | None], top_k: int
-) -> tuple[float | None, float | None]:
-    """The largest logprob and the confidence at a position."""
-    confidence = token_confidence([*alternatives], top_k) if top_k else None
-    return largest_logprob(logprob, alternatives), confidence
+    logprob: object, alternatives: Collection[object], top_k: int
+) -> tuple[float | None, float | None, float | None]:
+    """The logprob, the largest and the confidence at a position."""
+    sampled = logprob if type(logprob) is float else _number(logprob)
+    others = [x if type(x) is float else _number(x) for x in alternatives]
+    confidence = token_confidence(others, top_k) if top_k else None
+    return sampled, largest_logprob(sampled, others), confidence
+
+
+def _number(value: object) -> float | None:
+    if value is None or type(value) is int:
+        return None if value is None else float(value)  # a whole number may be too large for it
+    raise TypeError(f"{value!r:.80} is no logprob")
 
 
 def largest_logprob(logprob: float | None, alternatives: Iterable[float | None]) -> float | None:

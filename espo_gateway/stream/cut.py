@@ -6,11 +6,18 @@ logprobs are cut exactly. The text is, too, wherever the server's token strings 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from espo_gateway.stream.chunks import TEXT_FIELDS
 
 Choice = dict[str, Any]
+
+#: Where text is in a chat's delta, at any depth, and whose comes first when it has both.
+_TEXTS = {*TEXT_FIELDS, "text", "thinking", "refusal"}
+_FIRST = ("reasoning", "reasoning_content", "reasoning_details", "thinking")
+#: What may be the same word as a chunk's text, and is none.
+_NO_TEXTS = {"id", "object", "model", "index", "role", "type", "name", "logprobs"}
 
 
 class HeldText:
@@ -22,8 +29,9 @@ class HeldText:
     __slots__ = ("_lag", "_longest")
 
     def __init__(self, body: dict[str, Any]) -> None:
-        stop = body.get("stop") or []
-        stops = [stop] if isinstance(stop, str) else stop
+        stop = body.get("stop")
+        # Anything else is the server's to refuse.
+        stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
         held = not body.get("include_stop_str_in_output")
         self._longest = max((len(s) for s in stops if isinstance(s, str)), default=0) if held else 0
         self._lag = ""
@@ -68,23 +76,64 @@ def kept_text(text: str, tokens: list[str], kept: int, lag: str | None) -> str:
 
 
 def text_of(choice: Choice, *, chat: bool) -> str:
-    """The text of a chunk's choice."""
-    if not chat:
-        return choice.get("text") or ""
-    delta = choice.get("delta") or {}
-    return next((delta[name] for name in TEXT_FIELDS if delta.get(name)), "")
+    """The text of a chunk's choice; what several fields tell alike is told once."""
+    return "".join(_texts(choice, chat=chat))
 
 
-def set_text(choice: Choice, text: str, *, chat: bool) -> None:
-    """Put another text in its place."""
-    if not chat:
-        choice["text"] = text
+def cut_text(
+    chunk: Choice, choice: Choice, tokens: list[str], kept: int, lag: str | None, *, chat: bool
+) -> None:
+    """Cut a chunk's text to its first `kept` tokens (`kept_text`), wherever it stands in it."""
+    texts = _texts(choice, chat=chat)
+    left = kept_text("".join(texts), tokens, kept, lag)
+    if texts:
+        cuts = {}
+        for text in texts[:-1]:
+            cuts[text], left = left[: len(text)], left[len(text) :]
+        cuts[texts[-1]] = left
+        _replace(chunk, cuts)
         return
-    delta = choice.setdefault("delta", {})
-    name = next((name for name in TEXT_FIELDS if delta.get(name)), "content")
+    names = TEXT_FIELDS if chat else ("text",)
+    place = choice
+    if chat:
+        place = choice["delta"] = choice.get("delta") or {}
+    name = next((name for name in names if isinstance(place.get(name), str)), names[0])
     # A delta of another kind (a tool call) has no text of its own to cut.
-    if text or name in delta:
-        delta[name] = text
+    if left or name in place:
+        place[name] = left
+
+
+def _texts(choice: Choice, *, chat: bool) -> list[str]:
+    """A choice's different texts, in the order in which they are sampled."""
+    if not chat:
+        return [choice["text"]] if choice.get("text") else []
+    delta = choice.get("delta") or {}
+    names = sorted(delta, key=lambda name: name not in _FIRST)
+    return list(dict.fromkeys(text for name in names for text in _found(delta[name], name)))
+
+
+def _found(value: object, name: str) -> Iterator[str]:
+    if isinstance(value, str):
+        if value and name in _TEXTS:
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _found(item, name)
+    elif isinstance(value, dict) and name not in _NO_TEXTS:
+        for inner, item in value.items():
+            yield from _found(item, inner)
+
+
+def _replace(place: Any, cuts: dict[str, str]) -> None:
+    """Put other texts in the place of these, at any depth."""
+    items = place.items() if isinstance(place, dict) else enumerate(place)
+    for name, value in items:
+        if name in _NO_TEXTS:
+            continue
+        if isinstance(value, str):
+            place[name] = cuts.get(value, value)
+        elif isinstance(value, dict | list):
+            _replace(value, cuts)
 
 
 def keep_tokens(choice: Choice, kept: int) -> None:
@@ -106,19 +155,17 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
     logprobs = choice.get("logprobs")
     if logprobs is None or alternatives < 0:
         return
-    if "content" in logprobs:
-        for entry in logprobs["content"] or ():
+    if "token_logprobs" not in logprobs:
+        for entry in logprobs.get("content") or ():
             del (entry.get("top_logprobs") or [])[alternatives:]
-    elif logprobs.get("top_logprobs"):
-        # The sampled token comes first, and its string may also be an alternative's.
+        return
+    # The sampled token comes first, and its string may also be an alternative's.
+    tops, tokens = logprobs.get("top_logprobs"), logprobs.get("tokens")
+    sampled = logprobs["token_logprobs"]
+    if tops and tokens and len(tokens) == len(sampled or ()) == len(tops):
         logprobs["top_logprobs"] = [
-            _likeliest(token, logprob, top, alternatives) if top is not None else None
-            for token, logprob, top in zip(
-                logprobs["tokens"],
-                logprobs["token_logprobs"],
-                logprobs["top_logprobs"],
-                strict=False,
-            )
+            _likeliest(token, logprob, top, alternatives) if top and type(token) is str else top
+            for token, logprob, top in zip(tokens, sampled, tops, strict=True)
         ]
 
 

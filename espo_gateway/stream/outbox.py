@@ -12,9 +12,8 @@ from espo_gateway.errors import UpstreamProtocolError
 from espo_gateway.stream.chunks import Chunk, SampledToken
 from espo_gateway.stream.cut import (
     HeldText,
+    cut_text,
     keep_tokens,
-    kept_text,
-    set_text,
     strip_logprobs,
     text_of,
 )
@@ -42,7 +41,7 @@ class Outbox:
         appended while nothing is held.
     last: the choice's last chunk, once it is certain. It waits for `finish`.
     head: `id`, `object`, `created` and `model` of the first chunk; empty before it.
-    tail: the chunk without choices that the server ends its stream with.
+    tail: what the chunks without choices say, with one of which a server ends its stream.
 
     Args:
         finish_reason: of a choice that is cut.
@@ -52,6 +51,7 @@ class Outbox:
     __slots__ = (
         "_asked",
         "_chat",
+        "_complete",
         "_finish_reason",
         "_hide_ids",
         "_index",
@@ -77,6 +77,7 @@ class Outbox:
         self._hide_ids = hide_ids
         self._index = single.index
         self._lag = HeldText(single.body)
+        self._complete = False
 
     @property
     def lags(self) -> bool:
@@ -85,13 +86,14 @@ class Outbox:
 
     @property
     def complete(self) -> bool:
-        """Whether the last chunk held is the choice's last."""
-        return bool(self.held) and _finish_reason(self.held[-1].chunk) is not None
+        """Whether the server has told the choice's end."""
+        return self._complete
 
     def hold(self, chunk: Chunk, choice: Chunk, tokens: list[SampledToken], end: int) -> None:
         """Take a chunk. end: tokens of the choice up to and with it."""
         texts = [token.text for token in tokens]
-        lag = self._lag.before(text_of(choice, chat=self._chat), texts)
+        lag = self._lag.before(text_of(choice, chat=self._chat), texts) if self.lags else None
+        self._complete = self._complete or bool(choice.get("finish_reason"))
         self.held.append(_Held(chunk, texts, end, lag))
 
     def release(self, cut: int | None, limit: int | None) -> None:
@@ -105,25 +107,34 @@ class Outbox:
             item = held.popleft()
             chunk = item.chunk
             if not self.head:
-                self.head = {name: chunk.get(name) for name in _HEAD}
+                self.head = {name: chunk[name] for name in _HEAD if name in chunk}
             choice = chunk["choices"][0]
             if cut is not None and item.end >= cut:
                 self._end_at(cut, item, choice)
+                held.clear()
             choice["index"] = self._index
             self._strip(chunk, choice)
-            if choice.get("finish_reason") is None:
-                self.ready.append(chunk)
-            else:
+            if self.last is not None:
+                self._go_on(choice)
+            # Some servers say "" until they know it.
+            if choice.get("finish_reason"):
                 self.last = chunk
-                held.clear()
+            else:
+                self.ready.append(chunk)
 
-    def finish(self, record: Record, usage: Chunk | None) -> Chunk:
+    def finish(self, record: Record, usage: Chunk | None, *, done: bool = False) -> Chunk:
         """The choice's last chunk, with its record. usage: the choice's.
+
+        done: the server has said that it is, so a finish reason may be missing.
 
         Raises:
             UpstreamProtocolError: there is none.
         """
         last = self.last
+        if last is None and done and self.head:
+            place: Chunk = {"delta": {}} if self._chat else {"text": ""}
+            choice = {"index": self._index, **place, "logprobs": None, "finish_reason": None}
+            last = {**self.head, "choices": [choice]}
         if last is None:
             raise UpstreamProtocolError("the upstream's stream ended before its choice did")
         if record.stopped and self._asked.continuous_usage and usage is not None:
@@ -141,13 +152,23 @@ class Outbox:
 
     def usage_chunk(self, usage: Chunk | None) -> Chunk:
         """The chunk after the last, for a client that asked for usage."""
-        return {**self.head, **self.tail, "choices": [], "usage": usage}
+        return {**self.tail, **self.head, "choices": [], "usage": usage}
+
+    def _go_on(self, choice: Chunk) -> None:
+        """A chunk follows the one with the finish reason: the reason goes to it."""
+        assert self.last is not None
+        before = self.last["choices"][0]
+        for name in ("finish_reason", "stop_reason"):
+            if before.get(name):
+                choice[name] = choice.get(name) or before[name]
+                before[name] = None
+        self.ready.append(self.last)
+        self.last = None
 
     def _end_at(self, cut: int, item: _Held, choice: Chunk) -> None:
         """End the choice at token `cut`, which lies in this chunk."""
         kept = len(item.texts) - (item.end - cut)
-        text = kept_text(text_of(choice, chat=self._chat), item.texts, kept, item.lag)
-        set_text(choice, text, chat=self._chat)
+        cut_text(item.chunk, choice, item.texts, kept, item.lag, chat=self._chat)
         keep_tokens(choice, kept)
         choice["finish_reason"] = self._finish_reason
         choice["stop_reason"] = "espo"

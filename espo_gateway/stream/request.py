@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ Body = dict[str, Any]
 
 #: One client request may become at most this many upstream requests.
 MAX_CHOICES = 1024
+
+_LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+_ABOUT_LOGPROBS = re.compile("log_?prob|probs$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,12 @@ def plan(body: object, *, chat: bool) -> Plan:
             "stream_options must be an object, and needs stream=true", param="stream_options"
         )
     reason = _unmonitored(body, control, chat=chat)
+    usage = bool(options and options.get("include_usage"))
     asked = Asked(
         stream=stream,
-        usage=bool(options and options.get("include_usage")),
-        continuous_usage=bool(options and options.get("continuous_usage_stats")),
+        usage=usage,
+        # As vLLM reads it: nothing by itself.
+        continuous_usage=usage and bool(options and options.get("continuous_usage_stats")),
         logprobs=_logprobs_asked(body, chat=chat),
         token_ids=body.get("return_token_ids") is True,
     )
@@ -91,12 +97,19 @@ def _unmonitored(body: Body, control: Control, *, chat: bool) -> str | None:
         return "asked for"
     if body.get("use_beam_search"):
         return "beam search"
-    if body.get("best_of") is not None:
+    if body.get("best_of") not in (None, 1, body.get("n")):
         return "best_of"
     if body.get("echo") and not chat:
         return "echo: the prompt's logprobs would be taken for sampled tokens'"
     if chat and body.get("include_reasoning") is False:
         return "include_reasoning=false hides logprobs"
+    if chat and not body.get("stream") and body.get("tools") and body.get("tool_choice") != "none":
+        # Upstream every monitored request is a stream.
+        return "tools without stream: a server may read its calls differently in a stream"
+    for name, value in body.items():
+        # Such as vLLM's `logprob_token_ids`: listed tokens' logprobs in the place of the likeliest.
+        if value and name not in _LOGPROBS and _ABOUT_LOGPROBS.search(name):
+            return f"a field about logprobs: {name} may change what they are"
     for name in ("prompt_logprobs", "prompt_embeds", "kv_transfer_params", "ec_transfer_params"):
         if body.get(name) is not None:
             return f"{name} cannot be streamed"
@@ -135,6 +148,8 @@ def _singles(body: Body, *, chat: bool) -> list[Single]:
             single = {**body, "n": 1}
             if not chat:
                 single["prompt"] = prompt
+            if "best_of" in body:
+                single["best_of"] = 1
             if isinstance(seed, int):
                 single["seed"] = seed + i  # as vLLM seeds the children of one request
             if request_id is not None:
@@ -168,6 +183,9 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
     if single.prompt_tokens is None:
         # A stream that is cut never reaches its final usage chunk.
         options["continuous_usage_stats"] = True
+    if not body.get("stream"):
+        # Ignored by a server that does not stream; here it would only delay a stop.
+        body.pop("stream_interval", None)
     body["stream"] = True
     body["stream_options"] = options
     if chat:
@@ -176,13 +194,15 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
             body["logprobs"] = True
             # With 1 vLLM sends the sampled token only, and g would always be 0.
             body["top_logprobs"] = _at_least(max(alternatives, 2), top)
-    elif body.get("logprobs") is None or type(body["logprobs"]) is int:
+    else:
         body["logprobs"] = _at_least(alternatives, body.get("logprobs"))
     if token_ids:
         body["return_token_ids"] = True
     return body
 
 
-def _at_least(count: int, asked: object) -> int:
+def _at_least(count: int, asked: object) -> object:
     """Alternatives to ask for; a negative number is all of them."""
-    return asked if type(asked) is int and (asked >= count or asked < 0) else count
+    if asked is None:
+        return count
+    return max(asked, count) if type(asked) is int and asked >= 0 else asked

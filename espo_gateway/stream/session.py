@@ -21,7 +21,13 @@ from espo_gateway.stop.gate_json import Control, Mode
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Answers
 from espo_gateway.stop.watch import Verdict, Watch
-from espo_gateway.stream.chunks import Chunk, SampledToken, decode_chunk, sampled_tokens
+from espo_gateway.stream.chunks import (
+    Chunk,
+    SampledToken,
+    decode_chunk,
+    only_choice,
+    sampled_tokens,
+)
 from espo_gateway.stream.cut import text_of
 from espo_gateway.stream.followers import Followed, Follower
 from espo_gateway.stream.outbox import Outbox
@@ -31,8 +37,11 @@ from espo_gateway.stream.templates import Output, Template, template_of
 
 #: What watches a stream that cannot be monitored.
 _NEVER = Gate()
-#: Finish reasons of a completion that ended by itself.
-_COMPLETED = ("stop", "tool_calls")
+#: Servers' words for how a choice ended, when it was not by itself.
+_ENDS: dict[object, End] = {
+    **dict.fromkeys(("length", "max_tokens", "max_length", "model_length"), "length"),
+    **dict.fromkeys(("abort", "aborted", "cancelled", "content_filter", "error"), "aborted"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ class Session:
         #: whether a source will be asked, which reads token ids
         self.wants_ids = self.gate.needs_critic or self.probe is not None
         self._history = control.history
+        #: whether the server has said so of its stream
+        self.done = False
         self._echo = bool(chat and single.body.get("echo"))
         self._outbox = Outbox(
             asked,
@@ -159,49 +170,46 @@ class Session:
         else:
             chunk = _decoded(data)
             chunk.pop("usage", None)
-            choice = chunk["choices"][0]
-            outbox.hold(chunk, choice, sampled_tokens(choice), watch.tokens)
+            outbox.hold(chunk, *_understood(chunk), watch.tokens)
 
     def _receive_any(self, data: bytes) -> None:
         chunk = _decoded(data)
+        if error := chunk.get("error"):
+            code = error.get("code") if isinstance(error, dict) else None
+            status = code if type(code) is int and 400 <= code < 600 else 502
+            raise UpstreamStatusError(status, chunk)
+        choices = chunk.get("choices")
+        if not choices and chunk.keys().isdisjoint(("choices", "usage")):
+            raise UpstreamProtocolError("the upstream sent a chunk without choices")
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self._usage = usage
-            self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
+            if type(length := usage.get("prompt_tokens")) is int:
+                self.prompt_tokens = length
             if not self._asked.continuous_usage:
                 del chunk["usage"]
-        choices = chunk.get("choices")
         if not choices:
-            self._receive_rest(chunk, choices)
+            self._outbox.tail.update(chunk)
             return
-        try:
-            choice = choices[0]
-            tokens = sampled_tokens(choice, self._top_k)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
+        choice, tokens = _understood(chunk, self._top_k)
         was_cut = self._cut is not None
         if tokens:
-            self._watch_tokens(tokens, completed=choice.get("finish_reason") in _COMPLETED)
+            self._watch_tokens(
+                tokens, completed=_end_of(choice.get("finish_reason")) in ("completed", "aborted")
+            )
         elif not self.tokens:
             self._check_monitorable(choice)
         if self.wants_ids:
             self._collect_ids(chunk, choice)
         if was_cut:
             return  # beyond the cut: counted, not kept
+        if choice.get("finish_reason"):
+            # What a server may send after it goes out in order, behind a chunk that is held.
+            self._template, self._text_only = None, False
         if self._text_only and (template := template_of(data, chat=self._chat)):
             template.write(chunk)
             self._template = template
         self._outbox.hold(chunk, choice, tokens, self.tokens)
-
-    def _receive_rest(self, chunk: Chunk, choices: object) -> None:
-        if "error" in chunk:
-            error = chunk["error"]
-            code = error.get("code") if isinstance(error, dict) else None
-            status = code if isinstance(code, int) and 400 <= code < 600 else 502
-            raise UpstreamStatusError(status, chunk)
-        if choices is None:
-            raise UpstreamProtocolError("the upstream sent a chunk without choices")
-        self._outbox.tail = chunk
 
     def _watch_tokens(self, tokens: list[SampledToken], *, completed: bool) -> None:
         watch = self.watch or self._begin()
@@ -268,7 +276,7 @@ class Session:
     def _collect_ids(self, chunk: Chunk, choice: Chunk) -> None:
         # Completions tell the prompt's ids in the choice, chat at the top; both once.
         for place in (choice, chunk):
-            if (ids := place.get("prompt_token_ids")) is not None:
+            if type(ids := place.get("prompt_token_ids")) is list:
                 self.prompt_token_ids = ids
         self.token_ids += choice.get("token_ids") or ()
 
@@ -307,6 +315,11 @@ class Session:
         return not self._unanswered or (cut and self.mode == "enforce")
 
     @property
+    def complete(self) -> bool:
+        """Whether the server has told the choice's end; what fails after it costs nothing."""
+        return self._outbox.complete
+
+    @property
     def ended(self) -> bool:
         """Nothing that the server could still send belongs to the answer."""
         return self._outbox.last is not None and self._cut is not None
@@ -327,7 +340,7 @@ class Session:
         A chat begins with a chunk that names the role: it waits for the first token, so that a
         client still gets an error status when logprobs are missing there.
         """
-        return self.gate.rule == "none" or self._echo or self._outbox.complete
+        return self.gate.rule == "none" or self._echo or self.complete or self.done
 
     def finish(self) -> Chunk:
         """The choice's last chunk, with the record. Call when the server is done, or when `ended`.
@@ -335,7 +348,7 @@ class Session:
         Raises:
             UpstreamProtocolError: the server's stream ended before its choice did.
         """
-        return self._outbox.finish(self.record, self.usage)
+        return self._outbox.finish(self.record, self.usage, done=self.done)
 
     def usage_chunk(self, usage: Chunk | None) -> Chunk:
         """The chunk after the last, for a client that asked for usage."""
@@ -351,15 +364,17 @@ class Session:
     @property
     def usage(self) -> Chunk | None:
         """The choice's usage; of a cut one, the kept tokens. None when the server did not tell."""
-        cut = self._cut
-        if cut is None:
-            return self._usage
-        if self.prompt_tokens is None:
+        kept = self._cut
+        if kept is None:
+            if self._usage is not None or self.done:
+                return self._usage
+            kept = self.tokens  # the stream broke off before its usage came
+        if self.prompt_tokens is None or not kept:
             return None
         return {
             "prompt_tokens": self.prompt_tokens,
-            "total_tokens": self.prompt_tokens + cut,
-            "completion_tokens": cut,
+            "total_tokens": self.prompt_tokens + kept,
+            "completion_tokens": kept,
         }
 
     @property
@@ -367,10 +382,7 @@ class Session:
         """How it ended."""
         if self._cut is not None:
             return "early_stop"
-        reason = self._outbox.finish_reason
-        if reason in _COMPLETED:
-            return "completed"
-        return "length" if reason == "length" else "aborted"
+        return _end_of(self._outbox.finish_reason) or "aborted"
 
     @property
     def head(self) -> Chunk:
@@ -402,6 +414,21 @@ class Session:
             probes=None if self.probe is None else self.probed,
             trace=None if self._trace is None else self._trace.tokens,
         )
+
+
+def _end_of(reason: object) -> End | None:
+    """What a finish reason says; None for none yet, for which some servers write ""."""
+    word = reason.lower() if isinstance(reason, str) else str(reason)
+    return _ENDS.get(word, "completed") if reason else None
+
+
+def _understood(chunk: Chunk, top_k: int = 0) -> tuple[Chunk, list[SampledToken]]:
+    """A chunk's choice and tokens."""
+    try:
+        choice = only_choice(chunk["choices"])
+        return choice, sampled_tokens(choice, top_k)
+    except ValueError as error:
+        raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
 
 
 def _decoded(data: bytes) -> Chunk:

@@ -6,6 +6,8 @@ from espo_gateway.errors import UpstreamProtocolError
 
 #: A chunk of one token is about 500 bytes; a whole prompt's token ids can come in one event.
 MAX_EVENT_BYTES = 16 * 2**20
+#: UTF-8's byte order mark, which a stream may begin with.
+BOM = b"\xef\xbb\xbf"
 
 
 class SSEParser:
@@ -61,6 +63,7 @@ class SSEParser:
         self._check(len(self._partial))
         events = []
         for line in lines:
+            line = line.removeprefix(BOM)
             if not line:
                 if self._data:
                     events.append(b"\n".join(self._data) if self._data[1:] else self._data[0])

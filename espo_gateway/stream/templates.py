@@ -72,6 +72,8 @@ class _CompletionChunk(_Strict):
 
 _decode_chat = msgspec.json.Decoder(_ChatChunk).decode
 _decode_completion = msgspec.json.Decoder(_CompletionChunk).decode
+#: What msgspec raises.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 #: What follows the head of a chunk: its id, its model and what else never changes.
 _CHOICES = b'"choices":'
 
@@ -103,7 +105,7 @@ class Template:
         try:
             read = _completion if self.field == "text" else _chat
             field, text, logprobs = read(b"{" + data[self._size :])
-        except msgspec.MsgspecError:
+        except _UNREADABLE:
             return None
         return (text, logprobs) if field == self.field and logprobs else None
 
@@ -129,7 +131,7 @@ def template_of(data: bytes, *, chat: bool) -> Template | None:
         return None
     try:
         field, _, logprobs = (_chat if chat else _completion)(b"{" + data[size:])
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         return None
     return Template(data[:size], field) if field and logprobs else None
 
@@ -143,6 +145,8 @@ def _chat(data: bytes) -> tuple[str, str, Logprobs]:
         text, field = delta.reasoning, "reasoning"
         if text is None:
             text, field = delta.reasoning_content, "reasoning_content"
+        elif delta.reasoning_content is not None:
+            field = ""
     elif delta.reasoning is not None or delta.reasoning_content is not None:
         field = ""
     logprobs: Logprobs = []

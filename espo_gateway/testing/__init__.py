@@ -25,7 +25,7 @@ What a script may ask for:
     Script(tokens, per_chunk=4, split=1)         # merged tokens, written byte by byte
     Script(tokens, status=503)                   # an error status
     Script(tokens, fault="reset", after=3)       # the connection drops after three tokens
-    Script(tokens, content_type="text/html")     # a server that is none
+    Script(tokens, content_type="text/plain")    # a stream under another name
     Script(tokens, rewrite=lambda chunk: {**chunk, "choices": [None]})  # one that lies
 
 Every generation gets `server.script`, or the next of `server.queue`; a function in the place of a

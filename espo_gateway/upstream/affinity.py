@@ -55,15 +55,27 @@ def affinity_key(
     return blake2b(_encode(common), digest_size=16).digest() if common else None
 
 
+def passed_key(kind: Affinity, headers: Mapping[str, str], data: bytes | None) -> bytes | None:
+    """The same of a request that is passed through, whatever its body is."""
+    if kind == "none":
+        return None
+    try:
+        body = msgspec.json.decode(data or b"{}")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        body = {}
+    return affinity_key(kind, headers, body if isinstance(body, dict) else {})
+
+
 def _prefix(body: Mapping[str, Any]) -> object:
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+    prompt, messages = body.get("prompt", body.get("input")), body.get("messages")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        messages = prompt  # as /v1/responses has them
+    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
         return prompt[:PREFIX_CHARACTERS]
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) and messages is not prompt:
         return prompt[:PREFIX_TOKENS]
-    messages = body.get("messages")
     if not isinstance(messages, list):
         return None
     # Up to the first word of the user, so that a conversation keeps its key as it grows.

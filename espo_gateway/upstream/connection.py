@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -25,6 +26,7 @@ from espo_gateway.errors import (
     UpstreamUnavailable,
     said,
 )
+from espo_gateway.upstream.inflation import INFLATED, Inflation
 
 #: Of an answer's head, and of a body that nobody reads yet.
 MAX_HEAD_BYTES, MAX_BUFFERED_BYTES = 64 * 2**10, 256 * 2**10
@@ -100,7 +102,8 @@ async def request(
 class Reply(asyncio.Protocol):
     """An answer. Read it piece by piece (`read`), or have it pushed (`push`).
 
-    status, headers: there once `request` has returned. Every error is told to whoever reads.
+    status, headers: there once `request` has returned. A Content-Encoding is among them only if it
+        could not be undone. Every error is told to whoever reads.
     """
 
     def __init__(self, url: str, limits: Limits, *, empty: bool) -> None:
@@ -123,6 +126,8 @@ class Reply(asyncio.Protocol):
         self._begun = self._last = self._loop.time()
         self._heard = False
         self._timer: asyncio.TimerHandle | None = None
+        self._inflation: Inflation | None = None
+        self._until_closed = False
 
     @property
     def content_type(self) -> str:
@@ -156,6 +161,12 @@ class Reply(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         return data
+
+    async def peek(self, size: int) -> bytes:
+        """What `read` would give next, at least `size` bytes unless no more will come."""
+        while len(self._buffered) < size and not self._ended:
+            await self._wait()
+        return bytes(self._buffered)
 
     async def body(self) -> bytes:
         """All that is left of it. Raises as `read`."""
@@ -236,13 +247,19 @@ class Reply(asyncio.Protocol):
                 self._look()
             body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
-            self._take(body)
+            try:
+                if self._inflation is not None:
+                    body = self._inflation.feed(body)
+            except zlib.error as broken:
+                self._fail(UpstreamProtocolError(f"{self._url} sent no valid encoding: {broken}"))
+                return
+            if body:
+                self._take(body)
         if self._complete:
             self._end(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        until_closed = not {"Content-Length", "Transfer-Encoding"} & self.headers.keys()
-        if self._head_done and until_closed and error is None:
+        if self._head_done and self._until_closed and error is None:
             self._end(None)
         else:
             broken = f"{self._url} broke off" + (f": {said(error)}" if error else "")
@@ -299,6 +316,13 @@ class Reply(asyncio.Protocol):
             self.headers.clear()
             return
         self._head_done = True
+        self._until_closed = not {"Content-Length", "Transfer-Encoding"} & self.headers.keys()
+        encoding = self.headers.get("Content-Encoding", "").strip().lower()
+        if encoding in INFLATED and not self._empty:
+            self._inflation = Inflation()
+            self.headers.popall("Content-Length", None)
+        if encoding in (*INFLATED, "identity") and not self._empty:
+            self.headers.popall("Content-Encoding")
         self._complete = self._empty
         self._wake()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 
 from espo_gateway.stream.chunks import SampledToken, decode_chunk, sampled_tokens
-from espo_gateway.stream.cut import HeldText, keep_tokens, kept_text, strip_logprobs
+from espo_gateway.stream.cut import HeldText, cut_text, keep_tokens, kept_text, strip_logprobs
 from tests.gateway.stop.reference import surrogate_regret
 
 
@@ -106,6 +107,30 @@ def test_python_json_is_understood() -> None:
     assert chunk["b"] == -math.inf
 
 
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b'"\\ud83d"', "\ufffd"),
+        (b'"\\ude00 x"', "\ufffd x"),
+        (b'"\\ud83d\\ud83d\\ude00"', "\ufffd\U0001f600"),
+        (b'"\\ud83d\\ude00"', "\U0001f600"),
+        (b'"\\\\ud83d"', "\\ud83d"),
+    ],
+)
+def test_half_a_pair_is_mended(data: bytes, text: str) -> None:
+    """No UTF-8 can say it, so no client could be told."""
+    for nan in (b"1", b"NaN"):
+        chunk = decode_chunk(b'{"a": ' + data + b', "b": ' + nan + b", " + data + b": 1}")
+        assert [*chunk] == ["a", "b", text]
+        assert chunk["a"] == text
+
+
+@pytest.mark.parametrize("data", [b'{"a":' * 100_000, b"[" * 100_000], ids=["objects", "lists"])
+def test_what_is_nested_too_deeply_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="deep"):
+        decode_chunk(data)
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b'"x"'])
 def test_anything_but_an_object_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
@@ -129,6 +154,97 @@ def test_kept_text(text: str, tokens: list[str], kept: int, expected: str) -> No
     assert kept_text(text, tokens, kept, None) == expected
 
 
+#: A delta of the tokens a, b and c, and what a cut after b leaves of it.
+CUT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "content": ({"content": "abc"}, {"content": "ab"}),
+    "both reasonings": (
+        {"reasoning": "abc", "reasoning_content": "abc", "content": None},
+        {"reasoning": "ab", "reasoning_content": "ab", "content": None},
+    ),
+    "content under a second name": (
+        {"content": "abc", "text": "abc"},
+        {"content": "ab", "text": "ab"},
+    ),
+    "content under an unknown name": ({"content": "abc", "x": "abc"}, {"content": "ab", "x": "ab"}),
+    "content under every name": (
+        dict.fromkeys(["content", "reasoning", "reasoning_content"], "abc"),
+        dict.fromkeys(["content", "reasoning", "reasoning_content"], "ab"),
+    ),
+    "reasoning that turns to content": (
+        {"content": "bc", "reasoning": "a"},
+        {"content": "b", "reasoning": "a"},
+    ),
+    "a cut in the reasoning": (
+        {"content": "c", "reasoning": "ab"},
+        {"content": "", "reasoning": "ab"},
+    ),
+    "all three in turn": (
+        {"content": "c", "reasoning": "ab", "reasoning_content": "ab"},
+        {"content": "", "reasoning": "ab", "reasoning_content": "ab"},
+    ),
+    "details": (
+        {"reasoning": "abc", "reasoning_details": [{"type": "reasoning.text", "text": "abc"}]},
+        {"reasoning": "ab", "reasoning_details": [{"type": "reasoning.text", "text": "ab"}]},
+    ),
+    "parts": (
+        {"content": [{"type": "text", "text": "abc"}]},
+        {"content": [{"type": "text", "text": "ab"}]},
+    ),
+    "parts of both kinds": (
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "a"}]},
+                {"type": "text", "text": "bc"},
+            ]
+        },
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "a"}]},
+                {"type": "text", "text": "b"},
+            ]
+        },
+    ),
+    "thinking": ({"thinking": "abc"}, {"thinking": "ab"}),
+    "a refusal": ({"refusal": "abc"}, {"refusal": "ab"}),
+    "beside what is no text": (
+        {"role": "abc", "content": "abc", "n": 1, "list": [1, None]},
+        {"role": "abc", "content": "ab", "n": 1, "list": [1, None]},
+    ),
+    "a call": (
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+    ),
+    "text that no tokens make up": ({"content": "xyz"}, {"content": "xyz"}),
+}
+
+
+@pytest.mark.parametrize("shape", CUT)
+def test_every_text_of_a_chunk_is_cut(shape: str) -> None:
+    delta, expected = copy.deepcopy(CUT[shape])
+    choice = {"index": 0, "delta": delta}
+    cut_text({"choices": [choice]}, choice, ["a", "b", "c"], 2, None, chat=True)
+    assert choice["delta"] == expected
+
+
+def test_a_text_is_cut_wherever_a_chunk_has_it() -> None:
+    choice = {"text": "abc", "content": "abc", "name": "abc"}
+    chunk = {"model": "abc", "choices": [choice], "__verbose": {"content": "abc", "n": [1]}}
+    cut_text(chunk, choice, ["a", "b", "c"], 1, None, chat=False)
+    assert choice == {"text": "a", "content": "a", "name": "abc"}
+    assert chunk["__verbose"] == {"content": "a", "n": [1]}
+    assert chunk["model"] == "abc"
+
+
+@pytest.mark.parametrize(
+    "delta", [None, {}, {"content": ""}, {"reasoning": "", "role": "a"}], ids=str
+)
+def test_what_was_held_back_goes_where_text_is(delta: Any) -> None:
+    choice = {"delta": delta}
+    cut_text({"choices": [choice]}, choice, ["b", "c"], 1, "a", chat=True)
+    name = "reasoning" if delta and "reasoning" in delta else "content"
+    assert choice["delta"] == {**(delta or {}), name: "ab"}
+
+
 def test_text_held_back_for_stop_strings_belongs_to_a_cut_answer() -> None:
     held = HeldText({"stop": ["END"]})
     lags = [held.before(text, [token]) for text, token in (("", "a"), ("", "b"), ("a", "c"))]
@@ -139,7 +255,9 @@ def test_text_held_back_for_stop_strings_belongs_to_a_cut_answer() -> None:
 
 
 def test_nothing_is_held_back_without_stop_strings() -> None:
-    for body in ({}, {"stop": None}, {"stop": "x", "include_stop_str_in_output": True}):
+    bodies: tuple[dict[str, Any], ...] = ({}, {"stop": "x", "include_stop_str_in_output": True})
+    bad = ({"stop": stop} for stop in (None, 5, True, 1.5, {}, {"a": "b"}, [], [5, None], ""))
+    for body in (*bodies, *bad):
         assert HeldText(body).before("", ["a"]) is None
 
 

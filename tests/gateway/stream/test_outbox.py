@@ -110,7 +110,8 @@ def test_the_servers_tail_goes_where_the_client_looks(asked: bool) -> None:
 
 def test_the_usage_of_a_cut_choice_is_on_its_last_chunk_where_each_has_one() -> None:
     usage = {"prompt_tokens": 1, "total_tokens": 2, "completion_tokens": 1}
-    box = outbox(stream=True, stream_options={"continuous_usage_stats": True})
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    box = outbox(stream=True, stream_options=options)
     hold(box, ["a", "b"], 2)
     box.release(1, None)
     assert box.finish(record(stopped=True), usage)["usage"] == usage

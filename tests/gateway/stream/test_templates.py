@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,19 @@ STOPPING = Gate(rule="regret-only", beta=2.0, min_tokens=1)
 
 TEXTS = st.text(max_size=4)
 LOGPROBS = st.floats(-12, 0, allow_nan=False)
+
+
+#: Of fields that any object of a chunk may have beside the usual.
+NAMES = st.sampled_from(["content", "reasoning", "reasoning_content", "refusal", "extra"])
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All of a chunk's, at any depth; of logprobs only the outermost."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list) and "top_logprobs" not in inner:
+            yield from objects(inner)
 
 
 def token(draw: Any) -> tuple[str, float, float | None]:
@@ -69,9 +83,14 @@ def streams(draw: Any, *, chat: bool) -> list[bytes]:
             "total_tokens": 3 + tokens,
             "completion_tokens": tokens,
         }
-        odd = draw(st.sampled_from([None] * 6 + ["field", "null", "created", "no tops"]))
+        odd = draw(st.sampled_from([None] * 6 + ["field", "text", "null", "created", "no tops"]))
         if odd == "field":
-            choice["extra"] = {"a": [1]}
+            place = draw(st.sampled_from([*objects(chunk)]))
+            name = "extra" if place is choice["logprobs"] else draw(NAMES)
+            place[name] = draw(st.sampled_from(["", "x", None, 1, {"a": [1]}, ["x"]]))
+        elif odd == "text" and chat:
+            text = choice["delta"][field]
+            choice["delta"][draw(NAMES)] = draw(st.sampled_from([text, "more"]))
         elif odd == "null":
             choice["finish_reason"] = choice["token_ids"] = None
         elif odd == "created":
@@ -132,6 +151,68 @@ def test_the_short_way_is_the_general_way(chat: bool, data: st.DataObject, strea
     short = played(events, chat=chat, stream=stream)
     general = played([spaced(event) for event in events], chat=chat, stream=stream)
     assert short == general
+
+
+LOGPROBS_OF_ONE = chat_choice("content", [("a", -0.1, None)])["logprobs"]
+
+#: What a later chunk has beside, or in the place of, what the first one had.
+LATER: dict[str, tuple[tuple[str, ...], Any]] = {
+    "both reasonings": (("choices", "delta"), {"reasoning": "b", "reasoning_content": "b"}),
+    "reasoning beside content": (("choices", "delta"), {"content": "b", "reasoning": "r"}),
+    "content beside reasoning_content": (
+        ("choices", "delta"),
+        {"reasoning_content": "r", "content": "b"},
+    ),
+    "an empty content beside reasoning": (("choices", "delta"), {"content": "", "reasoning": "b"}),
+    "a text of another name": (("choices", "delta"), {"thinking": "b"}),
+    "details": (
+        ("choices", "delta"),
+        {"content": "b", "reasoning_details": [{"type": "reasoning.text", "text": "b"}]},
+    ),
+    "text in parts": (("choices", "delta"), {"content": [{"type": "text", "text": "b"}]}),
+    "a refusal": (("choices", "delta"), {"refusal": "b"}),
+    "a role": (("choices", "delta"), {"role": "assistant", "content": "b"}),
+    "a call": (("choices", "delta"), {"tool_calls": [{"index": 0, "function": {"name": "f"}}]}),
+    "an old call": (("choices", "delta"), {"content": "b", "function_call": {"arguments": "{"}}),
+    "no text": (("choices", "delta"), {}),
+    "a choice's own text": (("choices",), {"text": "b", "delta": {"content": "b"}}),
+    "a choice's extra": (("choices",), {"matched_stop": 7, "delta": {"content": "b"}}),
+    "a stop reason": (("choices",), {"stop_reason": "x", "delta": {"content": "b"}}),
+    "token ids": (("choices",), {"token_ids": [5], "delta": {"content": "b"}}),
+    "an extra": ((), {"service_tier": "x"}),
+    "an extra object": ((), {"timings": {"n": 1}, "model": "another"}),
+    "another head": ((), {"id": "another"}),
+}
+
+
+@pytest.mark.parametrize("first", ["content", "reasoning", "reasoning_content"])
+@pytest.mark.parametrize("shape", LATER)
+def test_what_a_later_chunk_has_reaches_the_client(shape: str, first: str) -> None:
+    """Chunks come one by one, so that the first is the template of the next."""
+    depth, fields = LATER[shape]
+    head = {"id": "c", "object": "o", "created": 1, "model": "m"}
+
+    def chunk(text: str) -> dict[str, Any]:
+        delta = {first: text}
+        choice = {"index": 0, "delta": delta, "logprobs": LOGPROBS_OF_ONE, "finish_reason": None}
+        return {**head, "choices": [choice]}
+
+    odd = chunk("b")
+    if depth:
+        odd["choices"][0] |= {"delta": fields} if depth[1:] else fields
+    else:
+        odd |= fields
+    end = {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    chunks = [chunk("a"), chunk("b"), odd, chunk("c"), odd, end]
+    events = [json.dumps(one, separators=(",", ":")).encode() for one in chunks]
+    sent, _ = played(events, chat=True, stream=True)
+    for one in (found := json.loads(json.dumps(chunks), object_hook=known)):
+        for choice in one["choices"]:
+            choice.pop("logprobs", None)
+    sent[-1]["choices"][0].pop("espo")
+    assert sent == found
+    whole, _ = played(events, chat=True, stream=False)
+    assert whole == played([spaced(event) for event in events], chat=True, stream=False)[0]
 
 
 @pytest.mark.parametrize("chat", [True, False])

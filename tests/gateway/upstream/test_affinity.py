@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from espo_gateway.upstream.affinity import (
     LOAD_SLACK,
     PREFIX_CHARACTERS,
     PREFIX_TOKENS,
+    Affinity,
     affinity_key,
     choose,
+    passed_key,
 )
 
 
@@ -111,6 +114,27 @@ def test_what_prompts_begin_with(one: dict[str, Any], other: dict[str, Any], sam
     assert affinity_key("none", {"X-Session-ID": "a"}, one) is None
 
 
+def test_a_request_that_is_passed_through_has_the_same_key() -> None:
+    kinds: tuple[Affinity, ...] = ("session", "prefix")
+    for kind in kinds:
+        for body in ({"prompt": "p", "user": "a"}, {**chat(("user", "p")), "user": "a"}):
+            data = json.dumps(body).encode()
+            assert passed_key(kind, {}, data) == affinity_key(kind, {}, body) is not None
+    assert passed_key("none", {"X-Session-ID": "a"}, b"{}") is None
+    for odd in (None, b"", b"no JSON", b"[1]", b"\xff", b"[" * 100_000):
+        assert passed_key("prefix", {}, odd) is None
+        assert passed_key("session", {"X-Session-ID": "a"}, odd) is not None
+
+
+def test_other_endpoints_have_their_prompts_elsewhere() -> None:
+    prompts = ("p", ["p", "q"], [1, 2], chat(("user", "p"))["messages"])
+    keys = {passed_key("prefix", {}, json.dumps({"input": p}).encode()) for p in prompts}
+    assert keys == {
+        affinity_key("prefix", {}, body)
+        for body in ({"prompt": "p"}, {"prompt": [1, 2]}, chat(("user", "p")))
+    }
+
+
 #: A value of JSON, seldom the right one.
 PARTS: list[Any] = [None, True, 3, 1.5, "", "p", LONG * 2, [], {}, {"role": "user"}, {"role": 3}]
 odd = st.sampled_from(PARTS) | st.lists(st.sampled_from(PARTS), max_size=3)
@@ -119,7 +143,7 @@ odd = st.sampled_from(PARTS) | st.lists(st.sampled_from(PARTS), max_size=3)
 @given(
     st.sampled_from(["session", "prefix"]),
     st.fixed_dictionaries(
-        {}, optional=dict.fromkeys(("prompt", "messages", "user", "prompt_cache_key"), odd)
+        {}, optional=dict.fromkeys(("prompt", "input", "messages", "user", "prompt_cache_key"), odd)
     ),
 )
 def test_no_body_is_too_odd(kind: Any, body: dict[str, Any]) -> None:

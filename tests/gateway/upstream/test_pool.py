@@ -27,6 +27,7 @@ from tests.helpers.gateway import (
     metric,
     post,
 )
+from tests.helpers.wire import WireServer
 
 HEADERS = {"Content-Type": "application/json"}
 BODY = b'{"model": "fake", "prompt": "p", "max_tokens": 16, "stream": true}'
@@ -434,6 +435,22 @@ async def test_a_departure_at_any_moment_leaves_nothing(half_open: bool) -> None
 
 
 # -- affinity ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["session", "prefix"])
+async def test_what_is_passed_through_goes_where_its_session_is(kind: Any) -> None:
+    async with (
+        WireServer(b"{}", headers={"Content-Type": "application/json"}) as one,
+        WireServer(b"{}", headers={"Content-Type": "application/json"}) as two,
+        gateway_for(one, two, affinity=kind) as gateway,
+    ):
+        for i in range(16):
+            for path in ("embeddings", "responses", "responses", "tokenize"):
+                body = {"input": f"session {i}", "user": str(i)}
+                assert (await post(f"{gateway.url}/v1/{path}", body))[0] == 200
+            assert len(one.bodies) % 4 == len(two.bodies) % 4 == 0
+        assert one.bodies
+        assert two.bodies
 
 
 @pytest.mark.parametrize("fields", [{}, {"espo": {"mode": "off"}}, {"n": 2}])
