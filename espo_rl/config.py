@@ -228,6 +228,8 @@ class Ppo(Section):
     # Losses
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
+    # Bound of the ratio where the advantage is negative (3.0 is usual); None: there is none
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     value_clip: Positive | None = None
     # The mean over a minibatch's tokens, or over each rollout's and then over rollouts
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"

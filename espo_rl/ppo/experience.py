@@ -6,7 +6,8 @@ Pure: the models' answers come in as `ModelOutputs`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from espo_rl.config import Ppo
-from espo_rl.ppo.advantages import Trajectory, estimate
+from espo_rl.ppo.advantages import Trajectory, estimate, noise_variance
 from espo_rl.ppo.losses import importance_weights, kl_estimate
 from espo_rl.ppo.samples import Sample
 
@@ -67,9 +68,9 @@ def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo)
         old_values = columns["old_values"] = torch.cat(
             [one.values for one in before if one.values is not None]
         )
-        total = float(targets.var())
+        total, noise = float(targets.var()), noise_variance(targets.double().numpy())
         metrics["critic_explained_variance"] = (
-            1.0 - float((targets - old_values).var()) / total if total > 1e-8 else math.nan
+            1.0 - float((targets - old_values).var()) / total if total > noise else math.nan
         )
 
     for name, column in columns.items():
@@ -89,3 +90,13 @@ def mismatch(served: Tensor, ours: Tensor) -> Metrics:
         "mismatch_k3": float(kl_estimate(difference, torch.zeros(()), "k3").mean()),
         "mismatch_max": float(difference.abs().max()),
     }
+
+
+def unusable(columns: Mapping[str, Tensor]) -> Counter[str]:
+    """How many numbers of each column are not finite; what servers left out is meant to be."""
+    counts = {
+        name: int((~column.isfinite()).sum())
+        for name, column in columns.items()
+        if name != "served_logprobs"
+    }
+    return Counter({name: count for name, count in counts.items() if count})

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from espo_rl.config import Ppo
 
+#: Log-ratios are kept within ± this, as verl does: their exponentials stay finite in float32. Out
+#: there a token has no gradient.
+LOG_RATIO = 20.0
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log π of `tokens` [...] under `logits` [..., vocabulary]: [...]."""
@@ -38,23 +42,38 @@ class PolicyLoss:
 
 
 def policy_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate (arXiv 1707.06347, eq. 7), with separate bounds below and above 1.
 
     Args:
         logprobs, old: log π_θ and log π_old of the sampled tokens at the sampling temperature.
         advantages: of the same shape, [tokens].
+        dual_clip: above 1; the ratio's bound where the advantage is negative, which has none
+            otherwise (arXiv 1912.09729, eq. 5).
 
     Returns:
         the loss, whether the clip was active, and the k3 estimate of KL(old || new).
     """
-    log_ratio = logprobs - old
+    log_ratio = _bounded(logprobs - old)
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = -torch.minimum(ratio * advantages, bounded * advantages)
-    clipped = (bounded * advantages < ratio * advantages).float()
-    return PolicyLoss(loss, clipped, ratio - 1.0 - log_ratio)
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    if dual_clip is not None:
+        surrogate = torch.where(
+            advantages < 0.0, surrogate.maximum(dual_clip * advantages), surrogate
+        )
+    clipped = (surrogate != ratio * advantages).float()
+    return PolicyLoss(-surrogate, clipped, ratio - 1.0 - log_ratio)
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO, LOG_RATIO)
 
 
 def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
@@ -69,6 +88,7 @@ def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"])
         return difference
     if kind == "k2":
         return 0.5 * difference.square()
+    difference = _bounded(difference)
     return (-difference).exp() - 1.0 + difference
 
 
@@ -88,7 +108,12 @@ def actor_loss(
     """
     logprobs = token_logprobs(logits, tokens)
     surrogate = policy_loss(
-        logprobs, columns["old_logprobs"], columns["advantages"], ppo.clip_low, ppo.clip_high
+        logprobs,
+        columns["old_logprobs"],
+        columns["advantages"],
+        ppo.clip_low,
+        ppo.clip_high,
+        ppo.dual_clip,
     )
     policy = surrogate.loss * columns.get("importance", 1.0)
     loss = policy
@@ -120,7 +145,7 @@ def importance_weights(ours: Tensor, served: Tensor, cap: float) -> tuple[Tensor
     Returns:
         the weights, and which of them the cap cut, both [tokens].
     """
-    ratio = (ours - served).exp().nan_to_num(nan=1.0, posinf=torch.inf)
+    ratio = _bounded(ours - served).exp().nan_to_num(nan=1.0)
     return ratio.clamp(max=cap), (ratio > cap).float()
 
 

@@ -8,9 +8,10 @@ Its methods may be called from any thread, one at a time.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict, deque
+import math
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from espo_rl.config import Recipe
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
-from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare
+from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare, unusable
 from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
 from espo_rl.ppo.ranks import Ranks, collective
@@ -34,8 +35,23 @@ logger = logging.getLogger(__name__)
 #: mean KL(server‖trainer) a token above which something is wrong, not merely rounded
 MISMATCH_WARNING = 0.05
 
+#: updates in a row with a gradient that is not finite, after which the run cannot be right
+FAULTY_UPDATES = 3
+
 ModelName = Literal["actor", "critic"]
 T = TypeVar("T")
+
+
+class UpdateError(RuntimeError):
+    """Update after update has a gradient that is not finite; the message says what else is not."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: this rank's share of the means to report; why it was not taken, if so."""
+
+    report: Metrics
+    fault: str
 
 
 class PpoTrainer:
@@ -53,6 +69,7 @@ class PpoTrainer:
         self.ranks = Ranks()
         self._rng = np.random.default_rng(recipe.run.seed)
         self.updates = 0  # done so far; the weights' version
+        self._faulty = 0  # updates in a row with a step that was not taken
         model, rate = recipe.model, recipe.ppo.learning_rate
         dtype = getattr(torch, model.dtype)
         torch.manual_seed(recipe.run.seed)
@@ -84,19 +101,38 @@ class PpoTrainer:
     def update(self, rollouts: Sequence[Rollout]) -> Metrics:
         """One PPO step on scored rollouts: old logprobs and values, advantages, epochs.
 
+        A rollout whose reward is not finite is left out, and a step whose gradient is not finite is
+        not taken; both are logged and counted.
+
         Args:
             rollouts: of every end but ERROR; those with the same `group` answered one prompt.
 
         Returns:
-            what `experience.METRICS` lists.
+            what `record.metrics.METRICS` lists.
 
         Raises:
             ValueError: no rollout has a token to train on.
+            UpdateError: in FAULTY_UPDATES updates in a row a step was not taken.
         """
-        usable = [rollout for rollout in rollouts if rollout.trained]
+        trained = [rollout for rollout in rollouts if rollout.trained]
+        usable = [rollout for rollout in trained if math.isfinite(rollout.reward)]
+        dropped = len(trained) - len(usable)
+        if dropped:
+            first = next(one for one in trained if not math.isfinite(one.reward))
+            logger.warning(
+                "%d of %d rollouts have a reward that is not finite, and are left out; the first: "
+                "%s for problem %s",
+                dropped,
+                len(trained),
+                first.reward,
+                first.problem.id,
+            )
         if not usable:
-            raise ValueError("no rollout has a token to train on")
+            raise ValueError(
+                "no rollout has a token to train on" + (" and a finite reward" if dropped else "")
+            )
         metrics = self._update([Sample.of(rollout) for rollout in usable])
+        metrics["dropped_rewards"] = dropped
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
         if worst > MISMATCH_WARNING:
             logger.warning(
@@ -118,23 +154,42 @@ class PpoTrainer:
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
             metrics["critic_learning_rate"] = self.critic.learning_rate
-        sums: Metrics = defaultdict(float)
+        steps: dict[ModelName, list[Step]] = defaultdict(list)
         parts = min(ppo.minibatches, len(samples))
         for _ in range(ppo.epochs):
             for chosen in np.array_split(self._rng.permutation(len(samples)), parts):
-                report = self._minibatch([samples[i] for i in chosen], trains_actor)
-                for name, value in report.items():
-                    sums[name] += value / (ppo.epochs * parts)
+                for name, step in self._minibatch([samples[i] for i in chosen], trains_actor):
+                    steps[name].append(step)
         self.updates += 1
+        faults = [step.fault for of in steps.values() for step in of if step.fault]
+        metrics["skipped_steps"] = len(faults)
+        self._judge(faults)
+        sums: Metrics = defaultdict(float)
+        for of in steps.values():
+            counted = [step for step in of if not step.fault] or of
+            for step in counted:
+                for metric, value in step.report.items():
+                    sums[metric] += value / len(counted)
         shares = self.ranks.gather(sums)
         return metrics | {name: sum(share[name] for share in shares) for name in sums}
+
+    def _judge(self, faults: list[str]) -> None:
+        """Say which steps were not taken; end it all when that has become a habit."""
+        self._faulty = self._faulty + 1 if faults else 0
+        for fault in faults:
+            logger.warning("update %d: a step was not taken: %s", self.updates, fault)
+        if self._faulty == FAULTY_UPDATES:
+            raise UpdateError(
+                f"{FAULTY_UPDATES} updates in a row had steps that could not be taken; in the last "
+                f"one: {faults[0]}. Lower ppo.learning_rate or ppo.max_grad_norm, and look at the "
+                "rewards; what the last checkpoint holds is finite"
+            )
 
     @torch.no_grad()
     def _forward(self, samples: list[Sample]) -> list[ModelOutputs]:
         """What the models say now; every rank asks for its share and knows all answers."""
         processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
         mine: dict[int, ModelOutputs] = {}
-        self._train(False)
         for batch in self._batches(samples):
             raw = self._logits(self.actor, batch)
             logits = raw / self._recipe.rollout.temperature
@@ -163,36 +218,54 @@ class PpoTrainer:
                     mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
-    def _minibatch(self, samples: list[Sample], trains_actor: bool) -> Metrics:
-        """One optimizer step of each engine; this rank's share of what there is to report."""
-        ppo, ranks = self._ppo, self.ranks.size
-        weights = aggregation_weights([sample.kept for sample in samples], ppo.aggregation)
+    def _minibatch(
+        self, samples: list[Sample], trains_actor: bool
+    ) -> Iterator[tuple[ModelName, Step]]:
+        """One optimizer step of each engine, with this rank's share of what there is to report."""
+        weights = aggregation_weights([sample.kept for sample in samples], self._ppo.aggregation)
         for sample, share in zip(samples, weights, strict=True):
             sample.columns["weights"] = torch.full((sample.kept,), share)
-        sums: Metrics = defaultdict(float)
-        self._train(True)
+        engines = {
+            name: engine
+            for name, engine in self._engines.items()
+            if trains_actor or name == "critic"
+        }
+        reports: dict[ModelName, Metrics] = {name: defaultdict(float) for name in engines}
+        wrong: dict[ModelName, Counter[str]] = {name: Counter() for name in engines}
         for batch in self._batches(samples):
             weight = batch.columns["weights"]
-            reports: dict[str, Tensor] = {}
-            # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over ranks.
-            if trains_actor:
-                logits = self._logits(self.actor, batch) / self._recipe.rollout.temperature
-                loss, reports = actor_loss(logits, batch.targets, batch.columns, ppo)
-                self.actor.backward((loss * weight).sum() * ranks)
-            if self.critic is not None:
-                values = self.critic(batch.tokens)[:, :-1][batch.response]
-                old, returns = batch.columns["old_values"], batch.columns["returns"]
-                reports["critic_loss"] = value_loss(values, old, returns, ppo.value_clip)
-                self.critic.backward((reports["critic_loss"] * weight).sum() * ranks)
-            for name, per_token in reports.items():
-                sums[name] += float((per_token.detach() * weight).sum())
-        if trains_actor:
-            self.actor.step()
-            sums["grad_norm"] = self.actor.grad_norm / ranks
-        if self.critic is not None:
-            self.critic.step()
-            sums["critic_grad_norm"] = self.critic.grad_norm / ranks
-        return sums
+            for name, engine in engines.items():
+                per_token, report = self._loss(name, batch)
+                loss = (per_token * weight).sum()
+                # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over ranks,
+                # who are to know by their gradient of one rank's loss that is not finite.
+                factor = torch.where(loss.isfinite(), self.ranks.size, torch.nan)
+                engine.backward(loss * factor)
+                for metric, values in report.items():
+                    reports[name][metric] += float((values.detach() * weight).sum())
+                if not loss.isfinite():
+                    wrong[name] += unusable({**batch.columns, **report}) or Counter(["loss"])
+        for name, engine in engines.items():
+            taken = engine.step()
+            norm = "grad_norm" if name == "actor" else "critic_grad_norm"
+            reports[name][norm] = engine.grad_norm / self.ranks.size
+            yield name, Step(reports[name], "" if taken else self._fault(name, wrong[name]))
+
+    def _loss(self, name: ModelName, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a model minimises and what there is to report, each [kept tokens]."""
+        ppo, columns = self._ppo, batch.columns
+        if name == "actor":
+            logits = self._logits(self.actor, batch) / self._recipe.rollout.temperature
+            return actor_loss(logits, batch.targets, columns, ppo)
+        assert self.critic is not None
+        values = self.critic(batch.tokens)[:, :-1][batch.response]
+        loss = value_loss(values, columns["old_values"], columns["returns"], ppo.value_clip)
+        return loss, {"critic_loss": loss}
+
+    def _fault(self, name: ModelName, wrong: Counter[str]) -> str:
+        total = sum(self.ranks.gather(wrong), Counter[str]())
+        where = ", ".join(f"{column} of {tokens} token(s)" for column, tokens in total.items())
+        return f"of the {name}, not finite: " + (where or "the gradient, though the loss is")
 
     # -- pieces --------------------------------------------------------------------------------
 
@@ -218,10 +291,6 @@ class PpoTrainer:
         """
         logits = model(input_ids=batch.tokens, use_cache=False).logits
         return logits[:, :-1][batch.response].float()
-
-    def _train(self, mode: bool) -> None:
-        for engine in self._engines.values():
-            engine.train(mode)
 
     @property
     def _engines(self) -> dict[ModelName, Engine]:
@@ -259,7 +328,6 @@ class PpoTrainer:
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Raw log π of each token given those before it, from the second on: [tokens - 1]."""
-        self.actor.train(False)
         tokens = torch.tensor([list(token_ids)], device=self.actor.device)
         logits = self.actor(input_ids=tokens, use_cache=False).logits[:, :-1]
         return token_logprobs(logits, tokens[:, 1:])[0].tolist()
@@ -270,7 +338,6 @@ class PpoTrainer:
         """V of the state after each token: [tokens]."""
         if self.critic is None:
             raise ValueError("this recipe trains no critic")
-        self.critic.train(False)
         return self.critic(torch.tensor([list(token_ids)], device=self.critic.device))[0].tolist()
 
     def critic_values(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
@@ -282,7 +349,6 @@ class PpoTrainer:
     @torch.no_grad()
     def _critic_values(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
         assert self.critic is not None
-        self.critic.train(False)
         mine: dict[int, NDArray[np.float64]] = {}
         for batch in self._batches(samples):
             values = self.critic(batch.tokens).double().cpu().numpy()

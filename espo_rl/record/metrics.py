@@ -85,6 +85,8 @@ METRICS = {
     "ppo/critic_explained_variance": "1 − var(returns − V)/var(returns); NaN when all are the same",
     "ppo/learning_rate": "of the actor's first step",
     "ppo/critic_learning_rate": "of the critic's first step",
+    "ppo/dropped_rewards": "rollouts left out because their reward was not finite",
+    "ppo/skipped_steps": "optimizer steps not taken because loss or gradient was not finite",
     # means over the update's passes
     "ppo/policy_loss": "clipped surrogate, importance weights included",
     "ppo/clip_share": "share of tokens whose ratio was clipped",
