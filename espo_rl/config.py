@@ -22,6 +22,18 @@ from espo_gateway.stop.threshold_control import Bound
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Tag = Annotated[str, Field(min_length=1)]
+
+#: what the chat template is always called with
+CHAT_TEMPLATE_OWN = {
+    "conversation",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "return_dict",
+    "return_tensors",
+    "continue_final_message",
+}
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -82,10 +94,16 @@ class TaskSection(Section):
     # The prompt: through the tokenizer's chat template, or as plain text
     chat: bool = True
     system: str | None = None
+    # Variables of the chat template: { enable_thinking = false } for Qwen3's
+    chat_template_kwargs: dict[str, Any] = {}
     template: str = "{problem}"
     # "exact", "math", "regex", "task" (reasoning-gym's own) or "package.module:function"
     grader: str = "exact"
     pattern: str | None = None  # regex: group 1 of its last match is the answer given
+    # Built-in graders read no thoughts: what stands before the last closing tag does not count, and
+    # one that is open has no answer. Of a text with answer tags only the last such answer counts
+    thought_tags: list[tuple[Tag, Tag]] = [("<think>", "</think>")]
+    answer_tags: list[tuple[Tag, Tag]] = [("<answer>", "</answer>")]
     grader_workers: Count = 2
     grader_timeout: Positive = 10.0
 
@@ -109,6 +127,10 @@ class TaskSection(Section):
                 raise ValueError(f"{key} = {pattern!r} needs a group (...) around the answer")
         if self.grader == "task" and self.kind != "reasoning-gym":
             raise ValueError('grader = "task" is that of kind = "reasoning-gym"')
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError("chat_template_kwargs has no effect with chat = false: leave one out")
+        if fixed := self.chat_template_kwargs.keys() & CHAT_TEMPLATE_OWN:
+            raise ValueError(f"chat_template_kwargs must leave {', '.join(sorted(fixed))} as it is")
         if "{problem}" not in self.template:
             raise ValueError("template must hold {problem}")
         return self
@@ -396,8 +418,10 @@ class Recipe(Section):
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, dotted; with both values."""
     pairs = (
-        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
+        # One written before there was such a key had its default.
+        (f"{section}.{key}", (getattr(getattr(before, section), key, fields[key].default), value))
         for section in Recipe.model_fields
+        for fields in [type(getattr(now, section)).model_fields]
         for key, value in getattr(now, section)
     )
     return {key: values for key, values in pairs if values[0] != values[1]}

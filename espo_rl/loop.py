@@ -149,7 +149,7 @@ class Loop:
                 on_restart=self.summary.count_restart,
             )
         )
-        prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
+        prompter = Prompter.of(self.tokenizer, recipe.task)
         self.collector = await enter(
             Collector(self.fleet.gateway_url, self.fleet.model, prompter, recipe.rollout)
         )

@@ -71,6 +71,13 @@ class Rollout:
     group: int = 0  # rollouts of one prompt in one batch have the same
     seed: int = 0
     error: str = ""
+    opened: str = ""  # the thought's tag with which the prompt ends, so that the text lacks it
+    grader_timed_out: bool = False
+
+    @property
+    def answer(self) -> str:
+        """What is graded: the text, and before it the tag of a thought that the prompt opened."""
+        return self.opened + self.text
 
     @property
     def stopped(self) -> bool:

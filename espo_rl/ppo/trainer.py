@@ -237,8 +237,8 @@ class PpoTrainer:
             for name, engine in engines.items():
                 per_token, report = self._loss(name, batch)
                 loss = (per_token * weight).sum()
-                # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over ranks,
-                # who are to know by their gradient of one rank's loss that is not finite.
+                # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over the
+                # ranks, who are to know by it of a loss that is not finite on one of them.
                 factor = torch.where(loss.isfinite(), self.ranks.size, torch.nan)
                 engine.backward(loss * factor)
                 for metric, values in report.items():

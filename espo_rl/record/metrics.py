@@ -50,6 +50,8 @@ METRICS = {
     "rollout/right": "right rollouts, an audited one standing for all that were stopped",
     "rollout/right_lost": "of these, the share that was stopped",
     "rollout/errors": "rollouts without a usable answer; the step trains without them",
+    "rollout/grader_timeouts": "rollouts counted as wrong because grading took more than "
+    "task.grader_timeout",
     "rollout/resampled": "rollouts asked for again because they had failed",
     "rollout/dropped": "rollouts of prompts that dynamic sampling dropped",
     "rollout/weights_version": "weights that most rollouts were sampled with",
@@ -167,6 +169,7 @@ def rollout_metrics(
         "right": right,
         "right_lost": _ratio(sum(audited) / (audit_share or 1.0), right),
         "errors": len(rollouts) - len(usable),
+        "grader_timeouts": sum(rollout.grader_timed_out for rollout in usable),
         "weights_version": Counter(versions).most_common(1)[0][0] if versions else "",
         "staleness": _step(weights_version) - _mean([_step(version) for version in versions]),
     }

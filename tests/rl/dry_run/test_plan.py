@@ -122,6 +122,17 @@ def test_a_model_without_a_chat_template(
     assert make_plan(recipe_with(*overrides, "task.chat=false"), LAPTOP).errors == []
 
 
+def test_a_variable_that_the_chat_template_does_not_know(
+    recipe_with: Callable[..., Recipe],
+) -> None:
+    override = "task.chat_template_kwargs={ enable_thinking = false }"
+    said = only_error(make_plan(recipe_with(override), LAPTOP))
+    assert "task.chat_template_kwargs" in said
+    assert "no enable_thinking" in said
+    with pytest.raises(RecipeError, match=r"task: .*chat_template_kwargs.*chat = false"):
+        recipe_with(override, "task.chat=false")
+
+
 @pytest.mark.parametrize(
     ("arguments", "max_tokens", "wrong"),
     [
