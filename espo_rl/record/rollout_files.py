@@ -49,8 +49,12 @@ SCHEMA = pa.schema(
         "group": pa.int32(),
         "seed": pa.int64(),
         "error": pa.string(),
+        "opened": pa.string(),
+        "grader_timed_out": pa.bool_(),
     }
 )
+#: what files of before lack; all of it has defaults
+_LATER = {"opened", "grader_timed_out"}
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 
@@ -118,7 +122,8 @@ def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
             table = pq.read_table(file)
             text = (table.schema.metadata or {})[b"espo.gate"]
             gate = gate_from_json(text, has_critic=True)
-            rows = table.select(SCHEMA.names).to_pylist()
+            there = [name for name in SCHEMA.names if name not in _LATER - {*table.column_names}]
+            rows = table.select(there).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError, InvalidRequest) as error:
             raise ValueError(f"{path} holds no rollouts, or is damaged: {error}") from error
     return [_rollout(row) for row in rows], gate
