@@ -268,6 +268,11 @@ class Ppo(Section):
     # DAPO's soft overlong penalty: grows to 1 over so many tokens before max_tokens
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
 
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether rewards, and so advantages, depend on what the policy says."""
+        return bool(self.kl_coefficient) and self.kl_place == "reward"
+
     @model_validator(mode="after")
     def _rewards(self) -> Ppo:
         if not self.wrong_reward < self.right_reward:

@@ -33,6 +33,18 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What is known of a policy at the sampled tokens, each [tokens].
+
+    raw: log π before the temperature.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    raw: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PolicyLoss:
     """Per-token results, each [tokens]."""
 
@@ -93,12 +105,13 @@ def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"])
 
 
 def actor_loss(
-    logits: Tensor, tokens: Tensor, columns: Mapping[str, Tensor], ppo: Ppo
+    policy: Tensor | Statistics, tokens: Tensor, columns: Mapping[str, Tensor], ppo: Ppo
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What the actor minimises, per token, and what to report.
 
     Args:
-        logits: at the sampling temperature, [tokens, vocabulary].
+        policy: logits at the sampling temperature, [tokens, vocabulary], or what they say; of its
+            entropy only where there is a bonus.
         tokens: the ones sampled, [tokens].
         columns: each [tokens]: `old_logprobs`, `advantages`; `importance`, the weights against the
             server's policy, where there are any; `reference_logprobs`, where a KL is in the loss.
@@ -106,7 +119,9 @@ def actor_loss(
     Returns:
         the loss [tokens], and the metrics' per-token values, each [tokens].
     """
-    logprobs = token_logprobs(logits, tokens)
+    if isinstance(policy, Tensor):
+        policy = Statistics(token_logprobs(policy, tokens), entropy(policy))
+    logprobs = policy.logprobs
     surrogate = policy_loss(
         logprobs,
         columns["old_logprobs"],
@@ -115,14 +130,15 @@ def actor_loss(
         ppo.clip_high,
         ppo.dual_clip,
     )
-    policy = surrogate.loss * columns.get("importance", 1.0)
-    loss = policy
+    clipped = surrogate.loss * columns.get("importance", 1.0)
+    loss = clipped
     if ppo.entropy_bonus:
-        loss = loss - ppo.entropy_bonus * entropy(logits)
+        assert policy.entropy is not None
+        loss = loss - ppo.entropy_bonus * policy.entropy
     if ppo.kl_coefficient and ppo.kl_place == "loss":
         kl = kl_estimate(logprobs, columns["reference_logprobs"], ppo.kl_estimator)
         loss = loss + ppo.kl_coefficient * kl
-    return loss, {"policy_loss": policy, "clip_share": surrogate.clipped, "kl": surrogate.kl}
+    return loss, {"policy_loss": clipped, "clip_share": surrogate.clipped, "kl": surrogate.kl}
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,9 +23,17 @@ from torch import Tensor, nn
 from espo_rl.config import Recipe
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
-from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare, unusable
-from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
+from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
+from espo_rl.ppo.losses import (
+    Statistics,
+    actor_loss,
+    aggregation_weights,
+    importance_weights,
+    token_logprobs,
+    value_loss,
+)
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.ppo.policy import Policy
 from espo_rl.ppo.ranks import Ranks, collective
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
 from espo_rl.types import Rollout
@@ -77,6 +85,8 @@ class PpoTrainer:
         actor = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)
         if model.gradient_checkpointing:
             actor.gradient_checkpointing_enable()
+        temperature = recipe.rollout.temperature
+        self._policies = {"actor": Policy(actor, temperature)}
         self.actor = Engine(recipe, actor, rate)
 
         self.critic: Engine | None = None
@@ -94,6 +104,7 @@ class PpoTrainer:
             reference = AutoModelForCausalLM.from_pretrained(
                 model.reference or model.path, dtype=dtype
             )
+            self._policies["reference"] = Policy(reference, temperature)
             self.reference = frozen_engine(recipe, reference, self.actor.device)
 
     # -- one step ------------------------------------------------------------------------------
@@ -148,18 +159,27 @@ class PpoTrainer:
     @collective
     def _update(self, samples: list[Sample]) -> Metrics:
         ppo = self._ppo
-        metrics = prepare(samples, self._forward(samples), ppo)
         trains_actor = self.updates >= ppo.critic_only_steps
+        parts = min(ppo.minibatches, len(samples))
+        single = trains_actor and self._in_one_pass(parts)
+        before = self._forward(samples, actor=not single)
+        metrics = prepare(samples, before, ppo)
+        said: dict[int, ModelOutputs] | None = {} if single else None
         if trains_actor:
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
             metrics["critic_learning_rate"] = self.critic.learning_rate
         steps: dict[ModelName, list[Step]] = defaultdict(list)
-        parts = min(ppo.minibatches, len(samples))
         for _ in range(ppo.epochs):
             for chosen in np.array_split(self._rng.permutation(len(samples)), parts):
-                for name, step in self._minibatch([samples[i] for i in chosen], trains_actor):
+                of_minibatch = [samples[i] for i in chosen]
+                for name, step in self._minibatch(of_minibatch, trains_actor, said):
                     steps[name].append(step)
+        if said is not None:
+            for i, of_sample in zip(chosen, self._everyones(said), strict=True):
+                of_sample.reference, of_sample.values = before[i].reference, before[i].values
+                before[i] = of_sample
+            metrics |= compare(samples, before, ppo)[1]
         self.updates += 1
         faults = [step.fault for of in steps.values() for step in of if step.fault]
         metrics["skipped_steps"] = len(faults)
@@ -172,6 +192,11 @@ class PpoTrainer:
                     sums[metric] += value / len(counted)
         shares = self.ranks.gather(sums)
         return metrics | {name: sum(share[name] for share in shares) for name in sums}
+
+    def _in_one_pass(self, parts: int) -> bool:
+        """Whether nothing moves before the actor is trained, nor has to be known of it: then what
+        it says in its only pass is what it would have said before."""
+        return self._ppo.epochs == parts == 1 and not self._ppo.kl_in_reward
 
     def _judge(self, faults: list[str]) -> None:
         """Say which steps were not taken; end it all when that has become a habit."""
@@ -186,42 +211,57 @@ class PpoTrainer:
             )
 
     @torch.no_grad()
-    def _forward(self, samples: list[Sample]) -> list[ModelOutputs]:
-        """What the models say now; every rank asks for its share and knows all answers."""
-        processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
+    def _forward(self, samples: list[Sample], *, actor: bool) -> list[ModelOutputs]:
+        """What the models say now, the actor if wanted; every rank asks for its share and knows all
+        answers."""
         mine: dict[int, ModelOutputs] = {}
         for batch in self._batches(samples):
-            raw = self._logits(self.actor, batch)
-            logits = raw / self._recipe.rollout.temperature
-            flat = {
-                "logprobs": token_logprobs(logits, batch.targets),
-                "reported": token_logprobs(logits if processed else raw, batch.targets),
-                "entropy": entropy(logits),
-            }
+            flat = self._said(self._ask_actor(batch, entropy=True)) if actor else {}
             if self.reference is not None:
-                reference = self._logits(self.reference, batch)
-                reference /= self._recipe.rollout.temperature
-                flat["reference"] = token_logprobs(reference, batch.targets)
+                asked = self._policies["reference"](self.reference, batch)
+                flat["reference"] = asked.logprobs
             values = None
             if self.critic is not None:
                 values = self.critic(batch.tokens).cpu()
-            kept = [samples[i].kept for i in batch.indices]
-            rows = zip(*(column.cpu().split(kept) for column in flat.values()), strict=True)
-            for row, (index, parts) in enumerate(zip(batch.indices, rows, strict=True)):
-                # Clones, as a pickled view takes all that it is a view of along.
-                mine[index] = ModelOutputs(
-                    **{k: v.clone() for k, v in zip(flat, parts, strict=True)}
-                )
+            for row, (index, parts) in enumerate(self._by_sample(samples, batch, flat)):
+                mine[index] = ModelOutputs(**parts)
                 if values is not None:
                     sample = samples[index]
                     states = slice(sample.prompt - 1, len(sample.tokens) - 1)
                     mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
+    def _ask_actor(self, batch: MicroBatch, *, entropy: bool) -> Statistics:
+        processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
+        raw = not processed and self._recipe.rollout.temperature != 1.0
+        return self._policies["actor"](self.actor, batch, entropy=entropy, raw=raw)
+
+    @staticmethod
+    def _said(asked: Statistics) -> dict[str, Tensor]:
+        """The actor's part of ModelOutputs: what servers report is raw where that was asked for."""
+        reported = asked.logprobs if asked.raw is None else asked.raw
+        assert asked.entropy is not None
+        columns = {"logprobs": asked.logprobs, "reported": reported, "entropy": asked.entropy}
+        return {name: column.detach() for name, column in columns.items()}
+
+    @staticmethod
+    def _by_sample(
+        samples: list[Sample], batch: MicroBatch, flat: Mapping[str, Tensor]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """What is known of each row of a micro-batch, by its sample's number."""
+        kept = [samples[i].kept for i in batch.indices]
+        columns = {name: column.cpu().split(kept) for name, column in flat.items()}
+        for row, index in enumerate(batch.indices):
+            # Clones, as a pickled view takes all that it is a view of along.
+            yield index, {name: parts[row].clone() for name, parts in columns.items()}
+
     def _minibatch(
-        self, samples: list[Sample], trains_actor: bool
+        self, samples: list[Sample], trains_actor: bool, said: dict[int, ModelOutputs] | None
     ) -> Iterator[tuple[ModelName, Step]]:
-        """One optimizer step of each engine, with this rank's share of what there is to report."""
+        """One optimizer step of each engine, with this rank's share of what there is to report.
+
+        said: where the actor has not been asked before, what it says now goes there.
+        """
         weights = aggregation_weights([sample.kept for sample in samples], self._ppo.aggregation)
         for sample, share in zip(samples, weights, strict=True):
             sample.columns["weights"] = torch.full((sample.kept,), share)
@@ -235,7 +275,10 @@ class PpoTrainer:
         for batch in self._batches(samples):
             weight = batch.columns["weights"]
             for name, engine in engines.items():
-                per_token, report = self._loss(name, batch)
+                if name == "actor":
+                    per_token, report = self._actor_loss(samples, batch, said)
+                else:
+                    per_token, report = self._critic_loss(batch)
                 loss = (per_token * weight).sum()
                 # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over the
                 # ranks, who are to know by it of a loss that is not finite on one of them.
@@ -251,15 +294,28 @@ class PpoTrainer:
             reports[name][norm] = engine.grad_norm / self.ranks.size
             yield name, Step(reports[name], "" if taken else self._fault(name, wrong[name]))
 
-    def _loss(self, name: ModelName, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a model minimises and what there is to report, each [kept tokens]."""
+    def _actor_loss(
+        self, samples: list[Sample], batch: MicroBatch, said: dict[int, ModelOutputs] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the actor minimises and what there is to report, each [kept tokens]."""
         ppo, columns = self._ppo, batch.columns
-        if name == "actor":
-            logits = self._logits(self.actor, batch) / self._recipe.rollout.temperature
-            return actor_loss(logits, batch.targets, columns, ppo)
+        wants_entropy = bool(ppo.entropy_bonus) or said is not None
+        asked = self._ask_actor(batch, entropy=wants_entropy)
+        if said is not None:
+            now = self._said(asked)
+            said |= {i: ModelOutputs(**of) for i, of in self._by_sample(samples, batch, now)}
+            old = columns["old_logprobs"] = now["logprobs"]
+            if ppo.importance_cap is not None:
+                served, cap = columns["served_logprobs"], ppo.importance_cap
+                columns["importance"], _ = importance_weights(old, served, cap)
+        return actor_loss(asked, batch.targets, columns, ppo)
+
+    def _critic_loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of the critic."""
         assert self.critic is not None
         values = self.critic(batch.tokens)[:, :-1][batch.response]
-        loss = value_loss(values, columns["old_values"], columns["returns"], ppo.value_clip)
+        old, returns = batch.columns["old_values"], batch.columns["returns"]
+        loss = value_loss(values, old, returns, self._ppo.value_clip)
         return loss, {"critic_loss": loss}
 
     def _fault(self, name: ModelName, wrong: Counter[str]) -> str:
@@ -282,15 +338,6 @@ class PpoTrainer:
             ranks=self.ranks.size,
             device=self.actor.device,
         )
-
-    @staticmethod
-    def _logits(model: Any, batch: MicroBatch) -> Tensor:
-        """Raw logits from which the kept tokens were drawn, [kept tokens of all rows, vocabulary].
-
-        Only these are turned into float32: logits are the largest tensor of a step.
-        """
-        logits = model(input_ids=batch.tokens, use_cache=False).logits
-        return logits[:, :-1][batch.response].float()
 
     @property
     def _engines(self) -> dict[ModelName, Engine]:
