@@ -23,6 +23,18 @@ from espo_gateway.stop.told import ASKED, SourceName
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Tag = Annotated[str, Field(min_length=1)]
+
+#: what the chat template is always called with
+CHAT_TEMPLATE_OWN = {
+    "conversation",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "return_dict",
+    "return_tensors",
+    "continue_final_message",
+}
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -83,10 +95,16 @@ class TaskSection(Section):
     # The prompt: through the tokenizer's chat template, or as plain text
     chat: bool = True
     system: str | None = None
+    # Variables of the chat template: { enable_thinking = false } for Qwen3's
+    chat_template_kwargs: dict[str, Any] = {}
     template: str = "{problem}"
     # "exact", "math", "regex", "task" (reasoning-gym's own) or "package.module:function"
     grader: str = "exact"
     pattern: str | None = None  # regex: group 1 of its last match is the answer given
+    # Built-in graders read no thoughts: what stands before the last closing tag does not count, and
+    # one that is open has no answer. Of a text with answer tags only the last such answer counts
+    thought_tags: list[tuple[Tag, Tag]] = [("<think>", "</think>")]
+    answer_tags: list[tuple[Tag, Tag]] = [("<answer>", "</answer>")]
     grader_workers: Count = 2
     grader_timeout: Positive = 10.0
 
@@ -110,6 +128,10 @@ class TaskSection(Section):
                 raise ValueError(f"{key} = {pattern!r} needs a group (...) around the answer")
         if self.grader == "task" and self.kind != "reasoning-gym":
             raise ValueError('grader = "task" is that of kind = "reasoning-gym"')
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError("chat_template_kwargs has no effect with chat = false: leave one out")
+        if fixed := self.chat_template_kwargs.keys() & CHAT_TEMPLATE_OWN:
+            raise ValueError(f"chat_template_kwargs must leave {', '.join(sorted(fixed))} as it is")
         if "{problem}" not in self.template:
             raise ValueError("template must hold {problem}")
         return self
@@ -254,6 +276,8 @@ class Ppo(Section):
     # Losses
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
+    # Bound of the ratio where the advantage is negative (3.0 is usual); None: there is none
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     value_clip: Positive | None = None
     # The mean over a minibatch's tokens, or over each rollout's and then over rollouts
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
@@ -269,6 +293,11 @@ class Ppo(Section):
     wrong_reward: float = -1.0
     # DAPO's soft overlong penalty: grows to 1 over so many tokens before max_tokens
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether rewards, and so advantages, depend on what the policy says."""
+        return bool(self.kl_coefficient) and self.kl_place == "reward"
 
     @model_validator(mode="after")
     def _rewards(self) -> Ppo:
@@ -428,8 +457,10 @@ class Recipe(Section):
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ, dotted; with both values."""
     pairs = (
-        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
+        # One written before there was such a key had its default.
+        (f"{section}.{key}", (getattr(getattr(before, section), key, fields[key].default), value))
         for section in Recipe.model_fields
+        for fields in [type(getattr(now, section)).model_fields]
         for key, value in getattr(now, section)
     )
     return {key: values for key, values in pairs if values[0] != values[1]}

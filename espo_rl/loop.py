@@ -151,7 +151,7 @@ class Loop:
                 on_restart=self.summary.count_restart,
             )
         )
-        prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
+        prompter = Prompter.of(self.tokenizer, recipe.task)
         stopping, phrase = recipe.stopping, None
         if "probe" in stopping.sources:
             phrase = ProbePhrase(self.tokenizer, stopping.probe_phrase, stopping.probe_end)

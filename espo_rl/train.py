@@ -19,7 +19,7 @@ from espo_rl.dry_run.plan import make_plan
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.loop import Interrupted, Loop
 from espo_rl.ppo.ranks import follow
-from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.ppo.trainer import PpoTrainer, UpdateError
 from espo_rl.record.log_errors import LogError
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.task import TaskError
@@ -31,6 +31,7 @@ FAULTS = (
     EvaluationError,
     CheckpointError,
     LogError,
+    UpdateError,
 )
 INTERRUPTED = "espo: interrupted; go on with --resume auto"
 

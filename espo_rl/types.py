@@ -76,6 +76,13 @@ class Rollout:
     probes: list[list[float]] = field(default_factory=list, repr=False)  # token, and what was said
     seed: int = 0
     error: str = ""
+    opened: str = ""  # the thought's tag with which the prompt ends, so that the text lacks it
+    grader_timed_out: bool = False
+
+    @property
+    def answer(self) -> str:
+        """What is graded: the text, and before it the tag of a thought that the prompt opened."""
+        return self.opened + self.text
 
     @property
     def stopped(self) -> bool:

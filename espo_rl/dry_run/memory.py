@@ -13,8 +13,9 @@ from typing import Any
 
 from espo_rl.config import Recipe
 
-#: float32 copies of a micro-batch's logits alive at once: logprobs and entropy before the update
-#: take 5, the update's loss and gradient 4; with an entropy bonus 6
+#: numbers in a slice of a micro-batch's logits on a GPU (`ppo/policy.py`), and float32 copies of it
+#: alive at once, at most; models with soft caps or scales have whole ones
+LOGIT_SLICE = 1 << 25
 LOGIT_COPIES, LOGIT_COPIES_WITH_BONUS = 5, 6
 #: DeepSpeed's defaults, in numbers: gradients reduced at once, parameters whole at once
 BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
@@ -129,6 +130,7 @@ def activation_parts(recipe: Recipe, models: Sequence[Shape], longest: int) -> l
     rollouts = recipe.rollout.prompts_per_step * recipe.rollout.n
     tokens = min(max(recipe.ppo.micro_batch_tokens, longest), rollouts * longest)
     size = width(recipe)
+    slice_ = min(tokens * models[0].vocabulary, LOGIT_SLICE)
     copies = LOGIT_COPIES_WITH_BONUS if recipe.ppo.entropy_bonus else LOGIT_COPIES
 
     def kept(shape: Shape) -> float:
@@ -141,8 +143,9 @@ def activation_parts(recipe: Recipe, models: Sequence[Shape], longest: int) -> l
     return [
         Part("activations", tokens * size * max(map(kept, models)), sure=False),
         Part(
-            f"logits: {tokens:,} tokens × {models[0].vocabulary:,} × 4 bytes × {copies}",
-            tokens * models[0].vocabulary * 4 * copies,
+            f"logits: a slice of {slice_:,} × 4 bytes × {copies}",
+            slice_ * 4 * copies,
+            sure=False,
         ),
     ]
 

@@ -208,7 +208,14 @@ def _prompts(plan: RunPlan) -> None:
         ) from error
     if recipe.task.chat and not tokenizer.chat_template:
         raise RecipeError("task.chat: the tokenizer has no chat template; set task.chat=false")
-    prompter = Prompter(tokenizer, recipe.task.chat, recipe.task.system)
+    # The template itself would ignore them in silence.
+    template = str(tokenizer.chat_template)
+    if unknown := [key for key in recipe.task.chat_template_kwargs if key not in template]:
+        raise RecipeError(
+            f"task.chat_template_kwargs: the chat template of {recipe.model.path} has no "
+            + ", ".join(unknown)
+        )
+    prompter = Prompter.of(tokenizer, recipe.task)
     prompts = [prompter(problem) for problem in [*problems, *held_out]]
     plan.prompt = tokenizer.decode(prompts[0])
     plan.longest_prompt = max(map(len, prompts))

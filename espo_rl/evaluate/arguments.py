@@ -6,6 +6,7 @@ Whatever is wrong with an argument is said here, before anything starts.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,13 @@ def parse(
     add("--chat", action="store_true", default=True, help="ask by the chat template (default)")
     add("--plain", action="store_false", dest="chat", help="ask by the plain text")
     add("--system", help="system message")
+    add(
+        "--chat-template-kwargs",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="variables of the chat template: '{\"enable_thinking\": false}' for Qwen3's",
+    )
     add(
         "--template",
         default=task.template,
@@ -157,6 +165,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
             eval_split=options.split,
             problem_column=options.problem_column,
             answer_column=options.answer_column,
+            chat_template_kwargs=options.chat_template_kwargs,
             **{name: getattr(options, name) for name in TASK_FIELDS},
         ),
         rollout=RolloutSection(max_tokens=options.max_tokens, concurrency=options.concurrency),

@@ -76,7 +76,7 @@ class Command:
             raise EvaluationError(
                 f"--chat: the tokenizer of {options.model} has no chat template; give --plain"
             )
-        self.prompter = Prompter(tokenizer, options.chat, options.system)
+        self.prompter = Prompter.of(tokenizer, self.recipe.task)
         try:
             self.grader = GraderPool(self.recipe.task)
         except RecipeError as error:
@@ -86,6 +86,7 @@ class Command:
 
     def settings(self) -> dict[str, Any]:
         """All that the results depend on, beside the problems, which stand in the results."""
+        variables = self.recipe.task.chat_template_kwargs
         names = ["k", "temperature", "top_p", "max_tokens", "seed", "vllm_args"]
         gate = None if self.gate is None else gate_to_dict(self.gate)
         return {
@@ -94,6 +95,8 @@ class Command:
             "dtype": self.recipe.model.dtype,
             **{name: getattr(self.options, name) for name in names},
             **{name: getattr(self.recipe.task, name) for name in TASK_FIELDS},
+            # Only where given, so that what was begun before there were any goes on.
+            **({"chat_template_kwargs": variables} if variables else {}),
             "gate": gate,
             "audit": self.options.audit if gate else None,
         }

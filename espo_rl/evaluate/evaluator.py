@@ -147,17 +147,18 @@ class _Work:
 
     async def graded(self, rollout: Rollout, counts: dict[str, Any]) -> SampleResult:
         problem = rollout.problem
-        (grade,) = await self.grader.grade([(rollout.text, problem)])
+        (grade,) = await self.grader.grade([(rollout.answer, problem)])
         if grade.score is None:
             return SampleResult(error=f"not graded: {grade.error}", **counts)
         if rollout.stopped:
             return SampleResult(correct=False, correct_in_full=grade.correct, **counts)
-        if grade.correct or self.read_answer is None:
+        if grade.correct or grade.error or self.read_answer is None:
             # The grader finds all right ones equal to the reference, so they are one answer.
             answer = problem.answer if grade.correct else None
         else:
             # Not on the loop, as reading mathematics takes a while; one by one, as the parser
-            # shares its tables. It ends, since the grader has read the text in its time.
+            # shares its tables. It ends, since the grader has read the text in its time: one that
+            # it has not has an error, and no answer.
             async with self.reading:
-                answer = await asyncio.to_thread(self.read_answer, rollout.text, problem)
+                answer = await asyncio.to_thread(self.read_answer, rollout.answer, problem)
         return SampleResult(correct=grade.correct, answer=answer, **counts)

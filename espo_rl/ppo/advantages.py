@@ -83,18 +83,30 @@ def group_advantages(returns: Sequence[float], groups: Sequence[int]) -> NDArray
     """GRPO's advantage of each rollout (arXiv 2402.03300, 4.1.2), [rollouts].
 
     Its return minus the mean of its group, in the group's (population) standard deviations. A group
-    whose rollouts all got the same says nothing: 0.
+    whose rollouts all got the same, but for rounding, says nothing: 0.
     """
     all_returns, all_groups = np.asarray(returns, dtype=float), np.asarray(groups)
     advantages = np.zeros_like(all_returns)
     for group in np.unique(all_groups):
         members = all_groups == group
-        centred = all_returns[members] - all_returns[members].mean()
-        advantages[members] = centred / (centred.std() + 1e-6)
+        advantages[members] = _standardised(all_returns[members])
     return advantages
 
 
 def whiten(rows: list[Array]) -> list[Array]:
     """Shift and scale all tokens of a batch to mean 0 and deviation 1, rollout by rollout."""
-    flat = np.concatenate(rows)
-    return [(row - flat.mean()) / (flat.std() + 1e-8) for row in rows]
+    flat = _standardised(np.concatenate(rows).astype(np.float64)).astype(np.float32)
+    return np.split(flat, np.cumsum([len(row) for row in rows])[:-1])
+
+
+def noise_variance(values: NDArray[np.float64]) -> float:
+    """Variance that is as good as none: of rounding at the values' size, and verl's 1e-8 at least.
+
+    Added to a variance before it divides, it keeps what differs by rounding alone near 0.
+    """
+    return 1e-8 * max(1.0, float(np.square(values).mean()))
+
+
+def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    centred = values - values.mean()
+    return centred / np.sqrt(values.var() + noise_variance(values))

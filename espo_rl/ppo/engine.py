@@ -23,6 +23,7 @@ class Engine:
         clips_here = config["zero_optimization"]["stage"] == 0 and not config["bf16"]["enabled"]
         if clips_here:
             config["gradient_clipping"] = 0.0
+        without_noise(model)
         # A group with its own rate, as the config's is the actor's.
         group = {"params": list(model.parameters()), "lr": learning_rate}
         deepspeed = import_deepspeed()
@@ -36,9 +37,15 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
-    def _clip(self, *_: object) -> None:
+    def _clip(self, optimizer: Any, *_: object) -> None:
         """Runs once the ranks' gradients are averaged, right before the optimizer."""
-        self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_norm)
+        parameters = list(self.module.parameters())
+        self._norm = nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        # As DeepSpeed's own optimizers do, and by the attribute that it reads off them.
+        optimizer.overflow = not bool(self._norm.isfinite())
+        if optimizer.overflow:
+            for parameter in parameters:  # one without a gradient is left alone
+                parameter.grad = None
 
     @property
     def module(self) -> Any:
@@ -54,18 +61,20 @@ class Engine:
         """Of the next step."""
         return float(self._engine.get_lr()[0])
 
-    def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
-
     def backward(self, loss: torch.Tensor) -> None:
         """Add to the gradient; over the ranks DeepSpeed takes the mean."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """One optimizer step on the gradient so far."""
+    def step(self) -> bool:
+        """One optimizer step on the gradient so far.
+
+        Returns:
+            whether the gradient was finite; if not, nothing has moved, on no rank.
+        """
         self._engine.step()
         norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
         self.grad_norm = float(norm)
+        return bool(self._engine.was_step_applied())
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer and `state` in DeepSpeed's format."""
@@ -82,6 +91,24 @@ class Engine:
             if path is not None:
                 return dict(state)
         raise FileNotFoundError(f"no DeepSpeed state in {folder / 'state'}")
+
+
+def without_noise(model: nn.Module) -> None:
+    """Switch off for good all that makes a forward pass random: dropout, jitter, dropped layers.
+
+    With it a policy's ratio to itself would not be 1. Models have it wherever their modules are in
+    training, so none is; but transformers checkpoints gradients by the same attribute, in a layer's
+    `__call__`. That alone gets to see it set.
+    """
+    model.eval()
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = True
+            layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "training", False))
+            # Recomputing for the backward pass leaves a layer half-way, by an exception.
+            layer.register_forward_hook(
+                lambda layer, *_: setattr(layer, "training", True), always_call=True
+            )
 
 
 def frozen_engine(recipe: Recipe, model: nn.Module, device: torch.device) -> Any:

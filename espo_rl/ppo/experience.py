@@ -6,7 +6,8 @@ Pure: the models' answers come in as `ModelOutputs`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from espo_rl.config import Ppo
-from espo_rl.ppo.advantages import Trajectory, estimate
+from espo_rl.ppo.advantages import Trajectory, estimate, noise_variance
 from espo_rl.ppo.losses import importance_weights, kl_estimate
 from espo_rl.ppo.samples import Sample
 
@@ -23,37 +24,50 @@ Metrics = dict[str, float]
 
 @dataclass
 class ModelOutputs:
-    """What the models say of a sample before the update; arrays are [kept]."""
+    """What the models say of a sample before the update; arrays are [kept].
 
-    logprobs: Tensor  # at the sampling temperature
-    reported: Tensor  # as the server reports them: raw, or at the sampling temperature
-    entropy: Tensor
+    Of the actor nothing where it is asked in the update alone.
+    """
+
+    logprobs: Tensor | None = None  # at the sampling temperature
+    reported: Tensor | None = None  # as the server reports them: raw, or at that temperature
+    entropy: Tensor | None = None
     reference: Tensor | None = None  # log π of the reference model at the sampling temperature
     values: Tensor | None = None  # V before each token
 
 
-def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo) -> Metrics:
-    """Give each sample the columns of the losses; returns the metrics known before the update."""
-    kept = [sample.kept for sample in samples]
-    old = torch.cat([one.logprobs for one in before])
+def compare(
+    samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo
+) -> tuple[dict[str, Tensor], Metrics]:
+    """The actor against server and reference: columns of the losses, all tokens in a row, and the
+    metrics."""
+    old = _joined([one.logprobs for one in before])
     served = torch.cat([sample.columns["served_logprobs"] for sample in samples])
-    metrics = {"entropy": float(torch.cat([one.entropy for one in before]).mean())}
-    metrics |= mismatch(served, torch.cat([one.reported for one in before]))
+    metrics = {"entropy": float(_joined([one.entropy for one in before]).mean())}
+    metrics |= mismatch(served, _joined([one.reported for one in before]))
     columns = {"old_logprobs": old}
-
-    penalties = torch.zeros_like(old)
-    references = [one.reference for one in before if one.reference is not None]
-    if references:
-        columns["reference_logprobs"] = torch.cat(references)
-        kl = kl_estimate(old, columns["reference_logprobs"], ppo.kl_estimator)
+    if before[0].reference is not None:
+        kl = kl_estimate(old, _joined([one.reference for one in before]), ppo.kl_estimator)
         metrics["kl_reference"] = float(kl.mean())
-        if ppo.kl_place == "reward":
-            penalties = ppo.kl_coefficient * kl
-
+        if ppo.kl_in_reward:
+            columns["penalties"] = ppo.kl_coefficient * kl
     if ppo.importance_cap is not None:
         columns["importance"], capped = importance_weights(old, served, ppo.importance_cap)
         metrics["importance_mean"] = float(columns["importance"].mean())
         metrics["importance_capped"] = float(capped.mean())
+    return columns, metrics
+
+
+def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo) -> Metrics:
+    """Give each sample the columns of the losses; returns the metrics known before the update.
+
+    Where the actor has not been asked, all but what follows from that.
+    """
+    kept = [sample.kept for sample in samples]
+    columns, metrics = ({}, {}) if before[0].logprobs is None else compare(samples, before, ppo)
+    penalties = columns.pop("penalties", torch.zeros(sum(kept)))
+    if before[0].reference is not None:
+        columns["reference_logprobs"] = _joined([one.reference for one in before])
 
     values = [None if one.values is None else one.values.numpy() for one in before]
     trajectories = [
@@ -67,15 +81,19 @@ def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo)
         old_values = columns["old_values"] = torch.cat(
             [one.values for one in before if one.values is not None]
         )
-        total = float(targets.var())
+        total, noise = float(targets.var()), noise_variance(targets.double().numpy())
         metrics["critic_explained_variance"] = (
-            1.0 - float((targets - old_values).var()) / total if total > 1e-8 else math.nan
+            1.0 - float((targets - old_values).var()) / total if total > noise else math.nan
         )
 
     for name, column in columns.items():
         for sample, part in zip(samples, column.split(kept), strict=True):
             sample.columns[name] = part
     return metrics
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor:
+    return torch.cat([part for part in parts if part is not None])
 
 
 def mismatch(served: Tensor, ours: Tensor) -> Metrics:
@@ -89,3 +107,13 @@ def mismatch(served: Tensor, ours: Tensor) -> Metrics:
         "mismatch_k3": float(kl_estimate(difference, torch.zeros(()), "k3").mean()),
         "mismatch_max": float(difference.abs().max()),
     }
+
+
+def unusable(columns: Mapping[str, Tensor]) -> Counter[str]:
+    """How many numbers of each column are not finite; what servers left out is meant to be."""
+    counts = {
+        name: int((~column.isfinite()).sum())
+        for name, column in columns.items()
+        if name != "served_logprobs"
+    }
+    return Counter({name: count for name, count in counts.items() if count})

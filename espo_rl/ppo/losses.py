@@ -15,6 +15,10 @@ from torch import Tensor
 
 from espo_rl.config import Ppo
 
+#: Log-ratios are kept within ± this, as verl does: their exponentials stay finite in float32. Out
+#: there a token has no gradient.
+LOG_RATIO = 20.0
+
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log π of `tokens` [...] under `logits` [..., vocabulary]: [...]."""
@@ -29,6 +33,18 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What is known of a policy at the sampled tokens, each [tokens].
+
+    raw: log π before the temperature.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    raw: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PolicyLoss:
     """Per-token results, each [tokens]."""
 
@@ -38,23 +54,38 @@ class PolicyLoss:
 
 
 def policy_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate (arXiv 1707.06347, eq. 7), with separate bounds below and above 1.
 
     Args:
         logprobs, old: log π_θ and log π_old of the sampled tokens at the sampling temperature.
         advantages: of the same shape, [tokens].
+        dual_clip: above 1; the ratio's bound where the advantage is negative, which has none
+            otherwise (arXiv 1912.09729, eq. 5).
 
     Returns:
         the loss, whether the clip was active, and the k3 estimate of KL(old || new).
     """
-    log_ratio = logprobs - old
+    log_ratio = _bounded(logprobs - old)
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = -torch.minimum(ratio * advantages, bounded * advantages)
-    clipped = (bounded * advantages < ratio * advantages).float()
-    return PolicyLoss(loss, clipped, ratio - 1.0 - log_ratio)
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    if dual_clip is not None:
+        surrogate = torch.where(
+            advantages < 0.0, surrogate.maximum(dual_clip * advantages), surrogate
+        )
+    clipped = (surrogate != ratio * advantages).float()
+    return PolicyLoss(-surrogate, clipped, ratio - 1.0 - log_ratio)
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO, LOG_RATIO)
 
 
 def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
@@ -69,16 +100,18 @@ def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"])
         return difference
     if kind == "k2":
         return 0.5 * difference.square()
+    difference = _bounded(difference)
     return (-difference).exp() - 1.0 + difference
 
 
 def actor_loss(
-    logits: Tensor, tokens: Tensor, columns: Mapping[str, Tensor], ppo: Ppo
+    policy: Tensor | Statistics, tokens: Tensor, columns: Mapping[str, Tensor], ppo: Ppo
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What the actor minimises, per token, and what to report.
 
     Args:
-        logits: at the sampling temperature, [tokens, vocabulary].
+        policy: logits at the sampling temperature, [tokens, vocabulary], or what they say; of its
+            entropy only where there is a bonus.
         tokens: the ones sampled, [tokens].
         columns: each [tokens]: `old_logprobs`, `advantages`; `importance`, the weights against the
             server's policy, where there are any; `reference_logprobs`, where a KL is in the loss.
@@ -86,18 +119,26 @@ def actor_loss(
     Returns:
         the loss [tokens], and the metrics' per-token values, each [tokens].
     """
-    logprobs = token_logprobs(logits, tokens)
+    if isinstance(policy, Tensor):
+        policy = Statistics(token_logprobs(policy, tokens), entropy(policy))
+    logprobs = policy.logprobs
     surrogate = policy_loss(
-        logprobs, columns["old_logprobs"], columns["advantages"], ppo.clip_low, ppo.clip_high
+        logprobs,
+        columns["old_logprobs"],
+        columns["advantages"],
+        ppo.clip_low,
+        ppo.clip_high,
+        ppo.dual_clip,
     )
-    policy = surrogate.loss * columns.get("importance", 1.0)
-    loss = policy
+    clipped = surrogate.loss * columns.get("importance", 1.0)
+    loss = clipped
     if ppo.entropy_bonus:
-        loss = loss - ppo.entropy_bonus * entropy(logits)
+        assert policy.entropy is not None
+        loss = loss - ppo.entropy_bonus * policy.entropy
     if ppo.kl_coefficient and ppo.kl_place == "loss":
         kl = kl_estimate(logprobs, columns["reference_logprobs"], ppo.kl_estimator)
         loss = loss + ppo.kl_coefficient * kl
-    return loss, {"policy_loss": policy, "clip_share": surrogate.clipped, "kl": surrogate.kl}
+    return loss, {"policy_loss": clipped, "clip_share": surrogate.clipped, "kl": surrogate.kl}
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -120,7 +161,7 @@ def importance_weights(ours: Tensor, served: Tensor, cap: float) -> tuple[Tensor
     Returns:
         the weights, and which of them the cap cut, both [tokens].
     """
-    ratio = (ours - served).exp().nan_to_num(nan=1.0, posinf=torch.inf)
+    ratio = _bounded(ours - served).exp().nan_to_num(nan=1.0)
     return ratio.clamp(max=cap), (ratio > cap).float()
 
 

@@ -8,9 +8,10 @@ Its methods may be called from any thread, one at a time.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,9 +23,17 @@ from torch import Tensor, nn
 from espo_rl.config import Recipe
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
-from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare
-from espo_rl.ppo.losses import actor_loss, aggregation_weights, entropy, token_logprobs, value_loss
+from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
+from espo_rl.ppo.losses import (
+    Statistics,
+    actor_loss,
+    aggregation_weights,
+    importance_weights,
+    token_logprobs,
+    value_loss,
+)
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.ppo.policy import Policy
 from espo_rl.ppo.ranks import Ranks, collective
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
 from espo_rl.types import Rollout
@@ -34,8 +43,23 @@ logger = logging.getLogger(__name__)
 #: mean KL(server‖trainer) a token above which something is wrong, not merely rounded
 MISMATCH_WARNING = 0.05
 
+#: updates in a row with a gradient that is not finite, after which the run cannot be right
+FAULTY_UPDATES = 3
+
 ModelName = Literal["actor", "critic"]
 T = TypeVar("T")
+
+
+class UpdateError(RuntimeError):
+    """Update after update has a gradient that is not finite; the message says what else is not."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: this rank's share of the means to report; why it was not taken, if so."""
+
+    report: Metrics
+    fault: str
 
 
 class PpoTrainer:
@@ -53,6 +77,7 @@ class PpoTrainer:
         self.ranks = Ranks()
         self._rng = np.random.default_rng(recipe.run.seed)
         self.updates = 0  # done so far; the weights' version
+        self._faulty = 0  # updates in a row with a step that was not taken
         model, rate = recipe.model, recipe.ppo.learning_rate
         dtype = getattr(torch, model.dtype)
         torch.manual_seed(recipe.run.seed)
@@ -60,6 +85,8 @@ class PpoTrainer:
         actor = AutoModelForCausalLM.from_pretrained(model.path, dtype=dtype)
         if model.gradient_checkpointing:
             actor.gradient_checkpointing_enable()
+        temperature = recipe.rollout.temperature
+        self._policies = {"actor": Policy(actor, temperature)}
         self.actor = Engine(recipe, actor, rate)
 
         self.critic: Engine | None = None
@@ -77,6 +104,7 @@ class PpoTrainer:
             reference = AutoModelForCausalLM.from_pretrained(
                 model.reference or model.path, dtype=dtype
             )
+            self._policies["reference"] = Policy(reference, temperature)
             self.reference = frozen_engine(recipe, reference, self.actor.device)
 
     # -- one step ------------------------------------------------------------------------------
@@ -84,19 +112,38 @@ class PpoTrainer:
     def update(self, rollouts: Sequence[Rollout]) -> Metrics:
         """One PPO step on scored rollouts: old logprobs and values, advantages, epochs.
 
+        A rollout whose reward is not finite is left out, and a step whose gradient is not finite is
+        not taken; both are logged and counted.
+
         Args:
             rollouts: of every end but ERROR; those with the same `group` answered one prompt.
 
         Returns:
-            what `experience.METRICS` lists.
+            what `record.metrics.METRICS` lists.
 
         Raises:
             ValueError: no rollout has a token to train on.
+            UpdateError: in FAULTY_UPDATES updates in a row a step was not taken.
         """
-        usable = [rollout for rollout in rollouts if rollout.trained]
+        trained = [rollout for rollout in rollouts if rollout.trained]
+        usable = [rollout for rollout in trained if math.isfinite(rollout.reward)]
+        dropped = len(trained) - len(usable)
+        if dropped:
+            first = next(one for one in trained if not math.isfinite(one.reward))
+            logger.warning(
+                "%d of %d rollouts have a reward that is not finite, and are left out; the first: "
+                "%s for problem %s",
+                dropped,
+                len(trained),
+                first.reward,
+                first.problem.id,
+            )
         if not usable:
-            raise ValueError("no rollout has a token to train on")
+            raise ValueError(
+                "no rollout has a token to train on" + (" and a finite reward" if dropped else "")
+            )
         metrics = self._update([Sample.of(rollout) for rollout in usable])
+        metrics["dropped_rewards"] = dropped
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
         if worst > MISMATCH_WARNING:
             logger.warning(
@@ -112,87 +159,169 @@ class PpoTrainer:
     @collective
     def _update(self, samples: list[Sample]) -> Metrics:
         ppo = self._ppo
-        metrics = prepare(samples, self._forward(samples), ppo)
         trains_actor = self.updates >= ppo.critic_only_steps
+        parts = min(ppo.minibatches, len(samples))
+        single = trains_actor and self._in_one_pass(parts)
+        before = self._forward(samples, actor=not single)
+        metrics = prepare(samples, before, ppo)
+        said: dict[int, ModelOutputs] | None = {} if single else None
         if trains_actor:
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
             metrics["critic_learning_rate"] = self.critic.learning_rate
-        sums: Metrics = defaultdict(float)
-        parts = min(ppo.minibatches, len(samples))
+        steps: dict[ModelName, list[Step]] = defaultdict(list)
         for _ in range(ppo.epochs):
             for chosen in np.array_split(self._rng.permutation(len(samples)), parts):
-                report = self._minibatch([samples[i] for i in chosen], trains_actor)
-                for name, value in report.items():
-                    sums[name] += value / (ppo.epochs * parts)
+                of_minibatch = [samples[i] for i in chosen]
+                for name, step in self._minibatch(of_minibatch, trains_actor, said):
+                    steps[name].append(step)
+        if said is not None:
+            for i, of_sample in zip(chosen, self._everyones(said), strict=True):
+                of_sample.reference, of_sample.values = before[i].reference, before[i].values
+                before[i] = of_sample
+            metrics |= compare(samples, before, ppo)[1]
         self.updates += 1
+        faults = [step.fault for of in steps.values() for step in of if step.fault]
+        metrics["skipped_steps"] = len(faults)
+        self._judge(faults)
+        sums: Metrics = defaultdict(float)
+        for of in steps.values():
+            counted = [step for step in of if not step.fault] or of
+            for step in counted:
+                for metric, value in step.report.items():
+                    sums[metric] += value / len(counted)
         shares = self.ranks.gather(sums)
         return metrics | {name: sum(share[name] for share in shares) for name in sums}
 
+    def _in_one_pass(self, parts: int) -> bool:
+        """Whether nothing moves before the actor is trained, nor has to be known of it: then what
+        it says in its only pass is what it would have said before."""
+        return self._ppo.epochs == parts == 1 and not self._ppo.kl_in_reward
+
+    def _judge(self, faults: list[str]) -> None:
+        """Say which steps were not taken; end it all when that has become a habit."""
+        self._faulty = self._faulty + 1 if faults else 0
+        for fault in faults:
+            logger.warning("update %d: a step was not taken: %s", self.updates, fault)
+        if self._faulty == FAULTY_UPDATES:
+            raise UpdateError(
+                f"{FAULTY_UPDATES} updates in a row had steps that could not be taken; in the last "
+                f"one: {faults[0]}. Lower ppo.learning_rate or ppo.max_grad_norm, and look at the "
+                "rewards; what the last checkpoint holds is finite"
+            )
+
     @torch.no_grad()
-    def _forward(self, samples: list[Sample]) -> list[ModelOutputs]:
-        """What the models say now; every rank asks for its share and knows all answers."""
-        processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
+    def _forward(self, samples: list[Sample], *, actor: bool) -> list[ModelOutputs]:
+        """What the models say now, the actor if wanted; every rank asks for its share and knows all
+        answers."""
         mine: dict[int, ModelOutputs] = {}
-        self._train(False)
         for batch in self._batches(samples):
-            raw = self._logits(self.actor, batch)
-            logits = raw / self._recipe.rollout.temperature
-            flat = {
-                "logprobs": token_logprobs(logits, batch.targets),
-                "reported": token_logprobs(logits if processed else raw, batch.targets),
-                "entropy": entropy(logits),
-            }
+            flat = self._said(self._ask_actor(batch, entropy=True)) if actor else {}
             if self.reference is not None:
-                reference = self._logits(self.reference, batch)
-                reference /= self._recipe.rollout.temperature
-                flat["reference"] = token_logprobs(reference, batch.targets)
+                asked = self._policies["reference"](self.reference, batch)
+                flat["reference"] = asked.logprobs
             values = None
             if self.critic is not None:
                 values = self.critic(batch.tokens).cpu()
-            kept = [samples[i].kept for i in batch.indices]
-            rows = zip(*(column.cpu().split(kept) for column in flat.values()), strict=True)
-            for row, (index, parts) in enumerate(zip(batch.indices, rows, strict=True)):
-                # Clones, as a pickled view takes all that it is a view of along.
-                mine[index] = ModelOutputs(
-                    **{k: v.clone() for k, v in zip(flat, parts, strict=True)}
-                )
+            for row, (index, parts) in enumerate(self._by_sample(samples, batch, flat)):
+                mine[index] = ModelOutputs(**parts)
                 if values is not None:
                     sample = samples[index]
                     states = slice(sample.prompt - 1, len(sample.tokens) - 1)
                     mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
-    def _minibatch(self, samples: list[Sample], trains_actor: bool) -> Metrics:
-        """One optimizer step of each engine; this rank's share of what there is to report."""
-        ppo, ranks = self._ppo, self.ranks.size
-        weights = aggregation_weights([sample.kept for sample in samples], ppo.aggregation)
+    def _ask_actor(self, batch: MicroBatch, *, entropy: bool) -> Statistics:
+        processed = self._recipe.servers.logprobs_mode == "processed_logprobs"
+        raw = not processed and self._recipe.rollout.temperature != 1.0
+        return self._policies["actor"](self.actor, batch, entropy=entropy, raw=raw)
+
+    @staticmethod
+    def _said(asked: Statistics) -> dict[str, Tensor]:
+        """The actor's part of ModelOutputs: what servers report is raw where that was asked for."""
+        reported = asked.logprobs if asked.raw is None else asked.raw
+        assert asked.entropy is not None
+        columns = {"logprobs": asked.logprobs, "reported": reported, "entropy": asked.entropy}
+        return {name: column.detach() for name, column in columns.items()}
+
+    @staticmethod
+    def _by_sample(
+        samples: list[Sample], batch: MicroBatch, flat: Mapping[str, Tensor]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """What is known of each row of a micro-batch, by its sample's number."""
+        kept = [samples[i].kept for i in batch.indices]
+        columns = {name: column.cpu().split(kept) for name, column in flat.items()}
+        for row, index in enumerate(batch.indices):
+            # Clones, as a pickled view takes all that it is a view of along.
+            yield index, {name: parts[row].clone() for name, parts in columns.items()}
+
+    def _minibatch(
+        self, samples: list[Sample], trains_actor: bool, said: dict[int, ModelOutputs] | None
+    ) -> Iterator[tuple[ModelName, Step]]:
+        """One optimizer step of each engine, with this rank's share of what there is to report.
+
+        said: where the actor has not been asked before, what it says now goes there.
+        """
+        weights = aggregation_weights([sample.kept for sample in samples], self._ppo.aggregation)
         for sample, share in zip(samples, weights, strict=True):
             sample.columns["weights"] = torch.full((sample.kept,), share)
-        sums: Metrics = defaultdict(float)
-        self._train(True)
+        engines = {
+            name: engine
+            for name, engine in self._engines.items()
+            if trains_actor or name == "critic"
+        }
+        reports: dict[ModelName, Metrics] = {name: defaultdict(float) for name in engines}
+        wrong: dict[ModelName, Counter[str]] = {name: Counter() for name in engines}
         for batch in self._batches(samples):
             weight = batch.columns["weights"]
-            reports: dict[str, Tensor] = {}
-            # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over ranks.
-            if trains_actor:
-                logits = self._logits(self.actor, batch) / self._recipe.rollout.temperature
-                loss, reports = actor_loss(logits, batch.targets, batch.columns, ppo)
-                self.actor.backward((loss * weight).sum() * ranks)
-            if self.critic is not None:
-                values = self.critic(batch.tokens)[:, :-1][batch.response]
-                old, returns = batch.columns["old_values"], batch.columns["returns"]
-                reports["critic_loss"] = value_loss(values, old, returns, ppo.value_clip)
-                self.critic.backward((reports["critic_loss"] * weight).sum() * ranks)
-            for name, per_token in reports.items():
-                sums[name] += float((per_token.detach() * weight).sum())
-        if trains_actor:
-            self.actor.step()
-            sums["grad_norm"] = self.actor.grad_norm / ranks
-        if self.critic is not None:
-            self.critic.step()
-            sums["critic_grad_norm"] = self.critic.grad_norm / ranks
-        return sums
+            for name, engine in engines.items():
+                if name == "actor":
+                    per_token, report = self._actor_loss(samples, batch, said)
+                else:
+                    per_token, report = self._critic_loss(batch)
+                loss = (per_token * weight).sum()
+                # Weights are shares of the whole minibatch, but DeepSpeed takes the mean over the
+                # ranks, who are to know by it of a loss that is not finite on one of them.
+                factor = torch.where(loss.isfinite(), self.ranks.size, torch.nan)
+                engine.backward(loss * factor)
+                for metric, values in report.items():
+                    reports[name][metric] += float((values.detach() * weight).sum())
+                if not loss.isfinite():
+                    wrong[name] += unusable({**batch.columns, **report}) or Counter(["loss"])
+        for name, engine in engines.items():
+            taken = engine.step()
+            norm = "grad_norm" if name == "actor" else "critic_grad_norm"
+            reports[name][norm] = engine.grad_norm / self.ranks.size
+            yield name, Step(reports[name], "" if taken else self._fault(name, wrong[name]))
+
+    def _actor_loss(
+        self, samples: list[Sample], batch: MicroBatch, said: dict[int, ModelOutputs] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the actor minimises and what there is to report, each [kept tokens]."""
+        ppo, columns = self._ppo, batch.columns
+        wants_entropy = bool(ppo.entropy_bonus) or said is not None
+        asked = self._ask_actor(batch, entropy=wants_entropy)
+        if said is not None:
+            now = self._said(asked)
+            said |= {i: ModelOutputs(**of) for i, of in self._by_sample(samples, batch, now)}
+            old = columns["old_logprobs"] = now["logprobs"]
+            if ppo.importance_cap is not None:
+                served, cap = columns["served_logprobs"], ppo.importance_cap
+                columns["importance"], _ = importance_weights(old, served, cap)
+        return actor_loss(asked, batch.targets, columns, ppo)
+
+    def _critic_loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of the critic."""
+        assert self.critic is not None
+        values = self.critic(batch.tokens)[:, :-1][batch.response]
+        old, returns = batch.columns["old_values"], batch.columns["returns"]
+        loss = value_loss(values, old, returns, self._ppo.value_clip)
+        return loss, {"critic_loss": loss}
+
+    def _fault(self, name: ModelName, wrong: Counter[str]) -> str:
+        total = sum(self.ranks.gather(wrong), Counter[str]())
+        where = ", ".join(f"{column} of {tokens} token(s)" for column, tokens in total.items())
+        return f"of the {name}, not finite: " + (where or "the gradient, though the loss is")
 
     # -- pieces --------------------------------------------------------------------------------
 
@@ -209,19 +338,6 @@ class PpoTrainer:
             ranks=self.ranks.size,
             device=self.actor.device,
         )
-
-    @staticmethod
-    def _logits(model: Any, batch: MicroBatch) -> Tensor:
-        """Raw logits from which the kept tokens were drawn, [kept tokens of all rows, vocabulary].
-
-        Only these are turned into float32: logits are the largest tensor of a step.
-        """
-        logits = model(input_ids=batch.tokens, use_cache=False).logits
-        return logits[:, :-1][batch.response].float()
-
-    def _train(self, mode: bool) -> None:
-        for engine in self._engines.values():
-            engine.train(mode)
 
     @property
     def _engines(self) -> dict[ModelName, Engine]:
@@ -259,7 +375,6 @@ class PpoTrainer:
     @torch.no_grad()
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Raw log π of each token given those before it, from the second on: [tokens - 1]."""
-        self.actor.train(False)
         tokens = torch.tensor([list(token_ids)], device=self.actor.device)
         logits = self.actor(input_ids=tokens, use_cache=False).logits[:, :-1]
         return token_logprobs(logits, tokens[:, 1:])[0].tolist()
@@ -270,7 +385,6 @@ class PpoTrainer:
         """V of the state after each token: [tokens]."""
         if self.critic is None:
             raise ValueError("this recipe trains no critic")
-        self.critic.train(False)
         return self.critic(torch.tensor([list(token_ids)], device=self.critic.device))[0].tolist()
 
     def critic_values(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
@@ -282,7 +396,6 @@ class PpoTrainer:
     @torch.no_grad()
     def _critic_values(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
         assert self.critic is not None
-        self.critic.train(False)
         mine: dict[int, NDArray[np.float64]] = {}
         for batch in self._batches(samples):
             values = self.critic(batch.tokens).double().cpu().numpy()

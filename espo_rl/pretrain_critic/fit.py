@@ -95,12 +95,12 @@ def fit_critic(
     Args:
         on_epoch: called after each epoch with the mean losses.
     """
+    critic.eval()  # as in the trainer: no dropout
     rng = np.random.default_rng(settings.seed)
     training, validation = (_samples(part, settings) for part in (parts.training, parts.validation))
     optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     best, loss_then, helped = _state(critic), _mean_loss(critic, validation, settings), 0
     for epoch in range(1, settings.epochs + 1):
-        critic.train()
         parts_of_epoch = max(1, len(training) // settings.batch)
         sums = np.zeros(2)  # loss, tokens
         for chosen in np.array_split(rng.permutation(len(training)), parts_of_epoch):
@@ -158,7 +158,6 @@ def _losses(critic: Critic, batch: MicroBatch) -> Tensor:
 
 @torch.no_grad()
 def _mean_loss(critic: Critic, samples: Sequence[Sample], settings: Settings) -> float:
-    critic.eval()
     total = sum(
         float(_losses(critic, batch).sum()) for batch in _batches(critic, samples, settings)
     )

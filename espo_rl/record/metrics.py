@@ -50,6 +50,8 @@ METRICS = {
     "rollout/right": "right rollouts, an audited one standing for all that were stopped",
     "rollout/right_lost": "of these, the share that was stopped",
     "rollout/errors": "rollouts without a usable answer; the step trains without them",
+    "rollout/grader_timeouts": "rollouts counted as wrong because grading took more than "
+    "task.grader_timeout",
     "rollout/resampled": "rollouts asked for again because they had failed",
     "rollout/dropped": "rollouts of prompts that dynamic sampling dropped",
     "rollout/weights_version": "weights that most rollouts were sampled with",
@@ -87,6 +89,8 @@ METRICS = {
     "ppo/critic_explained_variance": "1 − var(returns − V)/var(returns); NaN when all are the same",
     "ppo/learning_rate": "of the actor's first step",
     "ppo/critic_learning_rate": "of the critic's first step",
+    "ppo/dropped_rewards": "rollouts left out because their reward was not finite",
+    "ppo/skipped_steps": "optimizer steps not taken because loss or gradient was not finite",
     # means over the update's passes
     "ppo/policy_loss": "clipped surrogate, importance weights included",
     "ppo/clip_share": "share of tokens whose ratio was clipped",
@@ -167,6 +171,7 @@ def rollout_metrics(
         "right": right,
         "right_lost": _ratio(sum(audited) / (audit_share or 1.0), right),
         "errors": len(rollouts) - len(usable),
+        "grader_timeouts": sum(rollout.grader_timed_out for rollout in usable),
         "weights_version": Counter(versions).most_common(1)[0][0] if versions else "",
         "staleness": _step(weights_version) - _mean([_step(version) for version in versions]),
     }

@@ -51,10 +51,12 @@ SCHEMA = pa.schema(
         "history": pa.float64(),  # log odds that the prompt is solved, by earlier steps
         "probes": pa.list_(_LOGPROBS),  # of an answer probe: token, and what was said
         "error": pa.string(),
+        "opened": pa.string(),
+        "grader_timed_out": pa.bool_(),
     }
 )
-#: Columns that files of before lack.
-_ADDED = ("history", "probes")
+#: what files of before lack; all of it has defaults
+_LATER = {"history", "probes", "opened", "grader_timed_out"}
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 
@@ -122,7 +124,7 @@ def read_rollouts(path: str | Path) -> tuple[list[Rollout], Gate]:
             table = pq.read_table(file)
             text = (table.schema.metadata or {})[b"espo.gate"]
             gate = gate_from_json(text, has_critic=True)
-            there = [n for n in SCHEMA.names if n in table.column_names or n not in _ADDED]
+            there = [name for name in SCHEMA.names if name not in _LATER - {*table.column_names}]
             rows = table.select(there).to_pylist()
         except (pa.ArrowException, OSError, KeyError, ValueError, InvalidRequest) as error:
             raise ValueError(f"{path} holds no rollouts, or is damaged: {error}") from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from tenacity import (
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.told import Probe
 from espo_gateway.stream.chunks import sampled_tokens
-from espo_rl.config import RolloutSection
+from espo_rl.config import RolloutSection, TaskSection
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
@@ -37,16 +37,29 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
+    def decode(self, token_ids: list[int]) -> str: ...
+
     def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Prompter:
-    """Problem to prompt token ids, through the chat template or as plain text."""
+    """Problem to prompt token ids, through the chat template or as plain text.
+
+    variables: of the chat template; opening: the tags that begin a thought.
+    """
 
     tokenizer: Tokenizer
     chat: bool = True
     system: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    opening: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, task: TaskSection) -> Prompter:
+        """As the recipe asks."""
+        opening = [tag for tag, _ in task.thought_tags]
+        return cls(tokenizer, task.chat, task.system, task.chat_template_kwargs, opening)
 
     def __call__(self, problem: Problem) -> list[int]:
         if not self.chat:
@@ -54,10 +67,15 @@ class Prompter:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": problem.prompt})
         text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True, **self.variables
         )
         # The template writes the special tokens itself; adding them again would double them.
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def opened(self, prompt_ids: list[int]) -> str:
+        """The tag of a thought with which a prompt ends, as DeepSeek-R1's do; mostly none."""
+        end = self.tokenizer.decode(prompt_ids[-16:]).rstrip() if self.opening else ""
+        return next((tag for tag in self.opening if end.endswith(tag)), "")
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,7 @@ class Collector:
             )
         rollout.group, rollout.seed = request.group, request.seed
         rollout.history = request.history
+        rollout.opened = self._prompter.opened(prompt_ids)
         return rollout
 
 

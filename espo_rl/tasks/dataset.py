@@ -9,10 +9,13 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from espo_rl.config import TaskSection
+from espo_rl.tasks.json_rows import JsonFile, JsonRows, Written
 from espo_rl.tasks.task import TaskError, did_you_mean, fill_template, log
 from espo_rl.types import Problem
 
@@ -60,8 +63,9 @@ class DatasetTask:
 class Split:
     """Rows with a problem and an answer; memory-mapped, so problems are made when asked for."""
 
+    part: str  # of the recipe's task: "train" or "eval"
     name: str
-    rows: Any  # a datasets.Dataset
+    rows: Any  # a datasets.Dataset, or JsonRows
     columns: Mapping[str, str]  # by the key that names them: the problem's, then the answer's
     pattern: tuple[str, str | None]  # that finds the answer in its column, after its key
     template: str
@@ -77,18 +81,27 @@ class Split:
         *columns, pattern = ((key, getattr(config, key)) for key in keys)
         rows = _load(part, source, split, subset, dict(columns))
         name = f"{Path(source).name}/{split}"
-        return cls(name, rows, dict(columns), pattern, config.template)
+        return cls(part, name, rows, dict(columns), pattern, config.template)
 
     def distinct(self) -> dict[str, int]:
         """The number of each problem's first row, by its text with white space made even."""
+        found: dict[str, int] = {}
+        try:
+            for number, row in enumerate(self._needed()):
+                found.setdefault(" ".join(self._read(row, number)[0].split()), number)
+        except TaskError:
+            raise
+        except ValueError as error:  # of a JSON file's row
+            raise TaskError(f"task.{self.part}: {error}") from error
+        return found
+
+    def _needed(self) -> Any:
+        """The rows, of a table only the columns that are read: the others may hold much."""
+        if isinstance(self.rows, JsonRows):
+            return self.rows
         there = self.rows.column_names
         tops = [c if c in there else c.partition(".")[0] for c in self.columns.values()]
-        # Only what is needed: the other columns may hold much.
-        needed = [column for column in there if column in tops] or there
-        rows: dict[str, int] = {}
-        for number, row in enumerate(self.rows.select_columns(needed)):
-            rows.setdefault(" ".join(self._read(row, number)[0].split()), number)
-        return rows
+        return self.rows.select_columns([c for c in there if c in tops] or there)
 
     def problem(self, number: int) -> Problem:
         """The problem of a row, which it keeps as its `extra`."""
@@ -123,13 +136,55 @@ class Split:
             value = next(
                 (t.get("content") for t in reversed(turns) if t.get("role") == "user"), None
             )
-        if not isinstance(value, str | int | float) or not (text := str(value).strip()):
-            there = ", ".join(self.rows.features.flatten())
+        if not (text := _text(value)):
+            there = list(_names(row if isinstance(self.rows, JsonRows) else self.rows[number]))
             raise TaskError(
                 f"task.{key} = {column!r}: no text or number there in row {number + 1} of "
-                f"{self.name}; its columns are {there}{did_you_mean(column, there.split(', '))}"
+                f"{self.name}; its columns are {', '.join(there)}{did_you_mean(column, there)}"
             )
         return text
+
+
+def _text(value: Any) -> str:
+    """A text or number as it was written, as far as that is known; else nothing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | Written):
+        return str(value).strip()
+    if isinstance(value, Decimal | float) and isfinite(value):
+        # A table has made 15.0 of 15 where there was another that is not whole, or none.
+        return str(int(value)) if value == int(value) else str(value)
+    return ""
+
+
+def _names(row: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Of a row's columns, with dots before those of nested ones."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{above}{name}.")
+        else:
+            yield above + name
+
+
+def _json_rows(files: Mapping[str, Sequence[str]], split: str) -> JsonRows:
+    """Those of a split, which may be a sum of slices of several."""
+    import datasets
+
+    loader, files = datasets.DownloadManager(), {str(name): of for name, of in files.items()}
+    found = {
+        name: [JsonFile(path) for path in loader.download_and_extract(list(paths))]
+        for name, paths in files.items()
+        if re.search(rf"(^|\+)\s*{re.escape(name)}\s*($|\+|\[)", split)
+    }
+    sizes = {name: sum(map(len, found.get(name, ()))) for name in files}
+    parts = []
+    for one in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
+        first = 0
+        for file in found[one.splitname]:
+            start, end = max(one.from_ - first, 0), min(one.to - first, len(file))
+            parts.append((file, range(start, end)))
+            first += len(file)
+    return JsonRows(parts)
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -138,7 +193,10 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 def _load(
     part: str, source: str, split: str, subset: str | None, columns: Mapping[str, str]
 ) -> Any:
-    """A split as a `datasets.Dataset`; files and folders without asking any network."""
+    """A split as a `datasets.Dataset` or JsonRows; files and folders without asking any network.
+
+    Numbers, and what looks like one, stay as they are written, as far as a file says it.
+    """
     import datasets  # takes a second
 
     datasets.disable_progress_bars()
@@ -151,14 +209,17 @@ def _load(
         # A lone file is the split that is asked for, or of which a slice is: "train[:90%]".
         name = builder
         options = {"data_files": {re.split(r"[\[+]", split)[0]: str(path)}}
-        if builder == "csv":  # as written: no 7.0 for 007, no null for "NA"
-            options["converters"] = dict.fromkeys(columns.values(), str)
-            options["keep_default_na"] = False
     elif path.is_file():
         raise TaskError(f"task.{part}: {path} is none of: {', '.join(_FORMATS)}")
     elif builder is not None or path.is_absolute() or source.count("/") > 1 or source[0] in ".~":
         raise TaskError(f"task.{part}: No such file or folder: {path}")
     try:
+        made = datasets.load_dataset_builder(name, **options)
+        if made.name == "json" and not made.config.field:
+            return _json_rows(made.config.data_files, split)
+        if made.name == "csv":  # no 7.0 for 007, no null for "NA"
+            options["converters"] = dict.fromkeys(columns.values(), str)
+            options["keep_default_na"] = False
         return datasets.load_dataset(name, split=split, **options)
     except Exception as error:  # of any library below; each names what is wrong
         key = part

@@ -1,7 +1,7 @@
 """Runs graders where they can do no harm: in processes that a timeout kills.
 
-Owns those processes. A grader that hangs, raises or takes its process down costs the grade at hand,
-which says why; never the others, and never the run.
+Owns those processes. A grader that raises or takes its process down costs the grade at hand, which
+says why; never the others, and never the run. An answer that it hangs over is wrong.
 
     async with GraderPool(recipe.task) as graders:
         grades = await graders.grade([(rollout.text, rollout.problem), ...])
@@ -31,7 +31,10 @@ from espo_rl.types import Problem
 
 @dataclass(frozen=True)
 class Grade:
-    """A score in [0, 1], or None with the reason why there is none."""
+    """A score in [0, 1], or None with the reason why there is none.
+
+    An answer over which the grader hung is wrong: its score is 0, and the error says so.
+    """
 
     score: float | None
     error: str = ""
@@ -82,7 +85,8 @@ class GraderPool:
                 score, error = None, str(broken)
                 continue
             except WorkerTimeout:
-                score, error = None, f"took more than task.grader_timeout = {timeout:g} s"
+                # Not to be sampled again, or a policy could learn to be spared by what hangs.
+                score, error = 0.0, f"took more than task.grader_timeout = {timeout:g} s"
             except ProcessExpired as expired:
                 score, error = None, f"ended its process with code {expired.exitcode}"
             except Exception as failed:  # of sending the problem's row to the worker

@@ -13,9 +13,10 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Context, Decimal
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from espo_rl.config import RecipeError, TaskSection
 from espo_rl.tasks.gym import gym_dataset
@@ -27,21 +28,49 @@ Grader = Callable[[str, Problem], float]
 AnswerReader = Callable[[str, Problem], str | None]
 
 
-def exact(completion: str, answer: str) -> bool:
+#: the usual tags of thoughts and answers
+USUAL = TaskSection()
+
+
+def final_text(completion: str, tags: TaskSection = USUAL) -> str:
+    """The part of a completion that answers, as reasoning models write it.
+
+    What follows the last thought, nothing where one is still open; of that what stands in the last
+    answer tags, where there are any.
+
+    >>> final_text("<think>5?</think> No: <answer>6</answer>")
+    '6'
+    """
+    ends = [
+        completion.rfind(close) + len(close)
+        for _, close in tags.thought_tags
+        if close in completion
+    ]
+    text = completion[max(ends, default=0) :]
+    if any(opening in text for opening, _ in tags.thought_tags):
+        return ""
+    for opening, close in tags.answer_tags:
+        before, tag, _ = text.rpartition(close)
+        if tag and opening in before:
+            text = before.rpartition(opening)[2]
+    return text
+
+
+def exact(completion: str, answer: str, tags: TaskSection = USUAL) -> bool:
     """Whether what follows the last `#` (all of it when there is none) is the answer.
 
     >>> exact("c3+8=1#581", "581")
     True
     """
-    return exact_answer(completion) == answer.strip()
+    return exact_answer(completion, tags) == answer.strip()
 
 
-def exact_answer(completion: str) -> str:
+def exact_answer(completion: str, tags: TaskSection = USUAL) -> str:
     """What follows the last `#`; all of it when there is none."""
-    return completion.rpartition("#")[2].strip()
+    return final_text(completion, tags).rpartition("#")[2].strip()
 
 
-def regex(completion: str, answer: str, pattern: str) -> bool:
+def regex(completion: str, answer: str, pattern: str, tags: TaskSection = USUAL) -> bool:
     """Whether group 1 of the pattern's last match is the answer.
 
     Numbers are compared as numbers, all else without regard to case, white space, `$` and a full
@@ -50,12 +79,12 @@ def regex(completion: str, answer: str, pattern: str) -> bool:
     >>> regex("The answer is $1,234.00.", "1234", r"answer is (.*)")
     True
     """
-    return regex_answer(completion, pattern) == _normal(answer)
+    return regex_answer(completion, pattern, tags) == _normal(answer)
 
 
-def regex_answer(completion: str, pattern: str) -> str | None:
+def regex_answer(completion: str, pattern: str, tags: TaskSection = USUAL) -> str | None:
     """Group 1 of the pattern's last match, without what `regex` does not regard."""
-    matches = list(re.finditer(pattern, completion))
+    matches = list(re.finditer(pattern, final_text(completion, tags)))
     return _normal(matches[-1].group(1) or "") if matches else None
 
 
@@ -69,7 +98,7 @@ def _normal(text: str) -> str:
         return text
 
 
-def math(completion: str, answer: str) -> bool:
+def math(completion: str, answer: str, tags: TaskSection = USUAL) -> bool:
     """Whether math-verify finds the completion's answer equal to the reference's.
 
     The last `\\boxed{}` counts where there is one, as in the usual prompts for reasoning models. A
@@ -78,31 +107,87 @@ def math(completion: str, answer: str) -> bool:
     """
     from math_verify import verify
 
+    text = final_text(completion, tags)
     if choice := _CHOICE.fullmatch(answer):
-        return choice.group(1) == _chosen(completion)
-    return bool(verify(_parsed(f"${answer}$"), _parsed(completion), timeout_seconds=None))
+        return choice.group(1) == _chosen(text)
+    reference = _parsed(f"${answer}$")
+    if verify(reference, _parsed(_given(text)), timeout_seconds=None):
+        return True
+    # A reference of several values may be answered in as many boxes, with words between them.
+    parts = len(getattr(reference[0], "args", ())) if _is_list(reference) else 0
+    boxes = list(dict.fromkeys(box.text for box in _boxes(text)))[-parts:]
+    given = _parsed(_one_box(boxes)) if 1 < parts == len(boxes) else []
+    return bool(verify(reference, given, timeout_seconds=None))
 
 
-def math_answer(completion: str, answer: str) -> str | None:
+def math_answer(completion: str, answer: str, tags: TaskSection = USUAL) -> str | None:
     """What `math` compares with the reference: sympy's writing of it, or a choice's letter."""
+    text = final_text(completion, tags)
     if _CHOICE.fullmatch(answer):
-        return _chosen(completion)
-    parsed = _parsed(completion)
+        return _chosen(text)
+    parsed = _parsed(_given(text))
     return str(parsed[0]) if parsed else None
 
 
-def _parsed(completion: str) -> list[Any]:
-    """The last box's value, or else the last there is; as sympy has it, then as it is written."""
+def _parsed(text: str) -> list[Any]:
+    """The value that math-verify finds in a text; as sympy has it, then as it is written."""
     from math_verify import parse
 
     # It warns that its timeouts are off. They use SIGALRM, which is for main threads alone.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    boxes = list(_BOXED.finditer(completion))
-    given = completion[boxes[-1].start() :] if boxes else completion
-    return list(parse(_tidy(given), parsing_timeout=None))
+    return list(parse(_tidy(text), parsing_timeout=None))
 
 
+def _is_list(parsed: list[Any]) -> bool:
+    return bool(parsed) and type(parsed[0]).__name__ == "FiniteSet"
+
+
+def _given(text: str) -> str:
+    """The last box, or the last several where only a comma or an "and" parts them; else all."""
+    boxes = _boxes(text)
+    if not boxes:
+        return text
+    start = len(boxes) - 1
+    while start and _BETWEEN.fullmatch(text[boxes[start - 1].end : boxes[start].start][:40]):
+        start -= 1
+    together = list(dict.fromkeys(box.text for box in boxes[start:]))
+    return text[boxes[-1].start :] if len(together) == 1 else _one_box(together)
+
+
+def _one_box(values: Sequence[str]) -> str:
+    return r"$\boxed{" + ", ".join(values) + "}$"
+
+
+class Box(NamedTuple):
+    """A `\\boxed{}` in a text: from where to where, and what is in it."""
+
+    start: int
+    end: int
+    text: str
+
+
+def _boxes(text: str) -> list[Box]:
+    """The last boxes of a text, those inside of others left out."""
+    boxes: list[Box] = []
+    for match in list(_BOXED.finditer(text))[-MOST_BOXES:]:
+        if boxes and match.start() < boxes[-1].end:
+            continue
+        depth, end = 1, match.end()
+        while depth and end < len(text):
+            depth += 0 if text[end - 1] == "\\" else {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if depth:  # never closed
+            end = match.end()
+        boxes.append(Box(match.start(), end, text[match.end() : end - 1].strip()))
+    return boxes
+
+
+#: as many answers as anyone gives; a text that repeats itself has thousands
+MOST_BOXES = 64
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BETWEEN = re.compile(
+    r"[\s$*,;&()\\]*(?:\\?text\s*\{)?\s*(?:,|;|and|or)?\s*\}?[\s$*,;&()\\]*(?:[A-Za-z]\w?\s*=\s*)?"
+)
 _WRAP = r"[\s$(*]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{[\s(]*)?"
 _CHOICE = re.compile(_WRAP + r"([A-Z])[\s$).*}]*")
 _BOXED_CHOICE = re.compile(_BOXED.pattern + _WRAP + r"([A-Za-z])\s*[).:}$]")
@@ -136,17 +221,13 @@ _SPACED_NUMBER = re.compile(
 def task_score(completion: str, row: Mapping[str, Any], data: Any) -> float:
     """What a reasoning-gym data set's own scorer gives; in [0, 1], partial credit included.
 
-    As its own evaluation does: the last `<answer>...</answer>` counts, else all of the text; what
-    stands before `</think>` does not. A scorer that chokes on an answer has found it wrong.
+    A scorer that chokes on an answer has found it wrong.
     """
-    from reasoning_gym.utils import extract_answer
-
-    text = completion.rpartition("</think>")[2]
-    answer = extract_answer(text)
     try:
-        return float(data.score_answer(text.strip() if answer is None else answer, row))
+        score = float(data.score_answer(completion.strip(), row))
     except Exception:
         return 0.0
+    return score if 0.0 <= score <= 1.0 else 0.0
 
 
 def make_grader(config: TaskSection) -> Grader:
@@ -156,25 +237,36 @@ def make_grader(config: TaskSection) -> Grader:
         RecipeError: `task.grader` is no built-in, cannot be imported, or does not take
             (completion, answer, extra).
     """
+    grade: Callable[..., bool]
     match config.grader:
         case "exact":
-            return lambda completion, problem: exact(completion, problem.answer)
+            grade = partial(exact, tags=config)
         case "math":
             import math_verify  # noqa: F401 (takes a second, which is not the first answer's)
 
-            return lambda completion, problem: math(completion, problem.answer)
+            grade = partial(math, tags=config)
         case "regex":
-            pattern = config.pattern or ""
-            return lambda completion, problem: regex(completion, problem.answer, pattern)
+            grade = partial(regex, pattern=config.pattern or "", tags=config)
         case "task":
             data = gym_dataset(config)
-            return lambda completion, problem: task_score(completion, problem.extra, data)
-    function = _import(config.grader)
+            return lambda completion, problem: task_score(
+                final_text(completion, config), problem.extra, data
+            )
+        case _:
+            return _users(config.grader)
+    return lambda completion, problem: grade(completion, problem.answer)
+
+
+def _users(name: str) -> Grader:
+    """A function of the user's, asynchronous or not."""
+    function = _import(name)
+    # What it keeps from one grade to the next, such as a client, belongs to this one's loop.
+    runner = asyncio.Runner()
 
     def grade(completion: str, problem: Problem) -> float:
         score = function(completion, problem.answer, problem.extra)
-        if inspect.iscoroutine(score):
-            score = asyncio.run(score)
+        if inspect.isawaitable(score):
+            score = runner.run(_awaited(score))
         if score is None or not 0.0 <= float(score) <= 1.0:
             raise ValueError(f"it returned {score!r}; a bool or a number in [0, 1] is wanted")
         return float(score)
@@ -182,16 +274,20 @@ def make_grader(config: TaskSection) -> Grader:
     return grade
 
 
+async def _awaited(score: Awaitable[Any]) -> Any:
+    return await score
+
+
 def make_answer_reader(config: TaskSection) -> AnswerReader | None:
     """How the recipe's grader reads an answer, for majority votes; None where only it knows."""
     match config.grader:
         case "exact":
-            return lambda completion, problem: exact_answer(completion) or None
+            return lambda completion, _: exact_answer(completion, config) or None
         case "math":
-            return lambda completion, problem: math_answer(completion, problem.answer)
+            return lambda completion, problem: math_answer(completion, problem.answer, config)
         case "regex":
             pattern = config.pattern or ""
-            return lambda completion, problem: regex_answer(completion, pattern) or None
+            return lambda completion, _: regex_answer(completion, pattern, config) or None
     return None
 
 

@@ -13,10 +13,10 @@ async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe
     """Give rollouts their outcome, where it can be known, and their reward.
 
     One that cannot be graded becomes an error; an audited one then counts as not audited, as the
-    sample is as good as that of any other stopped one.
+    sample is as good as that of any other stopped one. One that the grader hangs over is wrong.
     """
     known = [rollout for rollout in rollouts if not rollout.stopped or rollout.audited]
-    grades = await graders.grade([(rollout.text, rollout.problem) for rollout in known])
+    grades = await graders.grade([(rollout.answer, rollout.problem) for rollout in known])
     scores = {}
     for rollout, grade in zip(known, grades, strict=True):
         if grade.score is None and rollout.audited:
@@ -25,6 +25,7 @@ async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe
             rollout.end, rollout.error = EndReason.ERROR, grade.error
         else:
             rollout.correct = grade.correct
+            rollout.grader_timed_out = bool(grade.error)
             scores[rollout.seed] = grade.score
     for rollout in rollouts:
         if rollout.end is not EndReason.ERROR:

@@ -65,9 +65,10 @@ def recipe_of(
     *,
     zero_stage: int = 0,
     offload: str = "none",
+    dtype: str = "float32",
     **ppo: Any,
 ) -> Recipe:
-    model: dict[str, Any] = {"critic": str(paths.critic)}
+    model: dict[str, Any] = {"critic": str(paths.critic), "dtype": dtype}
     if paths.reference is not None:
         model["reference"] = str(paths.reference)
     processed = {"logprobs_mode": "processed_logprobs"} if "importance_cap" in ppo else {}

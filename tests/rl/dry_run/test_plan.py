@@ -122,6 +122,17 @@ def test_a_model_without_a_chat_template(
     assert make_plan(recipe_with(*overrides, "task.chat=false"), LAPTOP).errors == []
 
 
+def test_a_variable_that_the_chat_template_does_not_know(
+    recipe_with: Callable[..., Recipe],
+) -> None:
+    override = "task.chat_template_kwargs={ enable_thinking = false }"
+    said = only_error(make_plan(recipe_with(override), LAPTOP))
+    assert "task.chat_template_kwargs" in said
+    assert "no enable_thinking" in said
+    with pytest.raises(RecipeError, match=r"task: .*chat_template_kwargs.*chat = false"):
+        recipe_with(override, "task.chat=false")
+
+
 @pytest.mark.parametrize(
     ("arguments", "max_tokens", "wrong"),
     [
@@ -380,6 +391,7 @@ def large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4e12))
 
 
+SMALL_ONES = Machine(cpus=64, ram=1e12, gpus=(24e9,) * 8)
 ONE_GPU = 'servers.vllm_args=["--gpu-memory-utilization", "0.4"]'
 
 
@@ -389,9 +401,9 @@ class TestFit:
         ("machine", "ranks", "overrides"),
         [
             # ZeRO-3 helps over ranks, offloading with one, the length of micro-batches always.
-            (EIGHT, 8, ["deepspeed.zero_stage=1", "ppo.micro_batch_tokens=65536"]),
+            (SMALL_ONES, 8, ["deepspeed.zero_stage=1", "ppo.micro_batch_tokens=65536"]),
             (Machine(16, 512e9, (80e9,)), 1, [ONE_GPU, "stopping.value=constant"]),
-            (EIGHT, 8, ["model.dtype=float32", "ppo.micro_batch_tokens=20000"]),
+            (SMALL_ONES, 8, ["model.dtype=float32", "deepspeed.zero_stage=2"]),
         ],
     )
     def test_the_advice_holds(

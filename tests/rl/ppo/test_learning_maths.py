@@ -168,6 +168,43 @@ def test_a_group_of_equals_says_nothing() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, -1.0, 1 / 3, 1000.1, 1e6])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_what_differs_by_rounding_alone_has_no_advantage(value: float, noise: float) -> None:
+    """Scaled by its own deviation, noise would be as loud as the best of signals."""
+    rng = np.random.default_rng(0)
+    values = (value * (1.0 + noise * rng.normal(0, 1, 300))).astype(np.float32)
+    for advantages in (
+        np.concatenate(whiten(np.split(values, 10))),
+        group_advantages(values.tolist(), [0] * 100 + [1] * 200),
+    ):
+        assert np.abs(advantages).max() < 0.01
+
+
+def test_values_that_are_right_up_to_rounding_leave_no_advantage() -> None:
+    """As of a critic that knows all, by GAE and against the group, KL in the reward or not."""
+    rng = np.random.default_rng(1)
+    for advantage in ("gae", "group"):
+        pairs = [made(5, 0.7, i // 3, rng) for i in range(6)]
+        for _, answers in pairs:
+            answers.values = torch.full((5,), 0.7) + 1e-7 * torch.tensor(rng.normal(0, 1, 5))
+            assert answers.reference is not None
+            answers.reference = answers.logprobs + 1e-7 * torch.tensor(rng.normal(0, 1, 5)).float()
+        ppo = Ppo(advantage=advantage, kl_coefficient=0.1, kl_place="reward", kl_estimator="k1")
+        samples, before = [one for one, _ in pairs], [answers for _, answers in pairs]
+        metrics = prepare(samples, before, ppo)
+        assert math.isnan(metrics["critic_explained_variance"])
+        for sample in samples:
+            assert sample.columns["advantages"].abs().max() < 0.01
+
+
+def test_what_differs_is_scaled_as_verl_scales_it() -> None:
+    rng = np.random.default_rng(2)
+    values = rng.normal(0.3, 0.5, 40)
+    expected = (values - values.mean()) / np.sqrt(values.var() + 1e-8)
+    assert whiten([values.astype(np.float32)])[0] == pytest.approx(expected, abs=1e-5)
+
+
 # -- server against trainer ------------------------------------------------------------------------
 
 
@@ -221,6 +258,41 @@ def test_a_clipped_ratio_has_no_gradient_in_the_direction_of_its_advantage() -> 
     policy_loss(new, torch.zeros(4), advantages, 0.2, 0.2).loss.sum().backward()
     assert new.grad is not None
     assert new.grad.sign().abs().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_dual_clip_bounds_the_ratio_of_what_was_bad(advantage: float) -> None:
+    """Equation 5 of arXiv 1912.09729: max(min(r A, clip(r) A), c A) where A < 0."""
+    new = torch.linspace(-2.0, 3.0, 60, requires_grad=True)
+    advantages = torch.full((60,), advantage)
+    got = policy_loss(new, torch.zeros(60), advantages, 0.2, 0.3, 3.0)
+    ratio = np.exp(new.detach().numpy())
+    usual = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.3) * advantage)
+    expected = np.maximum(usual, 3.0 * advantage) if advantage < 0 else usual
+    assert got.loss.detach().numpy() == pytest.approx(-expected, rel=1e-6)
+    assert got.clipped.numpy().tolist() == (expected != ratio * advantage).tolist()
+    got.loss.sum().backward()
+    assert new.grad is not None
+    flat = (ratio > 3.0) | (ratio < 0.8) if advantage < 0 else ratio > 1.3
+    assert (new.grad.numpy() == 0.0).tolist() == flat.tolist()
+
+
+@pytest.mark.parametrize("log_ratio", [90.0, -90.0, 1e4, -1e4, math.inf, -math.inf])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_log_ratios_of_any_size_leave_loss_and_gradient_finite(
+    log_ratio: float, advantage: float
+) -> None:
+    new = torch.tensor([log_ratio], requires_grad=True)
+    zero, ppo = torch.zeros(1), {"clip_low": 0.2, "clip_high": 0.2}
+    result = policy_loss(new, zero, torch.tensor([advantage]), **ppo)
+    loss = result.loss + result.kl + kl_estimate(new, zero, "k3") + kl_estimate(zero, new, "k3")
+    loss.sum().backward()
+    assert new.grad is not None
+    assert bool(loss.isfinite() & new.grad.isfinite())
+    weights, capped = importance_weights(new.detach(), zero, 2.0)
+    assert bool(weights.isfinite())
+    assert bool(capped) == (log_ratio > 0)
+    assert math.isfinite(mismatch(new.detach().clamp(-1e4, 1e4), zero)["mismatch_k3"])
 
 
 def test_value_loss_takes_the_worse_of_clipped_and_unclipped() -> None:
@@ -312,6 +384,10 @@ class NumpyStep:
         # 1 where the server gave no number or no cap is set
         importance = columns.get("importance", np.ones(8))
         loss = -importance * np.where(clipped, np.clip(ratio, low, high), ratio) * advantages
+        if ppo.dual_clip is not None:
+            most = (advantages < 0) & (ratio > ppo.dual_clip)
+            loss = np.where(most, -importance * ppo.dual_clip * advantages, loss)
+            clipped |= most
         slope = -importance * np.where(clipped, 0.0, ratio) * advantages  # d loss / d logprob
         if ppo.kl_place == "loss":
             difference = new - columns["reference_logprobs"]
@@ -352,6 +428,7 @@ class NumpyStep:
     [
         {},
         {"clip_low": 0.05, "clip_high": 0.5},
+        {"dual_clip": 1.05},
         {"value_clip": 0.2},
         {"aggregation": "sequence-mean"},
         {"entropy_bonus": 0.3},

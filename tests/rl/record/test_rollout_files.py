@@ -120,6 +120,15 @@ def test_no_field_is_left_out() -> None:
     assert fields <= set(SCHEMA.names)
 
 
+def test_files_of_before_are_read(tmp_path: Path) -> None:
+    RolloutFiles(recipe_for(tmp_path)).write(1, [a_rollout()], Gate())
+    path = tmp_path / "rollouts" / "step-00000001.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["opened", "grader_timed_out"]), path)
+    ((read,), _) = read_rollouts(path)
+    assert (read.opened, read.grader_timed_out) == ("", False)
+
+
 def test_logprobs_are_exact(tmp_path: Path) -> None:
     rollout = a_rollout(100)
     RolloutFiles(recipe_for(tmp_path)).write(1, [rollout], Gate())

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from espo_gateway.stop.told import Schedule
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.testing.script import Body
 from espo_rl.base_model.train import make_tokenizer
-from espo_rl.config import RolloutSection
+from espo_rl.config import RolloutSection, TaskSection
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter, read_completion
 from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import (
@@ -358,6 +359,50 @@ def test_special_tokens_are_not_doubled() -> None:
     tokenizer.chat_template = "<eos>" + tokenizer.chat_template
     assert tokenizer.encode("3") == [1, *tokenizer.convert_tokens_to_ids(["3"])]
     assert Prompter(tokenizer)(PROBLEM).count(1) == 1
+
+
+#: what the templates of Qwen3, Qwen3-Thinking-2507 and DeepSeek-R1 write at a prompt's end
+ENDS = {
+    "qwen3": (
+        "<assistant>{% if enable_thinking is defined and enable_thinking is false %}"
+        "<think></think>{% endif %}"
+    ),
+    "thinking-2507": "<assistant><think>{{ '\n' }}",
+    "deepseek-v3.1": "<assistant>{% if thinking %}<think>{% else %}</think>{% endif %}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "end", "opened"),
+    [
+        ("qwen3", {}, "<assistant>", ""),
+        ("qwen3", {"enable_thinking": True}, "<assistant>", ""),
+        ("qwen3", {"enable_thinking": False}, "<assistant><think></think>", ""),
+        ("thinking-2507", {}, "<assistant><think>\n", "<think>"),
+        ("deepseek-v3.1", {"thinking": True}, "<assistant><think>", "<think>"),
+        ("deepseek-v3.1", {"thinking": False}, "<assistant></think>", ""),
+    ],
+)
+def test_reasoning_models_templates(
+    name: str, variables: dict[str, Any], end: str, opened: str
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>", "\n"])
+    tokenizer.chat_template = "<user>{{ messages[-1]['content'] }}" + ENDS[name]
+    prompter = Prompter.of(tokenizer, TaskSection(chat_template_kwargs=variables))
+    ids = prompter(PROBLEM)
+    assert tokenizer.decode(ids).replace(" ", "") == f"<user>358c{end}"
+    assert prompter.opened(ids) == opened
+
+
+def test_a_plain_prompt_may_open_a_thought() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "[THINK]"])
+    asked = replace(PROBLEM, prompt="358c[THINK]")
+    tags = [("<think>", "</think>"), ("[THINK]", "[/THINK]")]
+    for wanted in (tags, tags[:1]):
+        prompter = Prompter.of(tokenizer, TaskSection(chat=False, thought_tags=wanted))
+        assert prompter.opened(prompter(asked)) == ("[THINK]" if wanted == tags else "")
 
 
 def test_the_system_prompt_comes_first() -> None:

@@ -49,6 +49,7 @@ async def told(graders: GraderPool, *texts: str) -> list[Grade]:
         ({"grader": "regex", "pattern": "is (.*)"}, "it is 18.", "it is 17"),
         ({"grader": "tests.helpers.user_graders:right"}, "18", "17"),
         ({"grader": "tests.helpers.user_graders:right_later"}, "18", "17"),
+        ({"grader": "tests.helpers.user_graders:with_a_client"}, "18", "17"),
     ],
 )
 async def test_grades_come_in_order(settings: dict[str, Any], right: str, wrong: str) -> None:
@@ -114,11 +115,11 @@ async def test_a_failure_costs_one_grade(text: str, reason: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["hang", "hang deaf"])
-async def test_what_hangs_is_killed_and_costs_one_grade(text: str) -> None:
+async def test_what_hangs_is_killed_and_is_wrong(text: str) -> None:
     async with pool(grader_timeout=2.0) as graders:
         grades = await told(graders, *[FINE] * 3, text, *[FINE] * 3)
         assert grades.pop(3) == Grade(
-            None, f"grader '{TOLD}' took more than task.grader_timeout = 2 s"
+            0.0, f"grader '{TOLD}' took more than task.grader_timeout = 2 s"
         )
         assert grades == [Grade(1.0)] * 6
 
@@ -127,7 +128,7 @@ async def test_what_hangs_is_killed_and_costs_one_grade(text: str) -> None:
 async def test_more_hang_than_there_are_workers() -> None:
     async with pool(grader_timeout=2.0, grader_workers=2) as graders:
         grades = await told(graders, *["hang"] * 4, FINE)
-    assert [grade.score for grade in grades] == [None] * 4 + [1.0]
+    assert [grade.score for grade in grades] == [0.0] * 4 + [1.0]
 
 
 @pytest.mark.slow
@@ -138,6 +139,7 @@ async def test_a_users_endless_pattern_hangs_no_run() -> None:
             [("a" * 100 + "b", ANSWER), ("aaa", Problem(id="1", prompt="", answer="aaa"))]
         )
     assert "grader_timeout" in endless.error
+    assert endless.score == 0.0
     assert fine == Grade(1.0)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_rl.config import Recipe, RecipeError, TaskSection
-from espo_rl.tasks.graders import exact, make_grader, math, regex
+from espo_rl.tasks.graders import exact, make_answer_reader, make_grader, math, regex
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import reward
 from espo_rl.types import EndReason, Problem, Rollout
@@ -228,6 +228,95 @@ def test_math_in_a_text(completion: str, answer: str, right: bool) -> None:
     assert math(completion, answer) is right
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        (r"\boxed{1} and \boxed{2}", "1,2", True),
+        (r"$\boxed{2}$ and $\boxed{1}$", "1, 2", True),
+        (r"$\boxed{1}$, $\boxed{2}$, and $\boxed{3}$", r"\{1,2,3\}", True),
+        (r"$x = \boxed{1}$ or $x = \boxed{2}$", "1,2", True),
+        (r"\boxed{x=1} \text{ or } \boxed{x=2}", "1,2", True),
+        ("\\[\\boxed{1}\\]\n\\[\\boxed{2}\\]", "1,2", True),
+        (r"**\boxed{-1}** and **\boxed{1}**", r"\pm 1", True),
+        (r"\boxed{\frac{1}{2}} and \boxed{\sqrt{2}}", r"\frac12,\sqrt2", True),
+        (r"\boxed{(1,2)} and \boxed{(3,4)}", "(1,2),(3,4)", True),
+        (r"The first is \boxed{1}. The second is \boxed{2}.", "1,2", True),
+        (r"so \boxed{1}; in all \boxed{1,2}", "1,2", True),
+        (r"\boxed{1} and \boxed{3}", "1,2", False),
+        (r"The first is \boxed{1}. The second is \boxed{3}.", "1,2", False),
+        (r"\boxed{1} and \boxed{2}", "1,2,3", False),
+        # Two answers where there is one are no answer.
+        (r"\boxed{1} and \boxed{2}", "2", False),
+        (r"\boxed{5}, so \boxed{5}", "5", True),
+        (r"\boxed{5} \boxed{5}", "5", True),
+    ],
+)
+def test_math_in_several_boxes(completion: str, answer: str, right: bool) -> None:
+    assert math(completion, answer) is right
+
+
+def test_a_text_that_repeats_itself_is_read_in_its_time() -> None:
+    assert math(r"\boxed{" * 3000 + r"\boxed{5}", "5")
+    assert math(r"\boxed{4} and " * 3000 + r"so \boxed{5}", "5")
+    assert not math(r"\boxed{5}" + " " * 5000 + r"\boxed{4}", "5")
+
+
+# -- reasoning models ------------------------------------------------------------------------------
+
+#: what a model writes around 5, its thought, and 6, its answer; None: it has given none
+THOUGHTS = {
+    "<think>5</think> The answer is 6": "6",
+    "5</think>\n\nThe answer is 6": "6",  # the prompt has opened it
+    "<think>\n\n</think>\n\nThe answer is 6": "6",
+    "<think>5</think>No.<think>5</think>The answer is 6": "6",
+    "<think>5</think><answer>6</answer>": "6",
+    "<think><answer>5</answer></think><answer>5</answer><answer> 6 </answer> not 5": "6",
+    "The answer is 6": "6",
+    "<think>5": None,
+    "The answer is 6 <think>The answer is 5": None,
+    "<think>5</think>": None,
+    "<think>5</think> <think>The answer is 5": None,
+}
+
+
+def in_words(grader: str, text: str) -> str:
+    """The same, in the way in which a grader wants an answer."""
+    answers = {"exact": "#{}", "math": r"\boxed{{{}}}", "regex": "answer: {}"}
+    for number in "56":
+        text = text.replace(number, answers[grader].format(number))
+    return text.replace("The answer is ", "")
+
+
+@pytest.mark.parametrize("grader", ["exact", "math", "regex"])
+@pytest.mark.parametrize(("text", "given"), THOUGHTS.items())
+@pytest.mark.parametrize("tags", [None, ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷")])
+def test_thoughts_are_not_graded(
+    grader: str, text: str, given: str | None, tags: tuple[str, str] | None
+) -> None:
+    task: dict[str, Any] = {"grader": grader, "pattern": r"answer: (\d)"}
+    text = in_words(grader, text)
+    if tags is not None:
+        task["thought_tags"] = [tags]
+        text = text.replace("<think>", tags[0]).replace("</think>", tags[1])
+    grade = make_grader(TaskSection(**task))
+    assert [grade(text, problem(answer)) for answer in "56"] == [given == "5", given == "6"]
+    read = make_answer_reader(TaskSection(**task))
+    assert read is not None
+    assert read(text, problem("7")) == given
+
+
+def test_thoughts_in_math() -> None:
+    text = r"<think>\boxed{5}</think> The answer is 6"
+    assert [math(text, answer) for answer in "56"] == [False, True]
+    assert not math(r"<think>so it is \boxed{5}", "5")
+    assert [math("<think>(A)</think>The answer is B", one) for one in "AB"] == [False, True]
+
+
+def test_without_tags_all_of_a_text_counts() -> None:
+    task = TaskSection(grader="math", thought_tags=[], answer_tags=[])
+    assert make_grader(task)(r"<think>\boxed{5}", problem("5")) == 1.0
+
+
 def test_math_knows_gsm8ks_own_answers() -> None:
     rows = (Path(__file__).parents[2] / "data" / "gsm8k_excerpt.jsonl").read_text().splitlines()
     answers = [json.loads(row)["answer"] for row in rows]
@@ -286,6 +375,14 @@ def test_a_users_function(function: str, scores: tuple[float, float]) -> None:
     given = problem("18", worth=0.25)
     assert (grade("18", given), grade("17", given)) == scores
     assert type(grade("18", given)) is float
+
+
+def test_an_asynchronous_one_keeps_its_loop() -> None:
+    """A client that it keeps from grade to grade belongs to the loop that it was first used on."""
+    for function in ("with_a_client", "by_a_future"):
+        grade = make_grader(TaskSection(grader=f"tests.helpers.user_graders:{function}"))
+        given = [grade(text, problem("18")) for text in ("18", "17", "18", "18")]
+        assert given == [1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("function", ["none", "two", "nan"])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import pickle
 import random
 import socket
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from espo_rl.config import TaskSection
@@ -199,6 +204,84 @@ def test_every_kind_of_file(tmp_path: Path, ending: str) -> None:
     assert {(p.prompt, p.answer) for p in first(task, 9)} == {
         (f"{i}, {i}", f"{i}") for i in range(9)
     }
+
+
+#: answers beside one another that a data frame would change, as they are written
+WRITTEN = {
+    "integers beside floats": ["15", "2.5", "-3", "1.50", "0.10"],
+    "large ones": ["1" + "0" * 30, "-9223372036854775809", "18446744073709551616", "7"],
+    "large ones beside floats": ["12345678901234567", "0.5", "9007199254740993"],
+    "very large ones": ["1" * 5000, "2"],
+    "many digits": ["3.14159265358979323846264338327950288", "1e400", "1E3", "-0.0"],
+    "truth": ["true", "false", "1", "0.5"],
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz", "folder"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_answers_stay_as_they_are_written(
+    tmp_path: Path, name: str, nested: bool, ending: str
+) -> None:
+    answers = {f"q{i}": answer for i, answer in enumerate(WRITTEN[name])}
+    answers["a text"] = "007"
+    cells = [*WRITTEN[name], '"007"']
+    rows = [
+        f'{{"problem": "{asked}", "a": ' + (f'{{"b": {cell}}}}}' if nested else f"{cell}}}")
+        for asked, cell in zip(answers, cells, strict=True)
+    ]
+    path = tmp_path / ("train.jsonl" if ending == "folder" else f"data.{ending}")
+    text = "[" + ",\n ".join(rows) + "]\n" if ending == "json" else "\n".join(rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    task = task_of(
+        train=str(tmp_path if ending == "folder" else path),
+        answer_column="a.b" if nested else "a",
+    )
+    problems = first(task, len(answers))
+    assert {p.prompt: p.answer for p in problems} == answers
+    for problem in problems:
+        assert pickle.loads(pickle.dumps(problem)) == problem
+        json.dumps(problem.extra)  # still a row of plain numbers
+
+
+@pytest.mark.parametrize("cell", ["NaN", "null", "Infinity", "[1]", '""'])
+def test_what_is_no_answer_is_refused(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"problem": "a", "answer": 1}}\n{{"problem": "b", "answer": {cell}}}\n')
+    with pytest.raises(TaskError, match=r"task\.answer_column.*row 2 "):
+        task_of(train=str(path))
+
+
+def test_a_column_that_only_some_rows_have(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "answer": 1, "hint": "x"}, {"problem": "b", "answer": "2"}]
+    task = task_of(train=write_rows(tmp_path / "data.jsonl", rows))
+    assert {p.prompt: p.extra["hint"] for p in first(task, 2)} == {"a": "x", "b": None}
+
+
+def test_numbers_of_a_table(tmp_path: Path) -> None:
+    """In Parquet a column has one type; whole numbers among others are whole again."""
+    columns = {
+        "floats": ([15.0, 2.5, -3.0], ["15", "2.5", "-3"]),
+        "integers": ([2**62 + 1, 7, -3], [str(2**62 + 1), "7", "-3"]),
+        "decimals": (
+            [Decimal("1.50"), Decimal("15.00"), Decimal(10**20)],
+            ["1.50", "15", "1" + "0" * 20],
+        ),
+        "truth": ([True, False, True], ["true", "false", "true"]),
+    }
+    table = pa.table({"problem": ["a", "b", "c"]} | {k: v for k, (v, _) in columns.items()})
+    pq.write_table(table, tmp_path / "data.parquet")
+    for name, (_, expected) in columns.items():
+        problems = first(task_of(train=str(tmp_path / "data.parquet"), answer_column=name), 3)
+        assert sorted((p.prompt, p.answer) for p in problems) == list(
+            zip("abc", expected, strict=True)
+        )
+
+
+def test_csv_cells_of_a_folder_are_taken_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("problem,answer\na,007\nb,15\nc,2.50\nd,NA\n")
+    problems = first(task_of(train=str(tmp_path)), 4)
+    assert {p.prompt: p.answer for p in problems} == {"a": "007", "b": "15", "c": "2.50", "d": "NA"}
 
 
 @pytest.mark.parametrize("cells", [{"1": "007", "2": "1.50"}, {"1": "NA", "2": "3", "x": "None"}])
