@@ -213,6 +213,8 @@ class Ppo(Section):
 
     learning_rate: Positive = 1e-6
     critic_learning_rate: Positive | None = None  # None: learning_rate
+    # Over so many training steps the rate grows from 1/n to all of it; the actor's first one is
+    # that after critic_only_steps
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: float = 0.0
     epochs: Count = 1
@@ -392,13 +394,17 @@ class Recipe(Section):
 
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, dotted; with both values."""
-    pairs = (
-        (f"{section}.{key}", (getattr(getattr(before, section), key, None), value))
-        for section in Recipe.model_fields
-        for key, value in getattr(now, section)
-    )
-    return {key: values for key, values in pairs if values[0] != values[1]}
+    """Keys whose values differ, dotted; with both values.
+
+    `before` may be of an older version: what it has no key for was as the default is.
+    """
+    pairs = {}
+    for section in Recipe.model_fields:
+        part, old = getattr(now, section), getattr(before, section, None)
+        for key, field in type(part).model_fields.items():
+            was = getattr(old, key, field.get_default(call_default_factory=True))
+            pairs[f"{section}.{key}"] = (was, getattr(part, key))
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

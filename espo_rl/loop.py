@@ -48,6 +48,14 @@ from espo_rl.types import Rollout
 DYNAMIC_ROUNDS = 3
 #: times that a failed rollout is asked for again
 RESAMPLES = 2
+#: keys on which all that was learnt about stopping depends, and those that shape a batch
+LEARNS_ANEW = (
+    "stopping.",
+    "ppo.right_reward",
+    "ppo.wrong_reward",
+    "servers.logprobs_mode",
+)
+OF_A_BATCH = ("rollout.", "stopping.", "ppo.", "task.", "servers.logprobs_mode")
 
 
 class Interrupted(Exception):
@@ -416,34 +424,33 @@ class Loop:
         }
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint: same data order, same gate, same optimizers.
+        """Go on from a checkpoint: same data order, same gate, same optimizers. The recipe's
+        settings hold from now on; `resumption` says which must not have changed.
 
         Raises:
             CheckpointError: it cannot be read.
-            RecipeError: its problems come in another order.
         """
         state = CheckpointStore.load(checkpoint, self.trainer.load)
         changes = differences(state["recipe"], self.recipe)
-        # What decides which problem comes next; "where it stopped" means nothing without.
-        fixed = [
-            key
-            for key in changes
-            if key == "run.seed" or (key.startswith("task.") and "grader" not in key)
-        ]
-        if fixed:
-            raise RecipeError(
-                f"{checkpoint} was written with another {', '.join(fixed)}; give the same, or "
-                "another run.output to start anew"
-            )
         self.step, self.drawn, self.batch = state["step"], state["drawn"], state["batch"]
         self.summary = state["summary"]
         self.summary.recipe = self.recipe
-        if not any(key.startswith("stopping.") for key in changes):
+        learns_anew = any(key.startswith(LEARNS_ANEW) for key in changes)
+        if not learns_anew:
             self.stopping = state["stopping"]
+            self.stopping.warmup.extend(self.recipe.run.steps)
+        if self.batch is not None and any(key.startswith(OF_A_BATCH) for key in changes):
+            # Sampled ahead under the old settings: it is drawn again, the same problems.
+            self.drawn -= self.batch.problems
+            self.batch = None
         self.log.start = self.step
         for _ in islice(self.problems, self.drawn):
             pass
         self.log.say(f"resumed from {checkpoint} after step {self.step}")
+        newest = self.checkpoints.newest()
+        if newest is not None and checkpoint.resolve() < newest.resolve():
+            self.log.say(f"what {self.recipe.run.output} holds of later steps is dropped")
         for key, (before, now) in changes.items():
-            note = "; its warm-up begins anew" if key.startswith("stopping.") else ""
-            self.log.say(f"changed since: {key} = {now!r}, was {before!r}{note}")
+            self.log.say(f"changed since: {key} = {now!r}, was {before!r}")
+        if learns_anew:
+            self.log.say("the stop rule's warm-up begins anew")

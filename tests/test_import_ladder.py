@@ -31,7 +31,7 @@ LADDERS = {
     "espo_rl": (
         ("run",),
         ("train",),
-        ("loop", "collect"),
+        ("loop", "collect", "resumption"),
         ("evaluate", "replay", "report", "pretrain_critic", "base_model"),
         ("record", "servers"),
         ("dry_run", "ppo", "checkpoints"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from espo_rl.base_model.slips import BELIEF, Kind
+from espo_rl.record.output import OutputError
 from espo_rl.tasks.arithmetic import Arithmetic
 
 
@@ -32,6 +33,9 @@ def main() -> None:
         default="sampled",
         help="slips on any sum, or always the same ones on a few (default: %(default)s)",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a base model of other settings in --out"
+    )
     task = Arithmetic()
     parser.add_argument(
         "--min-steps", type=int, default=task.min_steps, help="of a problem (default: %(default)s)"
@@ -46,7 +50,10 @@ def main() -> None:
         parser.error(f"--error must lie in 0 to {BELIEF}")
     from espo_rl.base_model.train import train_base_model
 
-    train_base_model(options.pop("out"), **options)
+    try:
+        train_base_model(options.pop("out"), **options)
+    except OutputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

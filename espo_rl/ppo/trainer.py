@@ -115,8 +115,10 @@ class PpoTrainer:
         metrics = prepare(samples, self._forward(samples), ppo)
         trains_actor = self.updates >= ppo.critic_only_steps
         if trains_actor:
+            self.actor.begin(self.updates - ppo.critic_only_steps + 1)
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
+            self.critic.begin(self.updates + 1)
             metrics["critic_learning_rate"] = self.critic.learning_rate
         sums: Metrics = defaultdict(float)
         parts = min(ppo.minibatches, len(samples))

@@ -45,6 +45,7 @@ from espo_gateway.traces.judge import (
 from espo_gateway.traces.reader import Known, TraceError, Traces, read_outcomes, read_traces
 from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
 from espo_rl.record.json_files import write_json
+from espo_rl.record.output import OutputError, check_own, entries, json_with
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.replay.plot import draw
@@ -201,6 +202,15 @@ def _of_bin(
     return said
 
 
+def check_output(folder: Path) -> None:
+    """Raise OutputError where `write` would replace what no replay wrote."""
+    entries(folder, "--output")
+    ours = folder / "replay.json"
+    check_own(ours, "--output", "result of a replay", json_with("rules", "bound"))
+    for name in ("curves.csv", "replay.png"):
+        check_own(folder / name, "--output", "result of a replay", lambda _: ours.exists())
+
+
 def write(
     folder: Path, content: Mapping[str, Any], curves: Mapping[str, Curve], done: Replayed
 ) -> None:
@@ -276,6 +286,7 @@ def learnt_from(options: argparse.Namespace, source: Source, known: Known | None
 def run(options: argparse.Namespace) -> None:
     """The command."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    check_output(options.output)
     known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
     source = Source(options.rollouts, options.outcome, known)
     warnings = source.warnings()
@@ -342,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         run(options)
-    except (CalibrationError, TraceError, ImportError, OSError) as error:
+    except (CalibrationError, OutputError, TraceError, ImportError, OSError) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     return 0
