@@ -42,7 +42,7 @@ from espo_rl.tasks.graders import make_answer_reader
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import score
 from espo_rl.tasks.task import Task
-from espo_rl.types import Rollout
+from espo_rl.types import Rollout, first_seed
 
 #: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
 DYNAMIC_ROUNDS = 3
@@ -89,8 +89,10 @@ class Loop:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
             self.trainer = PpoTrainer(recipe)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
+        except ValueError as error:
+            raise RecipeError(f"model or optimizer cannot be set up: {error}") from error
         self.stepping = False
         self.interrupted = asyncio.Event()
         self.trainer_free = asyncio.Lock()
@@ -216,7 +218,7 @@ class Loop:
         # Seeds follow from run, step and place: a resumed step asks for the same completions.
         batch = Batch(
             step,
-            first_seed=(seed * 1_000_003 + step - 1) * 65_536,
+            first_seed=first_seed(seed, step - 1),
             gate=self.stopping.gate(self.served.version),
             reason=self.stopping.reason,
         )

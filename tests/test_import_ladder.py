@@ -37,6 +37,7 @@ LADDERS = {
         ("dry_run", "ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),
         ("config", "types"),
+        ("unused",),
     ),
 }
 ASIDE = {"espo_gateway.testing"}

@@ -46,6 +46,10 @@ def main() -> None:
     options = vars(parser.parse_args())
     if not 1 <= options["min_steps"] <= options["max_steps"] <= 26:
         parser.error("--min-steps and --max-steps must lie in 1 to 26, the lesser first")
+    if not 1 <= options["steps"] < 2**31:
+        parser.error("--steps must be at least 1")
+    if not 0 <= options["seed"] < 2**63:
+        parser.error("--seed must lie in 0 to 2^63 - 1")
     if not 0.0 <= options["error"] <= BELIEF:
         parser.error(f"--error must lie in 0 to {BELIEF}")
     from espo_rl.base_model.train import train_base_model

@@ -337,11 +337,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
     )
     add_bound(parser)
-    add("--folds", type=int, default=5, help="of the cross-fitting (default: %(default)s)")
+    add("--folds", type=int, help="of the cross-fitting (default: 5)")
     add("--bootstrap", type=int, default=400, help="resamplings (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if not options.critic_worth[0] < options.critic_worth[1]:
-        parser.error("--critic-worth must be two numbers, the lesser first")
+    wrong, right = options.critic_worth
+    if not (wrong < right and math.isfinite(right - wrong)):
+        parser.error("--critic-worth must be two finite numbers, the lesser first")
+    if options.fit_on is not None and options.folds is not None:
+        parser.error("--folds has no effect with --fit-on: nothing is fitted here; leave it out")
+    options.folds = 5 if options.folds is None else options.folds
     for name, least in (("folds", 2), ("bootstrap", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}")
