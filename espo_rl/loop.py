@@ -35,7 +35,7 @@ from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import open_fleet
-from espo_rl.servers.served_models import ServedModels
+from espo_rl.servers.served_models import PROOF_ROLLOUTS, ServedModels
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
@@ -114,6 +114,7 @@ class Loop:
                 await self.start(stack)
                 # The server holds the base model; after a resume that is not the policy.
                 await self.served.attempt(self.served.sync)
+                await self.served.attempt(self.prove_sampling)
             await self.evaluate_policy("before")
             self.stepping = True
             while self.step < recipe.run.steps:
@@ -159,11 +160,16 @@ class Loop:
                 on_restart=self.summary.count_restart,
             )
         )
-        prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
+        self.prompter = Prompter(self.tokenizer, recipe.task.chat, recipe.task.system)
         self.collector = await enter(
-            Collector(self.fleet.gateway_url, self.fleet.model, prompter, recipe.rollout)
+            Collector(self.fleet.gateway_url, self.fleet.model, self.prompter, recipe.rollout)
         )
         await enter(self.grader)
+
+    async def prove_sampling(self) -> None:
+        """Prove that what is sampled is the trainer's policy."""
+        problems = self.task.held_out(PROOF_ROLLOUTS)
+        await self.served.prove_sampling(problems, self.prompter)
 
     async def train_step(self) -> None:
         """One step: collect and score, estimate and update, sync, log."""

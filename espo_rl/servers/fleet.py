@@ -216,8 +216,6 @@ def make_fleet(
                 "policy server" if config.policy_servers == 1 else f"policy server {number}",
                 config.policy_gpus[number] if config.policy_gpus else None,
                 model_path,
-                # Samples of the policy itself: no top-k, top-p or penalty that its checkpoint names
-                *("--generation-config", "vllm"),
                 *("--logprobs-mode", config.logprobs_mode),
                 *("--max-num-seqs", str(min(recipe.rollout.concurrency, MOST_SEQUENCES))),
                 *config.vllm_args,
