@@ -424,6 +424,7 @@ class Loop:
         """What a resumed run needs beside the models."""
         return {
             "recipe": self.recipe,
+            "ranks": self.trainer.ranks.size,
             "step": self.step,
             "drawn": self.drawn,
             "batch": self.batch,

@@ -7,7 +7,9 @@ or a server started, and nothing is deleted here.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from espo_rl.checkpoints import CheckpointStore
 from espo_rl.config import Recipe, RecipeError, differences
@@ -95,9 +97,25 @@ def starting_point(recipe: Recipe, resume: str | None, *, overwrite: bool) -> Pa
     except OutputError as error:
         raise RecipeError(str(error)) from error
     if checkpoint is not None:
-        before = CheckpointStore.read(checkpoint)["recipe"]
-        check_changes(before, recipe, checkpoint)
+        state = CheckpointStore.read(checkpoint)
+        check_changes(state["recipe"], recipe, checkpoint)
+        _check_place(state, recipe, checkpoint)
     return checkpoint
+
+
+def _check_place(state: dict[str, Any], recipe: Recipe, checkpoint: Path) -> None:
+    """Refuse what the checkpoint itself does not allow, whatever the recipe was."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.deepspeed.zero_stage and (before := state.get("ranks", ranks)) != ranks:
+        raise RecipeError(
+            f"{checkpoint} was written by {before} rank(s), which share the optimizer's state, and "
+            f"these are {ranks}: start as many"
+        )
+    if state.get("step", 0) > recipe.run.steps:
+        raise RecipeError(
+            f"run.steps = {recipe.run.steps}, but {checkpoint} is of step {state['step']}: give "
+            "more, or resume from an earlier checkpoint"
+        )
 
 
 def _fix(output: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from espo_gateway.stop.rules import BETA, P_STAR, threshold_of
+from espo_gateway.stop.rules import BETA, P_STAR, threshold_of, value_source
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,18 @@ IDLE = (
         "false_positives",
         lambda stopping: stopping.false_positives is not None,
         "no stopping.false_positives, which stands in its place",
+    ),
+    _of_rule(
+        "epsilon",
+        "rule",
+        lambda stopping: stopping.rule != "value-gated",
+        "a rule that multiplies β with V: value-gated",
+    ),
+    _of_rule(
+        "constant",
+        "rule value",
+        lambda stopping: value_source(stopping.rule, stopping.value) != "constant",
+        'stopping.value = "constant" with a rule that reads it',
     ),
     _of_rule(
         "warmup_batches",

@@ -130,6 +130,8 @@ IDLE = [
     (["stopping.threshold=fixed", "stopping.evidence=3"], "stopping.evidence"),
     (["stopping.rule=random", "stopping.confidence=0.8"], "stopping.confidence"),
     (["stopping.false_positives=0.1", "stopping.right_lost=0.1"], "stopping.right_lost"),
+    (["stopping.epsilon=0.3"], "stopping.epsilon"),
+    (["stopping.rule=value-gated", "stopping.constant=0.3"], "stopping.constant"),
     (["stopping.warmup=none", "stopping.warmup_batches=9"], "stopping.warmup_batches"),
     (["stopping.warmup_share=0.5"], "stopping.warmup_share"),
     (["stopping.warmup_explained=0.5"], "stopping.warmup_explained"),

@@ -63,7 +63,7 @@ def other_models(output: Path) -> None:
     (output / "actor" / "model.safetensors").touch()
 
 
-REFUSED: list[tuple[Callable[[Path], None], str | None, bool, tuple[str, ...]]] = [
+REFUSED: list[tuple[Callable[[Path], object], str | None, bool, tuple[str, ...]]] = [
     (lambda o: run_there(o, steps=7, checkpoints=(5,)), None, False, ("--resume", "--overwrite")),
     (run_there, None, False, ("--resume", "--overwrite")),  # it had only just begun
     (finished, None, False, ("--resume", "--overwrite")),
@@ -83,7 +83,7 @@ REFUSED: list[tuple[Callable[[Path], None], str | None, bool, tuple[str, ...]]] 
 @pytest.mark.parametrize(("there", "resume", "overwrite", "said"), REFUSED)
 def test_an_occupied_folder_is_refused_and_left_as_it_is(
     tmp_path: Path,
-    there: Callable[[Path], None],
+    there: Callable[[Path], object],
     resume: str | None,
     overwrite: bool,
     said: tuple[str, ...],
@@ -105,7 +105,7 @@ def test_steps_that_no_checkpoint_holds_are_not_thrown_away(tmp_path: Path, ever
         starting_point(recipe_with(tmp_path, f"checkpoints.every={every}"), "auto", overwrite=False)
 
 
-ALLOWED: list[tuple[Callable[[Path], None], str | None, bool, str | None]] = [
+ALLOWED: list[tuple[Callable[[Path], object], str | None, bool, str | None]] = [
     (lambda o: None, None, False, None),
     (lambda o: o.mkdir(), None, False, None),
     (lambda o: None, "auto", False, None),
@@ -121,7 +121,7 @@ ALLOWED: list[tuple[Callable[[Path], None], str | None, bool, str | None]] = [
 @pytest.mark.parametrize(("there", "resume", "overwrite", "name"), ALLOWED)
 def test_what_says_what_to_do_goes_on(
     tmp_path: Path,
-    there: Callable[[Path], None],
+    there: Callable[[Path], object],
     resume: str | None,
     overwrite: bool,
     name: str | None,
@@ -238,6 +238,21 @@ def test_a_critic_that_was_not_trained_is_refused(tmp_path: Path) -> None:
     assert starting_point(recipe_with(output, group), "auto", overwrite=False)
     with pytest.raises(RecipeError, match=r"ppo\.advantage = 'gae': it needs a critic"):
         starting_point(recipe_with(output), "auto", overwrite=False)
+
+
+def test_a_checkpoint_has_its_ranks_and_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = recipe_with(tmp_path, "deepspeed.zero_stage=2")
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(5, {"recipe": sharded, "ranks": 2, "step": 5}, lambda folder: None)
+    with pytest.raises(RecipeError, match="written by 2 rank"):
+        starting_point(sharded, "auto", overwrite=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert starting_point(sharded, "auto", overwrite=False)
+    shorter = recipe_with(tmp_path, "deepspeed.zero_stage=2", "run.steps=4")
+    with pytest.raises(RecipeError, match=r"run\.steps = 4, but .* is of step 5"):
+        starting_point(shorter, "auto", overwrite=False)
 
 
 def test_an_older_recipe_had_the_default_of_what_it_does_not_know(tmp_path: Path) -> None:
