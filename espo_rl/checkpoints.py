@@ -61,6 +61,11 @@ class CheckpointStore:
         return final
 
     @staticmethod
+    def read(checkpoint: Path) -> Any:
+        """The loop's state alone, without the models; raises as `load` does."""
+        return CheckpointStore.load(checkpoint, lambda folder: None)
+
+    @staticmethod
     def load(checkpoint: Path, load_models: Callable[[Path], None]) -> Any:
         """Read a checkpoint: the models in place, the loop's state returned.
 

@@ -13,16 +13,21 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from espo_gateway.stop.rules import RuleName, ValueName, value_source
 from espo_gateway.stop.threshold_control import Bound
 from espo_gateway.stop.told import ASKED, SourceName
+from espo_rl.unused import unused
 
-Positive = Annotated[float, Field(gt=0)]
+# Bounds are those of what takes the numbers: float32, Parquet's 32-bit columns, vLLM's requests,
+# timers. Infinities and NaN are none anywhere.
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 Tag = Annotated[str, Field(min_length=1)]
 
 #: what the chat template is always called with
@@ -35,6 +40,16 @@ CHAT_TEMPLATE_OWN = {
     "return_tensors",
     "continue_final_message",
 }
+Between = Annotated[float, Field(ge=1e-6, le=1 - 1e-6)]  # a share that is neither 0 nor 1
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Some = Annotated[int, Field(ge=1, le=65_536)]  # what is asked, or started, at once
+Processes = Annotated[int, Field(ge=1, le=1024)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+#: vLLM takes no higher one, and in silence makes 0.01 of what is lower
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
+Temperature = Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)]
+Steps = Annotated[int, Field(ge=1, le=26)]  # of an arithmetic problem: it names them by letters
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -43,16 +58,41 @@ class RecipeError(ValueError):
     """The recipe cannot be read or does not hold; the message names the key and the fix."""
 
 
+def _server_url(url: str) -> str:
+    """Refuse what no server can be reached at."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{url!r}: {error}; a port lies in 1 to 65535") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(f"{url!r} must be written as http://host:port, with a port of 1 to 65535")
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise ValueError(f"{url!r}: leave out /v1")
+    return url
+
+
+def _greedy_or_not(temperature: float) -> float:
+    if temperature and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise ValueError(
+            f"must be 0, which is greedy, or lie in {LOWEST_TEMPERATURE} to {HIGHEST_TEMPERATURE}"
+        )
+    return temperature
+
+
+ServerUrl = Annotated[str, AfterValidator(_server_url)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
     """Where the run writes, how long it goes, what it draws from."""
 
     output: Path = Path("runs/run")
-    steps: Count = 100
-    seed: int = 0
+    steps: Annotated[int, Field(ge=1, le=99_999_999)] = 100  # files are named by eight digits
+    seed: Seed = 0
 
 
 class Model(Section):
@@ -70,10 +110,10 @@ class TaskSection(Section):
 
     kind: str = "arithmetic"  # or "dataset", "reasoning-gym": a name in tasks/kinds.py
     # arithmetic
-    min_steps: Count = 2
-    max_steps: Annotated[int, Field(ge=1, le=26)] = 24
+    min_steps: Steps = 2
+    max_steps: Steps = 24
     # One of these numbers of steps instead; list one twice, and it comes twice as often
-    steps: Annotated[list[Annotated[int, Field(ge=1, le=26)]], Field(min_length=1)] | None = None
+    steps: Annotated[list[Steps], Field(min_length=1)] | None = None
     # dataset: a JSONL, JSON, Parquet or CSV file, a folder, or a name on the Hugging Face hub
     train: str | None = None
     eval: str | None = None  # without one, a tenth of the training problems is held out
@@ -105,8 +145,8 @@ class TaskSection(Section):
     # one that is open has no answer. Of a text with answer tags only the last such answer counts
     thought_tags: list[tuple[Tag, Tag]] = [("<think>", "</think>")]
     answer_tags: list[tuple[Tag, Tag]] = [("<answer>", "</answer>")]
-    grader_workers: Count = 2
-    grader_timeout: Positive = 10.0
+    grader_workers: Processes = 2
+    grader_timeout: Seconds = 10.0
 
     @model_validator(mode="after")
     def _needs(self) -> TaskSection:
@@ -134,19 +174,28 @@ class TaskSection(Section):
             raise ValueError(f"chat_template_kwargs must leave {', '.join(sorted(fixed))} as it is")
         if "{problem}" not in self.template:
             raise ValueError("template must hold {problem}")
+        if self.system and not self.chat:
+            raise ValueError(
+                "system has no effect with chat = false: leave it out, say it in template, or set "
+                "chat = true"
+            )
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"min_steps = {self.min_steps} must not be above max_steps = {self.max_steps}"
+            )
         return self
 
 
 class RolloutSection(Section):
     """How completions are sampled."""
 
-    prompts_per_step: Count = 16
-    n: Count = 8
-    temperature: Positive = 1.0
+    prompts_per_step: Some = 16
+    n: Some = 8
+    temperature: Temperature = 1.0
     max_tokens: Count = 1024
-    concurrency: Count = 64
-    timeout: Positive = 600.0
-    retries: Count = 5
+    concurrency: Some = 64
+    timeout: Seconds = 600.0
+    retries: Some = 5
     # 1: the next batch is generated while this one trains
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     # DAPO: drop prompts whose rollouts all got the same reward, and sample others in their stead
@@ -166,33 +215,33 @@ class Stopping(Section):
     # "fixed", and where "share" starts; None: 7.0 (the paper's) and 0.05, but "share" starts at
     # the quantile when there is a warm-up
     beta: Positive | None = None
-    p_star: Annotated[float, Field(gt=0, lt=1)] | None = None
+    p_star: Between | None = None
     epsilon: Positive = 0.2
-    constant: float = 1.0
+    constant: Number = 1.0
     min_tokens: Count = 4
     # What a stopped rollout is worth; None: ppo.wrong_reward. A lower one makes an answer that is
     # wrong but finished the better of two failures, in a group the one that is learnt
-    failure_reward: float | None = None
+    failure_reward: Number | None = None
     # Generated to the end though stopped. Of each prompt's rollouts it is one at least, where there
     # are 4 or more, so that none is left without a finished one
     audit_share: Share = 0.1
     # threshold = "audit": of the right rollouts at most this share is stopped, with this
     # confidence, judged on the outcomes of the last `evidence` batches. With false_positives (the
     # paper's figure) in its place: of the stopped ones at most that share would have been right
-    right_lost: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    false_positives: Annotated[float, Field(gt=0, lt=1)] | None = None
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    right_lost: Between = 0.05
+    false_positives: Between | None = None
+    confidence: Between = 0.9
     evidence: Count = 20
     # Batch statistics and z
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
     clip: Positive = 10.0
     # threshold = "share" or "quantile" (paper: share 0.25, step 0.1)
-    target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    target_share: Between = 0.25
     beta_step: Positive = 0.1  # of β, or of log p*/(1 - p*)
     beta_min: Positive = 0.5
     beta_max: Positive = 20.0
-    p_star_max: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    p_star_max: Between = 0.5
     # Warm-up. "critic-loss" is the paper's rule: below warmup_loss three times, or moved by less
     # than warmup_change, or forced on after warmup_share of all steps
     warmup: Literal["none", "batches", "critic-loss", "explained-variance"] = "batches"
@@ -261,12 +310,14 @@ class Ppo(Section):
 
     learning_rate: Positive = 1e-6
     critic_learning_rate: Positive | None = None  # None: learning_rate
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: float = 0.0
+    # Over so many training steps the rate grows from 1/n to all of it; the actor's first one is
+    # that after critic_only_steps
+    lr_warmup_steps: Whole = 0
+    weight_decay: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     epochs: Count = 1
     minibatches: Count = 2
     micro_batch_tokens: Count = 16384  # padded tokens in one forward pass
-    critic_only_steps: Annotated[int, Field(ge=0)] = 0  # at the start, the actor stands still
+    critic_only_steps: Whole = 0  # at the start, the actor stands still
     max_grad_norm: Positive = 1.0
     # Advantages: with a critic (GAE), or against the other rollouts of the prompt (GRPO)
     advantage: Literal["gae", "group"] = "gae"
@@ -281,18 +332,18 @@ class Ppo(Section):
     value_clip: Positive | None = None
     # The mean over a minibatch's tokens, or over each rollout's and then over rollouts
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
-    entropy_bonus: float = 0.0
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0  # to model.reference
+    entropy_bonus: Number = 0.0
+    kl_coefficient: Annotated[float, Field(ge=0, le=1e9)] = 0.0  # to model.reference
     kl_place: Literal["loss", "reward"] = "loss"  # reward: of each token
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     # The server's logprobs against the trainer's: each token's policy loss is weighted by
     # min(π_trainer/π_server, cap)
     importance_cap: Positive | None = None
     # Rewards
-    right_reward: float = 1.0
-    wrong_reward: float = -1.0
+    right_reward: Number = 1.0
+    wrong_reward: Number = -1.0
     # DAPO's soft overlong penalty: grows to 1 over so many tokens before max_tokens
-    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    overlong_buffer: Whole = 0
 
     @property
     def kl_in_reward(self) -> bool:
@@ -309,6 +360,16 @@ class Ppo(Section):
         return self
 
 
+#: What DeepSpeed's config names too, and where the recipe says it
+_OF_THE_RECIPE = {
+    "optimizer.params.lr": "ppo.learning_rate",
+    "optimizer.params.weight_decay": "ppo.weight_decay",
+    "gradient_clipping": "ppo.max_grad_norm",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "bf16.enabled": "model.dtype",
+}
+
+
 class DeepSpeed(Section):
     """DeepSpeed's own settings; `extra` is laid over its JSON config, section by section."""
 
@@ -317,6 +378,16 @@ class DeepSpeed(Section):
     # there, but compiled on first use: extra.optimizer.params.torch_adam = false
     offload: Literal["none", "optimizer", "all"] = "none"
     extra: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> DeepSpeed:
+        for path, key in _OF_THE_RECIPE.items():
+            part: Any = self.extra
+            for name in path.split("."):
+                part = part.get(name) if isinstance(part, dict) else None
+            if part is not None:
+                raise ValueError(f"extra.{path} has no effect: set {key}")
+        return self
 
     @model_validator(mode="after")
     def _offload(self) -> DeepSpeed:
@@ -335,9 +406,9 @@ class DeepSpeed(Section):
 class Servers(Section):
     """Policy servers, critic server, gateway. What is given by URL is not started, but used."""
 
-    policy_servers: Count = 1  # how many vLLM servers to start
-    policy_urls: list[str] = []
-    critic_url: str | None = None
+    policy_servers: Processes = 1  # how many vLLM servers to start
+    policy_urls: list[ServerUrl] = []
+    critic_url: ServerUrl | None = None
     # CUDA_VISIBLE_DEVICES of what is started: one entry for each policy server, such as ["0,1"].
     # Give the trainer's ranks other ones (deepspeed --include localhost:2,3).
     policy_gpus: list[str] = []
@@ -348,9 +419,9 @@ class Servers(Section):
     vllm_args: list[str] = []
     critic_vllm_args: list[str] = []
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
-    start_timeout: Positive = 600.0
-    hang_timeout: Positive = 120.0  # a server that makes no token for so long is restarted
-    restarts: Annotated[int, Field(ge=0)] = 3  # of one server in a row, then the run gives up
+    start_timeout: Seconds = 600.0
+    hang_timeout: Seconds = 120.0  # a server that makes no token for so long is restarted
+    restarts: Whole = 3  # of one server in a row, then the run gives up
     parity_tolerance: Positive = 1e-3  # max |Δ logprob|; about 0.3 in bfloat16
 
     @model_validator(mode="after")
@@ -360,23 +431,25 @@ class Servers(Section):
                 f"policy_gpus has {len(self.policy_gpus)} entries for policy_servers = "
                 f"{self.policy_servers}; give one to each"
             )
+        if len({url.rstrip("/") for url in self.policy_urls}) < len(self.policy_urls):
+            raise ValueError("policy_urls names a server twice; name each once")
         return self
 
 
 class Evaluation(Section):
     """Accuracy on held-out problems, sampled; before training, every N steps, and at the end."""
 
-    problems: Count = 256
-    samples: Count = 1
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    every: Annotated[int, Field(ge=0)] = 0
+    problems: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    samples: Some = 1
+    temperature: Annotated[float, AfterValidator(_greedy_or_not)] = 1.0
+    every: Whole = 0
     greedy: bool = False  # before and after training, at temperature 0 too
 
 
 class Checkpoints(Section):
     """Written every N steps and at the end; the newest `keep` stay."""
 
-    every: Annotated[int, Field(ge=0)] = 20
+    every: Whole = 20
     keep: Count = 2
 
 
@@ -432,6 +505,20 @@ class Recipe(Section):
             )
         if self.ppo.advantage == "group" and self.rollout.n < 2:
             raise ValueError("ppo.advantage = 'group' needs rollout.n of at least 2")
+        if self.rollout.dynamic_sampling and self.rollout.n < 2:
+            raise ValueError(
+                "rollout.dynamic_sampling compares the rollouts of a prompt: set rollout.n to at "
+                "least 2, or leave it out"
+            )
+        if self.ppo.overlong_buffer > self.rollout.max_tokens:
+            raise ValueError(
+                f"ppo.overlong_buffer = {self.ppo.overlong_buffer} must not be above "
+                f"rollout.max_tokens = {self.rollout.max_tokens}"
+            )
+        if self.ppo.lr_warmup_steps and "scheduler" in self.deepspeed.extra:
+            raise ValueError(
+                "ppo.lr_warmup_steps has no effect with deepspeed.extra.scheduler: leave one out"
+            )
         if (
             self.ppo.importance_cap is not None
             and self.rollout.temperature != 1.0
@@ -455,15 +542,17 @@ class Recipe(Section):
 
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, dotted; with both values."""
-    pairs = (
-        # One written before there was such a key had its default.
-        (f"{section}.{key}", (getattr(getattr(before, section), key, fields[key].default), value))
-        for section in Recipe.model_fields
-        for fields in [type(getattr(now, section)).model_fields]
-        for key, value in getattr(now, section)
-    )
-    return {key: values for key, values in pairs if values[0] != values[1]}
+    """Keys whose values differ, dotted; with both values.
+
+    `before` may be of an older version: what it has no key for was as the default is.
+    """
+    pairs = {}
+    for section in Recipe.model_fields:
+        part, old = getattr(now, section), getattr(before, section, None)
+        for key, field in type(part).model_fields.items():
+            was = getattr(old, key, field.get_default(call_default_factory=True))
+            pairs[f"{section}.{key}"] = (was, getattr(part, key))
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -485,15 +574,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"no recipe {path}: give a TOML file or one of: {shipped}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"recipe {file}: {error}") from error
-    for override in overrides:
-        _override(data, override)
+    places = {
+        f"{section}.{key}": 0
+        for section, keys in data.items()
+        for key in (keys if isinstance(keys, dict) else ())
+    }
+    for place, override in enumerate(overrides, 1):
+        key = _override(data, override)
+        places[".".join(key.split(".")[:2])] = place
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"recipe {file}:\n" + "\n".join(map(_explain, error.errors()))) from error
+    if idle := list(unused(recipe, places)):
+        raise RecipeError(f"recipe {file}:\n" + "\n".join(f"  {one}" for one in idle))
+    return recipe
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _override(data: dict[str, Any], override: str) -> str:
+    """Lay it over the data; its dotted key."""
     dotted, equals, text = override.partition("=")
     *sections, key = dotted.strip().split(".")
     if not equals or not sections:
@@ -507,6 +606,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise RecipeError(f"override {override!r}: {section} is not a section")
     data[key] = value
+    return ".".join([*sections, key])
 
 
 def _explain(error: Any) -> str:

@@ -36,19 +36,27 @@ from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.servers.fleet import open_fleet
-from espo_rl.servers.served_models import ServedModels
+from espo_rl.servers.served_models import PROOF_ROLLOUTS, ServedModels
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import score
 from espo_rl.tasks.task import Task
-from espo_rl.types import Rollout
+from espo_rl.types import Rollout, first_seed
 
 #: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
 DYNAMIC_ROUNDS = 3
 #: times that a failed rollout is asked for again
 RESAMPLES = 2
+#: keys on which all that was learnt about stopping depends, and those that shape a batch
+LEARNS_ANEW = (
+    "stopping.",
+    "ppo.right_reward",
+    "ppo.wrong_reward",
+    "servers.logprobs_mode",
+)
+OF_A_BATCH = ("rollout.", "stopping.", "ppo.", "task.", "servers.logprobs_mode")
 
 
 class Interrupted(Exception):
@@ -83,8 +91,10 @@ class Loop:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
             self.trainer = PpoTrainer(recipe)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise RecipeError(f"model.path or model.critic cannot be loaded: {error}") from error
+        except ValueError as error:
+            raise RecipeError(f"model or optimizer cannot be set up: {error}") from error
         self.stepping = False
         self.interrupted = asyncio.Event()
         self.trainer_free = asyncio.Lock()
@@ -106,6 +116,7 @@ class Loop:
                 await self.start(stack)
                 # The server holds the base model; after a resume that is not the policy.
                 await self.served.attempt(self.served.sync)
+                await self.served.attempt(self.prove_sampling)
             await self.evaluate_policy("before")
             self.stepping = True
             while self.step < recipe.run.steps:
@@ -151,16 +162,25 @@ class Loop:
                 on_restart=self.summary.count_restart,
             )
         )
-        prompter = Prompter.of(self.tokenizer, recipe.task)
+        self.prompter = Prompter.of(self.tokenizer, recipe.task)
         stopping, phrase = recipe.stopping, None
         if "probe" in stopping.sources:
             phrase = ProbePhrase(self.tokenizer, stopping.probe_phrase, stopping.probe_end)
         self.collector = await enter(
             Collector(
-                self.fleet.gateway_url, self.fleet.model, prompter, recipe.rollout, probe=phrase
+                self.fleet.gateway_url,
+                self.fleet.model,
+                self.prompter,
+                recipe.rollout,
+                probe=phrase,
             )
         )
         await enter(self.grader)
+
+    async def prove_sampling(self) -> None:
+        """Prove that what is sampled is the trainer's policy."""
+        problems = self.task.held_out(PROOF_ROLLOUTS)
+        await self.served.prove_sampling(problems, self.prompter)
 
     async def train_step(self) -> None:
         """One step: collect and score, estimate and update, sync, log."""
@@ -215,7 +235,7 @@ class Loop:
         # Seeds follow from run, step and place: a resumed step asks for the same completions.
         batch = Batch(
             step,
-            first_seed=(seed * 1_000_003 + step - 1) * 65_536,
+            first_seed=first_seed(seed, step - 1),
             gate=self.stopping.gate(self.served.version),
             reason=self.stopping.reason,
         )
@@ -417,6 +437,7 @@ class Loop:
         """What a resumed run needs beside the models."""
         return {
             "recipe": self.recipe,
+            "ranks": self.trainer.ranks.size,
             "step": self.step,
             "drawn": self.drawn,
             "batch": self.batch,
@@ -425,34 +446,33 @@ class Loop:
         }
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint: same data order, same gate, same optimizers.
+        """Go on from a checkpoint: same data order, same gate, same optimizers. The recipe's
+        settings hold from now on; `resumption` says which must not have changed.
 
         Raises:
             CheckpointError: it cannot be read.
-            RecipeError: its problems come in another order.
         """
         state = CheckpointStore.load(checkpoint, self.trainer.load)
         changes = differences(state["recipe"], self.recipe)
-        # What decides which problem comes next; "where it stopped" means nothing without.
-        fixed = [
-            key
-            for key in changes
-            if key == "run.seed" or (key.startswith("task.") and "grader" not in key)
-        ]
-        if fixed:
-            raise RecipeError(
-                f"{checkpoint} was written with another {', '.join(fixed)}; give the same, or "
-                "another run.output to start anew"
-            )
         self.step, self.drawn, self.batch = state["step"], state["drawn"], state["batch"]
         self.summary = state["summary"]
         self.summary.recipe = self.recipe
-        if not any(key.startswith("stopping.") for key in changes):
+        learns_anew = any(key.startswith(LEARNS_ANEW) for key in changes)
+        if not learns_anew:
             self.stopping = state["stopping"]
+            self.stopping.warmup.extend(self.recipe.run.steps)
+        if self.batch is not None and any(key.startswith(OF_A_BATCH) for key in changes):
+            # Sampled ahead under the old settings: it is drawn again, the same problems.
+            self.drawn -= self.batch.problems
+            self.batch = None
         self.log.start = self.step
         for _ in islice(self.problems, self.drawn):
             pass
         self.log.say(f"resumed from {checkpoint} after step {self.step}")
+        newest = self.checkpoints.newest()
+        if newest is not None and checkpoint.resolve() < newest.resolve():
+            self.log.say(f"what {self.recipe.run.output} holds of later steps is dropped")
         for key, (before, now) in changes.items():
-            note = "; its warm-up begins anew" if key.startswith("stopping.") else ""
-            self.log.say(f"changed since: {key} = {now!r}, was {before!r}{note}")
+            self.log.say(f"changed since: {key} = {now!r}, was {before!r}")
+        if learns_anew:
+            self.log.say("the stop rule's warm-up begins anew")

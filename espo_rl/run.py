@@ -4,7 +4,8 @@
     deepspeed --num_gpus 4 --module espo_rl.run espo-1.5b
 
 A run's folder holds the recipe, metrics.jsonl, TensorBoard events, rollouts, the servers' logs,
-checkpoints, the trained models and summary.json. Ctrl-C finishes the step, saves and ends; pressed
+checkpoints, the trained models and summary.json. One that is not empty is refused, unless --resume
+or --overwrite says what becomes of the run there. Ctrl-C finishes the step, saves and ends; pressed
 twice it ends at once. Exit codes: 0 done, 1 a fault, 2 a recipe or set-up that cannot work,
 130 interrupted.
 """
@@ -27,6 +28,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
         "--resume", metavar="auto|CHECKPOINT", help="auto: from the newest checkpoint, if any"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete an older run in run.output; with --resume auto only one without a checkpoint",
     )
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, start nothing")
     # The launchers pass it to every rank; the environment says the same.

@@ -7,7 +7,6 @@ import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
 
 import transformers
 
@@ -21,6 +20,8 @@ from espo_rl.loop import Interrupted, Loop
 from espo_rl.ppo.ranks import follow
 from espo_rl.ppo.trainer import PpoTrainer, UpdateError
 from espo_rl.record.log_errors import LogError
+from espo_rl.record.output import remove_run
+from espo_rl.resumption import starting_point
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.task import TaskError
 
@@ -45,7 +46,11 @@ def train(options: argparse.Namespace) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         if rank:
             return train_along(recipe)
-        plan = make_plan(recipe)
+        plan, checkpoint = make_plan(recipe), None
+        try:
+            checkpoint = starting_point(recipe, options.resume, overwrite=options.overwrite)
+        except (RecipeError, CheckpointError) as error:
+            plan.errors.append(str(error))
         if options.dry_run:
             print(plan.text(), end="")
             return 2 if plan.errors else 0
@@ -53,11 +58,10 @@ def train(options: argparse.Namespace) -> int:
         loop = Loop(recipe)
         for warning in plan.warnings:
             loop.log.say(f"warning: {warning}")
-        if options.resume:
-            newest = loop.checkpoints.newest()
-            checkpoint = newest if options.resume == "auto" else Path(options.resume)
-            if checkpoint is not None:
-                loop.resume(checkpoint)
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        if options.overwrite and not (checkpoint and options.resume == "auto"):
+            remove_run(recipe.run.output)
     except (RecipeError, TaskError, CheckpointError, OSError, ValueError) as error:
         if not rank:  # the others have nothing else to say
             print(f"espo: {error}", file=sys.stderr)

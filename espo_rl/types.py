@@ -38,6 +38,14 @@ class Request:
     attempt: int = 0
 
 
+def first_seed(seed: int, number: int) -> int:
+    """Where the seeds of the requests of a step, or of a problem, begin: room for 65,536 of them.
+
+    They follow from the run's seed, whatever that is, and fit the 63 bits of a request's.
+    """
+    return (seed * 1_000_003 + number) % 2**46 * 65_536
+
+
 class EndReason(enum.StrEnum):
     """How a rollout ended; never inferred from lengths or padding."""
 

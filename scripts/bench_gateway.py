@@ -31,6 +31,7 @@ from benchmark.load import BenchmarkError, chat_request, run_round
 from benchmark.report import Case, report_of, show
 from espo_gateway import event_loop
 from espo_gateway.supervisor import ServerStartError
+from espo_rl.record.output import OutputError, check_own, json_with
 
 #: What is measured: through which server, and whether the client streams and asks for logprobs.
 #: All but the gateway need to be asked for what the gateway asks for by itself.
@@ -48,8 +49,11 @@ CASES = {
 def main() -> None:
     arguments = parse()
     try:
+        if arguments.json:
+            own = json_with("us_per_token", "repetitions")
+            check_own(arguments.json, "--json", "report of this benchmark", own)
         report = event_loop.run(measure(arguments))
-    except (BenchmarkError, ServerStartError) as error:
+    except (BenchmarkError, OutputError, ServerStartError) as error:
         sys.exit(f"bench_gateway: {error}")
     show(report)
     if arguments.profile:

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from espo_rl.record.json_files import nulls
+from espo_rl.record.output import OutputError, check_own, json_with
 from study.design import Study, StudyError, load_study
 from study.plots import draw_all
 from study.results import results_of
@@ -50,8 +51,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         study = study_of(options)
+        results = study.output / "results.json"
+        check_own(results, "--output", "results of a study", json_with("runs", "methods"))
         failed = [] if options.results_only else run_study(study)
-    except StudyError as error:
+    except (OutputError, StudyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt):

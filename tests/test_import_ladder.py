@@ -31,12 +31,13 @@ LADDERS = {
     "espo_rl": (
         ("run",),
         ("train",),
-        ("loop", "collect"),
+        ("loop", "collect", "resumption"),
         ("evaluate", "probe", "replay", "report", "pretrain_critic", "base_model"),
         ("record", "servers"),
         ("dry_run", "ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),
         ("config", "types"),
+        ("unused",),
     ),
 }
 ASIDE = {"espo_gateway.testing"}

@@ -93,7 +93,20 @@ def _folds(text: str) -> int:
     return folds
 
 
+def _check_output(path: Path) -> None:
+    """Raise CalibrationError where a file would be replaced that is no gate."""
+    try:
+        if path.exists() and path.stat().st_size:
+            gate_from_json(path.read_bytes(), has_critic=True)
+    except (OSError, InvalidRequest) as error:
+        raise CalibrationError(
+            f"--output: {path} is there and no gate ({error}); choose another name, or remove it"
+        ) from error
+
+
 def _run(options: argparse.Namespace) -> None:
+    if options.output is not None:
+        _check_output(options.output)
     known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
     reader = _Reader(options.traces, options.outcome, known)
     for chunk in reader.read(itself):

@@ -70,6 +70,11 @@ class Recorder:
         self._lock = Lock()
         self._waiting = 0
         self._dropped = 0
+        if (why := _foreign(path)) is not None:
+            raise InvalidRequest(
+                f"record: {path} is there and holds no traces ({why}); choose another file",
+                param="record",
+            )
         try:
             # Unbuffered: a line is one write, whole in the file or the error known.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -153,3 +158,19 @@ class Recorder:
                 self._file.truncate(start)  # half a line would spoil the file
             raise
         self.written += 1
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a file is none that traces may be appended to; None where it is one, or is not there."""
+    if not path.is_file():
+        return None
+    try:
+        with open(path, "rb") as file:
+            first = file.readline()
+        if not first or "logprobs" in msgspec.json.decode(first, type=dict[str, Any]):
+            return None
+        return "its first line has no logprobs"
+    except OSError:
+        return None  # said when it is opened
+    except msgspec.MsgspecError as error:
+        return f"its first line is no JSON object: {error}"

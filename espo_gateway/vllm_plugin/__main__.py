@@ -34,6 +34,8 @@ FLAGS: dict[str, str | None] = {
     "--port": "8000",
     "--weight-transfer-config": json.dumps({"backend": BACKEND}),
     "--max-logprobs": "20",
+    # Samples of the policy itself: no top-k, top-p or penalty that its checkpoint names
+    "--generation-config": "vllm",
     "--disable-uvicorn-access-log": None,
 }
 #: `--critic`: V is the raw score of a prefix at its last token

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from espo_rl.base_model.slips import BELIEF, Kind
+from espo_rl.record.output import OutputError
 from espo_rl.tasks.arithmetic import Arithmetic
 
 
@@ -32,6 +33,9 @@ def main() -> None:
         default="sampled",
         help="slips on any sum, or always the same ones on a few (default: %(default)s)",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a base model of other settings in --out"
+    )
     task = Arithmetic()
     parser.add_argument(
         "--min-steps", type=int, default=task.min_steps, help="of a problem (default: %(default)s)"
@@ -42,11 +46,18 @@ def main() -> None:
     options = vars(parser.parse_args())
     if not 1 <= options["min_steps"] <= options["max_steps"] <= 26:
         parser.error("--min-steps and --max-steps must lie in 1 to 26, the lesser first")
+    if not 1 <= options["steps"] < 2**31:
+        parser.error("--steps must be at least 1")
+    if not 0 <= options["seed"] < 2**63:
+        parser.error("--seed must lie in 0 to 2^63 - 1")
     if not 0.0 <= options["error"] <= BELIEF:
         parser.error(f"--error must lie in 0 to {BELIEF}")
     from espo_rl.base_model.train import train_base_model
 
-    train_base_model(options.pop("out"), **options)
+    try:
+        train_base_model(options.pop("out"), **options)
+    except OutputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

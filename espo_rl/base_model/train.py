@@ -13,7 +13,9 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from espo_gateway.files import written_whole
 from espo_rl.base_model.slips import Kind, Slip, slips
+from espo_rl.record.output import OutputError, check_empty
 from espo_rl.record.progress import progress_bar
 from espo_rl.tasks.arithmetic import Arithmetic
 from espo_rl.types import Problem
@@ -105,8 +107,10 @@ def train_base_model(
     kind: Kind = "sampled",
     min_steps: int = Arithmetic.min_steps,
     max_steps: int = Arithmetic.max_steps,
+    overwrite: bool = False,
 ) -> Path:
     """Train the base model from scratch and write it to `out`; done already, it is left alone.
+    `overwrite`: one of other settings is replaced.
 
     First it learns to add, on a few steps; then the lengths grow; the slips come last, once it
     knows the right digit, so that it learns how often to miss it and nothing worse. When that is
@@ -114,15 +118,29 @@ def train_base_model(
 
     Raises:
         RuntimeError: it does not learn the task.
+        OutputError: there is something else in `out`.
     """
     settings = {"error": error, "steps": steps, "seed": seed, "torch": torch.__version__}
     full = Arithmetic(min_steps, max_steps)
     if (kind, full) != ("sampled", Arithmetic()):
         settings |= {"kind": kind, "min_steps": min_steps, "max_steps": max_steps}
     marker = out / "base_model.json"
-    if marker.exists() and json.loads(marker.read_text()) == settings:
+    there = json.loads(marker.read_text()) if marker.is_file() else None
+    if there == settings:
         print(f"base model: {out} is there already")
         return out
+    if there is None:
+        check_empty(out, "--out")
+    elif not overwrite:
+        changed = ", ".join(
+            f"{name} = {there.get(name)!r}"
+            for name in sorted(settings.keys() | there.keys())
+            if there.get(name) != settings.get(name)
+        )
+        raise OutputError(
+            f"--out: {out} holds a base model of other settings ({changed} there): give --overwrite"
+            " to replace it, or choose another folder"
+        )
     transformers.utils.logging.disable_progress_bar()
     print(f"base model: training {out} from scratch, about two minutes on two cores")
     torch.manual_seed(seed)
@@ -185,8 +203,9 @@ def train_base_model(
             f"the base model did not learn the task (greedy accuracy {learned:.0%}): give more "
             "--steps or another --seed"
         )
-    save_checkpoint(model, tokenizer, out)
-    marker.write_text(json.dumps(settings))
+    with written_whole(out) as scratch:
+        save_checkpoint(model, tokenizer, scratch)
+        (scratch / marker.name).write_text(json.dumps(settings))
     print(
         f"base model: greedy accuracy {accuracy:.0%}; its {kind} errors are what training removes"
     )

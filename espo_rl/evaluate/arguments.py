@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,10 +103,9 @@ def parse(
     add(
         "--audit",
         type=float,
-        default=0.1,
         metavar="SHARE",
         help="of the samples are generated to their end although stopped, to know what stopping "
-        "saves and costs; 1 for exact numbers (default: %(default)s)",
+        "saves and costs; 1 for exact numbers (default: 0.1)",
     )
     server = parser.add_argument_group("server")
     add = server.add_argument
@@ -118,6 +118,24 @@ def parse(
         parser.error("--limit must be at least 1")
     if options.vllm_args and (options.url or not options.vllm_args[0].startswith("-")):
         parser.error(f"unexpected arguments: {' '.join(options.vllm_args)}")
+    for given, what in (
+        (options.system and not options.chat, "--system has no effect with --plain"),
+        (
+            options.pattern and options.grader != "regex",
+            f"--pattern has no effect with --grader {options.grader}",
+        ),
+        (
+            options.gate is None and 0.0 <= (options.audit or math.nan) <= 1.0,
+            "--audit has no effect without --gate",
+        ),
+        (
+            options.dtype and options.url,
+            "--dtype has no effect with --url: the server has its own",
+        ),
+    ):
+        if given:
+            parser.error(f"{what}; leave it out")
+    options.audit = 0.1 if options.audit is None else options.audit
     options.model = options.model.rstrip("/")
     options.out = (
         options.out or Path("runs") / f"{prog.rpartition('.')[2]}-{Path(options.model).name}"
@@ -177,7 +195,9 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def explain(error: Any) -> str:
-    where = "--" + str(error["loc"][-1]).replace("_", "-") + ": " if error["loc"] else ""
+    key = next((str(part) for part in error["loc"] if not isinstance(part, int)), "")
+    name = {"policy_urls": "url"}.get(key, key.replace("_", "-"))
+    where = f"--{name}: " if name else ""
     return f"{where}{error['msg'].removeprefix('Value error, ')}"
 
 

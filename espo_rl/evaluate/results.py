@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from espo_gateway.stop.gate_json import Mode
+from espo_rl.config import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from espo_rl.evaluate.scores import Graded, Scores, score
 from espo_rl.record.intervals import Share
 from espo_rl.record.totals import Totals
-from espo_rl.types import EndReason, Problem, Request
+from espo_rl.types import EndReason, Problem, Request, first_seed
 
 
 class EvaluationError(RuntimeError):
@@ -36,19 +37,25 @@ class Sampling:
     audit: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.concurrency < 1:
-            raise ValueError(
-                f"k = {self.k} and concurrency = {self.concurrency} must be at least 1"
-            )
-        if self.temperature < 0.0 or not 0.0 < self.top_p <= 1.0 or not 0.0 <= self.audit <= 1.0:
-            raise ValueError(
-                f"temperature = {self.temperature} must not be negative, top_p = {self.top_p} lie "
-                f"in (0, 1], audit = {self.audit} in [0, 1]"
-            )
+        low, high = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE
+        for name, holds, what in (
+            ("k", 1 <= self.k <= 65_536, "lie in 1 to 65,536"),
+            ("concurrency", 1 <= self.concurrency <= 65_536, "lie in 1 to 65,536"),
+            (
+                "temperature",
+                self.temperature == 0.0 or low <= self.temperature <= high,
+                f"be 0, which is greedy, or lie in {low} to {high}",
+            ),
+            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]"),
+            ("seed", 0 <= self.seed < 2**63, "lie in 0 to 2^63 - 1"),
+            ("audit", 0.0 <= self.audit <= 1.0, "lie in [0, 1]"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)} must {what}")
 
     def request(self, problem: Problem, index: int, number: int) -> Request:
         """The `number`th request for the problem at `index` of its data set, always the same."""
-        seed = (self.seed * 1_000_003 + index) * 65_536 + number
+        seed = first_seed(self.seed, index) + number
         mode: Mode = "off"
         if self.gated:
             mode = "shadow" if random.Random(seed).random() < self.audit else "enforce"

@@ -18,6 +18,7 @@ import msgspec
 
 from espo_rl.evaluate.results import EvaluationError, ProblemResult
 from espo_rl.record.json_files import write_json
+from espo_rl.record.output import OutputError, check_empty
 from espo_rl.types import Problem
 
 
@@ -25,7 +26,8 @@ class ResultsFolder:
     """The folder of one evaluation. Its settings are those of its first command, for good.
 
     Raises:
-        EvaluationError: the folder cannot be written, or was begun with other settings.
+        EvaluationError: the folder cannot be written, holds something else, or was begun with other
+            settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -33,14 +35,20 @@ class ResultsFolder:
         self.settings = json.loads(json.dumps(settings))  # as it is read back
         file = path / "settings.json"
         try:
+            if not file.exists():
+                check_empty(path, "--out")
             path.mkdir(parents=True, exist_ok=True)
             if not file.exists():
                 write_json(file, self.settings)
             there = json.loads(file.read_text())
+        except OutputError as error:
+            raise EvaluationError(str(error)) from error
         except (OSError, ValueError) as error:
             raise EvaluationError(
                 f"--out: cannot use {path} ({error}); choose another folder"
             ) from error
+        if not isinstance(there, dict):
+            raise EvaluationError(f"--out: {file} is no evaluation's; choose another folder")
         if there != self.settings:
             names = [*self.settings, *(name for name in there if name not in self.settings)]
             changed = [

@@ -18,6 +18,10 @@ class WarmUp:
         self.done = config.warmup == "none"
         self.reason = "no warm-up" if self.done else "warm-up: no batch yet"
 
+    def extend(self, total_steps: int) -> None:
+        """The run is to have so many steps in all."""
+        self._total_steps = total_steps
+
     def update(self, critic_loss: float | None, explained_variance: float | None) -> None:
         """Take note of a finished batch.
 

@@ -24,6 +24,8 @@ class Engine:
         if clips_here:
             config["gradient_clipping"] = 0.0
         without_noise(model)
+        self._rate, self._ppo = learning_rate, recipe.ppo
+        self._scheduled = "scheduler" in config  # by deepspeed.extra
         # A group with its own rate, as the config's is the actor's.
         group = {"params": list(model.parameters()), "lr": learning_rate}
         deepspeed = import_deepspeed()
@@ -32,7 +34,6 @@ class Engine:
         self._norm: torch.Tensor | None = None
         if clips_here:
             self._engine.optimizer.register_step_pre_hook(self._clip)
-        self._max_norm = recipe.ppo.max_grad_norm
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -40,12 +41,26 @@ class Engine:
     def _clip(self, optimizer: Any, *_: object) -> None:
         """Runs once the ranks' gradients are averaged, right before the optimizer."""
         parameters = list(self.module.parameters())
-        self._norm = nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        self._norm = nn.utils.clip_grad_norm_(parameters, self._ppo.max_grad_norm)
         # As DeepSpeed's own optimizers do, and by the attribute that it reads off them.
         optimizer.overflow = not bool(self._norm.isfinite())
         if optimizer.overflow:
             for parameter in parameters:  # one without a gradient is left alone
                 parameter.grad = None
+
+    def begin(self, step: int) -> None:
+        """Set rate, decay and clipping to what the recipe says of training step `step`, from 1.
+
+        A checkpoint brings those of its own recipe along; what holds is this one's.
+        """
+        optimizer, ppo = self._engine.optimizer, self._ppo
+        warmed = min(1.0, max(step, 1) / max(ppo.lr_warmup_steps, 1))
+        for group in optimizer.param_groups:
+            group["weight_decay"] = ppo.weight_decay
+            if not self._scheduled:
+                group["lr"] = self._rate * warmed
+        if getattr(optimizer, "clip_grad", 0.0):
+            optimizer.clip_grad = ppo.max_grad_norm
 
     @property
     def module(self) -> Any:
@@ -58,8 +73,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
-        return float(self._engine.get_lr()[0])
+        """Of the training step that has begun."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add to the gradient; over the ranks DeepSpeed takes the mean."""
@@ -153,10 +168,6 @@ def training_config(recipe: Recipe) -> dict[str, Any]:
         "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
         "steps_per_print": 2**31,
     }
-    if ppo.lr_warmup_steps:
-        # Without a maximum, each parameter group warms up to its own rate.
-        params = {"warmup_num_steps": ppo.lr_warmup_steps, "warmup_type": "linear"}
-        config["scheduler"] = {"type": "WarmupLR", "params": params}
     return config
 
 

@@ -166,8 +166,10 @@ class PpoTrainer:
         metrics = prepare(samples, before, ppo)
         said: dict[int, ModelOutputs] | None = {} if single else None
         if trains_actor:
+            self.actor.begin(self.updates - ppo.critic_only_steps + 1)
             metrics["learning_rate"] = self.actor.learning_rate
         if self.critic is not None:
+            self.critic.begin(self.updates + 1)
             metrics["critic_learning_rate"] = self.critic.learning_rate
         steps: dict[ModelName, list[Step]] = defaultdict(list)
         for _ in range(ppo.epochs):
@@ -378,6 +380,15 @@ class PpoTrainer:
         tokens = torch.tensor([list(token_ids)], device=self.actor.device)
         logits = self.actor(input_ids=tokens, use_cache=False).logits[:, :-1]
         return token_logprobs(logits, tokens[:, 1:])[0].tolist()
+
+    @collective
+    @torch.no_grad()
+    def response_logits(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        """Raw logits before each token of a response, on the CPU: [tokens, vocabulary]."""
+        self.actor.train(False)
+        tokens = torch.tensor([[*prompt, *response]], device=self.actor.device)
+        logits = self.actor(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        return logits.float().cpu()
 
     @collective
     @torch.no_grad()

@@ -13,6 +13,7 @@ critic server load, with report.json beside it. V is in the unit of the recipe's
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,11 +66,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0.0 < options.held_out < 1.0:
         parser.error("--held-out must lie between 0 and 1")
+    if not math.isfinite(options.right_reward - options.wrong_reward):
+        parser.error("--right-reward and --wrong-reward must be finite numbers")
+    if not 0 <= options.seed < 2**63:
+        parser.error("--seed must lie in 0 to 2^63 - 1")
     if not options.wrong_reward < options.right_reward:
         parser.error("--wrong-reward must be below --right-reward")
     for name in ("learning_rate", "epochs", "patience"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, and finite")
     return options
 
 

@@ -29,6 +29,7 @@ from espo_rl.pretrain_critic.fit import (
 )
 from espo_rl.pretrain_critic.quality import Quality, qualities
 from espo_rl.pretrain_critic.settings import Settings
+from espo_rl.record.output import check_empty
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.record.run_folder import rollout_files
@@ -81,9 +82,11 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
         PretrainError, OSError, ValueError: the rollouts, the model or the output are unusable.
     """
     output: Path = options.output
-    for folder in filter(None, (output, options.values)):
-        if folder.exists() and any(folder.iterdir()):
-            raise PretrainError(f"{folder} is not empty: choose another folder, or remove it")
+    check_empty(output, "--output", "choose another folder, or remove it")
+    if options.values is not None:
+        check_empty(options.values, "--values", "choose another folder, or remove it")
+        if options.values.resolve() == output.resolve():
+            raise PretrainError("--values: it must be another folder than --output")
     settings = Settings(
         learning_rate=options.learning_rate,
         epochs=options.epochs,

@@ -60,6 +60,7 @@ from espo_gateway.traces.reader import (
 )
 from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
 from espo_rl.record.json_files import write_json
+from espo_rl.record.output import OutputError, check_own, entries, json_with
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.replay.plot import draw
@@ -289,6 +290,15 @@ def _of_bin(
     return said
 
 
+def check_output(folder: Path) -> None:
+    """Raise OutputError where `write` would replace what no replay wrote."""
+    entries(folder, "--output")
+    ours = folder / "replay.json"
+    check_own(ours, "--output", "result of a replay", json_with("rules", "bound"))
+    for name in ("curves.csv", "replay.png"):
+        check_own(folder / name, "--output", "result of a replay", lambda _: ours.exists())
+
+
 def write(
     folder: Path, content: Mapping[str, Any], curves: Mapping[str, Curve], done: Replayed
 ) -> None:
@@ -374,6 +384,7 @@ def learnt_from(
 def run(options: argparse.Namespace) -> None:
     """The command."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    check_output(options.output)
     known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
     source = Source(options.rollouts, options.outcome, known)
     warnings = source.warnings()
@@ -441,11 +452,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s, a 0.5B model on two CPU cores)",
     )
     add_bound(parser)
-    add("--folds", type=int, default=5, help="of the cross-fitting (default: %(default)s)")
+    add("--folds", type=int, help="of the cross-fitting (default: 5)")
     add("--bootstrap", type=int, default=400, help="resamplings (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if not options.critic_worth[0] < options.critic_worth[1]:
-        parser.error("--critic-worth must be two numbers, the lesser first")
+    wrong, right = options.critic_worth
+    if not (wrong < right and math.isfinite(right - wrong)):
+        parser.error("--critic-worth must be two finite numbers, the lesser first")
+    if options.fit_on is not None and options.folds is not None:
+        parser.error("--folds has no effect with --fit-on: nothing is fitted here; leave it out")
+    options.folds = 5 if options.folds is None else options.folds
     for name, least in (("folds", 2), ("bootstrap", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}")
@@ -457,7 +472,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         run(options)
-    except (CalibrationError, TraceError, ImportError, OSError, BrokenExecutor) as error:
+    except (
+        *(CalibrationError, OutputError, TraceError),
+        *(ImportError, OSError, BrokenExecutor),
+    ) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     return 0

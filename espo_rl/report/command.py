@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from espo_gateway.files import written_whole
+from espo_rl.record.output import OutputError, check_own
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.run_folder import RunFolder, RunFolderError, read_run
 from espo_rl.report.curves import panels, tiles
@@ -58,6 +59,12 @@ def named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
     return dict(zip(names, runs, strict=True))
 
 
+def is_report(file: Path) -> bool:
+    """Whether a file is an older report, by its beginning."""
+    with file.open("rb") as opened:
+        return b"<title>ESPO report</title>" in opened.read(4096)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Exits with 1 and a message when there is no run to report on."""
     parser = argparse.ArgumentParser(
@@ -79,8 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("a RUN_DIR is given twice; name each run once")
     output = options.output or options.runs[0] / "report.html"
     try:
+        check_own(output, "--output", "report", is_report)
         content = make_report([read_run(path) for path in options.runs], options.rollouts)
-    except RunFolderError as error:
+    except (OutputError, RunFolderError) as error:
         sys.exit(f"espo_rl.report: {error}")
     try:
         with written_whole(output) as scratch:

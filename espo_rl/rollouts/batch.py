@@ -82,6 +82,11 @@ class Batch:
             self.waiting[rollout.seed] = self._requests[rollout.seed]
 
     @property
+    def problems(self) -> int:
+        """How many problems were drawn for it."""
+        return self._groups
+
+    @property
     def failed(self) -> list[Rollout]:
         return [one for one in self.rollouts.values() if one.end is EndReason.ERROR]
 

@@ -29,6 +29,9 @@ from espo_gateway.stream.chunks import sampled_tokens
 from espo_rl.config import RolloutSection, TaskSection
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
+#: Tokens are sampled from the whole policy: where a request does not say so, vLLM takes what the
+#: checkpoint's generation_config.json has
+WHOLE_POLICY = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
 
@@ -168,9 +171,11 @@ class Collector:
                         max_tokens=self._config.max_tokens,
                         temperature=temperature,
                         top_p=top_p,
+                        presence_penalty=0.0,
+                        frequency_penalty=0.0,
                         seed=request.seed,
                         logprobs=1,
-                        extra_body={"return_token_ids": True, "espo": espo},
+                        extra_body={**WHOLE_POLICY, "return_token_ids": True, "espo": espo},
                     )
             rollout = read_completion(completion, request.problem, prompt_ids, request.mode)
         except (openai.OpenAIError, ValueError) as error:

@@ -27,6 +27,9 @@ OF_RANKS = re.compile(
     "RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|CROSS_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*"
 )
 
+#: vLLM takes no more than the tokens of its batch, by default 2048; further ones wait in its queue
+MOST_SEQUENCES = 2048
+
 
 class Fleet:
     """All servers of a run. Use `open_fleet`, which stops them whatever happens."""
@@ -213,10 +216,8 @@ def make_fleet(
                 "policy server" if config.policy_servers == 1 else f"policy server {number}",
                 config.policy_gpus[number] if config.policy_gpus else None,
                 model_path,
-                # Samples of the policy itself: no top-k, top-p or penalty that its checkpoint names
-                *("--generation-config", "vllm"),
                 *("--logprobs-mode", config.logprobs_mode),
-                *("--max-num-seqs", str(recipe.rollout.concurrency)),
+                *("--max-num-seqs", str(min(recipe.rollout.concurrency, MOST_SEQUENCES))),
                 *config.vllm_args,
             )
             for number in range(config.policy_servers)
@@ -224,7 +225,7 @@ def make_fleet(
     for policy in policies:
         policy.samples = True
     critic = None
-    if config.critic_url is not None:
+    if config.critic_url is not None and recipe.asks_critic:
         critic = Server("critic server", config.critic_url.rstrip("/"))
         critic.start_timeout = config.start_timeout
     elif critic_path is not None:

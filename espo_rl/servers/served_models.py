@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import cycle, islice
 from typing import Self, TypeVar
 
 from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.config import Recipe
 from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet
+from espo_rl.servers.sampling import SamplingTest
 from espo_rl.servers.server import Say, ServerError
 from espo_rl.servers.weights import WeightPublisher
+from espo_rl.types import EndReason, Problem, Request
 
+#: how many rollouts, of how many tokens at most, prove that a server samples as it should
+PROOF_ROLLOUTS, PROOF_TOKENS = 64, 32
 T = TypeVar("T")
 
 
@@ -43,6 +49,7 @@ class ServedModels:
     ) -> None:
         self.version = ""
         self._fleet, self._trainer, self._trainer_free = fleet, trainer, trainer_free
+        self._rollout, self._mode = recipe.rollout, recipe.servers.logprobs_mode
         self._probe, self._tolerance = probe, recipe.servers.parity_tolerance
         self._say, self._on_restart = say, on_restart
         self._behind = True  # a server has started since the weights were sent
@@ -82,6 +89,54 @@ class ServedModels:
                 )
             self.version, self._behind = version, False
             return parity
+
+    async def prove_sampling(self, problems: Sequence[Problem], prompter: Prompter) -> None:
+        """Prove that every policy server samples from the trainer's policy, and say so.
+
+        A server sees what a rollout asks of it; whether it does so is seen in the tokens alone, as
+        the logprobs it reports are raw ones. Needs the weights to be there.
+
+        Raises:
+            ServerError: naming the server, and the setting that explains it best.
+        """
+        config = self._rollout.model_copy(
+            update={"max_tokens": min(self._rollout.max_tokens, PROOF_TOKENS)}
+        )
+        requests = [
+            Request(problem, seed=seed, mode="off")
+            for seed, problem in enumerate(islice(cycle(problems), PROOF_ROLLOUTS))
+        ]
+        for url in self._fleet.policy_urls:
+            async with Collector(url, self._fleet.model, prompter, config) as collector:
+                rollouts = await collector.collect(requests, temperature=config.temperature)
+            test = SamplingTest(config.temperature)
+            async with self._trainer_free:
+                for one in rollouts:
+                    if one.end is EndReason.ERROR:
+                        raise ServerError(f"{url} cannot be asked for a rollout: {one.error}")
+                    logits = await asyncio.to_thread(
+                        self._trainer.response_logits, one.prompt_ids, one.token_ids
+                    )
+                    test.add(one.prompt_ids, one.token_ids, logits.numpy(), one.logprobs)
+            if test.fault is not None:
+                raise ServerError(
+                    f"{url} does not sample from the trainer's policy: {test.tokens:,} tokens look "
+                    f"like those of {test.fault}. Every request says all of these; look at the "
+                    "server's own arguments (logits processors, an engine that ignores what is "
+                    "asked), and at servers.policy_urls"
+                )
+            off = test.off
+            other = min(off, key=lambda mode: off[mode])
+            if off[self._mode] > self._tolerance >= off[other]:
+                raise ServerError(
+                    f"{url} reports {other}, but servers.logprobs_mode = {self._mode!r}: set it to "
+                    f"{other!r}, or start the server with --logprobs-mode {self._mode}"
+                )
+            self._say(
+                f"{url} samples from the trainer's policy: {test.tokens:,} tokens, chi-square "
+                f"p = {test.p_value:.2g}"
+            )
+        await self._fleet.new_tokens()  # those of the proof are nobody's
 
     async def catch_up(self) -> None:
         """Weights for a server that has started since they were sent, if there is one."""

@@ -68,7 +68,7 @@ class Study(Table):
     output: Path
     baseline: str
     seeds: Count = 3
-    first_seed: int = 0
+    first_seed: Annotated[int, Field(ge=0)] = 0
     settings: list[str] = []
     prepare: list[Preparation] = []
     methods: dict[str, Method]

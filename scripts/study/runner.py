@@ -85,7 +85,13 @@ def check(study: Study) -> None:
         except RecipeError as error:
             raise StudyError(f"methods.{run.name}: {error}") from error
         told = run.folder / "settings.json"
-        if told.exists():
+        if not told.exists():
+            if (run.folder / "recipe.json").exists():
+                raise StudyError(
+                    f"{run.folder} holds a run that is none of this study's; delete it, or choose "
+                    "another --output"
+                )
+        else:
             known, now = json.loads(told.read_text()), about(run)
             weights, there = known.pop("weights", {}), now.pop("weights")
             changed = [path for path in weights if there.get(path, weights[path]) != weights[path]]

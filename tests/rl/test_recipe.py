@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
 
-from espo_rl.config import RECIPES, RecipeError, load_recipe
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
+from espo_rl.evaluate.results import Sampling
+from espo_rl.types import Problem, first_seed
+from espo_rl.unused import IDLE as IDLE_KEYS
 
 
 @pytest.mark.parametrize("name", [recipe.stem for recipe in RECIPES.glob("*.toml")])
@@ -40,6 +49,7 @@ def test_overrides_take_toml_values_and_bare_words() -> None:
         ("task.pattern=answer: .*", ["task", "pattern", "group"]),
         ("task.answer_pattern=(", ["task", "answer_pattern", "regular expression"]),
         ("task.grader=task", ["task", "reasoning-gym"]),
+        ("task.min_steps=25", ["task", "min_steps = 25", "max_steps = 24"]),
         ("task.steps=[2,27]", ["task.steps", "26"]),
         ("task.steps=[]", ["task.steps", "at least 1 item"]),
         ("nonsense", ["section.key=value"]),
@@ -63,6 +73,23 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
         (["ppo.advantage=group", "rollout.n=1"], ["ppo.advantage", "rollout.n"]),
         (["ppo.advantage=group", "ppo.critic_only_steps=2"], ["ppo.critic_only_steps", "gae"]),
         (["ppo.advantage=group", "stopping.warmup=critic-loss"], ["critic-loss", "gae"]),
+        (["rollout.dynamic_sampling=true", "rollout.n=1"], ["dynamic_sampling", "rollout.n"]),
+        (["ppo.overlong_buffer=200"], ["ppo.overlong_buffer = 200", "rollout.max_tokens = 160"]),
+        (["task.chat=false", "task.system=Think."], ["system", "chat = false"]),
+        (["task.system=Think.", "task.chat=false"], ["system", "chat = false"]),
+        (
+            ["ppo.lr_warmup_steps=2", 'deepspeed.extra={scheduler = {type = "OneCycle"}}'],
+            ["ppo.lr_warmup_steps", "deepspeed.extra.scheduler"],
+        ),
+        (
+            ["deepspeed.extra={optimizer = {params = {lr = 1.0}}}"],
+            ["deepspeed", "extra.optimizer.params.lr", "ppo.learning_rate"],
+        ),
+        (
+            ["deepspeed.extra={gradient_clipping = 1.0}"],
+            ["extra.gradient_clipping", "ppo.max_grad_norm"],
+        ),
+        (['servers.policy_urls=["http://a:1", "http://a:1/"]'], ["policy_urls", "twice"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_with_the_fix(
@@ -71,6 +98,181 @@ def test_settings_that_do_not_go_together_are_named_with_the_fix(
     with pytest.raises(RecipeError) as error:
         load_recipe("arithmetic", overrides)
     assert all(name in str(error.value) for name in names)
+
+
+#: what is given, and which key of it does nothing
+IDLE = [
+    (["task.train=data.jsonl"], "task.train"),
+    (["task.problem_column=question"], "task.problem_column"),
+    (["task.name=chain_sum"], "task.name"),
+    (["task.kind=dataset", "task.train=a.jsonl", "task.max_steps=9"], "task.max_steps"),
+    (["task.kind=dataset", "task.train=a.jsonl", "task.eval_subset=b"], "task.eval_subset"),
+    (["task.kind=reasoning-gym", "task.name=x", "task.eval=b"], "task.eval"),
+    (["task.steps=[3]", "task.max_steps=9"], "task.max_steps"),
+    (["task.pattern=is (.*)"], "task.pattern"),
+    (["model.reference=other"], "model.reference"),
+    (["ppo.kl_place=reward"], "ppo.kl_place"),
+    (["ppo.kl_estimator=k1"], "ppo.kl_estimator"),
+    (["ppo.advantage=group", "model.critic=other"], "model.critic"),
+    (["ppo.advantage=group", "ppo.critic_learning_rate=1e-3"], "ppo.critic_learning_rate"),
+    (["ppo.advantage=group", "ppo.value_clip=0.2"], "ppo.value_clip"),
+    (["ppo.advantage=group", "ppo.lam=0.9"], "ppo.lam"),
+    (["servers.critic_url=http://a:1"], "servers.critic_url"),
+    (["servers.policy_urls=['http://a:1']", "servers.policy_servers=2"], "servers.policy_servers"),
+    (["servers.policy_urls=['http://a:1']", "servers.vllm_args=['--x']"], "servers.vllm_args"),
+    (["logs.rollouts=false", "logs.rollouts_megabytes=5"], "logs.rollouts_megabytes"),
+    (["stopping.beta=3.0"], "stopping.beta"),
+    (["stopping.rule=value-gated", "stopping.p_star=0.1"], "stopping.p_star"),
+    (["stopping.p_star=0.1"], "stopping.p_star"),  # the audits set it
+    (["stopping.target_share=0.5"], "stopping.target_share"),
+    (["stopping.beta_step=0.5"], "stopping.beta_step"),
+    (["stopping.threshold=share", "stopping.right_lost=0.1"], "stopping.right_lost"),
+    (["stopping.threshold=fixed", "stopping.evidence=3"], "stopping.evidence"),
+    (["stopping.rule=random", "stopping.confidence=0.8"], "stopping.confidence"),
+    (["stopping.false_positives=0.1", "stopping.right_lost=0.1"], "stopping.right_lost"),
+    (["stopping.epsilon=0.3"], "stopping.epsilon"),
+    (["stopping.rule=value-gated", "stopping.constant=0.3"], "stopping.constant"),
+    (["stopping.warmup=none", "stopping.warmup_batches=9"], "stopping.warmup_batches"),
+    (["stopping.warmup_share=0.5"], "stopping.warmup_share"),
+    (["stopping.warmup_explained=0.5"], "stopping.warmup_explained"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key"), IDLE)
+def test_a_setting_without_an_effect_is_refused(overrides: list[str], key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"  {key} = .* has no effect with .*leave it out"):
+        load_recipe("arithmetic", overrides)
+
+
+def test_a_file_is_held_to_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\npath = "x"\n[task]\ntrain = "data.jsonl"\n')
+    with pytest.raises(RecipeError, match=r"task\.train = 'data\.jsonl' has no effect"):
+        load_recipe(path)
+    assert load_recipe(path, ["task.kind=dataset"]).task.train == "data.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        # Ablations of what a recipe, or a study, says.
+        ("espo-7b", ["stopping.rule=none"]),
+        ("espo-7b", ["stopping.rule=random"]),
+        ("espo-7b", ["stopping.rule=success-probability", "stopping.threshold=audit"]),
+        ("espo-7b", ["ppo.advantage=group", "stopping.rule=none", "stopping.warmup=none"]),
+        ("arithmetic", ["stopping.right_lost=0.1", "stopping.threshold=share"]),
+        ("arithmetic", ["model.critic=x", "ppo.advantage=group"]),
+        ("arithmetic", ["servers.policy_urls=['http://a:1']"]),
+        ("arithmetic-mixed", ["task.steps=[2]"]),
+        ("arithmetic-mixed", ["task.kind=dataset", "task.train=a.jsonl"]),
+        # A default that is said does no harm.
+        ("arithmetic", ["stopping.beta_step=0.1", "ppo.kl_place=loss"]),
+    ],
+)
+def test_what_is_switched_off_later_is_idle_on_purpose(recipe: str, overrides: list[str]) -> None:
+    load_recipe(recipe, overrides)
+
+
+def test_every_key_of_the_table_is_a_recipes() -> None:
+    recipe = load_recipe("arithmetic")
+    for idle in IDLE_KEYS:
+        for key in f"{idle.keys} {idle.switches}".split():
+            section, _, name = key.partition(".")
+            assert name in type(getattr(recipe, section)).model_fields
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types in a field's annotation, but for those in a list."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return kinds(parts[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set[Any]().union(*map(kinds, parts))
+    return {annotation}
+
+
+def numbers() -> list[tuple[str, bool]]:
+    """Every number of the recipe, and whether it is whole."""
+    found = []
+    for section, field in Recipe.model_fields.items():
+        assert field.annotation is not None
+        for key, one in field.annotation.model_fields.items():
+            types = kinds(one.annotation)
+            if types & {int, float}:
+                found.append((f"{section}.{key}", int in types))
+    assert len(found) > 60
+    return found
+
+
+@pytest.mark.parametrize("key", [key for key, _ in numbers()])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e300", "-1e300", "1e39", f"{10**30}"])
+def test_no_number_is_without_bounds(key: str, value: str) -> None:
+    """float32 has none above 3.4e38, Parquet's and vLLM's whole numbers end at 2^31 and 2^63."""
+    with pytest.raises(RecipeError) as error:
+        load_recipe("arithmetic", [f"{key}={value}"])
+    assert f"  {key}: " in str(error.value)
+
+
+@pytest.mark.parametrize("key", [key for key, whole in numbers() if whole])
+def test_no_whole_number_is_negative(key: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"  {key}: ")):
+        load_recipe("arithmetic", [f"{key}=-1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"run.seed={2**63}", "run.seed"),
+        ("run.steps=100000000", "run.steps"),  # a folder's name has eight digits
+        ("rollout.temperature=2.1", "rollout.temperature"),
+        ("rollout.temperature=0.001", "rollout.temperature"),  # vLLM would sample at 0.01
+        ("evaluation.temperature=0.001", "evaluation.temperature"),
+        ("evaluation.temperature=2.1", "evaluation.temperature"),
+        ("evaluation.samples=65537", "evaluation.samples"),
+        (f"rollout.max_tokens={2**31}", "rollout.max_tokens"),
+        (f"rollout.timeout={1e10}", "rollout.timeout"),  # no timer waits for so long
+        ("ppo.weight_decay=-0.1", "ppo.weight_decay"),
+        ("stopping.right_lost=1e-320", "stopping.right_lost"),
+        ("servers.policy_servers=100000", "servers.policy_servers"),
+        ("servers.policy_urls=['http://127.0.0.1:99999']", "servers.policy_urls"),
+        ("servers.policy_urls=['http://127.0.0.1:0']", "servers.policy_urls"),
+        ("servers.policy_urls=['http://127.0.0.1:x']", "servers.policy_urls"),
+        ("servers.policy_urls=['127.0.0.1:8000']", "servers.policy_urls"),
+        ("servers.policy_urls=['']", "servers.policy_urls"),
+        ("servers.policy_urls=['http://127.0.0.1:8000/v1']", "servers.policy_urls"),
+        ("servers.critic_url=http://127.0.0.1:65536", "servers.critic_url"),
+    ],
+)
+def test_a_number_that_would_fail_later_is_refused_by_its_name(override: str, key: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("arithmetic", [override])
+    assert f"  {key}" in str(error.value)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
+def test_every_seed_that_is_taken_works(seed: int) -> None:
+    assert load_recipe("arithmetic", [f"run.seed={seed}"]).run.seed == seed
+    torch.manual_seed(seed)
+    np.random.default_rng(seed)
+    for number in (0, 1, 99_999_999):
+        assert 0 <= first_seed(seed, number) < 2**63 - 9 * 65_536
+    request = Sampling(k=2, temperature=1.0, seed=seed).request(Problem("p", "p", "1"), 7, 1)
+    assert 0 <= request.seed < 2**63
+
+
+def test_small_seeds_stand_for_what_they_always_did() -> None:
+    assert first_seed(3, 7) == (3 * 1_000_003 + 7) * 65_536
+    assert len({first_seed(seed, step) for seed in range(50) for step in range(50)}) == 2500
+
+
+@pytest.mark.parametrize("edge", [1e9, -1e9])
+def test_rewards_at_the_edge_fit_a_gate(edge: float) -> None:
+    worth = (edge, edge + 1.0) if edge < 0 else (edge - 1.0, edge)
+    assert np.float32(worth[0]) != np.inf
+    assert Gate(critic_wrong=worth[0], critic_right=worth[1])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from transformers import (
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl import run
+from espo_rl.checkpoints import CheckpointStore
+from espo_rl.config import load_recipe
 from espo_rl.record.metrics import undocumented
 from espo_rl.servers.fleet import served_model
 from espo_rl.servers.server import ServerError
@@ -123,6 +125,36 @@ class TestRefused:
         (tmp_path / "train.jsonl").write_text('{"problem": "1", "answer": "1"}\n' * 9)
         overrides = ["task.kind=dataset", f"task.train={tmp_path / 'train.jsonl'}"]
         assert "task.eval" in refused(monkeypatch, capsys, *recipe, *overrides)
+
+    @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+    def test_an_output_in_use(
+        self,
+        monkeypatch: Any,
+        capsys: Any,
+        recipe: list[str],
+        tmp_path: Path,
+        arguments: list[str],
+    ) -> None:
+        """Whatever else is asked for; and no model is loaded for it."""
+        monkeypatch.setattr("espo_rl.train.Loop", None)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "recipe.json").write_text("{}")
+        monkeypatch.setattr(sys, "argv", ["espo_rl.run", *recipe, *arguments])
+        capsys.readouterr()
+        assert run.main() == 2
+        said = "".join(capsys.readouterr())
+        assert "run.output" in said
+        assert "--resume auto goes on with the run there, --overwrite deletes it" in said
+
+    def test_a_changed_setting(
+        self, monkeypatch: Any, capsys: Any, recipe: list[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("espo_rl.train.Loop", None)
+        before = load_recipe(recipe[0], [*recipe[1:], "run.seed=1"])
+        store = CheckpointStore(tmp_path / "out" / "checkpoints")
+        store.save(1, {"recipe": before}, lambda folder: None)
+        said = refused(monkeypatch, capsys, *recipe, "--resume", "auto", "run.seed=2")
+        assert "run.seed = 2, but 1 there" in said
 
     def test_a_missing_recipe(self, monkeypatch: Any, capsys: Any) -> None:
         assert "arithmetic" in refused(monkeypatch, capsys, "no-such-recipe")

@@ -83,6 +83,14 @@ def test_methods_take_turns_for_each_seed(tmp_path: Path) -> None:
     assert runs == [(n, 5) for n in turn] + [(n, 6) for n in turn] + [("ppo", 7)]
 
 
+def test_a_run_of_somebody_else_is_none_of_the_studys(tmp_path: Path) -> None:
+    run = next(study_of(tmp_path).runs())
+    finish(run, tokens=10, accuracy=0.5)
+    (run.folder / "recipe.json").write_text("{}")
+    with pytest.raises(StudyError, match="none of this study's"):
+        run_study(study_of(tmp_path))
+
+
 @pytest.mark.parametrize("path", STUDIES.glob("*.toml"), ids=lambda path: path.stem)
 def test_the_studies_that_ship_hold(tmp_path: Path, path: Path) -> None:
     check(load_study(path, output=tmp_path))

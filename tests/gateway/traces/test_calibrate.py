@@ -350,6 +350,20 @@ def test_what_cannot_be_done_is_told(
     assert message in refused(capsys, traces, *flags)
 
 
+def test_only_a_gate_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = recorded(tmp_path, simulate(40, 1), outcomes=False)
+    output = tmp_path / "package.json"
+    for content in ("{}x", '{"name": "mine"}', "text"):
+        output.write_text(content)
+        told = refused(capsys, traces, "--stop-share", "0.3", "--output", output)
+        assert "--output" in told
+        assert "package.json is there and no gate" in told
+        assert output.read_text() == content
+    output.write_text("")
+    for _ in range(2):
+        calibrate.main([str(traces), "--stop-share", "0.3", "--output", str(output)])
+
+
 def test_no_parquet_and_no_traces_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

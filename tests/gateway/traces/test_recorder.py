@@ -170,6 +170,17 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         Recorder(tmp_path / "no" / "t.jsonl", megabytes=1)
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"version": 3, "beta": 7.0}\n', b"[1]\n", b"a letter", b"\0"]
+)
+def test_nothing_is_appended_to_what_holds_no_traces(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "gate.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidRequest, match=r"record: .*gate\.json is there and holds no traces"):
+        Recorder(path, megabytes=1)
+    assert path.read_bytes() == content
+
+
 def test_a_slow_disk_neither_blocks_nor_fills_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

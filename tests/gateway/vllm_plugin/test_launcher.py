@@ -31,6 +31,7 @@ def test_defaults() -> None:
     assert last_value(command, "--host") == "127.0.0.1"
     assert json.loads(last_value(command, "--weight-transfer-config")) == {"backend": "espo"}
     assert int(last_value(command, "--max-logprobs")) == 20
+    assert last_value(command, "--generation-config") == "vllm"
     assert last_value(command, "--served-model-name") == HUB_MODEL
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "--enforce-eager" in command

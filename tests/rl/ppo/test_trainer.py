@@ -444,6 +444,16 @@ def test_learning_rate_warms_up_from_nothing(paths: Paths) -> None:
     assert moved[5] > 0.5 * LEARNING_RATE
 
 
+def test_the_warm_up_counts_training_steps_from_its_first_share(paths: Paths) -> None:
+    """However many optimizer steps each has; the actor's begin after the critic's own."""
+    ours = trainer(paths, lr_warmup_steps=3, epochs=2, minibatches=2, critic_only_steps=1)
+    metrics = [ours.update(make_rollouts()) for _ in range(5)]
+    rates = [one.get("learning_rate", 0.0) / LEARNING_RATE for one in metrics]
+    assert rates == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0, 1.0])
+    critics = [one["critic_learning_rate"] / (2 * LEARNING_RATE) for one in metrics]
+    assert critics == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 1.0])
+
+
 # -- saving ----------------------------------------------------------------------------------------
 
 

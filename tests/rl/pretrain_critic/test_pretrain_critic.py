@@ -214,7 +214,13 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:
         pretrain_critic.load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("argument", ["--held-out=1", "--wrong-reward=1", "--epochs=0"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--held-out=1", "--wrong-reward=1", "--epochs=0", "--seed=-1", f"--seed={2**63}"),
+        *("--learning-rate=inf", "--learning-rate=nan", "--right-reward=inf"),
+    ],
+)
 def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(["x", "--model", "m", "--output", "o", argument])

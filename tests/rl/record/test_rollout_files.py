@@ -124,9 +124,11 @@ def test_files_of_before_are_read(tmp_path: Path) -> None:
     RolloutFiles(recipe_for(tmp_path)).write(1, [a_rollout()], Gate())
     path = tmp_path / "rollouts" / "step-00000001.parquet"
     table = pq.read_table(path)
-    pq.write_table(table.drop_columns(["opened", "grader_timed_out"]), path)
+    later = ["history", "probes", "opened", "grader_timed_out"]
+    pq.write_table(table.drop_columns(later), path)
     ((read,), _) = read_rollouts(path)
     assert (read.opened, read.grader_timed_out) == ("", False)
+    assert (read.history, read.probes) == (None, [])
 
 
 def test_logprobs_are_exact(tmp_path: Path) -> None:
@@ -219,17 +221,3 @@ def test_a_file_that_is_no_dump(tmp_path: Path, kind: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_rollouts(tmp_path / "step-00000001.parquet")
-
-
-def test_files_of_before_are_read(tmp_path: Path) -> None:
-    rollout = Rollout(
-        Problem("p", "q", "a"), [1], [2], np.zeros(1), np.zeros(1), "", EndReason.LENGTH, 1
-    )
-    RolloutFiles(recipe_for(tmp_path)).write(1, [rollout], Gate())
-    path = tmp_path / "rollouts" / "step-00000001.parquet"
-    pq.write_table(pq.read_table(path).drop_columns(["history", "probes"]), path)
-    [read], _ = read_rollouts(path)
-    assert (read.history, read.probes) == (None, [])
-    pq.write_table(pq.read_table(path).drop_columns(["text"]), path)
-    with pytest.raises(ValueError, match="text"):
-        read_rollouts(path)

@@ -391,6 +391,22 @@ def test_a_folder_without_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fit-on", "other", "--folds", "3"], "--folds has no effect with --fit-on"),
+        (["--critic-worth", "-inf", "1"], "--critic-worth"),
+        (["--critic-worth", "nan", "1"], "--critic-worth"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["some", *arguments])
+    assert said in capsys.readouterr().err
+
+
 def test_a_mixture_of_recipes_is_said(tmp_path: Path) -> None:
     for name in "ab":
         dump(tmp_path / f"{name}.parquet", make_rollouts(2, 9), about={"espo.recipe": name})

@@ -192,6 +192,12 @@ async def test_the_request_asks_for_what_training_needs() -> None:
         assert body["prompt"] == PROMPTER(PROBLEM)
         assert (body["temperature"], body["max_tokens"]) == (0.7, 20)
         assert body["return_token_ids"] is True
+        # Whatever a server's defaults are, the policy itself is sampled from.
+        for name, neutral in (
+            *(("top_p", 1.0), ("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0)),
+            *(("presence_penalty", 0.0), ("frequency_penalty", 0.0)),
+        ):
+            assert body[name] == neutral
         assert "n" not in body or body["n"] == 1
 
 

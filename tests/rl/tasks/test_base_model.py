@@ -65,6 +65,9 @@ def test_a_seed_stands_for_the_same_demonstrations_as_ever() -> None:
         (["--max-steps", "27"], "--max-steps"),
         (["--error", "0.9"], "--error"),
         (["--kind", "hidden"], "--kind"),
+        (["--steps", "0"], "--steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**64)], "--seed"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(

@@ -1,0 +1,91 @@
+"""Where a command may write: nothing that is there is lost unless the command line says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+#: by these a folder is known to be a run's
+MARKS = ("recipe.json", "metrics.jsonl")
+#: all that a run, and a report of it, writes there
+OF_A_RUN = (
+    *MARKS,
+    *("summary.json", "rollouts", "checkpoints", "logs", "tensorboard", "wandb", "wandb_run"),
+    *("actor", "critic", "critic-config", "report.html"),
+)
+
+
+class OutputError(ValueError):
+    """What is there would be lost; the message names the setting and what to do."""
+
+
+def entries(folder: Path, setting: str) -> list[str]:
+    """The names in a folder; none where there is no folder yet.
+
+    Raises:
+        OutputError: it is a file, or cannot be read.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(
+            f"{setting}: cannot use {folder} ({error.strerror}); choose another folder"
+        ) from error
+
+
+def check_empty(folder: Path, setting: str, fix: str = "choose another folder") -> None:
+    """Raise OutputError where a folder holds anything. setting: that names it."""
+    if there := entries(folder, setting):
+        raise OutputError(f"{setting}: {folder} is not empty (it holds {listed(there)}): {fix}")
+
+
+def check_own(file: Path, setting: str, kind: str, own: Callable[[Path], bool]) -> None:
+    """Raise OutputError where a file would be replaced that is not of the kind that takes its
+    place. own: whether a file is; what it raises of ValueError means no."""
+    try:
+        if not file.exists() or (file.is_file() and not file.stat().st_size):
+            return
+        if file.is_file() and own(file):
+            return
+    except (OSError, ValueError):
+        pass
+    raise OutputError(
+        f"{setting}: {file} is there and no {kind}; choose another name, or remove it"
+    )
+
+
+def json_with(*names: str) -> Callable[[Path], bool]:
+    """Whether a file is a JSON object with these names, for `check_own`."""
+
+    def own(file: Path) -> bool:
+        content = json.loads(file.read_bytes())
+        return isinstance(content, dict) and content.keys() >= set(names)
+
+    return own
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in MARKS)
+
+
+def remove_run(folder: Path) -> None:
+    """Delete what a run wrote into its folder, and nothing else. Raises OutputError."""
+    for name in OF_A_RUN:
+        path = folder / name
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"--overwrite: cannot remove {path}: {error.strerror}") from error
+
+
+def listed(names: Collection[str], most: int = 4) -> str:
+    """The first few of them, and that there are more."""
+    shown = sorted(names)
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -1,0 +1,237 @@
+"""Settings that have no effect together with others, so that nobody believes they had one.
+
+What was said last counts: a switch turned after a setting makes it idle on purpose, as an ablation
+does with what its recipe says, and a setting given for what is switched off is a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from espo_gateway.stop.rules import BETA, P_STAR, threshold_of, value_source
+
+
+@dataclass(frozen=True)
+class Idle:
+    """keys: that do nothing `when` it holds of a recipe. switches: the keys that decide on it.
+    fix: what would make use of them."""
+
+    keys: str
+    switches: str
+    when: Callable[[Any], bool]
+    fix: str
+
+
+def _of_kind(kind: str, keys: str) -> Idle:
+    return Idle(
+        " ".join(f"task.{key}" for key in keys.split()),
+        "task.kind",
+        # Of a kind that is not known here nothing is known, either.
+        lambda recipe: recipe.task.kind in ({"arithmetic", "dataset", "reasoning-gym"} - {kind}),
+        f'task.kind = "{kind}"',
+    )
+
+
+def _of_rule(keys: str, switches: str, when: Callable[[Any], bool], fix: str) -> Idle:
+    """Without a rule nothing is stopped, however: that is plain PPO."""
+    name = " ".join(f"stopping.{key}" for key in keys.split())
+    return Idle(
+        name,
+        " ".join(f"stopping.{key}" for key in switches.split()),
+        lambda recipe: recipe.stopping.rule != "none" and when(recipe.stopping),
+        fix,
+    )
+
+
+def _bounded(stopping: Any) -> bool:
+    return stopping.threshold == "audit" and stopping.rule != "random"
+
+
+IDLE = (
+    _of_kind("arithmetic", "min_steps max_steps steps"),
+    _of_kind(
+        "dataset",
+        "train eval subset train_split eval_split problem_column answer_column answer_pattern "
+        "eval_subset eval_problem_column eval_answer_column eval_answer_pattern",
+    ),
+    _of_kind("reasoning-gym", "name options"),
+    Idle(
+        "task.min_steps task.max_steps",
+        "task.steps",
+        lambda recipe: recipe.task.steps is not None,
+        "no task.steps",
+    ),
+    Idle(
+        "task.eval_split task.eval_subset task.eval_problem_column task.eval_answer_column "
+        "task.eval_answer_pattern",
+        "task.eval",
+        lambda recipe: recipe.task.eval is None,
+        "task.eval",
+    ),
+    Idle(
+        "task.pattern",
+        "task.grader",
+        lambda recipe: recipe.task.grader != "regex",
+        'task.grader = "regex"',
+    ),
+    Idle(
+        "model.reference ppo.kl_place ppo.kl_estimator",
+        "ppo.kl_coefficient",
+        lambda recipe: not recipe.ppo.kl_coefficient,
+        "ppo.kl_coefficient above 0",
+    ),
+    Idle(
+        "model.critic ppo.critic_learning_rate ppo.value_clip ppo.gamma ppo.lam",
+        "ppo.advantage stopping.rule stopping.value",
+        lambda recipe: not recipe.needs_critic,
+        'a critic: ppo.advantage = "gae"',
+    ),
+    Idle(
+        "servers.critic_url servers.critic_gpus",
+        "stopping.rule stopping.value",
+        lambda recipe: not recipe.asks_critic,
+        'stopping.value = "critic" with a rule that reads it',
+    ),
+    Idle(
+        "servers.critic_gpus servers.critic_vllm_args",
+        "servers.critic_url",
+        lambda recipe: recipe.servers.critic_url is not None,
+        "a critic server of the run's own, so no servers.critic_url",
+    ),
+    Idle(
+        "servers.policy_servers servers.policy_gpus servers.vllm_args",
+        "servers.policy_urls",
+        lambda recipe: bool(recipe.servers.policy_urls),
+        "policy servers of the run's own, so no servers.policy_urls",
+    ),
+    Idle(
+        "logs.rollouts_megabytes",
+        "logs.rollouts",
+        lambda recipe: not recipe.logs.rollouts,
+        "logs.rollouts = true",
+    ),
+    _of_rule(
+        "beta beta_min beta_max",
+        "rule",
+        lambda stopping: threshold_of(stopping.rule) is not BETA,
+        "a rule that compares with β, such as value-gated",
+    ),
+    _of_rule(
+        "p_star p_star_max",
+        "rule",
+        lambda stopping: threshold_of(stopping.rule) is not P_STAR,
+        "a rule that compares with p*, such as success-probability",
+    ),
+    _of_rule(
+        "beta p_star",
+        "threshold",
+        lambda stopping: stopping.threshold in ("audit", "quantile"),
+        'stopping.threshold = "fixed" or "share"',
+    ),
+    _of_rule(
+        "beta_min beta_max p_star_max",
+        "threshold",
+        lambda stopping: stopping.threshold == "fixed",
+        "a threshold that moves",
+    ),
+    _of_rule(
+        "target_share",
+        "threshold rule",
+        lambda stopping: (
+            stopping.threshold not in ("share", "quantile") and stopping.rule != "random"
+        ),
+        'stopping.threshold = "share" or "quantile"',
+    ),
+    _of_rule(
+        "beta_step",
+        "threshold rule",
+        lambda stopping: stopping.threshold != "share" or stopping.rule == "random",
+        'stopping.threshold = "share"',
+    ),
+    _of_rule(
+        "right_lost false_positives confidence evidence",
+        "threshold rule",
+        lambda stopping: not _bounded(stopping),
+        'stopping.threshold = "audit"',
+    ),
+    _of_rule(
+        "right_lost",
+        "false_positives",
+        lambda stopping: stopping.false_positives is not None,
+        "no stopping.false_positives, which stands in its place",
+    ),
+    _of_rule(
+        "epsilon",
+        "rule",
+        lambda stopping: stopping.rule != "value-gated",
+        "a rule that multiplies β with V: value-gated",
+    ),
+    _of_rule(
+        "constant",
+        "rule value",
+        lambda stopping: value_source(stopping.rule, stopping.value) != "constant",
+        'stopping.value = "constant" with a rule that reads it',
+    ),
+    _of_rule(
+        "ask_every ask_growth",
+        "sources",
+        lambda stopping: not stopping.asks,
+        'stopping.sources = ["probe"] or ["critic"]',
+    ),
+    _of_rule(
+        "probe_phrase probe_end",
+        "sources",
+        lambda stopping: "probe" not in stopping.sources,
+        'stopping.sources = ["probe"]',
+    ),
+    _of_rule(
+        "warmup_batches",
+        "warmup",
+        lambda stopping: stopping.warmup != "batches",
+        'stopping.warmup = "batches"',
+    ),
+    _of_rule(
+        "warmup_loss warmup_change warmup_share",
+        "warmup",
+        lambda stopping: stopping.warmup != "critic-loss",
+        'stopping.warmup = "critic-loss"',
+    ),
+    _of_rule(
+        "warmup_explained",
+        "warmup",
+        lambda stopping: stopping.warmup != "explained-variance",
+        'stopping.warmup = "explained-variance"',
+    ),
+)
+
+
+def unused(recipe: Any, given: Mapping[str, int]) -> Iterator[str]:
+    """What is given and does nothing, with what to change.
+
+    Args:
+        recipe: a `config.Recipe`, which reads this.
+        given: the dotted keys that somebody wrote, with their places: what stands in the recipe's
+            file comes first, overrides in their order after it.
+    """
+    for idle in IDLE:
+        if not idle.when(recipe):
+            continue
+        switches = idle.switches.split()
+        turned = max(given.get(switch, -1) for switch in switches)
+        for key in idle.keys.split():
+            value, default = _value(recipe, key)
+            if given.get(key, -2) >= turned and value != default:
+                found = ", ".join(f"{one} = {_value(recipe, one)[0]!r}" for one in switches)
+                yield (
+                    f"{key} = {value!r} has no effect with {found}: leave it out; it needs "
+                    f"{idle.fix}"
+                )
+
+
+def _value(recipe: Any, key: str) -> tuple[Any, Any]:
+    """A dotted key's value and its default."""
+    section, _, name = key.partition(".")
+    part = getattr(recipe, section)
+    return getattr(part, name), type(part).model_fields[name].get_default(call_default_factory=True)
