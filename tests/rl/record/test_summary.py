@@ -318,12 +318,13 @@ def test_no_bound_where_none_was_to_be_kept(override: str) -> None:
 def test_right_rollouts_lost_are_counted_in_those_that_audits_show(
     finished: int, audited: int, verdict: str
 ) -> None:
-    """A tenth of what was stopped is audited, so a tenth of the finished is what they stand for."""
+    """An eighth of what was stopped is audited, one of each prompt's rollouts, so an eighth of the
+    finished is what they stand for."""
     batch = [stopped(30, 10, audited=True, correct=True) for _ in range(audited)]
     full = [dataclasses.replace(rollout(5), correct=True) for _ in range(finished)]
-    summary = summary_of([*batch, *full], **{"stopping.audit_share": "0.1"})
-    told = summary.as_dict()
-    trials = 0.1 * finished + audited
+    settings = {"stopping.audit_share": "0.1", "rollout.n": "8"}
+    told = summary_of([*batch, *full], **settings).as_dict()
+    trials = finished / 8 + audited
     assert told["right_lost"] == (pytest.approx(audited / trials) if trials else None)
     assert (told["bound"]["of"], told["bound_kept"]) == ("right-lost", verdict)
 

@@ -76,8 +76,8 @@ def test_false_positives_are_those_of_the_last_steps(tmp_path: Path) -> None:
 
 
 def test_right_rollouts_lost_are_of_those_that_audits_show(tmp_path: Path) -> None:
-    """One of two audited was right in each step, a tenth is audited, and 20 were right in all."""
-    known: dict[str, Any] = {"rollout/right": 20.0, "stopping/on": 1.0}
+    """One of two audited was right in each step, an eighth is audited, and 16 were right in all."""
+    known: dict[str, Any] = {"rollout/right": 16.0, "stopping/on": 1.0}
     folder = make_run(tmp_path / "run", **known)
     lines = lines_of(folder)
     assert lines["cost/audited"]["y"] == [0.5, 0.5, 0.5]
