@@ -14,6 +14,7 @@ from tests.helpers.gateway import CHAT, chat_body, client_of, completion_body, g
 from tests.helpers.wire import DONE, WireServer, events, heard
 
 HEAD = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 1}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
@@ -173,7 +174,7 @@ WIRE: dict[str, bytes] = {
 @pytest.mark.parametrize("mode", ["enforce", "off"])
 @pytest.mark.parametrize("shape", WIRE)
 async def test_a_stream_is_heard_as_without_the_gateway(shape: str, mode: str) -> None:
-    body = chat_body(stream=True, stream_options={"include_usage": True})
+    body = chat_body(**LOGPROBS, stream=True, stream_options={"include_usage": True})
     async with (
         WireServer(WIRE[shape]) as server,
         gateway_for(server) as gateway,
@@ -189,7 +190,7 @@ async def test_a_stream_is_heard_as_without_the_gateway(shape: str, mode: str) -
 
 @pytest.mark.parametrize("shape", WIRE)
 async def test_the_same_stream_makes_the_whole_answer(shape: str) -> None:
-    body = chat_body()
+    body = chat_body(**LOGPROBS)
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     async with (
         WireServer(WIRE[shape]) as server,
@@ -235,7 +236,7 @@ COMPRESSED = {
 @pytest.mark.parametrize("encoding", COMPRESSED)
 async def test_a_server_may_compress(encoding: str, mode: str) -> None:
     server = WireServer(*COMPRESSED[encoding], headers={"Content-Encoding": encoding})
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = {"stream": True, "stream_options": {"include_usage": True}, **LOGPROBS}
     async with (
         server,
         WireServer(PLAIN) as plain,
@@ -247,7 +248,7 @@ async def test_a_server_may_compress(encoding: str, mode: str) -> None:
         espo = {"extra_body": {"espo": {"mode": mode}}}
         assert await heard(through, chat_body(**stream, **espo)) == expected
         if mode == "enforce":
-            assert await heard(through, chat_body()) == expected
+            assert await heard(through, chat_body(**LOGPROBS)) == expected
 
 
 @pytest.mark.parametrize("mode", ["enforce", "off"])
