@@ -7,7 +7,6 @@ logprobs are cut exactly. The text is, too, wherever the server's token strings 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from espo_gateway.stream.chunks import TEXT_FIELDS
@@ -157,7 +156,7 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
     logprobs = choice.get("logprobs")
     if logprobs is None or alternatives < 0:
         return
-    with suppress(AttributeError, TypeError):
+    try:
         if "token_logprobs" not in logprobs:
             for entry in logprobs.get("content") or ():
                 del (entry.get("top_logprobs") or [])[alternatives:]
@@ -170,6 +169,8 @@ def strip_logprobs(choice: Choice, alternatives: int) -> None:
                 _likeliest(token, logprob, top, alternatives) if top and type(token) is str else top
                 for token, logprob, top in zip(tokens, sampled, tops, strict=True)
             ]
+    except (AttributeError, TypeError):
+        return  # `suppress` would cost more than all the rest
 
 
 def _likeliest(token: str, logprob: Any, top: Choice, alternatives: int) -> Choice:
