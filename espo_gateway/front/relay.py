@@ -142,6 +142,8 @@ class _Relay:
                 if isinstance(error, UpstreamStatusError) or not self._session.complete:
                     raise
                 return
+            except RecursionError as error:
+                raise UpstreamProtocolError("the upstream's answer is nested too deeply") from error
             over = over or self._done or self._session.ended
 
     async def _read(self) -> bool:

@@ -66,10 +66,10 @@ class Answer:
             else:
                 self.choice[name] = value
 
-    def _add_logprobs(self, logprobs: Chunk) -> None:
+    def _add_logprobs(self, logprobs: Any) -> None:
         known = self.choice["logprobs"]
-        if known is None:
-            self.choice["logprobs"] = logprobs
+        if not (isinstance(known, dict) and isinstance(logprobs, dict)):
+            self.choice["logprobs"] = _grown(known, logprobs)
             return
         for name, values in logprobs.items():
             if isinstance(known.get(name), list) and isinstance(values, list):

@@ -28,7 +28,7 @@ class TextDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 #: Where a chat's delta may have its text.
 TEXT_FIELDS = TextDelta.__struct_fields__
 #: Of what a choice may have, and where null is the same as nothing.
-_TYPES = (("delta", dict), ("text", str), ("logprobs", dict), ("token_ids", list))
+_TYPES = (("delta", dict), ("text", str), ("token_ids", list))
 
 
 class SampledToken(NamedTuple):

@@ -150,23 +150,27 @@ def keep_tokens(choice: Choice, kept: int) -> None:
 def strip_logprobs(choice: Choice, alternatives: int) -> None:
     """Leave only the `alternatives` a token that the client asked for, in place.
 
-    The monitor may need more alternatives than a client has asked for (-1: all).
+    The monitor may need more alternatives than a client has asked for (-1: all). What cannot be
+    read is left as it is.
     """
     logprobs = choice.get("logprobs")
     if logprobs is None or alternatives < 0:
         return
-    if "token_logprobs" not in logprobs:
-        for entry in logprobs.get("content") or ():
-            del (entry.get("top_logprobs") or [])[alternatives:]
-        return
-    # The sampled token comes first, and its string may also be an alternative's.
-    tops, tokens = logprobs.get("top_logprobs"), logprobs.get("tokens")
-    sampled = logprobs["token_logprobs"]
-    if tops and tokens and len(tokens) == len(sampled or ()) == len(tops):
-        logprobs["top_logprobs"] = [
-            _likeliest(token, logprob, top, alternatives) if top and type(token) is str else top
-            for token, logprob, top in zip(tokens, sampled, tops, strict=True)
-        ]
+    try:
+        if "token_logprobs" not in logprobs:
+            for entry in logprobs.get("content") or ():
+                del (entry.get("top_logprobs") or [])[alternatives:]
+            return
+        # The sampled token comes first, and its string may also be an alternative's.
+        tops, tokens = logprobs.get("top_logprobs"), logprobs.get("tokens")
+        sampled = logprobs["token_logprobs"]
+        if tops and tokens and len(tokens) == len(sampled or ()) == len(tops):
+            logprobs["top_logprobs"] = [
+                _likeliest(token, logprob, top, alternatives) if top and type(token) is str else top
+                for token, logprob, top in zip(tokens, sampled, tops, strict=True)
+            ]
+    except (AttributeError, TypeError):
+        return  # `suppress` would cost more than all the rest
 
 
 def _likeliest(token: str, logprob: Any, top: Choice, alternatives: int) -> Choice:

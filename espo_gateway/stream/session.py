@@ -170,12 +170,14 @@ class Session:
         else:
             chunk = _decoded(data)
             chunk.pop("usage", None)
-            outbox.hold(chunk, *_understood(chunk), watch.tokens)
+            choice, tokens = self._understood(chunk)
+            outbox.hold(chunk, choice, tokens, self.tokens)
 
     def _receive_any(self, data: bytes) -> None:
         chunk = _decoded(data)
-        if error := chunk.get("error"):
-            code = error.get("code") if isinstance(error, dict) else None
+        # The first is OpenAI's way to say so, the second that of vLLM before 0.10 and of others.
+        if (error := chunk.get("error")) or chunk.get("object") == "error":
+            code = (error if isinstance(error, dict) else chunk).get("code")
             status = code if type(code) is int and 400 <= code < 600 else 502
             raise UpstreamStatusError(status, chunk)
         choices = chunk.get("choices")
@@ -191,7 +193,7 @@ class Session:
         if not choices:
             self._outbox.tail.update(chunk)
             return
-        choice, tokens = _understood(chunk, self._top_k)
+        choice, tokens = self._understood(chunk, self._top_k)
         was_cut = self._cut is not None
         if tokens:
             self._watch_tokens(
@@ -210,6 +212,19 @@ class Session:
             template.write(chunk)
             self._template = template
         self._outbox.hold(chunk, choice, tokens, self.tokens)
+
+    def _understood(self, chunk: Chunk, top_k: int = 0) -> tuple[Chunk, list[SampledToken]]:
+        """A chunk's choice and tokens."""
+        try:
+            choice = only_choice(chunk["choices"])
+        except ValueError as error:
+            raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
+        try:
+            return choice, sampled_tokens(choice, top_k)
+        except ValueError as error:
+            if self.gate.rule != "none":
+                self.give_up(f"the upstream sends logprobs that cannot be read: {error}")
+            return choice, []
 
     def _watch_tokens(self, tokens: list[SampledToken], *, completed: bool) -> None:
         watch = self.watch or self._begin()
@@ -420,15 +435,6 @@ def _end_of(reason: object) -> End | None:
     """What a finish reason says; None for none yet, for which some servers write ""."""
     word = reason.lower() if isinstance(reason, str) else str(reason)
     return _ENDS.get(word, "completed") if reason else None
-
-
-def _understood(chunk: Chunk, top_k: int = 0) -> tuple[Chunk, list[SampledToken]]:
-    """A chunk's choice and tokens."""
-    try:
-        choice = only_choice(chunk["choices"])
-        return choice, sampled_tokens(choice, top_k)
-    except ValueError as error:
-        raise UpstreamProtocolError(f"the upstream sent a malformed chunk: {error}") from error
 
 
 def _decoded(data: bytes) -> Chunk:

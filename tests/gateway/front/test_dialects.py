@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.helpers.gateway import CHAT, chat_body, client_of, completion_body, g
 from tests.helpers.wire import DONE, WireServer, events, heard
 
 HEAD = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+LOGPROBS: dict[str, Any] = {"logprobs": True, "top_logprobs": 1}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
@@ -173,7 +175,7 @@ WIRE: dict[str, bytes] = {
 @pytest.mark.parametrize("mode", ["enforce", "off"])
 @pytest.mark.parametrize("shape", WIRE)
 async def test_a_stream_is_heard_as_without_the_gateway(shape: str, mode: str) -> None:
-    body = chat_body(stream=True, stream_options={"include_usage": True})
+    body = chat_body(**LOGPROBS, stream=True, stream_options={"include_usage": True})
     async with (
         WireServer(WIRE[shape]) as server,
         gateway_for(server) as gateway,
@@ -189,7 +191,7 @@ async def test_a_stream_is_heard_as_without_the_gateway(shape: str, mode: str) -
 
 @pytest.mark.parametrize("shape", WIRE)
 async def test_the_same_stream_makes_the_whole_answer(shape: str) -> None:
-    body = chat_body()
+    body = chat_body(**LOGPROBS)
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     async with (
         WireServer(WIRE[shape]) as server,
@@ -235,7 +237,7 @@ COMPRESSED = {
 @pytest.mark.parametrize("encoding", COMPRESSED)
 async def test_a_server_may_compress(encoding: str, mode: str) -> None:
     server = WireServer(*COMPRESSED[encoding], headers={"Content-Encoding": encoding})
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = {"stream": True, "stream_options": {"include_usage": True}, **LOGPROBS}
     async with (
         server,
         WireServer(PLAIN) as plain,
@@ -247,7 +249,7 @@ async def test_a_server_may_compress(encoding: str, mode: str) -> None:
         espo = {"extra_body": {"espo": {"mode": mode}}}
         assert await heard(through, chat_body(**stream, **espo)) == expected
         if mode == "enforce":
-            assert await heard(through, chat_body()) == expected
+            assert await heard(through, chat_body(**LOGPROBS)) == expected
 
 
 @pytest.mark.parametrize("mode", ["enforce", "off"])
@@ -343,3 +345,66 @@ async def test_a_servers_own_word_for_the_end_is_kept(word: str) -> None:
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == word
     assert choice["espo"]["cut"] is None
+
+
+async def test_an_error_in_the_old_way_is_one() -> None:
+    """Of vLLM once, and of others still: OpenAI's client takes it for a chunk."""
+    error = {"object": "error", "message": "boom", "code": 400}
+    async with (
+        WireServer(events(ROLE, said("Hello"), error) + DONE) as server,
+        gateway_for(server) as gateway,
+        client_of(server.url) as straight,
+        client_of(gateway.url) as through,
+    ):
+        stream = chat_body(**LOGPROBS, stream=True)
+        assert await heard(through, stream) == await heard(straight, stream)
+        assert await post(gateway.url + CHAT, chat_body()) == (400, error)
+
+
+@pytest.mark.parametrize("depth", [200, 600, 900, 1200, 100_000])
+@pytest.mark.parametrize("mode", ["enforce", "off"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_no_depth_of_an_answer_fails_the_gateway(
+    depth: int, mode: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    nest = b"[" * depth + b"]" * depth
+    for place, where in ((b"Hel", b'"Hel"'), (b"lo", b'"finish_reason": null')):
+        name = b'"finish_reason": null, "x": ' if where != b'"Hel"' else b'"Hel", "x": '
+        body = PLAIN.replace(where, name + nest)
+        assert place in body
+        async with WireServer(body) as server, gateway_for(server) as gateway:
+            answer = chat_body(stream=stream, espo={"mode": mode})
+            async with aiohttp.ClientSession() as session:
+                response = await session.post(gateway.url + CHAT, json=answer)
+                text = await response.text()
+            assert response.status in (200, 502), text[:200]
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("status", [201, 204, 400, 402, 418, 500, 529, 599])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"words", b"\xff\x00", b"{", b"[1]", b"null", b'{"error": null}', b"<html>"),
+        *(
+            b'{"error": "\\ud83d"}',
+            b'{"error": NaN}',
+            b'{"error": ' + b"[" * 900 + b"]" * 900 + b"}",
+        ),
+        b'{"detail": [{"loc": ["body"]}], "error": {"code": {}}}',
+    ],
+    ids=lambda body: repr(body)[:30],
+)
+@pytest.mark.parametrize("mode", ["enforce", "off"])
+async def test_no_error_of_a_server_fails_the_gateway(
+    mode: str, body: bytes, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers = {"Content-Type": "x/y; charset=\u00e9, charset=x", "Retry-After": "-\u00e9"}
+    server = WireServer(*([] if status == 204 else [body]), status=status, headers=headers)
+    async with server, gateway_for(server) as gateway, aiohttp.ClientSession() as session:
+        for stream in (True, False):
+            sent = chat_body(stream=stream, espo={"mode": mode})
+            response = await session.post(gateway.url + CHAT, json=sent)
+            await response.read()
+            assert response.status in ((status, 502) if status < 400 else (status,))
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]

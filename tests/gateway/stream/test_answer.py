@@ -8,6 +8,8 @@ import pytest
 
 from espo_gateway.stream.answer import total_usage
 
+ODD: list[Any] = ["3", {}, [], 1.5, True]
+
 
 def usage(prompt: int, completion: int, **details: Any) -> dict[str, Any]:
     total = prompt + completion
@@ -58,8 +60,14 @@ def test_of_one_choice_it_is_as_the_server_tells_it() -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    [None, {}, {"prompt_tokens": 3}, {**usage(3, 5), "completion_tokens": None}, usage(3, 5, x=[])]
-    + [{**usage(3, 5), "prompt_tokens": x} for x in ("3", {}, [], 1.5, True)],
+    [
+        None,
+        {},
+        {"prompt_tokens": 3},
+        {**usage(3, 5), "completion_tokens": None},
+        usage(3, 5, list=[]),
+    ]
+    + [{**usage(3, 5), "prompt_tokens": one} for one in ODD],
     ids=str,
 )
 def test_a_usage_that_is_none_makes_no_sum(odd: Any) -> None:

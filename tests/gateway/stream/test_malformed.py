@@ -24,7 +24,7 @@ from tests.helpers.streams import CALM, EAGER, WILD, chunk
 GATES = [Gate(), EAGER, Gate(rule="confidence", confidence_top_k=2)]
 
 
-def stream(*, chat: bool) -> list[dict[str, Any]]:
+def sent(*, chat: bool) -> list[dict[str, Any]]:
     """Calm, then wild: four tokens in three chunks, with all that a chunk may have."""
     chunks: list[dict[str, Any]] = []
     for logprobs in ([CALM], [CALM, WILD], [WILD]):
@@ -121,12 +121,14 @@ ODD = st.one_of(
 )
 
 
-def served(events: list[bytes], asked: dict[str, Any], gate: Gate, *, chat: bool) -> Any:
+def served(
+    events: list[bytes], asked: dict[str, Any], gate: Gate, *, chat: bool, refuse: bool = False
+) -> Any:
     """As `relay.follow` does it; the client's answer as it would be written."""
     prompt: dict[str, Any] = {"messages": []} if chat else {"prompt": "p"}
     body = {"model": "m", **prompt, **asked}
     planned = plan(body, chat=chat)
-    policy = Policy(refuse=False)
+    policy = Policy(refuse=refuse)
     single = planned.singles[0]
     session = Session(gate, Control(), planned.asked, single, chat=chat, policy=policy)
     answer, written = Answer(chat=chat), b""
@@ -169,7 +171,7 @@ ASKED = st.fixed_dictionaries(
 def test_no_chunk_fails_the_gateway(
     chat: bool, data: st.DataObject, asked: dict[str, Any], gate: Gate
 ) -> None:
-    chunks = stream(chat=chat)
+    chunks = sent(chat=chat)
     texts: dict[str, str] = {}
     for mark in range(data.draw(st.integers(1, 3))):
         place, name = data.draw(st.sampled_from([*places(chunks)]))
@@ -195,7 +197,7 @@ def test_no_chunk_fails_the_gateway(
 
 @given(asked=ASKED, garbage=st.binary(max_size=20), chat=st.booleans())
 def test_no_bytes_fail_the_gateway(asked: dict[str, Any], garbage: bytes, chat: bool) -> None:
-    events = [json.dumps(one, separators=(",", ":")).encode() for one in stream(chat=chat)]
+    events = [json.dumps(one, separators=(",", ":")).encode() for one in sent(chat=chat)]
     for at in (0, 1, 2):
         for event in (garbage, events[at].replace(b'"t"', b'"' + garbage + b'"')):
             try:
@@ -234,7 +236,7 @@ MENDED: dict[str, Any] = {
 @pytest.mark.parametrize("shape", MENDED)
 def test_what_can_be_mended_is_served(shape: str, streamed: bool) -> None:
     choice = {"index": 0, "delta": MENDED[shape]}
-    chunks = [{"choices": [choice]}, *stream(chat=True)[1:]]  # without an id, to begin with
+    chunks = [{"choices": [choice]}, *sent(chat=True)[1:]]  # without an id, to begin with
     events = [json.dumps(one).encode() for one in chunks]
     answer = served(events, {"stream": streamed}, Gate(), chat=True)
     assert b'"stop"' in answer
@@ -284,7 +286,7 @@ def test_text_in_words_and_in_parts_is_all_kept() -> None:
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_cut_needs_no_token_strings(missing: str, chat: bool) -> None:
     """Text chunks are not looked at more closely until one of them is cut."""
-    chunks = stream(chat=chat)
+    chunks = sent(chat=chat)
     for one in chunks[:3]:
         for name in ("usage", "prompt_token_ids"):
             del one[name]
@@ -306,11 +308,48 @@ def test_a_cut_needs_no_token_strings(missing: str, chat: bool) -> None:
     assert b'"stop_reason":"espo"' in answer
 
 
-def test_logprobs_that_cannot_be_read_at_the_cut_are_the_servers_error() -> None:
-    chunks = stream(chat=False)
+@pytest.mark.parametrize("refuse", [True, False])
+def test_logprobs_that_cannot_be_read_at_the_cut_cannot_be_monitored(refuse: bool) -> None:
+    chunks = sent(chat=False)
     for one in chunks[:3]:
         del one["usage"], one["prompt_token_ids"], one["choices"][0]["token_ids"]
     chunks[2]["choices"][0]["logprobs"]["tokens"] = 5
     events = [json.dumps(one, separators=(",", ":")).encode() for one in chunks]
-    with pytest.raises(UpstreamProtocolError, match="malformed"):
-        served(events, {}, EAGER, chat=False)
+    if refuse:
+        with pytest.raises(UpstreamProtocolError, match="cannot be read"):
+            served(events, {}, EAGER, chat=False, refuse=True)
+        return
+    answer = json.loads(served(events, {}, EAGER, chat=False))
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("tttt", "stop")
+    assert "cannot be read" in choice["espo"]["reason"]
+
+
+#: A chunk's logprobs, of servers with a mind of their own.
+UNREADABLE: list[Any] = [
+    *([], [-0.1], "x", 5, {"content": 5}, {"content": [None]}, {"content": [{}]}),
+    *({"content": [{"token": "t", "logprob": "x"}]}, {"content": {"t": -0.1}}),
+    *({"token_logprobs": 5}, {"token_logprobs": [[]]}, {"token_logprobs": [-1], "tokens": 5}),
+    *({"token_logprobs": [-1], "top_logprobs": [[1]]}, {"token_logprobs": [10**400]}),
+]
+
+
+@pytest.mark.parametrize("asked", [{}, {"logprobs": 1}], ids=str)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("logprobs", UNREADABLE, ids=lambda one: str(one)[:40])
+def test_logprobs_of_another_kind_are_served_unmonitored(
+    logprobs: Any, chat: bool, stream: bool, asked: dict[str, Any]
+) -> None:
+    chunks = sent(chat=chat)
+    for one in chunks[:3]:
+        one["choices"][0]["logprobs"] = copy.deepcopy(logprobs)
+    events = [json.dumps(one).encode() for one in chunks]
+    answer = served(events, {"stream": stream, **asked}, EAGER, chat=chat)
+    if logprobs != []:
+        assert b"cannot be read" in answer or b"sends no logprobs" in answer
+    assert answer.count(b'"t') >= 1
+    served(events, {"stream": stream, **asked}, Gate(), chat=chat, refuse=True)
+    if logprobs not in ([], {"content": {"t": -0.1}}):
+        with pytest.raises(UpstreamProtocolError, match="cannot be read"):
+            served(events, asked, EAGER, chat=chat, refuse=True)
