@@ -21,17 +21,19 @@ from espo_rl.ppo.samples import Sample
 
 Metrics = dict[str, float]
 
+NOTHING = torch.empty(0)
+
 
 @dataclass
 class ModelOutputs:
     """What the models say of a sample before the update; arrays are [kept].
 
-    Of the actor nothing where it is asked in the update alone.
+    The actor's are empty where it is asked in the update alone.
     """
 
-    logprobs: Tensor | None = None  # at the sampling temperature
-    reported: Tensor | None = None  # as the server reports them: raw, or at that temperature
-    entropy: Tensor | None = None
+    logprobs: Tensor = NOTHING  # at the sampling temperature
+    reported: Tensor = NOTHING  # as the server reports them: raw, or at the sampling temperature
+    entropy: Tensor = NOTHING
     reference: Tensor | None = None  # log π of the reference model at the sampling temperature
     values: Tensor | None = None  # V before each token
 
@@ -41,10 +43,10 @@ def compare(
 ) -> tuple[dict[str, Tensor], Metrics]:
     """The actor against server and reference: columns of the losses, all tokens in a row, and the
     metrics."""
-    old = _joined([one.logprobs for one in before])
+    old = torch.cat([one.logprobs for one in before])
     served = torch.cat([sample.columns["served_logprobs"] for sample in samples])
-    metrics = {"entropy": float(_joined([one.entropy for one in before]).mean())}
-    metrics |= mismatch(served, _joined([one.reported for one in before]))
+    metrics = {"entropy": float(torch.cat([one.entropy for one in before]).mean())}
+    metrics |= mismatch(served, torch.cat([one.reported for one in before]))
     columns = {"old_logprobs": old}
     if before[0].reference is not None:
         kl = kl_estimate(old, _joined([one.reference for one in before]), ppo.kl_estimator)
@@ -64,7 +66,9 @@ def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo)
     Where the actor has not been asked, all but what follows from that.
     """
     kept = [sample.kept for sample in samples]
-    columns, metrics = ({}, {}) if before[0].logprobs is None else compare(samples, before, ppo)
+    columns: dict[str, Tensor]
+    metrics: Metrics
+    columns, metrics = compare(samples, before, ppo) if len(before[0].logprobs) else ({}, {})
     penalties = columns.pop("penalties", torch.zeros(sum(kept)))
     if before[0].reference is not None:
         columns["reference_logprobs"] = _joined([one.reference for one in before])

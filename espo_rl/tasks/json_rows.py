@@ -113,7 +113,8 @@ def _lines(data: bytes | mmap.mmap) -> array[int]:
 def _listed(data: bytes | mmap.mmap, path: Path) -> tuple[bytes, array[int]]:
     """The rows of a list, one after another, and their places."""
     text, places = data[:].decode(), array("Q")
-    at, rows, size = text.index("[") + 1, [], 0
+    rows: list[bytes] = []
+    at, size = text.index("[") + 1, 0
     while True:
         at = _after(text, at, " \t\r\n,")
         if text[at : at + 1] in ("]", ""):
