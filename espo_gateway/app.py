@@ -23,9 +23,10 @@ from espo_gateway.critic.server import CriticServer, ValueServer
 from espo_gateway.front.auth import read_keys
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.generation import generate
-from espo_gateway.front.middleware import identify, middleware
+from espo_gateway.front.middleware import completion, middleware
 from espo_gateway.front.openapi import description
 from espo_gateway.front.passthrough import pass_through
+from espo_gateway.front.paths import MONITORED, generating_path, upstream_path
 from espo_gateway.telemetry.logs import http_log
 from espo_gateway.telemetry.metrics import Metrics
 from espo_gateway.upstream.connection import Limits
@@ -44,9 +45,13 @@ def application(gateway: Gateway) -> web.Application:
     gateway.metrics.registry.register(GatewayCollector(gateway))
 
     async def generation(request: web.Request) -> web.StreamResponse:
-        return await generate(gateway, request)
+        return await generate(gateway, request, request.path)
 
     async def other(request: web.Request) -> web.StreamResponse:
+        upstream_path(request)  # else its other spellings are none of what follows
+        path = generating_path(request)
+        if path in MONITORED:
+            return await generate(gateway, request, path)
         return await pass_through(gateway, request)
 
     async def health(request: web.Request) -> web.Response:
@@ -67,11 +72,10 @@ def application(gateway: Gateway) -> web.Application:
     app = web.Application(
         middlewares=[middleware(gateway)], client_max_size=gateway.config.max_request_bytes
     )
-    app.on_response_prepare.append(identify)
+    app.on_response_prepare.append(completion(gateway))
     app.add_routes(
         [
-            web.post("/v1/completions", generation),
-            web.post("/v1/chat/completions", generation),
+            *(web.post(path, generation) for path in sorted(MONITORED)),
             *(web.route(method, "/v1/{path:.*}", other) for method in _PASSED),
             *admin_routes(gateway, live),
             web.get("/health", health),

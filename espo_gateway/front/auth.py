@@ -1,8 +1,8 @@
 """Keys: who may use the gateway, who may administer it, and what it shows its servers.
 
-Every route but `/health` and `/ready` needs an API key once there are any; `/espo` and all below it
-needs the admin key. The decision is made on what the router has chosen, so no spelling of a path
-comes to a handler past it.
+Every route but `/health` and `/ready` needs an API key once there are any, OPTIONS excepted;
+`/espo` and all below it needs the admin key. The decision is made on what the router has chosen, so
+no spelling of a path comes to a handler past it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def authorize(request: web.Request, keys: Keys, *, loopback: bool) -> None:
         Unauthorized: a key is needed, and this request has none or a wrong one.
         Forbidden: administration is not enabled.
     """
-    if _route(request) in _OPEN:
+    route = _route(request)
+    # A browser asks without a key whether its page may send one; servers answer that to anybody.
+    if route in _OPEN or (request.method == "OPTIONS" and route.startswith("/v1/")):
         return
     needed = keys.api
     if is_administration(request):

@@ -1,9 +1,11 @@
-"""What one gateway holds: its servers, the gate in force, its counters. No HTTP of its own."""
+"""What one gateway holds: its servers, the gate in force, its counters."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+
+from aiohttp import web
 
 from espo_gateway.config import Config
 from espo_gateway.critic.server import ValueServer
@@ -11,12 +13,14 @@ from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.front.admission import Admission
 from espo_gateway.front.auth import Keys, read_keys
 from espo_gateway.front.drain import Traffic
+from espo_gateway.front.headers import ANSWERED, CrossOrigin, answered_headers
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.telemetry.logs import current
 from espo_gateway.telemetry.metrics import Metrics
 from espo_gateway.tuning.observers import Observers
+from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ class Gateway:
         self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
         self.traffic = Traffic()
         self.admission = Admission(config.max_in_flight, config.max_queue)
+        self.cross_origin = CrossOrigin(pool)
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
@@ -87,6 +92,23 @@ class Gateway:
         self.keys, self._gate_read = keys, data
         self.pool.headers = keys.upstream_headers
         log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
+
+    def answered(self, request: web.Request, reply: Reply) -> None:
+        """Take the head of a server's answer, for that of the client's; of several the first."""
+        if ANSWERED not in request:
+            request[ANSWERED] = answered_headers(reply.headers, self.pool.urls, anew=True)
+
+    async def complete(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Add to the head of an answer, about to be sent, what the servers have to say in it."""
+        headers = request.get(ANSWERED)
+        if headers is None:
+            if "Origin" not in request.headers or not request.path.startswith("/v1/"):
+                return
+            headers = await self.cross_origin.headers(self.keys, request)
+        own = {name.lower() for name in response.headers}
+        for name, value in headers.items():
+            if name.lower() not in own:
+                response.headers.add(name, value)
 
     def drain(self) -> None:
         """Refuse new requests; `traffic.over` waits for those under way."""

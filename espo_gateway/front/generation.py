@@ -13,7 +13,8 @@ from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.front.bodies import decode
 from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
-from espo_gateway.front.passthrough import forwarded_headers, generation_headers, pass_marked
+from espo_gateway.front.headers import forwarded_headers, generation_headers
+from espo_gateway.front.passthrough import pass_marked
 from espo_gateway.front.relay import OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
 from espo_gateway.stream.request import Plan, plan
@@ -22,10 +23,10 @@ from espo_gateway.stream.session import Session
 _encode = msgspec.json.Encoder().encode
 
 
-async def generate(gateway: Gateway, request: web.Request) -> web.StreamResponse:
-    """Serve /v1/completions or /v1/chat/completions. Raises the kinds of GatewayError."""
+async def generate(gateway: Gateway, request: web.Request, path: str) -> web.StreamResponse:
+    """Serve a path of `MONITORED`. Raises the kinds of GatewayError."""
     data = await request.read()
-    planned = plan(decode(request, data), chat=request.path.endswith("/chat/completions"))
+    planned = plan(decode(request, data), chat=path.endswith("/chat/completions"))
     unmonitored = planned.unmonitored is not None and planned.control.mode != "off"
     if unmonitored and gateway.policy.refuse:
         raise InvalidRequest(
@@ -41,7 +42,7 @@ async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> we
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
     gate = gateway.gate
-    began = partial(gateway.metrics.first_token, request)
+    began = partial(gateway.metrics.first_token, request, planned.path)
     sessions = [
         Session(
             gate,
@@ -73,6 +74,7 @@ async def _follow_all(
 ) -> None:
     """Follow every choice; the first that fails ends the others."""
     headers = forwarded_headers(gateway.keys, request, json=True)
+    answered = partial(gateway.answered, request)
     several = len(sessions) > 1
     follows = [
         follow(
@@ -83,6 +85,7 @@ async def _follow_all(
             session,
             sink,
             gateway.critic,
+            answered=answered,
         )
         for single, session, sink in zip(planned.singles, sessions, sinks, strict=True)
     ]

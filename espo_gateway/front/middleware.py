@@ -56,11 +56,16 @@ def middleware(gateway: Gateway) -> Middleware:
     return observe
 
 
-async def identify(request: web.Request, response: web.StreamResponse) -> None:
-    """Just before a response's head is sent."""
-    if (entry := current.get()) is not None:
-        response.headers[REQUEST_ID] = entry.request_id
-        entry.response = response
+def completion(gateway: Gateway) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """What is done just before a response's head is sent."""
+
+    async def complete(request: web.Request, response: web.StreamResponse) -> None:
+        if (entry := current.get()) is not None:
+            response.headers[REQUEST_ID] = entry.request_id
+            entry.response = response
+        await gateway.complete(request, response)
+
+    return complete
 
 
 async def _answered(

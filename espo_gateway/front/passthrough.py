@@ -2,127 +2,73 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
-from multidict import CIMultiDict, MultiMapping
+from multidict import CIMultiDict
 
-from espo_gateway.errors import GatewayError, InvalidRequest
-from espo_gateway.front.auth import Keys
+from espo_gateway.errors import GatewayError, InvalidRequest, UpstreamProtocolError
 from espo_gateway.front.events import event, event_stream
 from espo_gateway.front.gateway import Gateway
+from espo_gateway.front.headers import (
+    ANSWERED,
+    answered_headers,
+    forwarded_headers,
+    generation_headers,
+    leads_back,
+)
+from espo_gateway.front.paths import generating_path, upstream_path
+from espo_gateway.front.relay import check_place
 from espo_gateway.stream.chunks import decode_chunk
-from espo_gateway.stream.request import Body, Plan
+from espo_gateway.stream.request import Plan
 from espo_gateway.stream.sse import SSEParser
-from espo_gateway.telemetry.logs import REQUEST_ID, current
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
 
-_CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
-
-#: Headers that belong to one connection (RFC 9110, 7.6.1), not to the message.
-_HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-connection",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-#: Written anew for the upstream, or said by nobody: a client must not pass itself off as a proxy.
-_NOT_FORWARDED = _HOP_BY_HOP | {
-    "accept-encoding",
-    "content-encoding",  # the body has been decoded
-    "content-length",
-    "expect",
-    "forwarded",
-    "host",
-    "x-real-ip",
-    "x-request-id",
-}
-
-
-def forwarded_headers(keys: Keys, request: web.Request, *, json: bool = False) -> CIMultiDict[str]:
-    """The client's headers for the upstream; `json` when the gateway writes the body anew."""
-    skipped = _NOT_FORWARDED | _connection_headers(request.headers)
-    if json:
-        skipped |= {"content-type"}
-    if not keys.pass_clients:
-        skipped |= {"authorization"}
-    headers = CIMultiDict(
-        (name, value)
-        for name, value in request.headers.items()
-        if name.lower() not in skipped and not name.lower().startswith("x-forwarded-")
-    )
-    headers.update(keys.upstream_headers)
-    headers["Accept-Encoding"] = "identity"
-    if json:
-        headers["Content-Type"] = "application/json"
-    if (entry := current.get()) is not None:
-        headers[REQUEST_ID] = entry.request_id
-    return headers
-
-
-def generation_headers(
-    headers: CIMultiDict[str], body: Body, index: int | None = None
-) -> CIMultiDict[str]:
-    """Of one upstream request for a generation; with the choice's index where there are several.
-
-    A `request_id` of the body stays the server's name for it: vLLM would prefer the header.
-    """
-    entry = current.get()
-    if entry is None:
-        return headers
-    headers = headers.copy()
-    if not entry.given and body.get("request_id") is not None:
-        del headers[REQUEST_ID]
-    elif index is not None:
-        headers[REQUEST_ID] = f"{entry.request_id}-{index}"
-    return headers
-
-
-def _connection_headers(headers: MultiMapping[str]) -> frozenset[str]:
-    """Those that the sender names as meant for this connection only."""
-    named = ",".join(headers.getall("Connection", []))
-    return frozenset(name.strip().lower() for name in named.split(","))
-
-
-def upstream_path(request: web.Request) -> str:
-    """Path and query for the upstream, as the client wrote them.
-
-    Raises InvalidRequest for a path that some server could read as one outside /v1/, where vLLM's
-    own administration is.
-    """
-    decoded = request.rel_url.raw_path
-    for _ in range(3):  # as often as a chain of servers could
-        decoded = unquote(decoded)
-    # Some servers take a backslash for a slash, and ignore what follows a semicolon.
-    segments = [part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")]
-    inner = segments[2:-1] if segments[-1] == "" else segments[2:]
-    plain = {"", ".", ".."}.isdisjoint(inner) and _CONTROL.isdisjoint(decoded)
-    if segments[:2] != ["", "v1"] or not plain:
-        raise InvalidRequest("the path must be a plain one under /v1/")
-    return request.rel_url.raw_path_qs
+#: On an answer that nobody monitors: why not.
+UNMONITORED = "X-Espo-Unmonitored"
 
 
 async def pass_through(gateway: Gateway, request: web.Request) -> web.StreamResponse:
-    """Any request and its answer, byte by byte. Raises InvalidRequest or UpstreamError."""
+    """Any request and its answer, byte by byte. Raises InvalidRequest or UpstreamError.
+
+    A generation among them is counted, marked and limited like all others, or refused.
+    """
     path = upstream_path(request)
+    generating = generating_path(request)
+    reason = None
+    if generating is not None:
+        reason = f"a route that has no monitor: {generating}"
+        if gateway.policy.refuse:
+            raise InvalidRequest(
+                f"this gateway serves only what it can monitor, and not {generating}; send it to "
+                "/v1/chat/completions or /v1/completions, or start the gateway with "
+                "--unmonitored pass"
+            )
+    async with nullcontext() if reason is None else gateway.admission.slot():
+        if reason is not None:
+            gateway.metrics.count_unmonitored(reason)
+        return await _passed(gateway, request, path, reason)
+
+
+async def _passed(
+    gateway: Gateway, request: web.Request, path: str, reason: str | None
+) -> web.StreamResponse:
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
     async with gateway.pool.open(request.method, path, headers=headers, data=data) as upstream:
+        request[ANSWERED] = CIMultiDict()
         response = web.StreamResponse(status=upstream.status)
-        skipped = _HOP_BY_HOP | _connection_headers(upstream.headers)
-        for name, value in upstream.headers.items():
-            if name.lower() not in skipped:
-                response.headers.add(name, value)
+        response.headers.extend(answered_headers(upstream.headers, gateway.pool.urls, anew=False))
+        if 300 <= upstream.status < 400 and leads_back(response.headers, request):
+            raise UpstreamProtocolError(
+                f"the upstream redirects to {upstream.headers.get('Location')}; give the gateway "
+                "the address that answers (--upstream)"
+            )
+        if reason is not None:
+            response.headers[UNMONITORED] = reason
         await response.prepare(request)
         while received := await upstream.read():
             await response.write(received)
@@ -143,6 +89,8 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
         async with gateway.pool.open(
             "POST", planned.path, headers=headers, data=data, key=key
         ) as upstream:
+            gateway.answered(request, upstream)
+            check_place(upstream)
             if upstream.content_type != "text/event-stream":
                 return await _marked_whole(upstream, mark)
             received = await upstream.read()
@@ -165,10 +113,7 @@ async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:
     body = await upstream.body()
     if upstream.status == 200:
         body = _marked(body, mark)
-    response = web.Response(body=body, status=upstream.status, content_type=upstream.content_type)
-    if (wait := upstream.headers.get("Retry-After")) is not None:
-        response.headers["Retry-After"] = wait
-    return response
+    return web.Response(body=body, status=upstream.status, content_type=upstream.content_type)
 
 
 def _marked(data: bytes, mark: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -47,9 +47,12 @@ async def follow(
     session: Session,
     sink: OutputSink,
     critic: ValueServer | None = None,
+    *,
+    answered: Callable[[Reply], None],
 ) -> None:
     """Deliver one choice to its client.
 
+    answered: told of the server's answer, of whatever status, once its head is there.
     The upstream's request is over, cancelled if need be, before the last chunk is delivered.
     Raises the kinds of `UpstreamError`.
     """
@@ -66,6 +69,7 @@ async def follow(
         async with pool.open(
             "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
         ) as reply:
+            answered(reply)
             await check_stream(reply)
             await _Relay(reply, session, sink, inquiry).run()
             if inquiry is not None:
@@ -134,6 +138,7 @@ async def check_stream(reply: Reply) -> None:
     """Raises UpstreamStatusError or UpstreamProtocolError unless the answer is an event stream."""
     if reply.status == 200 and reply.content_type == "text/event-stream":
         return
+    check_place(reply)
     data = await reply.body()
     if reply.status == 200:
         raise UpstreamProtocolError(
@@ -148,3 +153,13 @@ async def check_stream(reply: Reply) -> None:
     raise UpstreamStatusError(
         reply.status, answer, {"Retry-After": retry_after} if retry_after else None
     )
+
+
+def check_place(reply: Reply) -> None:
+    """Raises UpstreamProtocolError when a generation is to be had elsewhere."""
+    if 300 <= reply.status < 400:
+        # Followed by the client it would lead around the gateway, or back into it.
+        raise UpstreamProtocolError(
+            f"the upstream redirects to {reply.headers.get('Location', 'nowhere')}; give the "
+            "gateway the address that answers (--upstream)"
+        )

@@ -217,6 +217,11 @@ class UpstreamPool:
             self.servers, key=lambda s: (s in tried, not s.healthy, s.breaker.failures, s.in_flight)
         )
 
+    @property
+    def urls(self) -> list[str]:
+        """The servers' addresses."""
+        return [server.url for server in self.servers]
+
     async def probe(self, server: Upstream) -> bool:
         """Whether the server answers at all, within a few seconds."""
         assert self._session is not None, "enter the pool first"
