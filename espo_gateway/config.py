@@ -36,6 +36,8 @@ ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
 
 `python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
+#: Choices of one request, unless set otherwise.
+MAX_CHOICES = 256
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 #: Groups of the help, by the field that each begins with.
@@ -101,9 +103,14 @@ class Config:
 
     host: str = _setting("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: Annotated[int, Field(ge=0, lt=2**16)] = _setting(8100, "0 takes a free one")
-    max_in_flight: Count = _setting(4096, "requests served at a time")
+    max_in_flight: Count = _setting(
+        4096, "choices generated at a time; a request with more than that takes turns with itself"
+    )
     max_queue: Annotated[int, Field(ge=0)] = _setting(
         4096, "requests that may wait beyond these; the next gets a 429"
+    )
+    max_choices: Count = _setting(
+        MAX_CHOICES, "most choices of a request: `n` times its prompts; each is a connection"
     )
     max_request_bytes: Count = _setting(64 * 2**20, "largest request body")
     request_timeout: Positive = _setting(60.0, "longest time a client may take to send its request")

@@ -10,14 +10,15 @@ import msgspec
 from aiohttp import web
 
 from espo_gateway.errors import GatewayError, InvalidRequest
+from espo_gateway.front.admission import Slots
 from espo_gateway.front.bodies import decode
 from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.headers import forwarded_headers, generation_headers
 from espo_gateway.front.passthrough import pass_marked
-from espo_gateway.front.relay import OutputSink, follow
+from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
-from espo_gateway.stream.request import Plan, plan
+from espo_gateway.stream.request import Plan, Single, choices_of, plan
 from espo_gateway.stream.session import Session
 
 _encode = msgspec.json.Encoder().encode
@@ -26,18 +27,24 @@ _encode = msgspec.json.Encoder().encode
 async def generate(gateway: Gateway, request: web.Request, path: str) -> web.StreamResponse:
     """Serve a path of `MONITORED`. Raises the kinds of GatewayError."""
     data = await request.read()
-    planned = plan(decode(request, data), chat=path.endswith("/chat/completions"))
+    planned = plan(
+        decode(request, data),
+        chat=path.endswith("/chat/completions"),
+        max_choices=gateway.config.max_choices,
+    )
     unmonitored = planned.unmonitored is not None and planned.control.mode != "off"
     if unmonitored and gateway.policy.refuse:
         raise InvalidRequest(
             f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
             'leave that out, or send "espo": {"mode": "off"}'
         )
-    async with gateway.admission.slot():
-        return await _admitted(gateway, request, planned)
+    async with gateway.admission.slot(choices_of(planned)) as slots:
+        return await _admitted(gateway, request, planned, slots)
 
 
-async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
+async def _admitted(
+    gateway: Gateway, request: web.Request, planned: Plan, slots: Slots
+) -> web.StreamResponse:
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
@@ -59,7 +66,7 @@ async def _admitted(gateway: Gateway, request: web.Request, planned: Plan) -> we
     gateway.sessions.update(sessions)
     serve = _stream if planned.asked.stream else _answer
     try:
-        return await serve(gateway, request, planned, sessions)
+        return await serve(gateway, request, planned, sessions, slots)
     finally:
         for session in sessions:
             gateway.finished(session)
@@ -71,24 +78,29 @@ async def _follow_all(
     planned: Plan,
     sessions: list[Session],
     sinks: Sequence[OutputSink],
+    slots: Slots,
 ) -> None:
     """Follow every choice; the first that fails ends the others."""
     headers = forwarded_headers(gateway.keys, request, json=True)
     answered = partial(gateway.answered, request)
+    bodies = Bodies()
     several = len(sessions) > 1
-    follows = [
-        follow(
-            gateway.pool,
-            planned.path,
-            generation_headers(headers, single.body, single.index if several else None),
-            single,
-            session,
-            sink,
-            gateway.critic,
-            answered=answered,
-        )
-        for single, session, sink in zip(planned.singles, sessions, sinks, strict=True)
-    ]
+
+    async def one(single: Single, session: Session, sink: OutputSink) -> None:
+        async with slots.one():
+            await follow(
+                gateway.pool,
+                planned.path,
+                generation_headers(headers, single.body, single.index if several else None),
+                single,
+                session,
+                sink,
+                gateway.critic,
+                bodies=bodies,
+                answered=answered,
+            )
+
+    follows = [one(*choice) for choice in zip(planned.singles, sessions, sinks, strict=True)]
     if len(follows) == 1:
         await follows[0]
         return
@@ -101,21 +113,29 @@ async def _follow_all(
 
 
 async def _answer(
-    gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
+    gateway: Gateway,
+    request: web.Request,
+    planned: Plan,
+    sessions: list[Session],
+    slots: Slots,
 ) -> web.StreamResponse:
     answers = [Answer(chat=planned.chat) for _ in sessions]
-    await _follow_all(gateway, request, planned, sessions, answers)
+    await _follow_all(gateway, request, planned, sessions, answers, slots)
     usage = total_usage([(session.prompt, session.usage) for session in sessions])
     answer = merged(answers, usage, chat=planned.chat)
     return web.Response(body=_encode(answer), content_type="application/json")
 
 
 async def _stream(
-    gateway: Gateway, request: web.Request, planned: Plan, sessions: list[Session]
+    gateway: Gateway,
+    request: web.Request,
+    planned: Plan,
+    sessions: list[Session],
+    slots: Slots,
 ) -> web.StreamResponse:
     stream = EventStream(request)
     try:
-        await _follow_all(gateway, request, planned, sessions, [stream] * len(sessions))
+        await _follow_all(gateway, request, planned, sessions, [stream] * len(sessions), slots)
         end = b"data: [DONE]\n\n"
         if planned.asked.usage:
             usage = total_usage([(session.prompt, session.usage) for session in sessions])

@@ -16,13 +16,17 @@ from espo_gateway.errors import (
     UpstreamStatusError,
 )
 from espo_gateway.stream.chunks import decode_chunk
-from espo_gateway.stream.request import Single, upstream_body
+from espo_gateway.stream.request import Body, Single, upstream_body
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import SSEParser
 from espo_gateway.stream.templates import Output
 from espo_gateway.upstream.affinity import affinity_key
-from espo_gateway.upstream.connection import Reply
+from espo_gateway.upstream.connection import Data, Reply
 from espo_gateway.upstream.pool import UpstreamPool
+
+_encode = msgspec.json.Encoder().encode
+#: What tells the choices of one prompt apart.
+_OWN = ("seed", "request_id")
 
 
 class OutputSink(Protocol):
@@ -39,6 +43,26 @@ class OutputSink(Protocol):
         """Take outputs, and wait until there is room for more. Raises as `put`."""
 
 
+class Bodies:
+    """The bodies of one client's upstream requests; those of one prompt share nearly all bytes.
+
+    They are kept for as long as the answers take, and a prompt may have megabytes.
+    """
+
+    def __init__(self) -> None:
+        self._shared: dict[int, bytes] = {}
+
+    def encoded(self, single: Single, body: Body) -> Data:
+        """A body's JSON, in pieces; what is the choice's own is taken out of the body."""
+        own = {name: body.pop(name) for name in _OWN if name in body}
+        shared = self._shared.get(single.prompt)
+        if shared is None:
+            shared = self._shared[single.prompt] = _encode(body)
+        if not own:
+            return (shared,)
+        return (_encode(own)[:-1] + b",", memoryview(shared)[1:])
+
+
 async def follow(
     pool: UpstreamPool,
     path: str,
@@ -48,10 +72,12 @@ async def follow(
     sink: OutputSink,
     critic: ValueServer | None = None,
     *,
+    bodies: Bodies,
     answered: Callable[[Reply], None],
 ) -> None:
     """Deliver one choice to its client.
 
+    bodies: of all choices of the request.
     answered: told of the server's answer, of whatever status, once its head is there.
     The upstream's request is over, cancelled if need be, before the last chunk is delivered.
     Raises the kinds of `UpstreamError`.
@@ -67,7 +93,7 @@ async def follow(
     inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
     try:
         async with pool.open(
-            "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
+            "POST", path, headers=headers, data=bodies.encoded(single, body), key=key
         ) as reply:
             answered(reply)
             await check_stream(reply)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from espo_gateway.config import MAX_CHOICES
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import Control, control_from_json
 
 Body = dict[str, Any]
-
-#: One client request may become at most this many upstream requests.
-MAX_CHOICES = 1024
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,11 @@ class Plan:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
-def plan(body: object, *, chat: bool) -> Plan:
-    """Read a request's body. Raises InvalidRequest."""
+def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:
+    """Read a request's body. Raises InvalidRequest.
+
+    max_choices: one client request may become at most so many upstream requests.
+    """
     if not isinstance(body, dict):
         raise InvalidRequest("the request body must be a JSON object")
     control = control_from_json(body.get("espo"))
@@ -81,7 +82,7 @@ def plan(body: object, *, chat: bool) -> Plan:
         logprobs=_logprobs_asked(body, chat=chat),
         token_ids=body.get("return_token_ids") is True,
     )
-    singles = [] if reason else _singles(body, chat=chat)
+    singles = [] if reason else _singles(body, max_choices, chat=chat)
     return Plan(chat, body, control, asked, reason, singles)
 
 
@@ -113,14 +114,16 @@ def _logprobs_asked(body: Body, *, chat: bool) -> int | None:
     return int(top) if isinstance(top, int) else 0
 
 
-def _singles(body: Body, *, chat: bool) -> list[Single]:
+def _singles(body: Body, max_choices: int, *, chat: bool) -> list[Single]:
     n = body.get("n")
     n = 1 if n is None else n
     prompts = [None] if chat else _prompts(body.get("prompt"))
-    if type(n) is not int or n < 1 or n * len(prompts) > MAX_CHOICES:
+    if type(n) is not int or n < 1:
+        raise InvalidRequest("n must be a whole number from 1", param="n")
+    if n * len(prompts) > max_choices:
         raise InvalidRequest(
-            f"n must be a whole number from 1, and n times the number of prompts at most "
-            f"{MAX_CHOICES}",
+            f"n times the number of prompts is {n * len(prompts)}, and this gateway takes "
+            f"{max_choices} at most (max_choices); send several requests",
             param="n",
         )
     if n == 1 and len(prompts) == 1:
@@ -141,6 +144,15 @@ def _singles(body: Body, *, chat: bool) -> list[Single]:
                 single["request_id"] = f"{request_id}-{index}"
             singles.append(Single(index, p, single, _length(body, prompt)))
     return singles
+
+
+def choices_of(planned: Plan) -> int:
+    """How many choices the servers will make of it; of what they will refuse, one."""
+    if planned.singles:
+        return len(planned.singles)
+    n = planned.body.get("n")
+    prompts = 1 if planned.chat else len(_prompts(planned.body.get("prompt")))
+    return max(1, n * prompts) if isinstance(n, int) else prompts
 
 
 def _prompts(prompt: object) -> list[Any]:

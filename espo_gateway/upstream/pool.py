@@ -23,7 +23,7 @@ import tenacity
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamUnavailable
 from espo_gateway.upstream.affinity import Affinity, choose
 from espo_gateway.upstream.breaker import Breaker
-from espo_gateway.upstream.connection import Limits, Reply, request
+from espo_gateway.upstream.connection import Data, Limits, Reply, request
 from espo_gateway.upstream.server import Flight, Upstream, health_checks, probe, served_models
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class UpstreamPool:
         path: str,
         *,
         headers: Mapping[str, str],
-        data: bytes | None = None,
+        data: Data | None = None,
         key: bytes | None = None,
     ) -> AsyncIterator[Reply]:
         """Send a request to a server; the answer, of whatever status.
@@ -154,7 +154,7 @@ class UpstreamPool:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        data: bytes | None,
+        data: Data | None,
         key: bytes | None,
     ) -> tuple[Flight, Reply]:
         tried: set[Upstream] = set()
