@@ -76,7 +76,8 @@ async def send(gateway: Gateway, data: bytes) -> tuple[int, bytes, bytes]:
 
 
 def get(target: str, *headers: str) -> bytes:
-    return "\r\n".join([f"GET {target} HTTP/1.1", "Host: x", *headers, "", ""]).encode("latin-1")
+    head = [f"GET {target} HTTP/1.1", "Host: localhost", *headers, "", ""]
+    return "\r\n".join(head).encode("latin-1")
 
 
 # -- paths -------------------------------------------------------------------------------------
