@@ -114,6 +114,11 @@ class Config:
     )
     max_request_bytes: Count = _setting(64 * 2**20, "largest request body")
     request_timeout: Positive = _setting(60.0, "longest time a client may take to send its request")
+    sse_keep_alive: NotNegative = _setting(
+        0.0,
+        "while a stream waits for its first token, send a comment so often, for clients and load "
+        "balancers that give up on silence; 0: none but the server's own",
+    )
     drain_timeout: NotNegative = _setting(
         600.0,
         "on SIGTERM running requests may take this long to finish; a second one ends them at once",

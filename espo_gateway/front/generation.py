@@ -135,7 +135,8 @@ async def _stream(
 ) -> web.StreamResponse:
     stream = EventStream(request)
     try:
-        await _follow_all(gateway, request, planned, sessions, [stream] * len(sessions), slots)
+        async with stream.kept_alive(gateway.config.sse_keep_alive):
+            await _follow_all(gateway, request, planned, sessions, [stream] * len(sessions), slots)
         end = b"data: [DONE]\n\n"
         if planned.asked.usage:
             usage = total_usage([(session.prompt, session.usage) for session in sessions])

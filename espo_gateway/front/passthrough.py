@@ -10,7 +10,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from espo_gateway.errors import GatewayError, InvalidRequest, UpstreamProtocolError
-from espo_gateway.front.events import event, event_stream
+from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.headers import (
     ANSWERED,
@@ -83,30 +83,33 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
     headers = forwarded_headers(gateway.keys, request, json=True)
     headers = generation_headers(headers, planned.body)
     key = affinity_key(gateway.pool.affinity, headers, planned.body)
-    stream, parser = event_stream(), SSEParser()
+    stream, parser = EventStream(request), SSEParser()
     # Around `open`, which must see that the server failed.
     try:
-        async with gateway.pool.open(
-            "POST", planned.path, headers=headers, data=data, key=key
-        ) as upstream:
+        async with (
+            stream.kept_alive(gateway.config.sse_keep_alive),
+            gateway.pool.open(
+                "POST", planned.path, headers=headers, data=data, key=key
+            ) as upstream,
+        ):
             gateway.answered(request, upstream)
             check_place(upstream)
-            if upstream.content_type != "text/event-stream":
+            if upstream.status != 200 or upstream.content_type != "text/event-stream":
                 return await _marked_whole(upstream, mark)
-            received = await upstream.read()
-            stream.set_status(upstream.status)
-            await stream.prepare(request)
-            while received:
-                marked = (_marked(data, mark) for data in parser.feed(received))
-                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in marked))
-                received = await upstream.read()
+            stream.certain.set()
+            while received := await upstream.read():
+                marked = [_marked(data, mark) for data in parser.feed(received)]
+                comments = parser.take_comments()
+                if marked or comments:
+                    events = (b"data: " + data + b"\n\n" for data in marked)
+                    await stream.send(comments + b"".join(events))
+        end = b""
     except GatewayError as error:
-        if not stream.prepared:
+        if not stream.begun:
             raise
         gateway.metrics.count_error(error)
-        await stream.write(event(error.body()) + b"data: [DONE]\n\n")
-    await stream.write_eof()
-    return stream
+        end = event(error.body()) + b"data: [DONE]\n\n"
+    return await stream.close(end)
 
 
 async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:

@@ -15,6 +15,7 @@ from espo_gateway.errors import (
     UpstreamProtocolError,
     UpstreamStatusError,
 )
+from espo_gateway.front.events import EventStream
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Body, Single, upstream_body
 from espo_gateway.stream.session import Session
@@ -115,6 +116,8 @@ class _Relay:
         self._reply = reply
         self._session = session
         self._sink = sink
+        #: where the server's comments go
+        self._stream = sink if isinstance(sink, EventStream) else None
         self._inquiry = inquiry
         self._parser = SSEParser()
         self._done = False
@@ -122,6 +125,8 @@ class _Relay:
 
     async def run(self) -> None:
         """Until the answer's end, or until nothing more of it is needed."""
+        if self._stream is not None:
+            self._stream.certain.set()
         over = False
         while not over:
             if self._inquiry is None and self._sink.flowing:
@@ -135,6 +140,9 @@ class _Relay:
     async def _read(self) -> bool:
         received = await self._reply.read()
         self._take(received)
+        if self._parser.comments and (comments := self._comments()):
+            assert self._stream is not None
+            await self._stream.send(comments)
         if self._inquiry is not None:
             await self._inquiry.proceed()
         if outputs := self._session.drain():
@@ -144,9 +152,16 @@ class _Relay:
     def _receive(self, received: bytes) -> bool:
         """The same without waiting, in the turn of the event loop that brought it."""
         self._take(received)
+        if self._parser.comments and (comments := self._comments()):
+            assert self._stream is not None
+            self._stream.write(comments)
         if outputs := self._session.drain():
             self._sink.put(outputs)
         return not (self._done or self._failure or self._session.ended) and self._sink.flowing
+
+    def _comments(self) -> bytes:
+        comments = self._parser.take_comments()
+        return b"" if self._stream is None else comments
 
     def _take(self, received: bytes) -> None:
         session = self._session
