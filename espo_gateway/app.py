@@ -34,6 +34,8 @@ from espo_gateway.upstream.pool import UpstreamPool
 
 #: Methods that are passed through; CONNECT and TRACE speak of connections, not of models.
 _PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, too
+#: Longest request line and header, in bytes; servers take as much, and aiohttp would take 8190.
+_LINE, _FIELD = 64 * 2**10, 16 * 2**10
 #: Seconds that handlers have to clean up when they are broken off.
 _CLEAN_UP = 0.5
 
@@ -176,6 +178,8 @@ async def running(
             # Also how long the next request's head may take, since a connection was opened.
             keepalive_timeout=config.request_timeout,
             shutdown_timeout=_CLEAN_UP,
+            max_line_size=_LINE,
+            max_field_size=_FIELD,
         )
         await runner.setup()
         try:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Middleware
 
 from espo_gateway.errors import GatewayError, InvalidRequest
@@ -63,6 +63,8 @@ def completion(gateway: Gateway) -> Callable[[web.Request, web.StreamResponse], 
         if (entry := current.get()) is not None:
             response.headers[REQUEST_ID] = entry.request_id
             entry.response = response
+        if request.version < HttpVersion11 and response.content_length is None:
+            response.force_close()  # nothing else would tell such a client where it ends
         await gateway.complete(request, response)
 
     return complete

@@ -5,11 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from espo_gateway.config import MAX_CHOICES
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import Control, control_from_json
 
 Body = dict[str, Any]
+
+_BOOL: TypeAdapter[Any] = TypeAdapter(bool)
+_INT: TypeAdapter[Any] = TypeAdapter(int)
+_TRUTHS = frozenset({"true", "false", "1", "0"})
+#: Fields that are read here, and what servers take them for.
+_FIELDS = {
+    **dict.fromkeys(("stream", "echo", "use_beam_search", "return_token_ids"), _BOOL),
+    **dict.fromkeys(("include_reasoning", "include_stop_str_in_output"), _BOOL),
+    **dict.fromkeys(("n", "best_of", "seed", "top_logprobs", "prompt_logprobs"), _INT),
+}
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,11 @@ def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:
     if not isinstance(body, dict):
         raise InvalidRequest("the request body must be a JSON object")
     control = control_from_json(body.get("espo"))
-    body = {name: value for name, value in body.items() if name != "espo"}
+    body = _lax({name: value for name, value in body.items() if name != "espo"}, chat=chat)
     stream = body.get("stream") or False
     if not isinstance(stream, bool):
         raise InvalidRequest("stream must be true or false", param="stream")
-    options = body.get("stream_options")
+    options = body.get("stream_options") or None
     if options is not None and not (stream and isinstance(options, dict)):
         # Said here, because upstream every monitored request is a stream.
         raise InvalidRequest(
@@ -84,6 +96,30 @@ def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:
     )
     singles = [] if reason else _singles(body, max_choices, chat=chat)
     return Plan(chat, body, control, asked, reason, singles)
+
+
+def _lax(body: Body, *, chat: bool) -> Body:
+    """With the fields that are read here as their types, where servers would take them for that.
+
+    vLLM reads "true" and 1 for true, and "2" and 2.0 for 2; what it would refuse stays as it is.
+    """
+    kinds = {**_FIELDS, "logprobs": _BOOL if chat else _INT}
+    for name in kinds.keys() & body.keys():
+        body[name] = _lax_value(body[name], kinds[name])
+    options = body.get("stream_options")
+    if isinstance(options, dict):
+        body["stream_options"] = {n: _lax_value(v, _BOOL) for n, v in options.items()}
+    return body
+
+
+def _lax_value(value: object, kind: TypeAdapter[Any]) -> object:
+    # It also takes "yes" and "on", which is more likely to be a mistake.
+    if isinstance(value, str) and kind is _BOOL and value.lower() not in _TRUTHS:
+        return value
+    try:
+        return value if value is None else kind.validate_python(value)
+    except ValidationError:
+        return value
 
 
 def _unmonitored(body: Body, control: Control, *, chat: bool) -> str | None:
