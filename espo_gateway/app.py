@@ -25,7 +25,7 @@ from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.generation import generate
 from espo_gateway.front.middleware import completion, middleware
 from espo_gateway.front.openapi import description
-from espo_gateway.front.passthrough import pass_through
+from espo_gateway.front.passthrough import list_models, pass_through
 from espo_gateway.front.paths import MONITORED, generating_path, upstream_path
 from espo_gateway.telemetry.logs import http_log
 from espo_gateway.telemetry.metrics import Metrics
@@ -54,6 +54,8 @@ def application(gateway: Gateway) -> web.Application:
         path = generating_path(request)
         if path in MONITORED:
             return await generate(gateway, request, path)
+        if request.path == "/v1/models" and request.method == "GET":
+            return await list_models(gateway, request)
         return await pass_through(gateway, request)
 
     async def health(request: web.Request) -> web.Response:
@@ -96,7 +98,12 @@ async def _ready(gateway: Gateway) -> web.Response:
         pool.probe_all(), critic.answers() if critic else asyncio.sleep(0)
     )
     servers = [
-        {"url": server.url, "answers": answers, "in_flight": server.in_flight}
+        {
+            "url": server.url,
+            "answers": answers,
+            "in_flight": server.in_flight,
+            **({} if server.models is None else {"models": sorted(server.models)}),
+        }
         for server, answers in zip(pool.servers, answering, strict=True)
     ]
     body: dict[str, Any] = {"upstreams": servers}

@@ -86,7 +86,7 @@ async def _follow_all(
     bodies = Bodies()
     several = len(sessions) > 1
 
-    async def one(single: Single, session: Session, sink: OutputSink) -> None:
+    async def follow_one(single: Single, session: Session, sink: OutputSink) -> None:
         async with slots.one():
             await follow(
                 gateway.pool,
@@ -100,7 +100,7 @@ async def _follow_all(
                 answered=answered,
             )
 
-    follows = [one(*choice) for choice in zip(planned.singles, sessions, sinks, strict=True)]
+    follows = [follow_one(*choice) for choice in zip(planned.singles, sessions, sinks, strict=True)]
     if len(follows) == 1:
         await follows[0]
         return

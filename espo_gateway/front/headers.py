@@ -57,6 +57,11 @@ _OF_THE_BODY = frozenset({"accept-ranges", "date", "digest", "etag", "last-modif
 #: Those that lead somewhere.
 _LEADING = frozenset({"location", "content-location"})
 
+#: What a page must be told to read an answer; the first says that it may.
+_CROSS_ORIGIN = (
+    *("Access-Control-Allow-Origin", "Access-Control-Allow-Credentials"),
+    *("Access-Control-Expose-Headers", "Vary"),
+)
 #: Seconds for asking a server what it lets other origins read, and for believing it.
 _PATIENCE, _BELIEVED = 2.0, 60.0
 #: Origins remembered.
@@ -191,11 +196,9 @@ class CrossOrigin:
 
     def learn(self, origin: str, headers: MultiMapping[str]) -> None:
         """Take what a server has told this origin."""
-        kept = ("Access-Control-Allow-Origin", "Access-Control-Allow-Credentials")
-        kept += ("Access-Control-Expose-Headers", "Vary")
         found: CIMultiDict[str] = CIMultiDict()
-        if kept[0] in headers:
-            for name in kept:
+        if _CROSS_ORIGIN[0] in headers:
+            for name in _CROSS_ORIGIN:
                 for value in headers.getall(name, []):
                     found.add(name, value)
         self._known.pop(origin, None)

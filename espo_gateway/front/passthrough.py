@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,6 +28,14 @@ from espo_gateway.stream.request import Plan
 from espo_gateway.stream.sse import SSEParser
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
+
+
+class _Named(msgspec.Struct, gc=False):
+    model: Any = None
+
+
+_named = msgspec.json.Decoder(_Named).decode
+_FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]+)\r\n')
 
 #: On an answer that nobody monitors: why not.
 UNMONITORED = "X-Espo-Unmonitored"
@@ -58,7 +68,10 @@ async def _passed(
 ) -> web.StreamResponse:
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
-    async with gateway.pool.open(request.method, path, headers=headers, data=data) as upstream:
+    model = requested_model(request, data)
+    async with gateway.pool.open(
+        request.method, path, headers=headers, data=data, model=model
+    ) as upstream:
         request[ANSWERED] = CIMultiDict()
         response = web.StreamResponse(status=upstream.status)
         response.headers.extend(answered_headers(upstream.headers, gateway.pool.urls, anew=False))
@@ -76,6 +89,37 @@ async def _passed(
         return response
 
 
+async def list_models(gateway: Gateway, request: web.Request) -> web.StreamResponse:
+    """What all servers serve, each model once; of one server, or when none tells, as it answers."""
+    servers = gateway.pool.servers
+    if len(servers) > 1:
+        headers = forwarded_headers(gateway.keys, request)
+        listed = await asyncio.gather(*(gateway.pool.models(s, headers) for s in servers))
+        models = {model["id"]: model for some in reversed(listed) for model in reversed(some or [])}
+        if models:
+            return web.json_response({"object": "list", "data": [*reversed(models.values())]})
+    return await pass_through(gateway, request)
+
+
+def requested_model(request: web.Request, data: bytes | None) -> str | None:
+    """The model that any request is for, as far as it says so."""
+    named = re.fullmatch("/v1/models/(.+)", request.path)
+    if named:
+        return named[1]
+    if not data:
+        return None
+    if request.content_type == "application/json":
+        try:
+            model = _named(data).model
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        return model if isinstance(model, str) else None
+    if request.content_type == "multipart/form-data":
+        found = _FORM_MODEL.search(data)
+        return found[1].decode(errors="replace") if found else None
+    return None
+
+
 async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
     """A generation nobody monitors: every choice says so, in `espo`. Raises UpstreamError."""
     mark = {"mode": "off", "stopped": False, "reason": planned.unmonitored}
@@ -89,7 +133,12 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
         async with (
             stream.kept_alive(gateway.config.sse_keep_alive),
             gateway.pool.open(
-                "POST", planned.path, headers=headers, data=data, key=key
+                "POST",
+                planned.path,
+                headers=headers,
+                data=data,
+                key=key,
+                model=planned.body.get("model"),
             ) as upstream,
         ):
             gateway.answered(request, upstream)

@@ -22,7 +22,7 @@ from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import SSEParser
 from espo_gateway.stream.templates import Output
 from espo_gateway.upstream.affinity import affinity_key
-from espo_gateway.upstream.connection import Data, Reply
+from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 _encode = msgspec.json.Encoder().encode
@@ -53,7 +53,7 @@ class Bodies:
     def __init__(self) -> None:
         self._shared: dict[int, bytes] = {}
 
-    def encoded(self, single: Single, body: Body) -> Data:
+    def encoded(self, single: Single, body: Body) -> tuple[bytes | memoryview, ...]:
         """A body's JSON, in pieces; what is the choice's own is taken out of the body."""
         own = {name: body.pop(name) for name in _OWN if name in body}
         shared = self._shared.get(single.prompt)
@@ -94,7 +94,12 @@ async def follow(
     inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
     try:
         async with pool.open(
-            "POST", path, headers=headers, data=bodies.encoded(single, body), key=key
+            "POST",
+            path,
+            headers=headers,
+            data=bodies.encoded(single, body),
+            key=key,
+            model=single.body.get("model"),
         ) as reply:
             answered(reply)
             await check_stream(reply)

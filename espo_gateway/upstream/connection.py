@@ -149,13 +149,14 @@ class Reply(asyncio.Protocol):
         if sum(map(len, pieces)) <= _AT_ONCE:
             self._transport.write(b"".join(pieces))
             return
-        for piece in map(memoryview, pieces):
-            for start in range(0, len(piece), _AT_ONCE):
+        for piece in pieces:
+            view = memoryview(piece)  # whose slices are no copies
+            for start in range(0, len(view), _AT_ONCE):
                 while self._unwritable and not (self._ended or self.status >= 400):
                     await self._wait()
                 if self._ended or self.status >= 400:
                     return  # it is refused already; `begun` tells
-                self._transport.write(piece[start : start + _AT_ONCE])
+                self._transport.write(view[start : start + _AT_ONCE])
 
     async def begun(self) -> None:
         """Wait for the head."""

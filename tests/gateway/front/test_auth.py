@@ -241,7 +241,8 @@ async def administer(
 async def test_a_name_that_was_made_to_mean_this_machine_does_not_administer(
     hosts: list[str],
 ) -> None:
-    for settings in ({}, {"api_keys": ("k",)}):
+    choices: list[dict[str, Any]] = [{}, {"api_keys": ("k",)}]
+    for settings in choices:
         async with FakeServer(FAILING) as server, gateway_for(server, **settings) as gateway:
             before = gateway.gate
             for method, path in ADMINISTRATION:

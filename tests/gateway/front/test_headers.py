@@ -154,7 +154,7 @@ async def test_only_what_servers_answer_is_open_to_that_question(path: str) -> N
 
 
 async def test_a_page_may_read_that_the_gateway_is_full_or_ends_or_has_no_server() -> None:
-    body = {"json": completion_body()}
+    body: dict[str, Any] = {"json": completion_body()}
     async with pages(Open(FAILING, gated=True), max_in_flight=1, max_queue=0) as (server, gateway):
         async with gateway.admission.slot():
             status, headers, _ = await ask(gateway, COMPLETIONS, **body)
