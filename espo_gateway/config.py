@@ -36,6 +36,8 @@ ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
 
 `python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
+#: What may be a finish_reason.
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 #: Choices of one request, unless set otherwise.
 MAX_CHOICES = 256
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -152,8 +154,10 @@ class Config:
     )
     finish_reason: str = _setting(
         "length",
-        "finish_reason of a stopped choice; strict clients break on words that OpenAI does not use",
-        metavar="WORD",
+        "finish_reason of a stopped choice, and of those of some routes, as in "
+        "length,/v1/completions=stop; the header X-Espo-Finish-Reason chooses one for a request; "
+        "strict clients break on words that OpenAI does not use",
+        metavar="WORD[,ROUTE=WORD...]",
     )
 
     api_keys: tuple[SecretStr, ...] = ()
@@ -180,6 +184,7 @@ class Config:
             if url is not None and urlsplit(url).username is not None:
                 # It would stand in every log line and in /ready.
                 raise ValueError(f"{name}: no key in the URL, please; use upstream_key_file")
+        _ = self.finish_reasons  # a bad one is known at once
         if self.target_share is None and self.state is not None:
             raise ValueError("state: needs target_share, as only tuning has a state")
         if self.target_share is not None and self.warmup <= self.window:
@@ -187,6 +192,20 @@ class Config:
                 f"warmup: must be more than window ({self.window}): the first window sets the "
                 "statistics, the rest of the warm-up the threshold"
             )
+
+    @property
+    def finish_reasons(self) -> dict[str, str]:
+        """Of a stopped choice, by route; "" for the others. Raises ValueError."""
+        found = {"": "length"}
+        for one in self.finish_reason.split(","):
+            route, _, word = one.strip().rpartition("=")
+            if not WORD.fullmatch(word) or (route and not route.startswith("/")):
+                raise ValueError(
+                    f"finish_reason: must be a word, or words for routes as in "
+                    f"length,/v1/completions=stop, and not {one.strip()!r}"
+                )
+            found[route] = word
+        return found
 
     @property
     def critic_class(self) -> str | None:

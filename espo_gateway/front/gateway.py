@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from aiohttp import web
 
-from espo_gateway.config import Config
+from espo_gateway.config import WORD, Config
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.front.admission import Admission
@@ -26,6 +27,8 @@ from espo_gateway.upstream.pool import UpstreamPool
 log = logging.getLogger(__name__)
 
 _NO_KEYS = Keys()
+#: A request's word for a choice that was stopped.
+FINISH_REASON = "X-Espo-Finish-Reason"
 
 
 class Gateway:
@@ -46,7 +49,8 @@ class Gateway:
         self.critic = critic
         self.metrics = metrics
         self.keys = keys
-        self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
+        self._finish_reasons = config.finish_reasons
+        self.policy = Policy(self._finish_reasons[""], refuse=config.unmonitored == "refuse")
         self.traffic = Traffic()
         self.admission = Admission(config.max_in_flight, config.max_queue)
         self.cross_origin = CrossOrigin(pool)
@@ -62,6 +66,18 @@ class Gateway:
         self.observers = Observers(config, self.gate, has_critic=critic is not None)
         if self.observers.tuning is not None:
             self.gate = self.observers.tuning.gate
+
+    def policy_of(self, request: web.Request, path: str) -> Policy:
+        """For the choices of a request to a route. Raises InvalidRequest for a bad header."""
+        word = request.headers.get(FINISH_REASON)
+        if word is None:
+            word = self._finish_reasons.get(path, self.policy.finish_reason)
+        elif not WORD.fullmatch(word):
+            raise InvalidRequest(
+                f"{FINISH_REASON} must be one word of letters, digits and _.-, as `early_stop`",
+                param=FINISH_REASON,
+            )
+        return replace(self.policy, finish_reason=word)
 
     def push_gate(self, data: bytes) -> None:
         """Put a gate in force for the requests that come; raises InvalidRequest or Conflict.

@@ -19,7 +19,7 @@ from espo_gateway.front.passthrough import pass_marked
 from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
 from espo_gateway.stream.request import Plan, Single, choices_of, plan
-from espo_gateway.stream.session import Session
+from espo_gateway.stream.session import Policy, Session
 
 _encode = msgspec.json.Encoder().encode
 
@@ -38,12 +38,13 @@ async def generate(gateway: Gateway, request: web.Request, path: str) -> web.Str
             f"this gateway serves only what it can monitor, and not {planned.unmonitored}; "
             'leave that out, or send "espo": {"mode": "off"}'
         )
+    policy = gateway.policy_of(request, planned.path)
     async with gateway.admission.slot(choices_of(planned)) as slots:
-        return await _admitted(gateway, request, planned, slots)
+        return await _admitted(gateway, request, planned, policy, slots)
 
 
 async def _admitted(
-    gateway: Gateway, request: web.Request, planned: Plan, slots: Slots
+    gateway: Gateway, request: web.Request, planned: Plan, policy: Policy, slots: Slots
 ) -> web.StreamResponse:
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
@@ -57,7 +58,7 @@ async def _admitted(
             planned.asked,
             single,
             chat=planned.chat,
-            policy=gateway.policy,
+            policy=policy,
             began=began,
             followers=gateway.observers.followers(gate),
         )

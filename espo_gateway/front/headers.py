@@ -78,7 +78,7 @@ def forwarded_headers(keys: Keys, request: web.Request, *, json: bool = False) -
     headers = CIMultiDict(
         (name, value)
         for name, value in request.headers.items()
-        if name.lower() not in skipped and not name.lower().startswith("x-forwarded-")
+        if name.lower() not in skipped and not name.lower().startswith(("x-forwarded-", "x-espo-"))
     )
     headers.update(keys.upstream_headers)
     headers["Accept-Encoding"] = "identity"
