@@ -20,13 +20,14 @@ from espo_gateway.admin.scrape import GatewayCollector
 from espo_gateway.config import Config
 from espo_gateway.critic.custom import CustomCritic, load_critic
 from espo_gateway.critic.server import CriticServer, ValueServer
+from espo_gateway.front.abort import abort
 from espo_gateway.front.auth import read_keys
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.generation import generate
 from espo_gateway.front.middleware import completion, middleware
 from espo_gateway.front.openapi import description
 from espo_gateway.front.passthrough import list_models, pass_through
-from espo_gateway.front.paths import MONITORED, generating_path, upstream_path
+from espo_gateway.front.paths import ABORT, MONITORED, generating_path, upstream_path
 from espo_gateway.telemetry.logs import http_log
 from espo_gateway.telemetry.metrics import Metrics
 from espo_gateway.upstream.connection import Limits
@@ -48,6 +49,9 @@ def application(gateway: Gateway) -> web.Application:
 
     async def generation(request: web.Request) -> web.StreamResponse:
         return await generate(gateway, request, request.path)
+
+    async def end(request: web.Request) -> web.StreamResponse:
+        return await abort(gateway, request)
 
     async def other(request: web.Request) -> web.StreamResponse:
         upstream_path(request)  # else its other spellings are none of what follows
@@ -80,7 +84,9 @@ def application(gateway: Gateway) -> web.Application:
     app.add_routes(
         [
             *(web.post(path, generation) for path in sorted(MONITORED)),
+            web.post(ABORT, end),
             *(web.route(method, "/v1/{path:.*}", other) for method in _PASSED),
+            *(web.route(method, "/inference/v1/{path:.*}", other) for method in _PASSED),
             *admin_routes(gateway, live),
             web.get("/health", health),
             web.get("/ready", ready),

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from espo_gateway.addresses import is_loopback
 from espo_gateway.config import Config
 from espo_gateway.errors import Forbidden, InvalidRequest, Unauthorized
+from espo_gateway.front.paths import served
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def authorize(request: web.Request, keys: Keys, *, loopback: bool) -> None:
     """
     route = _route(request)
     # A browser asks without a key whether its page may send one; servers answer that to anybody.
-    if route in _OPEN or (request.method == "OPTIONS" and route.startswith("/v1/")):
+    if route in _OPEN or (request.method == "OPTIONS" and served(route)):
         return
     needed = keys.api
     if is_administration(request):

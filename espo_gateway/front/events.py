@@ -14,6 +14,8 @@ from espo_gateway.stream.templates import Output
 
 _encode = msgspec.json.Encoder().encode
 
+#: What chunks of one answer have in common, whichever choice they are of.
+_SHARED = ("id", "created", "request_id")
 _ALIVE = b": keep-alive\n\n"
 #: Bytes that a client may be behind before its stream waits for it.
 _BEHIND = 64 * 2**10
@@ -118,6 +120,6 @@ class EventStream:
                 continue
             # Choices of one answer share its id, wherever they come from.
             head = self._head = self._head or output
-            output["id"], output["created"] = head["id"], head["created"]
+            output.update((name, head[name]) for name in _SHARED if name in head)
             events.append(event(output))
         return b"".join(events)

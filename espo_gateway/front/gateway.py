@@ -15,6 +15,7 @@ from espo_gateway.front.admission import Admission
 from espo_gateway.front.auth import Keys, read_keys
 from espo_gateway.front.drain import Traffic
 from espo_gateway.front.headers import ANSWERED, CrossOrigin, answered_headers
+from espo_gateway.front.paths import served
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.session import Policy, Session
@@ -54,6 +55,9 @@ class Gateway:
         self.traffic = Traffic()
         self.admission = Admission(config.max_in_flight, config.max_queue)
         self.cross_origin = CrossOrigin(pool)
+        #: ids of requests under way whose choices the servers know by ids of their own, and how
+        #: many those are
+        self.several: dict[str, int] = {}
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
@@ -118,7 +122,7 @@ class Gateway:
         """Add to the head of an answer, about to be sent, what the servers have to say in it."""
         headers = request.get(ANSWERED)
         if headers is None:
-            if "Origin" not in request.headers or not request.path.startswith("/v1/"):
+            if "Origin" not in request.headers or not served(request.path):
                 return
             headers = await self.cross_origin.headers(self.keys, request)
         own = {name.lower() for name in response.headers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,10 +17,13 @@ from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.headers import forwarded_headers, generation_headers
 from espo_gateway.front.passthrough import pass_marked
+from espo_gateway.front.paths import TOKENS
 from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
-from espo_gateway.stream.request import Plan, Single, choices_of, plan
+from espo_gateway.stream.request import Body, Plan, Single, choices_of, plan
 from espo_gateway.stream.session import Policy, Session
+from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
+from espo_gateway.telemetry.logs import current
 
 _encode = msgspec.json.Encoder().encode
 
@@ -27,11 +31,11 @@ _encode = msgspec.json.Encoder().encode
 async def generate(gateway: Gateway, request: web.Request, path: str) -> web.StreamResponse:
     """Serve a path of `MONITORED`. Raises the kinds of GatewayError."""
     data = await request.read()
-    planned = plan(
-        decode(request, data),
-        chat=path.endswith("/chat/completions"),
-        max_choices=gateway.config.max_choices,
-    )
+    body, most = decode(request, data), gateway.config.max_choices
+    if path == TOKENS:
+        planned = plan_tokens(body, max_choices=most)
+    else:
+        planned = plan(body, chat=path.endswith("/chat/completions"), max_choices=most)
     unmonitored = planned.unmonitored is not None and planned.control.mode != "off"
     if unmonitored and gateway.policy.refuse:
         raise InvalidRequest(
@@ -64,6 +68,9 @@ async def _admitted(
         )
         for single in planned.singles
     ]
+    if planned.tokens:
+        for session, single in zip(sessions, planned.singles, strict=True):
+            session.prompt_token_ids = prompt_ids(single)
     gateway.sessions.update(sessions)
     serve = _stream if planned.asked.stream else _answer
     try:
@@ -101,6 +108,9 @@ async def _follow_all(
                 answered=answered,
             )
 
+    known_as = _known_as(planned.body)
+    if several:
+        gateway.several[known_as] = len(sessions)
     follows = [follow_one(*choice) for choice in zip(planned.singles, sessions, sinks, strict=True)]
     if len(follows) == 1:
         await follows[0]
@@ -111,6 +121,16 @@ async def _follow_all(
                 group.create_task(one)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    finally:
+        gateway.several.pop(known_as, None)
+
+
+def _known_as(body: Body) -> str:
+    """The id that the servers know a request by, as `generation_headers` leaves it to them."""
+    entry, request_id = current.get(), body.get("request_id")
+    if entry is None or (request_id is not None and not entry.given):
+        return str(request_id)
+    return entry.request_id
 
 
 async def _answer(
@@ -120,10 +140,14 @@ async def _answer(
     sessions: list[Session],
     slots: Slots,
 ) -> web.StreamResponse:
-    answers = [Answer(chat=planned.chat) for _ in sessions]
+    answers = [TokensAnswer() if planned.tokens else Answer(chat=planned.chat) for _ in sessions]
     await _follow_all(gateway, request, planned, sessions, answers, slots)
     usage = total_usage([(session.prompt, session.usage) for session in sessions])
-    answer = merged(answers, usage, chat=planned.chat)
+    if planned.tokens:
+        model, created = planned.body.get("model"), int(time.time())
+        answer = merged_tokens(answers, usage, model=model, created=created)
+    else:
+        answer = merged(answers, usage, chat=planned.chat)
     return web.Response(body=_encode(answer), content_type="application/json")
 
 

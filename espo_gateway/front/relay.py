@@ -16,18 +16,20 @@ from espo_gateway.errors import (
     UpstreamStatusError,
 )
 from espo_gateway.front.events import EventStream
+from espo_gateway.front.paths import TOKENS
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.request import Body, Single, upstream_body
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import SSEParser
 from espo_gateway.stream.templates import Output
+from espo_gateway.stream.tokens import upstream_tokens_body
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 _encode = msgspec.json.Encoder().encode
 #: What tells the choices of one prompt apart.
-_OWN = ("seed", "request_id")
+_OWN = ("seed", "request_id", "sampling_params")
 
 
 class OutputSink(Protocol):
@@ -83,13 +85,16 @@ async def follow(
     The upstream's request is over, cancelled if need be, before the last chunk is delivered.
     Raises the kinds of `UpstreamError`.
     """
-    chat = path.endswith("/chat/completions")
-    body = upstream_body(
-        single,
-        chat=chat,
-        token_ids=session.wants_ids,
-        alternatives=session.gate.top_logprobs,
-    )
+    alternatives = session.gate.top_logprobs
+    if path == TOKENS:
+        body = upstream_tokens_body(single, alternatives=alternatives)
+    else:
+        body = upstream_body(
+            single,
+            chat=path.endswith("/chat/completions"),
+            token_ids=session.wants_ids,
+            alternatives=alternatives,
+        )
     key = affinity_key(pool.affinity, headers, single.body)
     inquiry = Inquiry(critic, session) if critic is not None and session.wants_ids else None
     try:

@@ -7,6 +7,8 @@ from espo_gateway.stream.templates import Output
 
 _COMPLETION: Chunk = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
 _CHAT: Chunk = {"logprobs": None, "finish_reason": None, "stop_reason": None}
+#: Lists with an entry for each token.
+_GROWING = ("token_ids", "sampling_mask")
 _MESSAGE: Chunk = {"role": "assistant", "content": None, "refusal": None}
 
 
@@ -54,7 +56,7 @@ class Answer:
                 self._add_delta(value)
             elif name == "logprobs":
                 self._add_logprobs(value)
-            elif name == "token_ids" and name in self.choice:
+            elif name in _GROWING and self.choice.get(name):
                 self.choice[name] += value
             else:
                 self.choice[name] = value

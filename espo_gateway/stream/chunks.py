@@ -91,7 +91,8 @@ def _of_chat(content: list[Chunk], ids: list[int] | None, top_k: int) -> list[Sa
         logprob = entry.get("logprob")
         tops = [top.get("logprob") for top in entry.get("top_logprobs") or ()]
         position = _position(logprob, tops, top_k)
-        tokens.append(SampledToken(token_id, entry["token"], logprob, *position))
+        # Where tokens are ids there is no string.
+        tokens.append(SampledToken(token_id, entry.get("token") or "", logprob, *position))
     return tokens
 
 

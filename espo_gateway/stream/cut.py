@@ -78,7 +78,8 @@ def text_of(choice: Choice, *, chat: bool) -> str:
 def set_text(choice: Choice, text: str, *, chat: bool) -> None:
     """Put another text in its place."""
     if not chat:
-        choice["text"] = text
+        if text or "text" in choice:
+            choice["text"] = text
         return
     delta = choice.setdefault("delta", {})
     name = next((name for name in TEXT_FIELDS if delta.get(name)), "content")
@@ -88,9 +89,13 @@ def set_text(choice: Choice, text: str, *, chat: bool) -> None:
 
 
 def keep_tokens(choice: Choice, kept: int) -> None:
-    """Cut logprobs and token ids of either API to the first `kept` tokens, in place."""
-    if choice.get("token_ids") is not None:
-        del choice["token_ids"][kept:]
+    """Cut what has an entry for each token to the first `kept` tokens, in place."""
+    for name in ("token_ids", "sampling_mask"):
+        if choice.get(name) is not None:
+            del choice[name][kept:]
+    for name in ("routed_experts", "weight_versions"):
+        if name in choice:
+            choice[name] = None  # of more tokens than are left
     logprobs = choice.get("logprobs")
     if logprobs is not None:
         for values in logprobs.values():

@@ -22,7 +22,7 @@ from espo_gateway.stream.record import Record
 from espo_gateway.stream.request import Asked, Single
 from espo_gateway.stream.templates import Output
 
-_HEAD = ("id", "object", "created", "model")
+_HEAD = ("id", "object", "created", "model", "request_id", "output_mode")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
 
 
@@ -105,7 +105,7 @@ class Outbox:
             item = held.popleft()
             chunk = item.chunk
             if not self.head:
-                self.head = {name: chunk.get(name) for name in _HEAD}
+                self.head = {name: chunk[name] for name in _HEAD if name in chunk}
             choice = chunk["choices"][0]
             if cut is not None and item.end >= cut:
                 self._end_at(cut, item, choice)

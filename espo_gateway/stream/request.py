@@ -54,7 +54,11 @@ class Single:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one client request is served. unmonitored: why it is passed through as it is, or None."""
+    """How one client request is served.
+
+    unmonitored: why it is passed through as it is, or None. tokens: whether it goes to vLLM's route
+    that takes and gives token ids (`tokens.py`).
+    """
 
     chat: bool
     body: Body
@@ -62,9 +66,12 @@ class Plan:
     asked: Asked
     unmonitored: str | None
     singles: list[Single]
+    tokens: bool = False
 
     @property
     def path(self) -> str:
+        if self.tokens:
+            return "/inference/v1/generate"
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
@@ -76,7 +83,22 @@ def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:
     if not isinstance(body, dict):
         raise InvalidRequest("the request body must be a JSON object")
     control = control_from_json(body.get("espo"))
-    body = _lax({name: value for name, value in body.items() if name != "espo"}, chat=chat)
+    body = lax({name: value for name, value in body.items() if name != "espo"}, chat=chat)
+    stream, options = stream_asked(body)
+    reason = _unmonitored(body, control, chat=chat)
+    asked = Asked(
+        stream=stream,
+        usage=bool(options.get("include_usage")),
+        continuous_usage=bool(options.get("continuous_usage_stats")),
+        logprobs=_logprobs_asked(body, chat=chat),
+        token_ids=body.get("return_token_ids") is True,
+    )
+    singles = [] if reason else _singles(body, max_choices, chat=chat)
+    return Plan(chat, body, control, asked, reason, singles)
+
+
+def stream_asked(body: Body) -> tuple[bool, Body]:
+    """Whether to stream, and with which options. Raises InvalidRequest."""
     stream = body.get("stream") or False
     if not isinstance(stream, bool):
         raise InvalidRequest("stream must be true or false", param="stream")
@@ -86,19 +108,10 @@ def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:
         raise InvalidRequest(
             "stream_options must be an object, and needs stream=true", param="stream_options"
         )
-    reason = _unmonitored(body, control, chat=chat)
-    asked = Asked(
-        stream=stream,
-        usage=bool(options and options.get("include_usage")),
-        continuous_usage=bool(options and options.get("continuous_usage_stats")),
-        logprobs=_logprobs_asked(body, chat=chat),
-        token_ids=body.get("return_token_ids") is True,
-    )
-    singles = [] if reason else _singles(body, max_choices, chat=chat)
-    return Plan(chat, body, control, asked, reason, singles)
+    return stream, options or {}
 
 
-def _lax(body: Body, *, chat: bool) -> Body:
+def lax(body: Body, *, chat: bool) -> Body:
     """With the fields that are read here as their types, where servers would take them for that.
 
     vLLM reads "true" and 1 for true, and "2" and 2.0 for 2; what it would refuse stays as it is.
@@ -150,18 +163,23 @@ def _logprobs_asked(body: Body, *, chat: bool) -> int | None:
     return int(top) if isinstance(top, int) else 0
 
 
-def _singles(body: Body, max_choices: int, *, chat: bool) -> list[Single]:
-    n = body.get("n")
+def checked_choices(n: object, prompts: int, max_choices: int) -> int:
+    """n, of each prompt. Raises InvalidRequest."""
     n = 1 if n is None else n
-    prompts = [None] if chat else _prompts(body.get("prompt"))
     if type(n) is not int or n < 1:
         raise InvalidRequest("n must be a whole number from 1", param="n")
-    if n * len(prompts) > max_choices:
+    if n * prompts > max_choices:
         raise InvalidRequest(
-            f"n times the number of prompts is {n * len(prompts)}, and this gateway takes "
+            f"n times the number of prompts is {n * prompts}, and this gateway takes "
             f"{max_choices} at most (max_choices); send several requests",
             param="n",
         )
+    return n
+
+
+def _singles(body: Body, max_choices: int, *, chat: bool) -> list[Single]:
+    prompts = [None] if chat else _prompts(body.get("prompt"))
+    n = checked_choices(body.get("n"), len(prompts), max_choices)
     if n == 1 and len(prompts) == 1:
         return [Single(0, 0, body, _length(body, prompts[0]))]
     # One request with n > 1 cannot be cancelled a choice at a time.
@@ -186,8 +204,8 @@ def choices_of(planned: Plan) -> int:
     """How many choices the servers will make of it; of what they will refuse, one."""
     if planned.singles:
         return len(planned.singles)
-    n = planned.body.get("n")
-    prompts = 1 if planned.chat else len(_prompts(planned.body.get("prompt")))
+    n = (planned.body["sampling_params"] if planned.tokens else planned.body).get("n")
+    prompts = 1 if planned.chat or planned.tokens else len(_prompts(planned.body.get("prompt")))
     return max(1, n * prompts) if isinstance(n, int) else prompts
 
 
@@ -223,14 +241,14 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
         if body.get("logprobs") or not top:
             body["logprobs"] = True
             # With 1 vLLM sends the sampled token only, and g would always be 0.
-            body["top_logprobs"] = _at_least(max(alternatives, 2), top)
+            body["top_logprobs"] = at_least(max(alternatives, 2), top)
     elif body.get("logprobs") is None or type(body["logprobs"]) is int:
-        body["logprobs"] = _at_least(alternatives, body.get("logprobs"))
+        body["logprobs"] = at_least(alternatives, body.get("logprobs"))
     if token_ids:
         body["return_token_ids"] = True
     return body
 
 
-def _at_least(count: int, asked: object) -> int:
+def at_least(count: int, asked: object) -> int:
     """Alternatives to ask for; a negative number is all of them."""
     return asked if type(asked) is int and (asked >= count or asked < 0) else count

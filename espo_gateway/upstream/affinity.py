@@ -56,7 +56,7 @@ def affinity_key(
 
 
 def _prefix(body: Mapping[str, Any]) -> object:
-    prompt = body.get("prompt")
+    prompt = body.get("prompt") or body.get("token_ids")
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):

@@ -125,6 +125,7 @@ class UpstreamPool:
         data: Data | None = None,
         key: bytes | None = None,
         model: object = None,
+        server: Upstream | None = None,
     ) -> AsyncIterator[Reply]:
         """Send a request to a server; the answer, of whatever status.
 
@@ -134,12 +135,13 @@ class UpstreamPool:
         Args:
             key: requests with the same one go to the same server, as far as its load allows.
             model: it goes to a server that has this one, where any says so.
+            server: it goes there, and nowhere else.
 
         Raises:
             UpstreamUnavailable: no server could be reached, in all attempts.
             UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
-        servers = await self._catalogue.serving(model, headers)
+        servers = [server] if server else await self._catalogue.serving(model, headers)
         flight, reply = await self._send(servers, method, path, headers, data, key)
         try:
             yield reply
