@@ -35,8 +35,9 @@ from espo_gateway.upstream.pool import UpstreamPool
 
 #: Methods that are passed through; CONNECT and TRACE speak of connections, not of models.
 _PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, too
-#: Longest request line and header, in bytes; servers take as much, and aiohttp would take 8190.
-_LINE, _FIELD = 64 * 2**10, 16 * 2**10
+#: Longest request line and header, in bytes, and how many headers: as many as vLLM's server takes,
+#: or enough for what clients send. aiohttp would take 8190, and 128.
+_LINE, _FIELD, _FIELDS = 64 * 2**10, 16 * 2**10, 256
 #: Seconds that handlers have to clean up when they are broken off.
 _CLEAN_UP = 0.5
 
@@ -193,6 +194,7 @@ async def running(
             shutdown_timeout=_CLEAN_UP,
             max_line_size=_LINE,
             max_field_size=_FIELD,
+            max_headers=_FIELDS,
         )
         await runner.setup()
         try:

@@ -68,7 +68,7 @@ async def _passed(
 ) -> web.StreamResponse:
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
-    model = requested_model(request, data)
+    model = requested_model(request, data) if len(gateway.pool.servers) > 1 else None
     async with gateway.pool.open(
         request.method, path, headers=headers, data=data, model=model
     ) as upstream:

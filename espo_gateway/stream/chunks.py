@@ -91,8 +91,9 @@ def _of_chat(content: list[Chunk], ids: list[int] | None, top_k: int) -> list[Sa
         logprob = entry.get("logprob")
         tops = [top.get("logprob") for top in entry.get("top_logprobs") or ()]
         position = _position(logprob, tops, top_k)
-        # Where tokens are ids there is no string.
-        tokens.append(SampledToken(token_id, entry.get("token") or "", logprob, *position))
+        # Where tokens are told by their ids there is no string.
+        text = "" if "token_id" in entry else entry["token"]
+        tokens.append(SampledToken(token_id, text, logprob, *position))
     return tokens
 
 

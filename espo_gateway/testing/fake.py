@@ -38,6 +38,7 @@ class Fake(ABC):
             # As vLLM's server, which has hardly a limit.
             max_line_size=2**17,
             max_field_size=2**17,
+            max_headers=2**10,
         )
         await self._runner.setup()
         sock: socket.socket = listen("127.0.0.1", self._port)

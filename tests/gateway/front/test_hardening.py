@@ -496,6 +496,14 @@ async def test_long_heads_as_servers_take_them(path: str, size: int) -> None:
             assert server.headers[0]["X-Long"] == "a" * size
 
 
+async def test_many_headers_as_servers_take_them() -> None:
+    async with everything() as (server, gateway):
+        headers = [f"X-{number}: a" for number in range(200)]
+        assert (await send(gateway, get("/v1/models", *headers)))[0] == 200
+        ((_, _, seen, _),) = server.seen
+        assert seen["X-199"] == "a"
+
+
 @pytest.mark.parametrize("connection", ["keep-alive", "close", None])
 @pytest.mark.parametrize(
     ("path", "fields"),
