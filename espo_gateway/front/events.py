@@ -55,12 +55,12 @@ class EventStream:
         transport = self._request.transport
         return self.begun and (transport is None or transport.get_write_buffer_size() < _BEHIND)
 
-    def put(self, outputs: list[Output]) -> None:
-        """Write without waiting, past aiohttp's response, which has a coroutine for every write."""
-        self.write(self._encoded(outputs))
+    def put(self, outputs: list[Output], comments: bytes = b"") -> None:
+        """Write without waiting, past aiohttp's response, which has a coroutine for every write.
 
-    def write(self, data: bytes) -> None:
-        """The same of whole events as they are, or of comments."""
+        comments: before the outputs.
+        """
+        data = comments + self._encoded(outputs) if comments else self._encoded(outputs)
         transport = self._request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
@@ -71,7 +71,7 @@ class EventStream:
         await self.send(self._encoded(outputs))
 
     async def send(self, data: bytes) -> None:
-        """The same of whole events as they are, or of comments."""
+        """The same of what is encoded, or of comments."""
         if not self.begun:
             async with self._beginning:
                 if not self.begun:

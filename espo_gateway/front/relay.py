@@ -130,6 +130,7 @@ class _Relay:
         self._stream = sink if isinstance(sink, EventStream) else None
         self._inquiry = inquiry
         self._parser = SSEParser()
+        self._comments = self._parser.comments
         self._done = False
         self._failure: UpstreamError | None = None
 
@@ -150,9 +151,10 @@ class _Relay:
     async def _read(self) -> bool:
         received = await self._reply.read()
         self._take(received)
-        if self._parser.comments and (comments := self._comments()):
-            assert self._stream is not None
-            await self._stream.send(comments)
+        if self._comments:
+            comments = self._parser.take_comments()
+            if self._stream is not None:
+                await self._stream.send(comments)
         if self._inquiry is not None:
             await self._inquiry.proceed()
         if outputs := self._session.drain():
@@ -162,16 +164,13 @@ class _Relay:
     def _receive(self, received: bytes) -> bool:
         """The same without waiting, in the turn of the event loop that brought it."""
         self._take(received)
-        if self._parser.comments and (comments := self._comments()):
-            assert self._stream is not None
-            self._stream.write(comments)
+        if self._comments:
+            comments = self._parser.take_comments()
+            if self._stream is not None:
+                self._stream.put([], comments)
         if outputs := self._session.drain():
             self._sink.put(outputs)
         return not (self._done or self._failure or self._session.ended) and self._sink.flowing
-
-    def _comments(self) -> bytes:
-        comments = self._parser.take_comments()
-        return b"" if self._stream is None else comments
 
     def _take(self, received: bytes) -> None:
         session = self._session
