@@ -53,7 +53,7 @@ def _with_all_choices(gateway: Gateway, data: bytes) -> bytes:
     try:
         body: Any = msgspec.json.decode(data)
         ids = body["request_ids"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         return data  # the servers' to refuse
     given = [ids] if isinstance(ids, str) else ids
     if not isinstance(given, list):

@@ -111,7 +111,7 @@ def requested_model(request: web.Request, data: bytes | None) -> str | None:
     if request.content_type == "application/json":
         try:
             model = _named(data).model
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return model if isinstance(model, str) else None
     if request.content_type == "multipart/form-data":

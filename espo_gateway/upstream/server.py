@@ -141,8 +141,8 @@ async def served_models(
         async with session.get(url, timeout=_PROBE, headers=headers) as response:
             listed = await response.json(content_type=None)
         models = listed["data"] if response.status == 200 else None
-        return None if models is None else [model for model in models if model["id"]]
-    except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+        return None if models is None else [m for m in models if isinstance(m["id"], str)]
+    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -263,6 +263,37 @@ async def test_one_server_is_passed_through_as_it_answers() -> None:
         assert (response.status, await response.json()) == (203, {"odd": "a=1"})
 
 
+@pytest.mark.parametrize(
+    "listing",
+    [
+        *(None, [], {}, "x", 5, {"data": None}, {"data": 5}, {"data": "xy"}, {"data": {"id": "x"}}),
+        *({"data": [None]}, {"data": [{}]}, {"data": [{"id": None}]}, {"data": [{"id": [1]}]}),
+    ],
+)
+async def test_whatever_a_server_lists_requests_are_served(listing: Any) -> None:
+    class Odd(Serving):
+        async def _models(self, request: web.Request) -> web.Response:
+            return web.json_response(listing)
+
+    async with serving(Odd("x"), Serving("y")) as gateway:
+        for model in ("x", "y"):
+            status, _ = await post(gateway.url + COMPLETIONS, completion_body(model=model))
+            assert status == 200
+        status, answer = await listed(gateway)
+        assert (status, [model["id"] for model in answer["data"]]) == (200, ["y"])
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"model": 5}', b'{"model": "\xff"}', b"[1]"])
+async def test_a_body_that_names_no_model_goes_to_any_server(data: bytes) -> None:
+    async with serving(Serving("x"), Serving("y")) as gateway, aiohttp.ClientSession() as session:
+        headers = {"Content-Type": "application/json"}
+        for _ in range(2):
+            async with session.post(
+                gateway.url + "/v1/score", data=data, headers=headers
+            ) as response:
+                assert response.status == 200
+
+
 async def test_where_a_model_is_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with Serving("x") as one, Serving("y", "z") as two, FakeServer(FAILING) as three:
