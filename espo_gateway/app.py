@@ -20,12 +20,14 @@ from espo_gateway.admin.scrape import GatewayCollector
 from espo_gateway.config import Config
 from espo_gateway.critic.custom import CustomCritic, load_critic
 from espo_gateway.critic.server import CriticServer, ValueServer
+from espo_gateway.front.abort import abort
 from espo_gateway.front.auth import read_keys
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.generation import generate
-from espo_gateway.front.middleware import identify, middleware
+from espo_gateway.front.middleware import completion, middleware
 from espo_gateway.front.openapi import description
-from espo_gateway.front.passthrough import pass_through
+from espo_gateway.front.passthrough import list_models, pass_through
+from espo_gateway.front.paths import ABORT, MONITORED, generating_path, upstream_path
 from espo_gateway.telemetry.logs import http_log
 from espo_gateway.telemetry.metrics import Metrics
 from espo_gateway.upstream.connection import Limits
@@ -33,6 +35,9 @@ from espo_gateway.upstream.pool import UpstreamPool
 
 #: Methods that are passed through; CONNECT and TRACE speak of connections, not of models.
 _PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, too
+#: Longest request line and header, in bytes, and how many headers: as many as vLLM's server takes,
+#: or enough for what clients send. aiohttp would take 8190, and 128.
+_LINE, _FIELD, _FIELDS = 64 * 2**10, 16 * 2**10, 256
 #: Seconds that handlers have to clean up when they are broken off.
 _CLEAN_UP = 0.5
 
@@ -44,9 +49,18 @@ def application(gateway: Gateway) -> web.Application:
     gateway.metrics.registry.register(GatewayCollector(gateway))
 
     async def generation(request: web.Request) -> web.StreamResponse:
-        return await generate(gateway, request)
+        return await generate(gateway, request, request.path)
+
+    async def end(request: web.Request) -> web.StreamResponse:
+        return await abort(gateway, request)
 
     async def other(request: web.Request) -> web.StreamResponse:
+        upstream_path(request)  # else its other spellings are none of what follows
+        path = generating_path(request)
+        if path in MONITORED:
+            return await generate(gateway, request, path)
+        if request.path == "/v1/models" and request.method == "GET":
+            return await list_models(gateway, request)
         return await pass_through(gateway, request)
 
     async def health(request: web.Request) -> web.Response:
@@ -67,12 +81,13 @@ def application(gateway: Gateway) -> web.Application:
     app = web.Application(
         middlewares=[middleware(gateway)], client_max_size=gateway.config.max_request_bytes
     )
-    app.on_response_prepare.append(identify)
+    app.on_response_prepare.append(completion(gateway))
     app.add_routes(
         [
-            web.post("/v1/completions", generation),
-            web.post("/v1/chat/completions", generation),
+            *(web.post(path, generation) for path in sorted(MONITORED)),
+            web.post(ABORT, end),
             *(web.route(method, "/v1/{path:.*}", other) for method in _PASSED),
+            *(web.route(method, "/inference/v1/{path:.*}", other) for method in _PASSED),
             *admin_routes(gateway, live),
             web.get("/health", health),
             web.get("/ready", ready),
@@ -90,7 +105,12 @@ async def _ready(gateway: Gateway) -> web.Response:
         pool.probe_all(), critic.answers() if critic else asyncio.sleep(0)
     )
     servers = [
-        {"url": server.url, "answers": answers, "in_flight": server.in_flight}
+        {
+            "url": server.url,
+            "answers": answers,
+            "in_flight": server.in_flight,
+            **({} if server.models is None else {"models": sorted(server.models)}),
+        }
         for server, answers in zip(pool.servers, answering, strict=True)
     ]
     body: dict[str, Any] = {"upstreams": servers}
@@ -172,6 +192,9 @@ async def running(
             # Also how long the next request's head may take, since a connection was opened.
             keepalive_timeout=config.request_timeout,
             shutdown_timeout=_CLEAN_UP,
+            max_line_size=_LINE,
+            max_field_size=_FIELD,
+            max_headers=_FIELDS,
         )
         await runner.setup()
         try:

@@ -36,6 +36,10 @@ ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
 
 `python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
+#: What may be a finish_reason.
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+#: Choices of one request, unless set otherwise.
+MAX_CHOICES = 256
 _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 #: Groups of the help, by the field that each begins with.
@@ -101,12 +105,22 @@ class Config:
 
     host: str = _setting("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: Annotated[int, Field(ge=0, lt=2**16)] = _setting(8100, "0 takes a free one")
-    max_in_flight: Count = _setting(4096, "requests served at a time")
+    max_in_flight: Count = _setting(
+        4096, "choices generated at a time; a request with more than that takes turns with itself"
+    )
     max_queue: Annotated[int, Field(ge=0)] = _setting(
         4096, "requests that may wait beyond these; the next gets a 429"
     )
+    max_choices: Count = _setting(
+        MAX_CHOICES, "most choices of a request: `n` times its prompts; each is a connection"
+    )
     max_request_bytes: Count = _setting(64 * 2**20, "largest request body")
     request_timeout: Positive = _setting(60.0, "longest time a client may take to send its request")
+    sse_keep_alive: NotNegative = _setting(
+        0.0,
+        "while a stream waits for its first token, send a comment so often, for clients and load "
+        "balancers that give up on silence; 0: none but the server's own",
+    )
     drain_timeout: NotNegative = _setting(
         600.0,
         "on SIGTERM running requests may take this long to finish; a second one ends them at once",
@@ -140,8 +154,10 @@ class Config:
     )
     finish_reason: str = _setting(
         "length",
-        "finish_reason of a stopped choice; strict clients break on words that OpenAI does not use",
-        metavar="WORD",
+        "finish_reason of a stopped choice, and of those of some routes, as in "
+        "length,/v1/completions=stop; the header X-Espo-Finish-Reason chooses one for a request; "
+        "strict clients break on words that OpenAI does not use",
+        metavar="WORD[,ROUTE=WORD...]",
     )
 
     api_keys: tuple[SecretStr, ...] = ()
@@ -168,6 +184,7 @@ class Config:
             if url is not None and urlsplit(url).username is not None:
                 # It would stand in every log line and in /ready.
                 raise ValueError(f"{name}: no key in the URL, please; use upstream_key_file")
+        _ = self.finish_reasons  # a bad one is known at once
         if self.target_share is None and self.state is not None:
             raise ValueError("state: needs target_share, as only tuning has a state")
         if self.target_share is not None and self.warmup <= self.window:
@@ -175,6 +192,20 @@ class Config:
                 f"warmup: must be more than window ({self.window}): the first window sets the "
                 "statistics, the rest of the warm-up the threshold"
             )
+
+    @property
+    def finish_reasons(self) -> dict[str, str]:
+        """Of a stopped choice, by route; "" for the others. Raises ValueError."""
+        found = {"": "length"}
+        for one in self.finish_reason.split(","):
+            route, _, word = one.strip().rpartition("=")
+            if not WORD.fullmatch(word) or (route and not route.startswith("/")):
+                raise ValueError(
+                    f"finish_reason: must be a word, or words for routes as in "
+                    f"length,/v1/completions=stop, and not {one.strip()!r}"
+                )
+            found[route] = word
+        return found
 
     @property
     def critic_class(self) -> str | None:

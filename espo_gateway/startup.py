@@ -86,9 +86,10 @@ async def check_servers(config: Config, keys: Keys) -> None:
                 for url in answering
             )
         )
-    served = {frozenset(_names(found[url])) for url in answering}
-    if len(served - {frozenset()}) > 1:
-        log.warning("the servers serve different models, and a request may go to any of them")
+    served = {url: sorted(_names(found[url])) for url in answering}
+    if len({*map(tuple, served.values())} - {()}) > 1:
+        what = "; ".join(f"{url}: {', '.join(names) or 'unknown'}" for url, names in served.items())
+        log.info("the servers serve different models, and a request goes by its model (%s)", what)
     if critic is not None and critic in found:
         log.info("%s serves %s", critic, ", ".join(_names(found[critic])) or "unknown")
         await check_critic(critic, config.critic_timeout)

@@ -26,7 +26,7 @@ LADDERS = {
         ("upstream",),
         ("stop", "vllm_plugin"),
         ("config",),
-        ("addresses", "errors", "event_loop", "files", "optional", "supervisor"),
+        ("addresses", "client", "errors", "event_loop", "files", "optional", "supervisor"),
     ),
     "espo_rl": (
         ("run",),

@@ -99,7 +99,7 @@ class Live:
         threshold = rule.bound(session.gate, value or 0.0) if rule.compared else None
         return {
             "id": self._ids[session],
-            "name": str(head.get("id") or "")[:_LONGEST],
+            "name": str(head.get("id", head.get("request_id")) or "")[:_LONGEST],
             "model": str(head.get("model") or "")[:_LONGEST],
             "index": session.index,
             "age": now - session.started,

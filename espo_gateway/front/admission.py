@@ -1,4 +1,4 @@
-"""How many generations are served at a time, and who waits. Nothing polls; nothing is HTTP."""
+"""How many choices are generated at a time, and who waits. Nothing polls; nothing is HTTP."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ _LONGEST = 60
 
 
 class Admission:
-    """At most `max_in_flight` slots, and a queue of at most `max_queue`, first come first served.
+    """At most `max_in_flight` slots, and a queue of at most `max_queue` requests, in order.
 
-        async with admission.slot():
-            ...
+        async with admission.slot(choices) as slots:
+            async with slots.one():
+                ...
 
-    in_flight, queued: now. refused: how many were sent away.
+    A request waits until it has a slot for each of its choices, or all there are: then its choices
+    take turns. Whoever stands behind it waits too, so that no large one waits for ever.
+
+    in_flight: slots taken. queued: requests that wait. refused: how many were sent away.
     clock: seconds, monotonic.
     """
 
@@ -37,28 +41,29 @@ class Admission:
         self._max_in_flight, self._max_queue = max_in_flight, max_queue
         self._clock = clock
         self._duration = 0.0  # running mean, seconds
-        #: Who waits, in order; a dict, as anyone may leave from the middle.
-        self._queue: dict[asyncio.Future[None], None] = {}
+        #: Who waits for how many, in order; a dict, as anyone may leave from the middle.
+        self._queue: dict[asyncio.Future[None], int] = {}
 
     @property
     def queued(self) -> int:
         return len(self._queue)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, choices: int = 1) -> AsyncIterator[Slots]:
         """A place among those served, waited for. Raises TooManyRequests at once."""
-        await self._enter()
+        slots = Slots(self, choices, min(choices, self._max_in_flight))
+        await self._enter(slots.held)
         started = self._clock()
         try:
-            yield
+            yield slots
         finally:
             taken = self._clock() - started
             self._duration += (_LATEST if self._duration else 1.0) * (taken - self._duration)
-            self._leave()
+            self.leave(slots.held)
 
-    async def _enter(self) -> None:
-        if self.in_flight < self._max_in_flight:  # then nobody waits, either
-            self.in_flight += 1
+    async def _enter(self, count: int) -> None:
+        if not self._queue and self.in_flight + count <= self._max_in_flight:
+            self.in_flight += count
             return
         if self.queued >= self._max_queue:
             self.refused += 1
@@ -68,27 +73,50 @@ class Admission:
                 headers={"Retry-After": str(self._retry_after())},
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue[turn] = None
+        self._queue[turn] = count
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._queue.pop(turn, None)
+                self.leave(0)  # one that wants fewer may have stood behind it
             else:
-                self._leave()  # its turn had come in the moment it left
+                self.leave(count)  # its turn had come in the moment it left
             raise
 
-    def _leave(self) -> None:
-        """Hand the slot to whoever has waited longest."""
+    def leave(self, count: int) -> None:
+        """Hand slots to those who have waited longest."""
+        self.in_flight -= count
         while self._queue:
-            turn = next(iter(self._queue))
-            del self._queue[turn]
+            turn, wanted = next(iter(self._queue.items()))
             if not turn.done():
+                if self.in_flight + wanted > self._max_in_flight:
+                    return
+                self.in_flight += wanted
                 turn.set_result(None)
-                return
-        self.in_flight -= 1
+            del self._queue[turn]
 
     def _retry_after(self) -> int:
         """Seconds until those who wait now will have been served, at the recent pace."""
         seconds = self._duration * (self.queued + 1) / self._max_in_flight
         return min(max(1, math.ceil(seconds)), _LONGEST)
+
+
+class Slots:
+    """Those of one request. held: how many; given back as fewer choices than that are left."""
+
+    def __init__(self, admission: Admission, choices: int, held: int) -> None:
+        self.held = held
+        self._admission = admission
+        self._left = choices
+        self._turns = asyncio.Semaphore(held)
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """For one choice, when it is its turn."""
+        async with self._turns:
+            yield
+        self._left -= 1
+        if self._left < self.held:
+            self.held -= 1
+            self._admission.leave(1)

@@ -1,8 +1,8 @@
 """Keys: who may use the gateway, who may administer it, and what it shows its servers.
 
-Every route but `/health` and `/ready` needs an API key once there are any; `/espo` and all below it
-needs the admin key. The decision is made on what the router has chosen, so no spelling of a path
-comes to a handler past it.
+Every route but `/health` and `/ready` needs an API key once there are any, OPTIONS excepted;
+`/espo` and all below it needs the admin key. The decision is made on what the router has chosen, so
+no spelling of a path comes to a handler past it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 from aiohttp import web
 from pydantic import SecretStr
 
+from espo_gateway.addresses import is_loopback
 from espo_gateway.config import Config
 from espo_gateway.errors import Forbidden, InvalidRequest, Unauthorized
+from espo_gateway.front.paths import served
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +130,11 @@ def authorize(request: web.Request, keys: Keys, *, loopback: bool) -> None:
 
     Raises:
         Unauthorized: a key is needed, and this request has none or a wrong one.
-        Forbidden: administration is not enabled.
+        Forbidden: administration is not enabled, or another site's page asks for it.
     """
-    if _route(request) in _OPEN:
+    route = _route(request)
+    # A browser asks without a key whether its page may send one; servers answer that to anybody.
+    if route in _OPEN or (request.method == "OPTIONS" and served(route)):
         return
     needed = keys.api
     if is_administration(request):
@@ -141,6 +145,7 @@ def authorize(request: web.Request, keys: Keys, *, loopback: bool) -> None:
                 "administration is off, because others than this machine can reach the gateway; "
                 "start it with --admin-key-file FILE"
             )
+        _check_page(request, keyed=keys.admin is not None)
     if not needed:
         return
     presented = _presented(request.headers.get("Authorization"))
@@ -149,6 +154,35 @@ def authorize(request: web.Request, keys: Keys, *, loopback: bool) -> None:
     # Every key is compared, so that time tells nothing.
     if not sum(hmac.compare_digest(presented, key) for key in needed):
         raise Unauthorized("the key is not one of this gateway's, or does not open this route")
+
+
+def _check_page(request: web.Request, *, keyed: bool) -> None:
+    """Keep other sites' pages, open in a browser on this machine, away from the administration.
+
+    A page may have its own name resolved to this machine (DNS rebinding): then the Host tells it,
+    and it has no admin key. One that keeps its name tells its Origin; a browser that has been given
+    the key may add it even there (Basic), but no page adds a header (Bearer) without knowing it.
+
+    keyed: there is an admin key, so the gateway may be known by any name.
+    """
+    hosts = {*request.headers.getall("Host", [""]), request.host}
+    if not keyed and not all(map(_names_loopback, hosts)):
+        raise Forbidden(
+            "administration without an admin key is for clients that ask for localhost or "
+            "127.0.0.1; start the gateway with --admin-key-file FILE to use another name"
+        )
+    scheme = request.headers.get("Authorization", "").partition(" ")[0].lower()
+    if keyed and scheme == "bearer":
+        return
+    for origin in request.headers.getall("Origin", []):
+        if origin.lower() not in {f"{s}://{request.host}".lower() for s in ("http", "https")}:
+            raise Forbidden(f"administration is not for pages of another site ({origin!r:.100})")
+
+
+def _names_loopback(host: str) -> bool:
+    """Whether a Host header, with its port or without, is a name of this machine alone."""
+    name = re.fullmatch(r"(\[[^][]*\]|[^][:]*)(:[0-9]*)?", host.strip())
+    return name is not None and is_loopback(name[1].strip("[]").lower().removesuffix("."))
 
 
 def _route(request: web.Request) -> str:

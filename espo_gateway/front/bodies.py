@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -50,4 +52,9 @@ def decode(request: web.Request, data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        # As Python servers read it: with a byte order mark, or in UTF-16 or UTF-32.
+        encoding = json.detect_encoding(data)
+        if encoding != "utf-8":
+            with suppress(msgspec.DecodeError, UnicodeError):
+                return msgspec.json.decode(data.decode(encoding))
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from error

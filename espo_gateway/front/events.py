@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 from aiohttp import web
@@ -12,6 +14,9 @@ from espo_gateway.stream.templates import Output
 
 _encode = msgspec.json.Encoder().encode
 
+#: What chunks of one answer have in common, whichever choice they are of.
+_SHARED = ("id", "created", "request_id")
+_ALIVE = b": keep-alive\n\n"
 #: Bytes that a client may be behind before its stream waits for it.
 _BEHIND = 64 * 2**10
 
@@ -21,26 +26,25 @@ def event(chunk: Chunk) -> bytes:
     return b"data: " + _encode(chunk) + b"\n\n"
 
 
-def event_stream(status: int = 200) -> web.StreamResponse:
-    """An answer of events."""
-    return web.StreamResponse(
-        status=status,
-        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"},
-    )
-
-
 class EventStream:
     """The stream of one request, whose choices share it.
 
     It begins with its first event: an error before that has a status of its own.
 
-    begun: whether it has.
+    begun: whether it has. certain: to be set once a server has answered well, so that nothing but
+    the wait for a token stands between the client and its status.
     """
 
     def __init__(self, request: web.Request) -> None:
         self.begun = False
+        self.certain = asyncio.Event()
         self._request = request
-        self._response = event_stream()
+        self._response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+            }
+        )
         self._beginning = asyncio.Lock()
         self._chunked = False
         self._head: Chunk = {}
@@ -51,28 +55,59 @@ class EventStream:
         transport = self._request.transport
         return self.begun and (transport is None or transport.get_write_buffer_size() < _BEHIND)
 
-    def put(self, outputs: list[Output]) -> None:
-        """Write without waiting, past aiohttp's response, which has a coroutine for every write."""
+    def put(self, outputs: list[Output], comments: bytes = b"") -> None:
+        """Write without waiting, past aiohttp's response, which has a coroutine for every write.
+
+        comments: before the outputs.
+        """
+        data = comments + self._encoded(outputs) if comments else self._encoded(outputs)
         transport = self._request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
-        data = self._encoded(outputs)
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     async def deliver(self, outputs: list[Output]) -> None:
         """Write, and wait until the client has kept up."""
-        data = self._encoded(outputs)
+        await self.send(self._encoded(outputs))
+
+    async def send(self, data: bytes) -> None:
+        """The same of what is encoded, or of comments."""
         if not self.begun:
             async with self._beginning:
                 if not self.begun:
                     await self._response.prepare(self._request)
                     self._chunked = self._response.headers.get("Transfer-Encoding") == "chunked"
                     self.begun = True
-        await self._response.write(data)
+        if data:
+            await self._response.write(data)
+
+    @asynccontextmanager
+    async def kept_alive(self, seconds: float) -> AsyncIterator[None]:
+        """Until the first event a comment every so many seconds, once it is `certain`; 0: none.
+
+        Clients and load balancers give up on an answer that does not begin.
+        """
+        task = asyncio.create_task(self._keep_alive(seconds)) if seconds else None
+        try:
+            yield
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])  # it may have been about to begin
+                self.begun = self._response.prepared
+
+    async def _keep_alive(self, seconds: float) -> None:
+        await self.certain.wait()
+        while True:
+            await asyncio.sleep(seconds)
+            if self._head:
+                return  # the first chunk is out
+            with suppress(ConnectionResetError):  # whoever serves the client notices it, too
+                await self.send(_ALIVE)
 
     async def close(self, end: bytes) -> web.StreamResponse:
         """Write the last bytes; the response that has been sent."""
-        await self._response.write(end)
+        await self.send(end)
         await self._response.write_eof()
         return self._response
 
@@ -85,6 +120,6 @@ class EventStream:
                 continue
             # Choices of one answer share its id, wherever they come from.
             head = self._head = self._head or output
-            output.update((name, head[name]) for name in ("id", "created") if name in head)
+            output.update((name, head[name]) for name in _SHARED if name in head)
             events.append(event(output))
         return b"".join(events)

@@ -1,28 +1,36 @@
-"""What one gateway holds: its servers, the gate in force, its counters. No HTTP of its own."""
+"""What one gateway holds: its servers, the gate in force, its counters."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
-from espo_gateway.config import Config
+from aiohttp import web
+
+from espo_gateway.config import WORD, Config
 from espo_gateway.critic.probe import AnswerProbe
 from espo_gateway.critic.server import ValueServer
 from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.front.admission import Admission
 from espo_gateway.front.auth import Keys, read_keys
 from espo_gateway.front.drain import Traffic
+from espo_gateway.front.headers import ANSWERED, CrossOrigin, answered_headers
+from espo_gateway.front.paths import served
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.telemetry.logs import current
 from espo_gateway.telemetry.metrics import Metrics
 from espo_gateway.tuning.observers import Observers
+from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 log = logging.getLogger(__name__)
 
 _NO_KEYS = Keys()
+#: A request's word for a choice that was stopped.
+FINISH_REASON = "X-Espo-Finish-Reason"
 
 
 class Gateway:
@@ -44,9 +52,14 @@ class Gateway:
         self.answer_probe = AnswerProbe(pool, registry=metrics.registry)
         self.metrics = metrics
         self.keys = keys
-        self.policy = Policy(config.finish_reason, refuse=config.unmonitored == "refuse")
+        self._finish_reasons = config.finish_reasons
+        self.policy = Policy(self._finish_reasons[""], refuse=config.unmonitored == "refuse")
         self.traffic = Traffic()
         self.admission = Admission(config.max_in_flight, config.max_queue)
+        self.cross_origin = CrossOrigin(pool)
+        #: ids of requests under way whose choices the servers know by ids of their own, and how
+        #: many those are
+        self.several: dict[str, int] = {}
         self.gate = Gate()
         #: choices being generated
         self.sessions: set[Session] = set()
@@ -59,6 +72,18 @@ class Gateway:
         self.observers = Observers(config, self.gate, has_critic=critic is not None)
         if self.observers.tuning is not None:
             self.gate = self.observers.tuning.gate
+
+    def policy_of(self, request: web.Request, path: str) -> Policy:
+        """For the choices of a request to a route. Raises InvalidRequest for a bad header."""
+        word = request.headers.get(FINISH_REASON)
+        if word is None:
+            word = self._finish_reasons.get(path, self.policy.finish_reason)
+        elif not WORD.fullmatch(word):
+            raise InvalidRequest(
+                f"{FINISH_REASON} must be one word of letters, digits and _.-, as `early_stop`",
+                param=FINISH_REASON,
+            )
+        return replace(self.policy, finish_reason=word)
 
     def push_gate(self, data: bytes) -> None:
         """Put a gate in force for the requests that come; raises InvalidRequest or Conflict.
@@ -89,6 +114,23 @@ class Gateway:
         self.keys, self._gate_read = keys, data
         self.pool.headers = keys.upstream_headers
         log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
+
+    def answered(self, request: web.Request, reply: Reply) -> None:
+        """Take the head of a server's answer, for that of the client's; of several the first."""
+        if ANSWERED not in request:
+            request[ANSWERED] = answered_headers(reply.headers, self.pool.urls, anew=True)
+
+    async def complete(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Add to the head of an answer, about to be sent, what the servers have to say in it."""
+        headers = request.get(ANSWERED)
+        if headers is None:
+            if "Origin" not in request.headers or not served(request.path):
+                return
+            headers = await self.cross_origin.headers(self.keys, request)
+        own = {name.lower() for name in response.headers}
+        for name, value in headers.items():
+            if name.lower() not in own:
+                response.headers.add(name, value)
 
     def drain(self) -> None:
         """Refuse new requests; `traffic.over` waits for those under way."""

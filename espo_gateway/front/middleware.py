@@ -7,13 +7,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Middleware
 
 from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.front.auth import authorize
 from espo_gateway.front.bodies import receive
 from espo_gateway.front.gateway import Gateway
+from espo_gateway.front.paths import served
 from espo_gateway.telemetry.logs import REQUEST_ID, AccessEntry, current
 from espo_gateway.telemetry.metrics import ARRIVED
 
@@ -32,7 +33,7 @@ def middleware(gateway: Gateway) -> Middleware:
         current.set(entry)
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
-        generates = route.startswith("/v1/")
+        generates = served(route)
         status = "499"  # nginx's word for a client that left
         if generates:
             request[ARRIVED] = entry.started
@@ -56,11 +57,18 @@ def middleware(gateway: Gateway) -> Middleware:
     return observe
 
 
-async def identify(request: web.Request, response: web.StreamResponse) -> None:
-    """Just before a response's head is sent."""
-    if (entry := current.get()) is not None:
-        response.headers[REQUEST_ID] = entry.request_id
-        entry.response = response
+def completion(gateway: Gateway) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """What is done just before a response's head is sent."""
+
+    async def complete(request: web.Request, response: web.StreamResponse) -> None:
+        if (entry := current.get()) is not None:
+            response.headers[REQUEST_ID] = entry.request_id
+            entry.response = response
+        if request.version < HttpVersion11 and response.content_length is None:
+            response.force_close()  # nothing else would tell such a client where it ends
+        await gateway.complete(request, response)
+
+    return complete
 
 
 async def _answered(
@@ -93,7 +101,7 @@ async def _answered(
 
 async def _admitted(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
     authorize(request, gateway.keys, loopback=gateway.config.loopback)
-    with gateway.traffic.one() if request.path.startswith("/v1/") else nullcontext():
+    with gateway.traffic.one() if served(request.path) else nullcontext():
         await receive(request, gateway.config)
         response = await handler(request)
         # Here, not after us: the last byte belongs to the request too.

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from espo_gateway.config import MAX_CHOICES
 from espo_gateway.stop.gate_json import Control
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.record import Record
-from espo_gateway.stream.request import MAX_CHOICES
 
 Schema = dict[str, Any]
 

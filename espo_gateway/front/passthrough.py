@@ -2,136 +2,123 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+from contextlib import nullcontext
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
-from multidict import CIMultiDict, MultiMapping
+from multidict import CIMultiDict
 
-from espo_gateway.errors import GatewayError, InvalidRequest
-from espo_gateway.front.auth import Keys
-from espo_gateway.front.events import event, event_stream
+from espo_gateway.errors import GatewayError, InvalidRequest, UpstreamProtocolError
+from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
-from espo_gateway.front.relay import streams
+from espo_gateway.front.headers import (
+    ANSWERED,
+    answered_headers,
+    forwarded_headers,
+    generation_headers,
+    leads_back,
+)
+from espo_gateway.front.paths import generating_path, upstream_path
+from espo_gateway.front.relay import check_place, streams
 from espo_gateway.stream.chunks import decode_chunk
-from espo_gateway.stream.request import Body, Plan
+from espo_gateway.stream.request import Plan
 from espo_gateway.stream.sse import SSEParser
-from espo_gateway.telemetry.logs import REQUEST_ID, current
 from espo_gateway.upstream.affinity import affinity_key, passed_key
 from espo_gateway.upstream.connection import Reply
 
-_CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
 
-#: Headers that belong to one connection (RFC 9110, 7.6.1), not to the message.
-_HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-connection",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-#: Written anew for the upstream, or said by nobody: a client must not pass itself off as a proxy.
-_NOT_FORWARDED = _HOP_BY_HOP | {
-    "accept-encoding",
-    "content-encoding",  # the body has been decoded
-    "content-length",
-    "expect",
-    "forwarded",
-    "host",
-    "x-real-ip",
-    "x-request-id",
-}
+class _Named(msgspec.Struct, gc=False):
+    model: Any = None
 
 
-def forwarded_headers(keys: Keys, request: web.Request, *, json: bool = False) -> CIMultiDict[str]:
-    """The client's headers for the upstream; `json` when the gateway writes the body anew."""
-    skipped = _NOT_FORWARDED | _connection_headers(request.headers)
-    if json:
-        skipped |= {"content-type"}
-    if not keys.pass_clients:
-        skipped |= {"authorization"}
-    headers = CIMultiDict(
-        (name, value)
-        for name, value in request.headers.items()
-        if name.lower() not in skipped and not name.lower().startswith("x-forwarded-")
-    )
-    headers.update(keys.upstream_headers)
-    headers["Accept-Encoding"] = "identity"
-    if json:
-        headers["Content-Type"] = "application/json"
-    if (entry := current.get()) is not None:
-        headers[REQUEST_ID] = entry.request_id
-    return headers
+_named = msgspec.json.Decoder(_Named).decode
+_FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]+)\r\n')
 
-
-def generation_headers(
-    headers: CIMultiDict[str], body: Body, index: int | None = None
-) -> CIMultiDict[str]:
-    """Of one upstream request for a generation; with the choice's index where there are several.
-
-    A `request_id` of the body stays the server's name for it: vLLM would prefer the header.
-    """
-    entry = current.get()
-    if entry is None:
-        return headers
-    headers = headers.copy()
-    if not entry.given and body.get("request_id") is not None:
-        del headers[REQUEST_ID]
-    elif index is not None:
-        headers[REQUEST_ID] = f"{entry.request_id}-{index}"
-    return headers
-
-
-def _connection_headers(headers: MultiMapping[str]) -> frozenset[str]:
-    """Those that the sender names as meant for this connection only."""
-    named = ",".join(headers.getall("Connection", []))
-    return frozenset(name.strip().lower() for name in named.split(","))
-
-
-def upstream_path(request: web.Request) -> str:
-    """Path and query for the upstream, as the client wrote them.
-
-    Raises InvalidRequest for a path that some server could read as one outside /v1/, where vLLM's
-    own administration is.
-    """
-    decoded = request.rel_url.raw_path
-    for _ in range(3):  # as often as a chain of servers could
-        decoded = unquote(decoded)
-    # Some servers take a backslash for a slash, and ignore what follows a semicolon.
-    segments = [part.partition(";")[0] for part in decoded.replace("\\", "/").split("/")]
-    inner = segments[2:-1] if segments[-1] == "" else segments[2:]
-    plain = {"", ".", ".."}.isdisjoint(inner) and _CONTROL.isdisjoint(decoded)
-    if segments[:2] != ["", "v1"] or not plain:
-        raise InvalidRequest("the path must be a plain one under /v1/")
-    return request.rel_url.raw_path_qs
+#: On an answer that nobody monitors: why not.
+UNMONITORED = "X-Espo-Unmonitored"
 
 
 async def pass_through(gateway: Gateway, request: web.Request) -> web.StreamResponse:
-    """Any request and its answer, byte by byte. Raises InvalidRequest or UpstreamError."""
+    """Any request and its answer, byte by byte. Raises InvalidRequest or UpstreamError.
+
+    A generation among them is counted, marked and limited like all others, or refused.
+    """
     path = upstream_path(request)
+    generating = generating_path(request)
+    reason = None
+    if generating is not None:
+        reason = f"a route that has no monitor: {generating}"
+        if gateway.policy.refuse:
+            raise InvalidRequest(
+                f"this gateway serves only what it can monitor, and not {generating}; send it to "
+                "/v1/chat/completions or /v1/completions, or start the gateway with "
+                "--unmonitored pass"
+            )
+    async with nullcontext() if reason is None else gateway.admission.slot():
+        if reason is not None:
+            gateway.metrics.count_unmonitored(reason)
+        return await _passed(gateway, request, path, reason)
+
+
+async def _passed(
+    gateway: Gateway, request: web.Request, path: str, reason: str | None
+) -> web.StreamResponse:
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
     key = passed_key(gateway.pool.affinity, headers, data)
+    model = requested_model(request, data) if len(gateway.pool.servers) > 1 else None
     async with gateway.pool.open(
-        request.method, path, headers=headers, data=data, key=key
+        request.method, path, headers=headers, data=data, key=key, model=model
     ) as upstream:
+        request[ANSWERED] = CIMultiDict()
         response = web.StreamResponse(status=upstream.status)
-        skipped = _HOP_BY_HOP | _connection_headers(upstream.headers)
-        for name, value in upstream.headers.items():
-            if name.lower() not in skipped:
-                response.headers.add(name, value)
+        response.headers.extend(answered_headers(upstream.headers, gateway.pool.urls, anew=False))
+        if 300 <= upstream.status < 400 and leads_back(response.headers, request):
+            raise UpstreamProtocolError(
+                f"the upstream redirects to {upstream.headers.get('Location')}; give the gateway "
+                "the address that answers (--upstream)"
+            )
+        if reason is not None:
+            response.headers[UNMONITORED] = reason
         await response.prepare(request)
         while received := await upstream.read():
             await response.write(received)
         await response.write_eof()
         return response
+
+
+async def list_models(gateway: Gateway, request: web.Request) -> web.StreamResponse:
+    """What all servers serve, each model once; of one server, or when none tells, as it answers."""
+    servers = gateway.pool.servers
+    if len(servers) > 1:
+        headers = forwarded_headers(gateway.keys, request)
+        listed = await asyncio.gather(*(gateway.pool.models(s, headers) for s in servers))
+        models = {model["id"]: model for some in reversed(listed) for model in reversed(some or [])}
+        if models:
+            return web.json_response({"object": "list", "data": [*reversed(models.values())]})
+    return await pass_through(gateway, request)
+
+
+def requested_model(request: web.Request, data: bytes | None) -> str | None:
+    """The model that any request is for, as far as it says so."""
+    named = re.fullmatch("/v1/models/(.+)", request.path)
+    if named:
+        return named[1]
+    if not data:
+        return None
+    if request.content_type == "application/json":
+        try:
+            model = _named(data).model
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        return model if isinstance(model, str) else None
+    if request.content_type == "multipart/form-data":
+        found = _FORM_MODEL.search(data)
+        return found[1].decode(errors="replace") if found else None
+    return None
 
 
 async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
@@ -141,29 +128,39 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
     headers = forwarded_headers(gateway.keys, request, json=True)
     headers = generation_headers(headers, planned.body)
     key = affinity_key(gateway.pool.affinity, headers, planned.body)
-    stream, parser = event_stream(), SSEParser()
+    stream, parser = EventStream(request), SSEParser()
     # Around `open`, which must see that the server failed.
     try:
-        async with gateway.pool.open(
-            "POST", planned.path, headers=headers, data=data, key=key
-        ) as upstream:
-            if not await streams(upstream):
+        async with (
+            stream.kept_alive(gateway.config.sse_keep_alive),
+            gateway.pool.open(
+                "POST",
+                planned.path,
+                headers=headers,
+                data=data,
+                key=key,
+                model=planned.body.get("model"),
+            ) as upstream,
+        ):
+            gateway.answered(request, upstream)
+            check_place(upstream)
+            if not await streams(upstream) or upstream.status != 200:
                 return await _marked_whole(upstream, mark)
-            received = await upstream.read()
-            stream.set_status(upstream.status)
-            await stream.prepare(request)
-            while received:
-                marked = (_marked(data, mark) for data in parser.feed(received))
-                lines = (data.replace(b"\n", b"\ndata: ") for data in marked)
-                await stream.write(b"".join(b"data: " + data + b"\n\n" for data in lines))
-                received = await upstream.read()
+            stream.certain.set()
+            while received := await upstream.read():
+                marked = [_marked(data, mark) for data in parser.feed(received)]
+                comments = parser.take_comments()
+                if marked or comments:
+                    lines = (data.replace(b"\n", b"\ndata: ") for data in marked)
+                    events = (b"data: " + data + b"\n\n" for data in lines)
+                    await stream.send(comments + b"".join(events))
+        end = b""
     except GatewayError as error:
-        if not stream.prepared:
+        if not stream.begun:
             raise
         gateway.metrics.count_error(error)
-        await stream.write(event(error.body()) + b"data: [DONE]\n\n")
-    await stream.write_eof()
-    return stream
+        end = event(error.body()) + b"data: [DONE]\n\n"
+    return await stream.close(end)
 
 
 async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:

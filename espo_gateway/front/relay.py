@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -17,18 +17,24 @@ from espo_gateway.errors import (
     UpstreamProtocolError,
     UpstreamStatusError,
 )
+from espo_gateway.front.events import EventStream
+from espo_gateway.front.paths import TOKENS
 from espo_gateway.stop.told import SourceName
 from espo_gateway.stream.chunks import decode_chunk
-from espo_gateway.stream.request import Single, upstream_body
+from espo_gateway.stream.request import Body, Single, upstream_body
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import BOM, SSEParser
 from espo_gateway.stream.templates import Output
+from espo_gateway.stream.tokens import upstream_tokens_body
 from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 #: Of a client's request, those that a question about it needs.
 _OWN_HEADERS = frozenset({"authorization", "content-type", "accept-encoding", "x-session-id"})
+_encode = msgspec.json.Encoder().encode
+#: What tells the choices of one prompt apart.
+_OWN = ("seed", "request_id", "sampling_params")
 
 
 class OutputSink(Protocol):
@@ -45,6 +51,26 @@ class OutputSink(Protocol):
         """Take outputs, and wait until there is room for more. Raises as `put`."""
 
 
+class Bodies:
+    """The bodies of one client's upstream requests; those of one prompt share nearly all bytes.
+
+    They are kept for as long as the answers take, and a prompt may have megabytes.
+    """
+
+    def __init__(self) -> None:
+        self._shared: dict[int, bytes] = {}
+
+    def encoded(self, single: Single, body: Body) -> tuple[bytes | memoryview, ...]:
+        """A body's JSON, in pieces; what is the choice's own is taken out of the body."""
+        own = {name: body.pop(name) for name in _OWN if name in body}
+        shared = self._shared.get(single.prompt)
+        if shared is None:
+            shared = self._shared[single.prompt] = _encode(body)
+        if not own:
+            return (shared,)
+        return (_encode(own)[:-1] + b",", memoryview(shared)[1:])
+
+
 async def follow(
     pool: UpstreamPool,
     path: str,
@@ -54,19 +80,27 @@ async def follow(
     sink: OutputSink,
     critic: ValueServer | None = None,
     answer_probe: AnswerProbe | None = None,
+    *,
+    bodies: Bodies,
+    answered: Callable[[Reply], None],
 ) -> None:
     """Deliver one choice to its client.
 
+    bodies: of all choices of the request.
+    answered: told of the server's answer, of whatever status, once its head is there.
     The upstream's request is over, cancelled if need be, before the last chunk is delivered.
     Raises the kinds of `UpstreamError`.
     """
-    chat = path.endswith("/chat/completions")
-    body = upstream_body(
-        single,
-        chat=chat,
-        token_ids=session.wants_ids,
-        alternatives=session.gate.top_logprobs,
-    )
+    alternatives = session.gate.top_logprobs
+    if path == TOKENS:
+        body = upstream_tokens_body(single, alternatives=alternatives)
+    else:
+        body = upstream_body(
+            single,
+            chat=path.endswith("/chat/completions"),
+            token_ids=session.wants_ids,
+            alternatives=alternatives,
+        )
     key = affinity_key(pool.affinity, headers, single.body)
     sources: dict[SourceName, Ask] = {}
     if critic is not None and session.gate.needs_critic:
@@ -78,8 +112,14 @@ async def follow(
     inquiry = Inquiry(sources, session) if sources and session.wants_ids else None
     try:
         async with pool.open(
-            "POST", path, headers=headers, data=msgspec.json.encode(body), key=key
+            "POST",
+            path,
+            headers=headers,
+            data=bodies.encoded(single, body),
+            key=key,
+            model=single.body.get("model"),
         ) as reply:
+            answered(reply)
             await check_stream(reply)
             await _Relay(reply, session, sink, inquiry).run()
             if inquiry is not None:
@@ -121,13 +161,18 @@ class _Relay:
         self._reply = reply
         self._session = session
         self._sink = sink
+        #: where the server's comments go
+        self._stream = sink if isinstance(sink, EventStream) else None
         self._inquiry = inquiry
         self._parser = SSEParser()
+        self._comments = self._parser.comments
         self._done = False
         self._failure: UpstreamError | None = None
 
     async def run(self) -> None:
         """Until the answer's end, or until nothing more of it is needed."""
+        if self._stream is not None:
+            self._stream.certain.set()
         over = False
         while not over:
             try:
@@ -149,6 +194,10 @@ class _Relay:
     async def _read(self) -> bool:
         received = await self._reply.read()
         self._take(received)
+        if self._comments:
+            comments = self._parser.take_comments()
+            if self._stream is not None:
+                await self._stream.send(comments)
         if self._inquiry is not None:
             await self._inquiry.proceed()
         if outputs := self._session.drain():
@@ -158,6 +207,10 @@ class _Relay:
     def _receive(self, received: bytes) -> bool:
         """The same without waiting, in the turn of the event loop that brought it."""
         self._take(received)
+        if self._comments:
+            comments = self._parser.take_comments()
+            if self._stream is not None:
+                self._stream.put([], comments)
         if outputs := self._session.drain():
             self._sink.put(outputs)
         return not (self._done or self._failure or self._session.ended) and self._sink.flowing
@@ -195,6 +248,7 @@ async def check_stream(reply: Reply) -> None:
     """Raises UpstreamStatusError or UpstreamProtocolError unless the answer is an event stream."""
     if await streams(reply) and 200 <= reply.status < 300:
         return
+    check_place(reply)
     data = await reply.body()
     if reply.status < 400:
         raise UpstreamProtocolError(
@@ -209,3 +263,13 @@ async def check_stream(reply: Reply) -> None:
     raise UpstreamStatusError(
         reply.status, answer, {"Retry-After": retry_after} if retry_after else None
     )
+
+
+def check_place(reply: Reply) -> None:
+    """Raises UpstreamProtocolError when a generation is to be had elsewhere."""
+    if 300 <= reply.status < 400:
+        # Followed by the client it would lead around the gateway, or back into it.
+        raise UpstreamProtocolError(
+            f"the upstream redirects to {reply.headers.get('Location', 'nowhere')}; give the "
+            "gateway the address that answers (--upstream)"
+        )

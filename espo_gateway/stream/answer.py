@@ -10,6 +10,8 @@ from espo_gateway.stream.templates import Output
 
 _COMPLETION: Chunk = {"text": "", "logprobs": None, "finish_reason": None, "stop_reason": None}
 _CHAT: Chunk = {"logprobs": None, "finish_reason": None, "stop_reason": None}
+#: Lists with an entry for each token.
+_GROWING = ("token_ids", "sampling_mask")
 _MESSAGE: Chunk = {"role": "assistant", "content": None, "refusal": None}
 #: Told once, or again and again; anything else that is text comes in pieces.
 _CONSTANT = ("role", "id", "type", "name", "format", "index")
@@ -61,7 +63,7 @@ class Answer:
                 self._add_delta(value)
             elif name == "logprobs":
                 self._add_logprobs(value)
-            elif name == "token_ids" and name in self.choice:
+            elif name in _GROWING and self.choice.get(name):
                 self.choice[name] += value
             else:
                 self.choice[name] = value

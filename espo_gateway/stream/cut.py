@@ -137,9 +137,13 @@ def _replace(place: Any, cuts: dict[str, str]) -> None:
 
 
 def keep_tokens(choice: Choice, kept: int) -> None:
-    """Cut logprobs and token ids of either API to the first `kept` tokens, in place."""
-    if choice.get("token_ids") is not None:
-        del choice["token_ids"][kept:]
+    """Cut what has an entry for each token to the first `kept` tokens, in place."""
+    for name in ("token_ids", "sampling_mask"):
+        if choice.get(name) is not None:
+            del choice[name][kept:]
+    for name in ("routed_experts", "weight_versions"):
+        if name in choice:
+            choice[name] = None  # of more tokens than are left
     logprobs = choice.get("logprobs")
     if logprobs is not None:
         for values in logprobs.values():

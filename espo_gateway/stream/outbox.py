@@ -21,7 +21,7 @@ from espo_gateway.stream.record import Record
 from espo_gateway.stream.request import Asked, Single
 from espo_gateway.stream.templates import Output
 
-_HEAD = ("id", "object", "created", "model")
+_HEAD = ("id", "object", "created", "model", "request_id", "output_mode")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
 
 

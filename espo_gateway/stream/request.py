@@ -6,13 +6,23 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from espo_gateway.config import MAX_CHOICES
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import Control, control_from_json
 
 Body = dict[str, Any]
 
-#: One client request may become at most this many upstream requests.
-MAX_CHOICES = 1024
+_BOOL: TypeAdapter[Any] = TypeAdapter(bool)
+_INT: TypeAdapter[Any] = TypeAdapter(int)
+_TRUTHS = frozenset({"true", "false", "1", "0"})
+#: Fields that are read here, and what servers take them for.
+_FIELDS = {
+    **dict.fromkeys(("stream", "echo", "use_beam_search", "return_token_ids"), _BOOL),
+    **dict.fromkeys(("include_reasoning", "include_stop_str_in_output"), _BOOL),
+    **dict.fromkeys(("n", "best_of", "seed", "top_logprobs", "prompt_logprobs"), _INT),
+}
 
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _ABOUT_LOGPROBS = re.compile("log_?prob|probs$", re.IGNORECASE)
@@ -48,7 +58,11 @@ class Single:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one client request is served. unmonitored: why it is passed through as it is, or None."""
+    """How one client request is served.
+
+    unmonitored: why it is passed through as it is, or None. tokens: whether it goes to vLLM's route
+    that takes and gives token ids (`tokens.py`).
+    """
 
     chat: bool
     body: Body
@@ -56,39 +70,75 @@ class Plan:
     asked: Asked
     unmonitored: str | None
     singles: list[Single]
+    tokens: bool = False
 
     @property
     def path(self) -> str:
+        if self.tokens:
+            return "/inference/v1/generate"
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
-def plan(body: object, *, chat: bool) -> Plan:
-    """Read a request's body. Raises InvalidRequest."""
+def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:
+    """Read a request's body. Raises InvalidRequest.
+
+    max_choices: one client request may become at most so many upstream requests.
+    """
     if not isinstance(body, dict):
         raise InvalidRequest("the request body must be a JSON object")
     control = control_from_json(body.get("espo"))
-    body = {name: value for name, value in body.items() if name != "espo"}
+    body = lax({name: value for name, value in body.items() if name != "espo"}, chat=chat)
+    stream, options = stream_asked(body)
+    reason = _unmonitored(body, control, chat=chat)
+    usage = bool(options.get("include_usage"))
+    asked = Asked(
+        stream=stream,
+        usage=usage,
+        # As vLLM reads it: nothing by itself.
+        continuous_usage=usage and bool(options.get("continuous_usage_stats")),
+        logprobs=_logprobs_asked(body, chat=chat),
+        token_ids=body.get("return_token_ids") is True,
+    )
+    singles = [] if reason else _singles(body, max_choices, chat=chat)
+    return Plan(chat, body, control, asked, reason, singles)
+
+
+def stream_asked(body: Body) -> tuple[bool, Body]:
+    """Whether to stream, and with which options. Raises InvalidRequest."""
     stream = body.get("stream") or False
     if not isinstance(stream, bool):
         raise InvalidRequest("stream must be true or false", param="stream")
-    options = body.get("stream_options")
+    options = body.get("stream_options") or None
     if options is not None and not (stream and isinstance(options, dict)):
         # Said here, because upstream every monitored request is a stream.
         raise InvalidRequest(
             "stream_options must be an object, and needs stream=true", param="stream_options"
         )
-    reason = _unmonitored(body, control, chat=chat)
-    usage = bool(options and options.get("include_usage"))
-    asked = Asked(
-        stream=stream,
-        usage=usage,
-        # As vLLM reads it: nothing by itself.
-        continuous_usage=usage and bool(options and options.get("continuous_usage_stats")),
-        logprobs=_logprobs_asked(body, chat=chat),
-        token_ids=body.get("return_token_ids") is True,
-    )
-    singles = [] if reason else _singles(body, chat=chat)
-    return Plan(chat, body, control, asked, reason, singles)
+    return stream, options or {}
+
+
+def lax(body: Body, *, chat: bool) -> Body:
+    """With the fields that are read here as their types, where servers would take them for that.
+
+    vLLM reads "true" and 1 for true, and "2" and 2.0 for 2; what it would refuse stays as it is.
+    """
+    kinds = {**_FIELDS, "logprobs": _BOOL if chat else _INT}
+    for name in kinds.keys() & body.keys():
+        body[name] = _lax_value(body[name], kinds[name])
+    options = body.get("stream_options")
+    if isinstance(options, dict):
+        body["stream_options"] = {n: _lax_value(v, _BOOL) for n, v in options.items()}
+    return body
+
+
+def _lax_value(value: object, kind: TypeAdapter[Any]) -> object:
+    # It also takes "yes" and "on", which is more likely to be a mistake.
+    if isinstance(value, str) and kind is _BOOL and value.lower() not in _TRUTHS:
+        return value
+    try:
+        return value if value is None else kind.validate_python(value)
+    except ValidationError:
+        return value
 
 
 def _unmonitored(body: Body, control: Control, *, chat: bool) -> str | None:
@@ -126,16 +176,23 @@ def _logprobs_asked(body: Body, *, chat: bool) -> int | None:
     return int(top) if isinstance(top, int) else 0
 
 
-def _singles(body: Body, *, chat: bool) -> list[Single]:
-    n = body.get("n")
+def checked_choices(n: object, prompts: int, max_choices: int) -> int:
+    """n, of each prompt. Raises InvalidRequest."""
     n = 1 if n is None else n
-    prompts = [None] if chat else _prompts(body.get("prompt"))
-    if type(n) is not int or n < 1 or n * len(prompts) > MAX_CHOICES:
+    if type(n) is not int or n < 1:
+        raise InvalidRequest("n must be a whole number from 1", param="n")
+    if n * prompts > max_choices:
         raise InvalidRequest(
-            f"n must be a whole number from 1, and n times the number of prompts at most "
-            f"{MAX_CHOICES}",
+            f"n times the number of prompts is {n * prompts}, and this gateway takes "
+            f"{max_choices} at most (max_choices); send several requests",
             param="n",
         )
+    return n
+
+
+def _singles(body: Body, max_choices: int, *, chat: bool) -> list[Single]:
+    prompts = [None] if chat else _prompts(body.get("prompt"))
+    n = checked_choices(body.get("n"), len(prompts), max_choices)
     if n == 1 and len(prompts) == 1:
         return [Single(0, 0, body, _length(body, prompts[0]))]
     # One request with n > 1 cannot be cancelled a choice at a time.
@@ -156,6 +213,15 @@ def _singles(body: Body, *, chat: bool) -> list[Single]:
                 single["request_id"] = f"{request_id}-{index}"
             singles.append(Single(index, p, single, _length(body, prompt)))
     return singles
+
+
+def choices_of(planned: Plan) -> int:
+    """How many choices the servers will make of it; of what they will refuse, one."""
+    if planned.singles:
+        return len(planned.singles)
+    n = (planned.body["sampling_params"] if planned.tokens else planned.body).get("n")
+    prompts = 1 if planned.chat or planned.tokens else len(_prompts(planned.body.get("prompt")))
+    return max(1, n * prompts) if isinstance(n, int) else prompts
 
 
 def _prompts(prompt: object) -> list[Any]:
@@ -193,15 +259,15 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
         if body.get("logprobs") or not top:
             body["logprobs"] = True
             # With 1 vLLM sends the sampled token only, and g would always be 0.
-            body["top_logprobs"] = _at_least(max(alternatives, 2), top)
+            body["top_logprobs"] = at_least(max(alternatives, 2), top)
     else:
-        body["logprobs"] = _at_least(alternatives, body.get("logprobs"))
+        body["logprobs"] = at_least(alternatives, body.get("logprobs"))
     if token_ids:
         body["return_token_ids"] = True
     return body
 
 
-def _at_least(count: int, asked: object) -> object:
+def at_least(count: int, asked: object) -> object:
     """Alternatives to ask for; a negative number is all of them."""
     if asked is None:
         return count

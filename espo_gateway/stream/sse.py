@@ -13,15 +13,17 @@ BOM = b"\xef\xbb\xbf"
 class SSEParser:
     """Takes bytes as they arrive, gives the `data` of each finished event.
 
-    Works on bytes, so a split UTF-8 character needs no care; comments and the fields `event`, `id`
-    and `retry` are skipped, as no OpenAI server gives them a meaning.
+    Works on bytes, so a split UTF-8 character needs no care; the fields `event`, `id` and `retry`
+    are skipped, as no OpenAI server gives them a meaning.
+
+    comments: lines that keep a silent stream alive; to be taken out by whoever passes them on.
 
         parser = SSEParser()
         parser.feed(b'data: {"a"')       # []
         parser.feed(b': 1}\\r\\n\\r\\n')  # [b'{"a": 1}']
     """
 
-    __slots__ = ("_after_cr", "_data", "_limit", "_partial", "_size")
+    __slots__ = ("_after_cr", "_data", "_limit", "_partial", "_size", "comments")
 
     def __init__(self, limit: int = MAX_EVENT_BYTES) -> None:
         self._limit = limit
@@ -29,6 +31,7 @@ class SSEParser:
         self._data: list[bytes] = []
         self._size = 0
         self._after_cr = False
+        self.comments: list[bytes] = []
 
     def feed(self, received: bytes) -> list[bytes]:
         """The data of the events that `received` finishes, lines of one event joined by a newline.
@@ -75,7 +78,15 @@ class SSEParser:
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif line == b"data":
                 self._data.append(b"")
+            elif line.startswith(b":"):
+                self.comments.append(line)
         return events
+
+    def take_comments(self) -> bytes:
+        """Those that have come since, as they are sent on."""
+        taken = b"".join(line + b"\n\n" for line in self.comments)
+        self.comments.clear()
+        return taken
 
     def _plain_newlines(self, received: bytes) -> bytes:
         # A line may end in \r\n, \n or \r, and a \r\n may be split between two reads.

@@ -153,11 +153,11 @@ class Metrics:
             "espo_gateway_upstream_errors", "Failed upstream requests", ["kind"], registry=r
         )
 
-    def first_token(self, request: web.Request) -> None:
+    def first_token(self, request: web.Request, path: str) -> None:
         """Take the moment a request's first token is there; later ones change nothing."""
         arrived = request.pop(ARRIVED, None)
         if arrived is not None:
-            endpoint = self.first_token_seconds.labels(request.path)
+            endpoint = self.first_token_seconds.labels(path)
             endpoint.observe(time.monotonic() - arrived)
 
     def count(self, session: Session) -> None:

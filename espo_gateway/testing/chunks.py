@@ -88,3 +88,54 @@ def _chat_logprobs(body: Body, tokens: list[Token]) -> Body:
             for token in tokens
         ]
     }
+
+
+def flat(body: Body) -> Body:
+    """A request for tokens, in a completion's words."""
+    sampling = body.get("sampling_params") or {}
+    return {**body, **sampling, "prompt": body.get("token_ids"), "return_token_ids": True}
+
+
+def as_tokens(chunk: Body, asked: Body) -> Body:
+    """A completion, or a chunk of one, in the words of vLLM's route for tokens."""
+    names = ("usage",) if asked.get("stream") else ("usage", "created", "model")
+    told = {name: chunk[name] for name in names if name in chunk}
+    mode = asked.get("output_mode", "tokens")
+    choices = []
+    for choice in chunk.get("choices", []):
+        if (ids := choice.pop("prompt_token_ids", None)) and asked.get("return_token_ids"):
+            told["prompt_token_ids"] = ids
+        tops = asked["sampling_params"].get("logprobs")
+        content = None if choice["logprobs"] is None else _token_logprobs(choice, max(tops, 1))
+        kept = ("index", "finish_reason", "stop_reason", "token_ids")
+        choices.append(
+            {
+                **{name: choice[name] for name in kept},
+                "logprobs": None if content is None else {"content": content},
+                "routed_experts": "AAAA" if choice["finish_reason"] else None,
+                "sampling_mask": [[token] for token in choice["token_ids"]],
+                "weight_versions": None,
+                **({"text": choice["text"]} if mode == "text" else {}),
+            }
+        )
+    request_id = f"generate-tokens-{asked.get('request_id', 'r')}"
+    return {"request_id": request_id, "output_mode": mode, "choices": choices, **told}
+
+
+def _token_logprobs(choice: Body, most: int) -> list[Body]:
+    logprobs = choice["logprobs"]
+    rows = zip(
+        choice["token_ids"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    )
+    return [
+        {
+            "token_id": token,
+            "logprob": logprob,
+            "rank": 1,
+            "top_logprobs": [
+                {"token_id": token if i == 0 else 1000 + i, "logprob": top, "rank": i + 1}
+                for i, top in enumerate(tops.values())
+            ][:most],
+        }
+        for token, logprob, tops in rows
+    ]

@@ -31,7 +31,15 @@ class Fake(ABC):
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         self._add_routes(app)
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,
+            shutdown_timeout=0.1,
+            # As vLLM's server, which has hardly a limit.
+            max_line_size=2**17,
+            max_field_size=2**17,
+            max_headers=2**10,
+        )
         await self._runner.setup()
         sock: socket.socket = listen("127.0.0.1", self._port)
         await web.SockSite(self._runner, sock, backlog=1024).start()

@@ -6,11 +6,21 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from itertools import islice
 
 from aiohttp import web
 
-from espo_gateway.testing.chunks import choice_of, ending, event, head, limit, usage_of
+from espo_gateway.testing.chunks import (
+    as_tokens,
+    choice_of,
+    ending,
+    event,
+    flat,
+    head,
+    limit,
+    usage_of,
+)
 from espo_gateway.testing.fake import Fake
 from espo_gateway.testing.script import Body, Script, Token
 
@@ -28,6 +38,7 @@ class FakeServer(Fake):
         running: generations under way. Each ends up in one of aborted (left by its client), failed
             (by its script's status or fault) and finished (sent to the end).
         generated: tokens sent by all of them.
+        aborts: the ids that each request to end some has named.
     """
 
     def __init__(
@@ -38,17 +49,27 @@ class FakeServer(Fake):
         self.queue: deque[Script] = deque()
         self.bodies: list[Body] = []
         self.headers: list[dict[str, str]] = []
+        self.aborts: list[list[str]] = []
         self.running = self.aborted = self.failed = self.finished = self.generated = 0
 
     def _add_routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/chat/completions", self._generate)
+        app.router.add_post("/inference/v1/generate", self._generate)
+        app.router.add_post("/inference/v1/abort_requests", self._abort)
         app.router.add_post("/v1/embeddings", self._echo)
 
     # -- endpoints -----------------------------------------------------------------------------
 
     async def _echo(self, request: web.Request) -> web.Response:
         return web.Response(body=await request.read(), content_type="application/json")
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if "request_ids" not in body:
+            return web.json_response({"detail": "Missing 'request_ids'"}, status=400)
+        self.aborts.append(body["request_ids"])
+        return web.Response()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -57,6 +78,8 @@ class FakeServer(Fake):
         script = self.queue.popleft() if self.queue else self.script
         if not isinstance(script, Script):
             script = script(body)
+        if request.path == "/inference/v1/generate":
+            script, body = _of_tokens(script, body), flat(body)
         if not script.token_ids:
             body = {**body, "return_token_ids": False}
         await self._count(running=1)
@@ -166,7 +189,9 @@ class FakeServer(Fake):
         elif script.fault is None:
             if options.get("include_usage"):
                 usage = usage_of(script, sent)
-                yield event({**head(chat, stream=True), "choices": [], "usage": usage})
+                last_chunk = {**head(chat, stream=True), "choices": [], "usage": usage}
+                asked_tokens = "sampling_params" in body
+                yield event(as_tokens(last_chunk, body) if asked_tokens else last_chunk)
             yield b"data: [DONE]\n\n"
 
     async def _chunks(
@@ -194,3 +219,13 @@ class FakeServer(Fake):
             if continuous:
                 chunk["usage"] = usage_of(script, sent)
             yield len(merged), chunk
+
+
+def _of_tokens(script: Script, asked: Body) -> Script:
+    """The same, in the words of vLLM's route for tokens."""
+
+    def rewrite(chunk: Body) -> Body:
+        chunk = as_tokens(chunk, asked)
+        return chunk if script.rewrite is None else script.rewrite(chunk)
+
+    return replace(script, rewrite=rewrite)

@@ -89,7 +89,7 @@ class Recorder:
         record, end = session.record, session.end
         about = {
             "request": request_id,
-            "id": session.head.get("id"),
+            "id": session.head.get("id", session.head.get("request_id")),
             "index": session.index,
             "model": session.model,
             "gate_version": record.gate_version,

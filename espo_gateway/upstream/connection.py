@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
@@ -30,6 +30,12 @@ from espo_gateway.upstream.inflation import INFLATED, Inflation
 
 #: Of an answer's head, and of a body that nobody reads yet.
 MAX_HEAD_BYTES, MAX_BUFFERED_BYTES = 64 * 2**10, 256 * 2**10
+
+#: Of a request, written without waiting until it is taken.
+_AT_ONCE = 64 * 2**10
+
+#: A request's body.
+Data = bytes | tuple[bytes | memoryview, ...]
 
 _NOT_IN_HEAD = re.compile(r"[\r\n\0]")
 
@@ -53,10 +59,12 @@ async def request(
     method: str,
     path: str,
     headers: Mapping[str, str],
-    data: bytes | None,
+    data: Data | None,
     limits: Limits,
 ) -> Reply:
     """Send a request; its answer once the head has come, of whatever status. `close` it.
+
+    data: the body; in pieces when some of them belong to other requests too.
 
     Raises:
         InvalidRequest: the path or a header would break out of the request's head.
@@ -71,8 +79,9 @@ async def request(
         "Connection: close",
         *(f"{name}: {value}" for name, value in headers.items()),
     ]
+    pieces = (data,) if isinstance(data, bytes) else data or ()
     if data is not None:
-        lines.append(f"Content-Length: {len(data)}")
+        lines.append(f"Content-Length: {sum(map(len, pieces))}")
     if " " in path or any(map(_NOT_IN_HEAD.search, lines)):
         raise InvalidRequest("the path or a header has a character that cannot be sent on")
     head = "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape")
@@ -80,7 +89,7 @@ async def request(
     tls = address.scheme == "https"
     try:
         async with asyncio.timeout(limits.connect):
-            transport, reply = await loop.create_connection(
+            _, reply = await loop.create_connection(
                 lambda: Reply(url, limits, empty=method == "HEAD"),
                 address.hostname or "",
                 address.port or (443 if tls else 80),
@@ -91,7 +100,7 @@ async def request(
     except OSError as error:
         raise UpstreamUnavailable(f"{url}: {said(error)}") from error
     try:
-        transport.write(head + (data or b""))
+        await reply.send([head, *pieces])
         await reply.begun()
     except BaseException:
         reply.close()
@@ -119,7 +128,7 @@ class Reply(asyncio.Protocol):
         self._receive: Callable[[bytes], bool] | None = None
         self._pieces: list[bytes] = []  # of one read
         self._buffered = bytearray()
-        self._paused = False
+        self._paused = self._unwritable = False
         self._head_bytes = 0
         self._head_done = self._complete = self._ended = False
         self._error: Exception | None = None
@@ -138,6 +147,21 @@ class Reply(asyncio.Protocol):
     def buffered(self) -> int:
         """Bytes of the body that have come and are not read."""
         return len(self._buffered)
+
+    async def send(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write a request, no faster than it is taken: copies of it would pile up."""
+        assert self._transport is not None
+        if sum(map(len, pieces)) <= _AT_ONCE:
+            self._transport.write(b"".join(pieces))
+            return
+        for piece in pieces:
+            view = memoryview(piece)  # whose slices are no copies
+            for start in range(0, len(view), _AT_ONCE):
+                while self._unwritable and not (self._ended or self.status >= 400):
+                    await self._wait()
+                if self._ended or self.status >= 400:
+                    return  # it is refused already; `begun` tells
+                self._transport.write(view[start : start + _AT_ONCE])
 
     async def begun(self) -> None:
         """Wait for the head."""
@@ -227,6 +251,13 @@ class Reply(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         self._look()
+
+    def pause_writing(self) -> None:
+        self._unwritable = True
+
+    def resume_writing(self) -> None:
+        self._unwritable = False
+        self._wake()
 
     def data_received(self, data: bytes) -> None:
         if self._ended:

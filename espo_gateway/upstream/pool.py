@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -23,7 +23,8 @@ import tenacity
 from espo_gateway.errors import UpstreamError, UpstreamProtocolError, UpstreamUnavailable
 from espo_gateway.upstream.affinity import Affinity, choose
 from espo_gateway.upstream.breaker import Breaker
-from espo_gateway.upstream.connection import Limits, Reply, request
+from espo_gateway.upstream.catalogue import Catalogue
+from espo_gateway.upstream.connection import Data, Limits, Reply, request
 from espo_gateway.upstream.server import Flight, Upstream, health_checks, probe, served_models
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class _TryAgain(Exception):
 
 
 class UpstreamPool:
-    """Servers that are alike, with one client session; an async context manager.
+    """Servers, alike or each with models of its own; an async context manager.
 
     Args:
         attempts: how often one request is tried, over all servers.
@@ -75,6 +76,7 @@ class UpstreamPool:
         self.servers = [
             Upstream(url, Breaker(breaker_failures, breaker_timeout, clock)) for url in urls
         ]
+        self._catalogue = Catalogue(self.servers, self.models, clock)
         self.affinity = affinity
         self._limits = limits
         self._attempts = attempts
@@ -105,8 +107,9 @@ class UpstreamPool:
         )
         await self._stack.enter_async_context(self._session)
         await self._stack.enter_async_context(
-            health_checks(self._session, self.servers, self._health_interval)
+            health_checks(self._session, self.servers, self._health_interval, self._passed)
         )
+        self._stack.callback(self._catalogue.close)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -119,8 +122,10 @@ class UpstreamPool:
         path: str,
         *,
         headers: Mapping[str, str],
-        data: bytes | None = None,
+        data: Data | None = None,
         key: bytes | None = None,
+        model: object = None,
+        server: Upstream | None = None,
     ) -> AsyncIterator[Reply]:
         """Send a request to a server; the answer, of whatever status.
 
@@ -129,12 +134,15 @@ class UpstreamPool:
 
         Args:
             key: requests with the same one go to the same server, as far as its load allows.
+            model: it goes to a server that has this one, where any says so.
+            server: it goes there, and nowhere else.
 
         Raises:
             UpstreamUnavailable: no server could be reached, in all attempts.
             UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
-        flight, reply = await self._send(method, path, headers, data, key)
+        servers = [server] if server else await self._catalogue.serving(model, headers)
+        flight, reply = await self._send(servers, method, path, headers, data, key)
         try:
             yield reply
             if _shows_work(method, reply):
@@ -151,16 +159,17 @@ class UpstreamPool:
 
     async def _send(
         self,
+        servers: Sequence[Upstream],
         method: str,
         path: str,
         headers: Mapping[str, str],
-        data: bytes | None,
+        data: Data | None,
         key: bytes | None,
     ) -> tuple[Flight, Reply]:
         tried: set[Upstream] = set()
 
         def wait(state: tenacity.RetryCallState) -> float:
-            if self._untried(tried):
+            if _untried(servers, tried):
                 return 0.0
             assert state.outcome is not None
             return max(_BACKOFF(state), getattr(state.outcome.exception(), "wait", 0.0))
@@ -172,7 +181,7 @@ class UpstreamPool:
             reraise=True,
         ):
             with attempt:
-                server = self._choose(tried, key)
+                server = _choose(servers, tried, key)
                 flight = server.start(again=bool(tried))
                 tried.add(server)
                 try:
@@ -190,7 +199,7 @@ class UpstreamPool:
                         and attempt.retry_state.attempt_number < self._attempts
                     ):
                         asked = _retry_after(reply.headers)
-                        if asked <= LONGEST_WAIT or self._untried(tried):
+                        if asked <= LONGEST_WAIT or _untried(servers, tried):
                             reply.close()
                             log.info("%s answered %d; trying again", server.url, reply.status)
                             raise _TryAgain(min(asked, LONGEST_WAIT))
@@ -204,28 +213,30 @@ class UpstreamPool:
                     raise
         raise AssertionError("tenacity raises after the last attempt")
 
-    def _untried(self, tried: set[Upstream]) -> list[Upstream]:
-        """The available servers that are not in `tried`."""
-        return [s for s in self.servers if s.available and s not in tried]
-
-    def _choose(self, tried: set[Upstream], key: bytes | None) -> Upstream:
-        if servers := self._untried(tried) or self._untried(set()):
-            return choose(servers, key)
-        # What is known of servers is always a little old, and one that was restarted a moment ago
-        # serves. So when all seem down, the least bad is asked and none is refused unasked.
-        return min(
-            self.servers, key=lambda s: (s in tried, not s.healthy, s.breaker.failures, s.in_flight)
-        )
+    @property
+    def urls(self) -> list[str]:
+        """The servers' addresses."""
+        return [server.url for server in self.servers]
 
     async def probe(self, server: Upstream) -> bool:
         """Whether the server answers at all, within a few seconds."""
         assert self._session is not None, "enter the pool first"
         return await probe(self._session, server)
 
-    async def models(self, server: Upstream) -> list[dict[str, Any]] | None:
-        """What the server says it serves; None when it does not say."""
+    async def models(
+        self, server: Upstream, headers: Mapping[str, str] | None = None
+    ) -> list[dict[str, Any]] | None:
+        """What the server says it serves; None when it does not say.
+
+        headers: a client's; of them only a key matters.
+        """
         assert self._session is not None, "enter the pool first"
-        return await served_models(self._session, server)
+        key = {n: v for n, v in (headers or {}).items() if n.lower() == "authorization"}
+        return await served_models(self._session, server, key)
+
+    async def _passed(self, server: Upstream) -> None:
+        if len(self.servers) > 1:
+            await self._catalogue.learn(server, {})
 
     async def probe_all(self) -> list[bool]:
         """`probe` of every server, at once."""
@@ -243,6 +254,19 @@ class UpstreamPool:
             }
             for server in self.servers
         ]
+
+
+def _untried(servers: Sequence[Upstream], tried: set[Upstream]) -> list[Upstream]:
+    """The available servers that are not in `tried`."""
+    return [s for s in servers if s.available and s not in tried]
+
+
+def _choose(servers: Sequence[Upstream], tried: set[Upstream], key: bytes | None) -> Upstream:
+    if available := _untried(servers, tried) or _untried(servers, set()):
+        return choose(available, key)
+    # What is known of servers is always a little old, and one that was restarted a moment ago
+    # serves. So when all seem down, the least bad is asked and none is refused unasked.
+    return min(servers, key=lambda s: (s in tried, not s.healthy, s.breaker.failures, s.in_flight))
 
 
 def _shows_work(method: str, response: Reply) -> bool:

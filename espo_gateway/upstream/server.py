@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,17 +30,21 @@ class Upstream:
 
     url: without /v1. in_flight: requests it is working on for this gateway.
     healthy: whether it passed its last health check; true before the first.
+    models: what it has said it serves; None before it has said anything.
     breaker.state: "closed", "open" (left alone after failures) or "half-open" (may be tried).
     requests: tries sent to it. retries: those of them that came after another try.
     failures: those that failed (no connection, reset, timeout, or a status of a broken server).
     """
 
-    __slots__ = ("breaker", "failures", "healthy", "in_flight", "requests", "retries", "url")
+    __slots__ = (
+        *("breaker", "failures", "healthy", "in_flight", "models", "requests", "retries", "url"),
+    )
 
     def __init__(self, url: str, breaker: Breaker) -> None:
         self.url = base_url(url)
         self.breaker = breaker
         self.healthy = True
+        self.models: frozenset[str] | None = None
         self.in_flight = self.requests = self.failures = self.retries = 0
 
     def __repr__(self) -> str:
@@ -129,26 +133,36 @@ async def probe(session: aiohttp.ClientSession, server: Upstream) -> bool:
 
 
 async def served_models(
-    session: aiohttp.ClientSession, server: Upstream
+    session: aiohttp.ClientSession, server: Upstream, headers: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]] | None:
-    """What the server says it serves; None when it does not say."""
+    """What the server says it serves; None when it does not say. headers: beside the session's."""
     try:
-        async with session.get(server.url + "/v1/models", timeout=_PROBE) as response:
+        url = server.url + "/v1/models"
+        async with session.get(url, timeout=_PROBE, headers=headers) as response:
             listed = await response.json(content_type=None)
-        return listed["data"] if response.status == 200 else None
-    except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+        models = listed["data"] if response.status == 200 else None
+        return None if models is None else [m for m in models if isinstance(m["id"], str)]
+    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
 @asynccontextmanager
 async def health_checks(
-    session: aiohttp.ClientSession, servers: Iterable[Upstream], interval: float
+    session: aiohttp.ClientSession,
+    servers: Iterable[Upstream],
+    interval: float,
+    passed: Callable[[Upstream], Awaitable[None]],
 ) -> AsyncIterator[None]:
-    """Check every server every `interval` seconds, from now until the block is left; 0: never."""
+    """Check every server every `interval` seconds, from now until the block is left; 0: never.
+
+    passed: what more is to be known of a server that answers.
+    """
 
     async def watch(server: Upstream) -> None:
         while True:
             server.checked(await probe(session, server))
+            if server.healthy:
+                await passed(server)
             await asyncio.sleep(interval)
 
     # A task each: a server that hangs must not hold up the checks of the others.

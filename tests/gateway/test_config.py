@@ -32,6 +32,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ([], {"ESPO_GATEWAY_PROT": "1"}, "", "ESPO_GATEWAY_PROT: no such setting; see --help"),
         ([], {}, "port = ", r"g\.toml: Invalid value"),
         (["--gate", "/no/such"], {}, "", "cannot read /no/such: No such file"),
+        (["--finish-reason", "two words"], {}, "", "finish_reason: must be a word"),
+        (["--finish-reason", "v1=stop"], {}, "", "and not 'v1=stop'"),
+        (["--finish-reason", "length,"], {}, "", "finish_reason: must be a word"),
         (["--log-level", "x"], {}, "", "--log-level: invalid choice"),
     ],
 )

@@ -242,6 +242,88 @@ async def test_a_departure_at_any_moment_leaves_nothing() -> None:
     assert await cancel_everywhere(crowded, check) >= 3
 
 
+# -- several choices ---------------------------------------------------------------------------
+
+
+async def test_choices_are_what_is_counted() -> None:
+    admission = Admission(4, 2)
+    async with admission.slot(3) as slots:
+        assert (slots.held, admission.in_flight) == (3, 3)
+        large = asyncio.create_task(hold(admission, 2))
+        await settled()
+        # A small one would fit, and is not let past the large one.
+        small = asyncio.create_task(hold(admission, 1))
+        await settled()
+        assert counts(admission) == (3, 2, 0)
+        async with slots.one():
+            pass
+        await settled()
+        assert counts(admission) == (4, 1, 0)
+        async with slots.one():
+            pass
+        await settled()
+        assert counts(admission) == (4, 0, 0)
+    for task in (large, small):
+        task.cancel()
+    await asyncio.gather(large, small, return_exceptions=True)
+    assert counts(admission) == (0, 0, 0)
+
+
+async def hold(admission: Admission, choices: int) -> None:
+    async with admission.slot(choices):
+        await asyncio.Event().wait()
+
+
+async def test_a_large_one_that_leaves_the_queue_lets_a_small_one_in() -> None:
+    admission = Admission(2, 2)
+    async with admission.slot(1):
+        large, small = (asyncio.create_task(hold(admission, count)) for count in (2, 1))
+        await settled()
+        assert counts(admission) == (1, 2, 0)
+        large.cancel()
+        await settled()
+        assert counts(admission) == (2, 0, 0)
+        small.cancel()
+        await settled()
+    assert counts(admission) == (0, 0, 0)
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 19))
+def test_choices_take_turns(slots: int, choices: int, failing: int) -> None:
+    """Never more at a time than there are slots, which are free again however it ends."""
+
+    async def play() -> None:
+        admission = Admission(slots, 0)
+        running, most, done = 0, 0, 0
+
+        async def one(number: int, taken: Any) -> None:
+            nonlocal running, most, done
+            async with taken.one():
+                running += 1
+                most = max(most, running)
+                assert admission.in_flight >= running
+                await asyncio.sleep(0)
+                running -= 1
+                done += 1
+                if number == failing:
+                    raise ZeroDivisionError
+
+        try:
+            async with admission.slot(choices) as taken, asyncio.TaskGroup() as group:
+                for number in range(choices):
+                    group.create_task(one(number, taken))
+        except* ZeroDivisionError:
+            assert failing < choices
+        else:
+            assert done == choices
+            assert failing >= choices
+        assert most <= slots
+        assert most == min(slots, choices) or failing < choices
+        assert counts(admission) == (0, 0, 0)
+
+    asyncio.run(play())
+
+
 # -- in the gateway ----------------------------------------------------------------------------
 
 
@@ -262,7 +344,7 @@ async def queued(gateway: Gateway, count: int) -> None:
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"espo": {"mode": "off"}}, {"n": 2}])
 async def test_the_gateway_queues_and_refuses(fields: dict[str, Any]) -> None:
     async with (
-        crowded(max_in_flight=1, max_queue=1) as (server, gateway),
+        crowded(max_in_flight=fields.get("n", 1), max_queue=1) as (server, gateway),
         client_of(gateway.url) as client,
     ):
         create: Any = client.completions.create
@@ -325,3 +407,71 @@ async def test_a_gateway_that_drains_serves_those_it_has_taken() -> None:
         assert (headers["Connection"], headers["Retry-After"]) == ("close", "1")
         server.release(32)
         assert [status for status, _ in await asyncio.gather(*taken)] == [200, 200]
+
+
+class Counting(FakeServer):
+    """Knows how many generations there were at once."""
+
+    most = 0
+
+    async def _count(self, **changes: int) -> None:
+        await super()._count(**changes)
+        self.most = max(self.most, self.running)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("slots", [1, 3, 50])
+async def test_choices_of_one_request_take_turns(stream: bool, slots: int) -> None:
+    async with (
+        Counting(FAILING) as server,
+        gateway_for(server, max_in_flight=slots, max_queue=0) as gateway,
+        client_of(gateway.url) as client,
+    ):
+        create: Any = client.completions.create
+        answer = await create(**completion_body(n=20, stream=stream))
+        if stream:
+            chunks = [chunk async for chunk in answer]
+            assert {choice.index for chunk in chunks for choice in chunk.choices} == set(range(20))
+        else:
+            assert [choice.index for choice in answer.choices] == list(range(20))
+        assert len(server.bodies) == 20
+        assert server.most <= min(slots, 20)
+        assert counts(gateway.admission) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "choices"),
+    [
+        ({"n": 5}, 5),
+        ({"n": 1000}, 1000),
+        ({"prompt": ["a"] * 5}, 5),
+        ({"prompt": [[1]] * 3, "n": 2}, 6),
+    ],
+)
+async def test_a_request_for_too_many_choices_names_the_bound(
+    fields: dict[str, Any], choices: int
+) -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server, max_choices=4) as gateway:
+        status, answer = await post(gateway.url + COMPLETIONS, completion_body(**fields))
+        assert (status, answer["error"]["param"]) == (400, "n")
+        assert f"is {choices}, and this gateway takes 4 at most" in answer["error"]["message"]
+        assert "max_choices" in answer["error"]["message"]
+        assert server.bodies == []
+        status, _ = await post(gateway.url + COMPLETIONS, completion_body(n=4))
+        assert (status, len(server.bodies)) == (200, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"), [({"n": 3}, 3), ({"prompt": ["a", "b"], "n": 2}, 4), ({"n": "x"}, 1)]
+)
+async def test_what_is_not_monitored_counts_its_choices_too(
+    fields: dict[str, Any], taken: int
+) -> None:
+    async with crowded() as (server, gateway):
+        body = completion_body(espo={"mode": "off"}, **fields)
+        asked = asyncio.create_task(post(gateway.url + COMPLETIONS, body))
+        await server.until(lambda: server.running == 1)
+        assert gateway.admission.in_flight == taken
+        server.release(100)
+        await asked
+        assert gateway.admission.in_flight == 0

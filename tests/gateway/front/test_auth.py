@@ -19,6 +19,7 @@ from yarl import URL
 from espo_gateway.config import Config, parse
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.front.auth import read_keys
+from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer
 from tests.helpers.gateway import (
     COMPLETIONS,
@@ -185,6 +186,115 @@ async def test_administration_has_a_key_of_its_own(
         assert put[0] == status
         if status == 403:
             assert "--admin-key-file" in body["error"]["message"]
+
+
+EVIL, ORIGIN = "evil.example", "http://evil.example"
+#: Every way in, and some that lead nowhere.
+ADMINISTRATION = [
+    ("GET", "/espo"),
+    ("GET", "/espo/"),
+    ("GET", "/espo/gate"),
+    ("PUT", "/espo/gate"),
+    ("POST", "/espo/reload"),
+    ("GET", "/espo/live"),
+    ("GET", "/espo/statistics"),
+    ("HEAD", "/espo/live"),
+    ("OPTIONS", "/espo/gate"),
+    ("GET", "/espo/none"),
+    ("POST", "/espo/%67ate"),
+]
+
+
+async def administer(
+    gateway: Gateway, method: str, path: str, hosts: list[str], *headers: str
+) -> int:
+    """The status, of a request with just these headers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.url.split(":")[-1]))
+    named = [f"Host: {host.replace('PORT', gateway.url.split(':')[-1])}" for host in hosts]
+    own = [line.replace("PORT", gateway.url.split(":")[-1]) for line in headers]
+    head = [f"{method} {path} HTTP/1.1", *named, *own, f"Content-Length: {len(GATE)}", "", ""]
+    writer.write("\r\n".join(head).encode() + GATE)
+    status = int((await reader.readline()).split()[1])
+    writer.close()
+    return status
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        [EVIL],
+        ["evil.example:PORT"],
+        ["localhost.evil.example"],
+        ["127.0.0.1.evil.example"],
+        ["127.0.0.1.nip.io:PORT"],
+        ["localhost@evil.example"],
+        ["evil.example#localhost"],
+        ["localhost:PORT.evil.example"],
+        ["192.168.0.7:PORT"],
+        ["0.0.0.0:PORT"],
+        ["[2001:db8::1]:PORT"],
+        [""],
+        ["localhost", EVIL],
+        [EVIL, "localhost"],
+    ],
+)
+async def test_a_name_that_was_made_to_mean_this_machine_does_not_administer(
+    hosts: list[str],
+) -> None:
+    choices: list[dict[str, Any]] = [{}, {"api_keys": ("k",)}]
+    for settings in choices:
+        async with FakeServer(FAILING) as server, gateway_for(server, **settings) as gateway:
+            before = gateway.gate
+            for method, path in ADMINISTRATION:
+                status = await administer(gateway, method, path, hosts, "Authorization: Bearer k")
+                assert status in (400, 403), path
+            assert gateway.gate is before
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "localhost:PORT", "LOCALHOST:1", "localhost.", "127.0.0.1", "127.9.9.9", "[::1]"],
+)
+async def test_names_of_this_machine_do(host: str) -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        assert await administer(gateway, "PUT", "/espo/gate", [host]) == 200
+        origin = f"Origin: http://{host}"
+        assert await administer(gateway, "PUT", "/espo/gate", [host], origin) == 200
+
+
+async def test_the_target_may_name_a_host_too() -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        for target, status in (("http://evil.example", 403), ("http://localhost:PORT", 200)):
+            got = await administer(gateway, "PUT", target + "/espo/gate", ["localhost"])
+            assert got == status or target.endswith("PORT")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [ORIGIN, "null", "http://localhost:1", "https://127.0.0.1", "file://", "", "http://localhost"],
+)
+async def test_another_sites_page_does_not_administer(origin: str) -> None:
+    here, there = f"Origin: {origin}", "localhost:PORT"
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        for method, path in ADMINISTRATION:
+            assert await administer(gateway, method, path, [there], here) == 403, path
+        assert await administer(gateway, "GET", "/espo/live", [there], "X-Origin: x") == 200
+    async with FakeServer(FAILING) as server, gateway_for(server, admin_key="a") as gateway:
+        # A browser adds a password that it was given before; a page cannot add a key unknown to it.
+        for key, status in ((bearer("a"), 200), (basic("a"), 403), (bearer("b"), 401)):
+            authorization = f"Authorization: {key['Authorization']}"
+            got = await administer(gateway, "PUT", "/espo/gate", [there], here, authorization)
+            assert got == status
+
+
+async def test_with_an_admin_key_a_gateway_may_have_any_name() -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server, admin_key="a") as gateway:
+        for key in (bearer("a"), basic("a")):
+            authorization = f"Authorization: {key['Authorization']}"
+            for lines in ([], [f"Origin: {ORIGIN}"], ["Origin: https://evil.example"]):
+                got = await administer(gateway, "PUT", "/espo/gate", [EVIL], authorization, *lines)
+                assert got == 200
+        assert await administer(gateway, "PUT", "/espo/gate", [EVIL]) == 401
 
 
 async def test_an_admin_key_opens_nothing_else() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from typing import Any
 
+import aiohttp
 import pytest
 
 from espo_gateway.testing import FakeServer, Script, Token
@@ -488,3 +489,44 @@ async def test_a_request_keeps_the_gate_it_started_with() -> None:
         records = [(await task)[1]["choices"][0]["espo"] for task in (before, after)]
     assert [record["gate_version"] for record in records] == [3, 4]
     assert [record["cut"] for record in records] == [8, None]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("setting", "header", "words"),
+    [
+        ("length", None, ("length", "length")),
+        ("early_stop", None, ("early_stop", "early_stop")),
+        ("length,/v1/completions=stop", None, ("stop", "length")),
+        (" length , /v1/chat/completions=content_filter ", None, ("length", "content_filter")),
+        ("/v1/completions=a,/v1/chat/completions=b", None, ("a", "b")),
+        ("/v1/completions=a", None, ("a", "length")),
+        ("length,/v1/completions=stop", "early_stop", ("early_stop", "early_stop")),
+    ],
+)
+async def test_the_word_for_a_stopped_choice(
+    setting: str, header: str | None, words: tuple[str, str], stream: bool
+) -> None:
+    headers = {} if header is None else {"x-espo-finish-reason": header}
+    async with (
+        FakeServer(FAILING) as server,
+        gateway_for(server, finish_reason=setting) as gateway,
+        aiohttp.ClientSession(headers=headers) as session,
+    ):
+        routes = ((COMPLETIONS, completion_body), (CHAT, chat_body))
+        for (path, body), word in zip(routes, words, strict=True):
+            async with session.post(gateway.url + path, json=body(stream=stream)) as response:
+                assert f'"finish_reason":"{word}"' in await response.text()
+        assert not any(name.lower().startswith("x-espo") for name in server.headers[0])
+
+
+async def test_a_header_that_is_no_word_is_named() -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        for word in ("", "two words", "a,b", "x" * 65, "ü"):
+            async with (
+                aiohttp.ClientSession(headers={"X-Espo-Finish-Reason": word}) as session,
+                session.post(gateway.url + COMPLETIONS, json=completion_body()) as response,
+            ):
+                assert response.status == 400
+                assert (await response.json())["error"]["param"] == "X-Espo-Finish-Reason"
+        assert server.bodies == []

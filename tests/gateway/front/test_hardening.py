@@ -25,6 +25,7 @@ from tests.helpers.gateway import (
     completion_body,
     gateway_for,
     post,
+    post_stream,
 )
 
 
@@ -76,7 +77,8 @@ async def send(gateway: Gateway, data: bytes) -> tuple[int, bytes, bytes]:
 
 
 def get(target: str, *headers: str) -> bytes:
-    return "\r\n".join([f"GET {target} HTTP/1.1", "Host: x", *headers, "", ""]).encode("latin-1")
+    head = [f"GET {target} HTTP/1.1", "Host: localhost", *headers, "", ""]
+    return "\r\n".join(head).encode("latin-1")
 
 
 # -- paths -------------------------------------------------------------------------------------
@@ -269,7 +271,9 @@ BAD_JSON = [
     b'"text"',
     b"null",
     b"1",
-    b"\xef\xbb\xbf{}",
+    b"\xef\xbb\xbf{",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe{",
     b'{"prompt": "\xff"}',
     b'{"prompt": "\\ud800"}',
     b'{"\\udfff": 1}',
@@ -302,7 +306,7 @@ async def test_bad_bodies_are_the_clients_fault(path: str) -> None:
 async def test_bad_gates_are_the_clients_fault_too() -> None:
     async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
         before = gateway.gate
-        for data in BAD_JSON:
+        for data in (*BAD_JSON, b"\xef\xbb\xbf{}"):
             async with (
                 aiohttp.ClientSession() as session,
                 session.put(gateway.url + "/espo/gate", data=data) as response,
@@ -404,6 +408,145 @@ async def test_a_body_whose_framing_is_broken(rest: bytes) -> None:
         status, *_ = await send(gateway, data)
         assert status == 400
         assert server.seen == []
+
+
+# -- what servers serve ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+async def test_a_body_in_any_encoding_that_json_may_have(encoding: str) -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        data = json.dumps(completion_body(prompt="ü\u2028"), ensure_ascii=False).encode(encoding)
+        assert (await raw(gateway, data))[0] == 200
+        assert server.bodies[0]["prompt"] == "ü\u2028"
+
+
+#: Fields that vLLM's types take, and what for.
+LAX: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({"n": 2.0}, {"n": 1}, 2),
+    ({"n": "2"}, {"n": 1}, 2),
+    ({"n": True}, {"n": 1}, 1),
+    ({"n": None}, {}, 1),
+    ({"n": "2", "seed": "7"}, {"seed": 7}, 2),
+    ({"seed": 7.0}, {"seed": 7}, 1),
+    ({"stream_options": {}}, {}, 1),
+    ({"stream_options": None}, {}, 1),
+    ({"stream": "false", "stream_options": {}}, {}, 1),
+    ({"stream": 0}, {}, 1),
+    ({"logprobs": "2"}, {"logprobs": 2}, 1),
+    ({"logprobs": 2.0}, {"logprobs": 2}, 1),
+    ({"return_token_ids": "true"}, {"return_token_ids": True}, 1),
+    ({"echo": "false"}, {"echo": False}, 1),
+    ({"use_beam_search": 0}, {}, 1),
+]
+
+
+@pytest.mark.parametrize(("fields", "sent", "choices"), LAX)
+async def test_values_are_taken_as_servers_take_them(
+    fields: dict[str, Any], sent: dict[str, Any], choices: int
+) -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        status, answer = await post(gateway.url + COMPLETIONS, completion_body(**fields))
+        assert (status, len(answer["choices"])) == (200, choices)
+        assert all(choice["espo"]["stopped"] for choice in answer["choices"])
+        assert sent.items() <= server.bodies[0].items()
+        logprobs = answer["choices"][0]["logprobs"]
+        assert (logprobs is None) == ("logprobs" not in fields)
+        assert ("token_ids" in answer["choices"][0]) == ("return_token_ids" in fields)
+
+
+@pytest.mark.parametrize("stream", ["true", "True", 1, "1", 1.0])
+@pytest.mark.parametrize("usage", [True, "true", 1])
+async def test_so_is_whether_to_stream(stream: Any, usage: Any) -> None:
+    body = completion_body(stream=stream, stream_options={"include_usage": usage})
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        chunks = await post_stream(gateway.url + COMPLETIONS, body)
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2.5},
+        {"n": "two"},
+        {"n": 0.0},
+        {"n": [2]},
+        {"stream": "maybe"},
+        {"stream": 2},
+        {"stream_options": {"include_usage": True}},
+        {"stream": True, "stream_options": "x"},
+    ],
+)
+async def test_what_servers_would_refuse_is_refused(fields: dict[str, Any]) -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        status, answer = await post(gateway.url + COMPLETIONS, completion_body(**fields))
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+        assert server.bodies == []
+
+
+@pytest.mark.parametrize("size", [9_000, 16_000])
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/embeddings"])
+async def test_long_heads_as_servers_take_them(path: str, size: int) -> None:
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        data = json.dumps(completion_body()).encode()
+        assert (await raw(gateway, data, path, X_Long="a" * size))[0] == 200
+        assert (await raw(gateway, data, f"{path}?x={'a' * size}"))[0] == 200
+        if path == COMPLETIONS:
+            assert server.headers[0]["X-Long"] == "a" * size
+
+
+async def test_many_headers_as_servers_take_them() -> None:
+    async with everything() as (server, gateway):
+        headers = [f"X-{number}: a" for number in range(200)]
+        assert (await send(gateway, get("/v1/models", *headers)))[0] == 200
+        ((_, _, seen, _),) = server.seen
+        assert seen["X-199"] == "a"
+
+
+@pytest.mark.parametrize("connection", ["keep-alive", "close", None])
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (COMPLETIONS, {"stream": True}),
+        (COMPLETIONS, {"stream": True, "espo": {"mode": "off"}}),
+        (COMPLETIONS, {"stream": True, "n": 2}),
+        (COMPLETIONS, {}),
+        ("/v1/embeddings", {}),
+        ("/v1/streamed", {}),
+    ],
+)
+async def test_a_client_of_http_1_0_sees_where_an_answer_ends(
+    path: str, fields: dict[str, Any], connection: str | None
+) -> None:
+    class Streaming(FakeServer):
+        def _add_routes(self, app: web.Application) -> None:
+            super()._add_routes(app)
+            app.router.add_post("/v1/streamed", self._streamed)
+
+        async def _streamed(self, request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(b"{}")
+            return response
+
+    async with Streaming(FAILING) as server, gateway_for(server) as gateway:
+        address = urlsplit(gateway.url)
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        data = json.dumps(completion_body(**fields)).encode()
+        head = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\n"
+        head += "" if connection is None else f"Connection: {connection}\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        answered = (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert b" 200 " in answered
+        assert b"chunked" not in answered
+        if b"content-length" in answered:
+            length = int(answered.partition(b"content-length: ")[2].split()[0])
+            assert json.loads(await reader.readexactly(length))
+        else:
+            body = await reader.read()  # until the gateway closes
+            assert body.endswith(b"data: [DONE]\n\n" if "stream" in fields else b"{}")
+        writer.close()
 
 
 # -- slow clients ------------------------------------------------------------------------------

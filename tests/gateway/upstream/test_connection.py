@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -265,3 +266,29 @@ async def test_an_unread_body_does_not_fill_the_memory() -> None:
 async def test_nothing_breaks_out_of_the_head(path: str, headers: dict[str, str]) -> None:
     with pytest.raises(InvalidRequest, match="cannot be sent on"):
         await request("http://127.0.0.1:9", "GET", path, headers, None, Limits())
+
+
+async def test_a_request_is_sent_no_faster_than_it_is_taken() -> None:
+    """And not to its end when it is refused before."""
+    arrived, answer = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        arrived.set()
+        await answer.wait()
+        writer.write(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\nno")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1000)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        body = b"x" * (64 * 2**20)
+        asked = asyncio.create_task(
+            request(url, "POST", "/", {}, (b"", memoryview(body)), Limits())
+        )
+        await arrived.wait()
+        transports = [t for t in gc.get_objects() if issubclass(type(t), asyncio.Transport)]
+        assert 0 < sum(t.get_write_buffer_size() for t in transports) < 2**20
+        answer.set()
+        reply = await asked
+        assert (reply.status, await reply.body()) == (413, b"no")
+        reply.close()
