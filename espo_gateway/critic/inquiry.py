@@ -47,15 +47,21 @@ class Inquiry:
 
     async def _ask(self, prompt: Sequence[int], sampled: Sequence[int]) -> Answers:
         """What the sources answer, of those that do."""
-        asked = (ask(prompt, sampled) for ask in self._sources.values())
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        answers: dict[SourceName, Sequence[float]] = {}
-        for source, answer in zip(self._sources, found, strict=True):
-            if isinstance(answer, BaseException):
-                log.debug("%s: no answer: %r", source, answer)
-            else:
-                answers[source] = answer
-        return answers
+        one, *others = (
+            self._answer(source, ask, prompt, sampled) for source, ask in self._sources.items()
+        )
+        # Alone it has no task of its own, so that an answer that is there is seen at once.
+        found = await asyncio.gather(one, *others) if others else [await one]
+        return {source: answer for source, answer in found if answer is not None}
+
+    async def _answer(
+        self, source: SourceName, ask: Ask, prompt: Sequence[int], sampled: Sequence[int]
+    ) -> tuple[SourceName, Sequence[float] | None]:
+        try:
+            return source, await ask(prompt, sampled)
+        except Exception as error:
+            log.debug("%s: no answer: %r", source, error)
+            return source, None
 
     async def conclude(self) -> None:
         """Wait for every answer that could still move the cut."""
