@@ -94,7 +94,9 @@ class AnswerProbe:
                 try:
                     async with (
                         asyncio.timeout(self._timeout),
-                        self._pool.open("POST", PATH, headers=headers, data=data, key=key) as reply,
+                        self._pool.open(
+                            "POST", PATH, headers=headers, data=data, key=key, model=model
+                        ) as reply,
                     ):
                         body = await reply.body()
                         if reply.status != 200:

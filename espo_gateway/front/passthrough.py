@@ -68,8 +68,8 @@ async def _passed(
 ) -> web.StreamResponse:
     data = await request.read() if request.body_exists else None
     headers = forwarded_headers(gateway.keys, request)
-    key = passed_key(gateway.pool.affinity, headers, data)
     model = requested_model(request, data) if len(gateway.pool.servers) > 1 else None
+    key = passed_key(gateway.pool.affinity, headers, data)
     async with gateway.pool.open(
         request.method, path, headers=headers, data=data, key=key, model=model
     ) as upstream:
@@ -144,7 +144,7 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
         ):
             gateway.answered(request, upstream)
             check_place(upstream)
-            if not await streams(upstream) or upstream.status != 200:
+            if not (await streams(upstream) and 200 <= upstream.status < 300):
                 return await _marked_whole(upstream, mark)
             stream.certain.set()
             while received := await upstream.read():
@@ -168,7 +168,7 @@ async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:
     if upstream.status == 200:
         body = _marked(body, mark)
     response = web.Response(body=body, status=upstream.status)
-    for name in ("Content-Type", "Content-Encoding", "Retry-After"):
+    for name in ("Content-Type", "Content-Encoding"):
         if (value := upstream.headers.get(name)) is not None:
             response.headers[name] = value
     return response

@@ -30,11 +30,11 @@ from espo_gateway.upstream.affinity import affinity_key
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
-#: Of a client's request, those that a question about it needs.
-_OWN_HEADERS = frozenset({"authorization", "content-type", "accept-encoding", "x-session-id"})
 _encode = msgspec.json.Encoder().encode
 #: What tells the choices of one prompt apart.
 _OWN = ("seed", "request_id", "sampling_params")
+#: Of a client's request, those that a question about it needs.
+_OWN_HEADERS = frozenset({"authorization", "content-type", "accept-encoding", "x-session-id"})
 
 
 class OutputSink(Protocol):

@@ -156,13 +156,20 @@ def _unmonitored(body: Body, control: Control, *, chat: bool) -> str | None:
     if chat and not body.get("stream") and body.get("tools") and body.get("tool_choice") != "none":
         # Upstream every monitored request is a stream.
         return "tools without stream: a server may read its calls differently in a stream"
-    for name, value in body.items():
-        # Such as vLLM's `logprob_token_ids`: listed tokens' logprobs in the place of the likeliest.
-        if value and name not in _LOGPROBS and _ABOUT_LOGPROBS.search(name):
-            return f"a field about logprobs: {name} may change what they are"
+    if reason := about_logprobs(body):
+        return reason
     for name in ("prompt_logprobs", "prompt_embeds", "kv_transfer_params", "ec_transfer_params"):
         if body.get(name) is not None:
             return f"{name} cannot be streamed"
+    return None
+
+
+def about_logprobs(fields: Body) -> str | None:
+    """Why logprobs may be others than asked for, where they may be."""
+    for name, value in fields.items():
+        # Such as vLLM's `logprob_token_ids`: listed tokens' logprobs in the place of the likeliest.
+        if value and name not in _LOGPROBS and _ABOUT_LOGPROBS.search(name):
+            return f"a field about logprobs: {name} may change what they are"
     return None
 
 

@@ -22,19 +22,16 @@ from espo_gateway.stream.request import (
     Body,
     Plan,
     Single,
+    about_logprobs,
     at_least,
     checked_choices,
     lax,
     stream_asked,
 )
 
-#: Fields, of the request and of its sampling parameters, whose answer no stream carries, or that
-#: change what logprobs are.
+#: Fields, of the request and of its sampling parameters, whose answer no stream carries.
 _WHOLE = ("kv_transfer_params", "ec_transfer_params")
-_OTHERWISE = (
-    *("prompt_logprobs", "prompt_logprob_token_ids", "logprob_token_ids"),
-    *("use_beam_search", "flat_logprobs"),
-)
+_SAMPLED_WHOLE = ("prompt_logprobs", "use_beam_search")
 
 _CHOICE: Chunk = {
     **dict.fromkeys(("finish_reason", "stop_reason", "logprobs", "routed_experts")),
@@ -60,17 +57,18 @@ def plan_tokens(body: object, *, max_choices: int = MAX_CHOICES) -> Plan:
         raise InvalidRequest("sampling_params must be an object", param="sampling_params")
     body["sampling_params"] = sampling = lax(sampling, chat=False)
     stream, options = stream_asked(body)
-    reason = "asked for" if control.mode == "off" else None
-    for place, names in ((body, _WHOLE), (sampling, _OTHERWISE)):
+    reason = "asked for" if control.mode == "off" else about_logprobs(sampling)
+    for place, names in ((body, _WHOLE), (sampling, _SAMPLED_WHOLE)):
         for name in names:
             if place.get(name):
-                reason = reason or f"{name} cannot be streamed, or changes what logprobs are"
+                reason = reason or f"{name} cannot be streamed"
     logprobs = sampling.get("logprobs")
     if type(logprobs) is int and logprobs >= 0:
         logprobs = max(logprobs, 1)  # the sampled token is always told
+    usage = bool(options.get("include_usage"))
     asked = Asked(
         stream=stream,
-        usage=(usage := bool(options.get("include_usage"))),
+        usage=usage,
         continuous_usage=usage and bool(options.get("continuous_usage_stats")),
         logprobs=logprobs if type(logprobs) is int else None,
         token_ids=True,

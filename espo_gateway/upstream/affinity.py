@@ -67,7 +67,7 @@ def passed_key(kind: Affinity, headers: Mapping[str, str], data: bytes | None) -
 
 
 def _prefix(body: Mapping[str, Any]) -> object:
-    prompt = body.get("prompt") or body.get("token_ids") or body.get("input")
+    prompt = body.get("prompt", body.get("token_ids", body.get("input")))
     messages = body.get("messages")
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
         messages = prompt  # as /v1/responses has them
