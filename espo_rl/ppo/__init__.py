@@ -1,1 +1,1 @@
-"""The update: samples, advantages, losses, what is asked of the models, DeepSpeed engines, ranks."""
+"""The update: samples, advantages, losses, what models are asked, DeepSpeed engines, ranks."""

@@ -47,6 +47,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "negative index": {"rewrite": lying(index=-7)},
     "strange usage": {"rewrite": lambda chunk: {**chunk, "usage": {"prompt_tokens": -1}}},
     "no token ids": {"token_ids": False},
+    "another type": {"content_type": "text/html"},
 }
 HARMFUL: dict[str, dict[str, Any]] = {
     "429": {"status": 429},
@@ -61,13 +62,14 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "eof": {"fault": "eof"},
     "half a chunk": {"fault": "half"},
     "flood": {"fault": "flood"},
-    "wrong type": {"content_type": "text/html"},
     "no choices": {"rewrite": lambda chunk: {"object": chunk["object"]}},
     "null choice": {"rewrite": lambda chunk: {**chunk, "choices": [None]}},
-    "text for logprobs": {"rewrite": lying(logprobs="none")},
 }
 #: Served or refused, as configured.
-NO_LOGPROBS = "no logprobs"
+UNMONITORED: dict[str, dict[str, Any]] = {
+    "no logprobs": {"logprobs": False},
+    "text for logprobs": {"rewrite": lying(logprobs="none")},
+}
 #: Gone once they have been tried again.
 PASSING = ("429", "503", "reset before headers")
 #: Logprobs that are no numbers.
@@ -116,7 +118,7 @@ def requests_of(seed: int, unmonitored: str) -> list[Request]:
     """Each fault about as often as the others, everything else by chance."""
     rng = random.Random(seed)
     faults: list[tuple[str, Ending]] = [
-        (NO_LOGPROBS, "whole" if unmonitored == "pass" else "error"),
+        *((name, "whole" if unmonitored == "pass" else "error") for name in UNMONITORED),
         *((name, "whole") for name in (*HARMLESS, *(f"passing {name}" for name in PASSING))),
         *((name, "whole") for name in UNREADABLE),
         *((name, "error") for name in HARMFUL),
@@ -146,7 +148,7 @@ def _write_script(request: Request, index: int, rng: random.Random) -> None:
     length, fault = rng.randint(20, 60), request.fault if index == request.faulty else "none"
     # z passes 1 with the second bad token in a row.
     bad = rng.randint(6, length - 10) if rng.random() < 0.5 else length
-    if fault == NO_LOGPROBS:
+    if fault in UNMONITORED:
         bad = length
     texts = [f"{request.number}.{index}.{t} " for t in range(length)]
     tokens = [
@@ -157,7 +159,7 @@ def _write_script(request: Request, index: int, rng: random.Random) -> None:
         for t in range(0, bad, 3):
             tokens[t] = tokens[t]._replace(logprob=UNREADABLE[fault])
     changes: dict[str, Any] = {"after": rng.randint(1, min(bad, 15))}
-    changes |= {**HARMLESS, **HARMFUL, NO_LOGPROBS: {"logprobs": False}}.get(fault, {})
+    changes |= {**HARMLESS, **HARMFUL, **UNMONITORED}.get(fault, {})
     request.texts.append(texts)
     request.cuts.append(bad + 2 if bad < length else None)
     request.scripts.append(Script(tokens, **changes))
@@ -273,7 +275,7 @@ def check(request: Request, outcome: Outcome) -> None:
         assert outcome.texts[index] == request.expected(index)
         assert choice["espo"]["cut"] == cut
         assert choice["espo"]["stopped"] == (cut is not None)
-        watched = request.fault != NO_LOGPROBS or index != request.faulty
+        watched = request.fault not in UNMONITORED or index != request.faulty
         assert choice["espo"]["mode"] == ("enforce" if watched else "off")
         assert choice["finish_reason"] == ("stop" if cut is None else "length")
     if outcome.left:
