@@ -86,7 +86,7 @@ class CrossFit:
 
     def asked(self, traces: Traces) -> NDArray[np.bool_]:
         """Where a source is asked, [traces, tokens]."""
-        asked = np.zeros(traces.recorded.logprobs.shape, dtype=bool)
+        asked = np.zeros_like(traces.recorded.known)
         schedule = self.gate.schedule
         asked[:, schedule.tokens(asked.shape[1]) - 1] = True
         if self.free is not None:

@@ -385,7 +385,6 @@ class PpoTrainer:
     @torch.no_grad()
     def response_logits(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
         """Raw logits before each token of a response, on the CPU: [tokens, vocabulary]."""
-        self.actor.train(False)
         tokens = torch.tensor([[*prompt, *response]], device=self.actor.device)
         logits = self.actor(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
         return logits.float().cpu()

@@ -28,6 +28,9 @@ class Characters:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(character) % 50 for character in text]
 
+    def decode(self, token_ids: list[int]) -> str:
+        raise AssertionError
+
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         raise AssertionError
 
