@@ -1,1 +1,1 @@
-"""The update: samples, advantages, losses, what is asked of the models, DeepSpeed engines, ranks."""
+"""The update: samples, advantages, losses, questions to the models, DeepSpeed engines, ranks."""
