@@ -1,1 +1,1 @@
-"""The update: samples, advantages, losses, what models are asked, DeepSpeed engines, ranks."""
+"""The update: samples, advantages, losses, questions to the models, DeepSpeed engines, ranks."""
