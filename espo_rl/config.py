@@ -258,7 +258,7 @@ class Stopping(Section):
     # as a rollout grows: by ask_growth of its length
     sources: list[SourceName] = []
     ask_every: Count = 96
-    ask_growth: Annotated[float, Field(ge=0)] = 0.25
+    ask_growth: Annotated[float, Field(ge=0, le=1e9)] = 0.25
     # The probe: answers are read after probe_phrase, and end with probe_end
     probe_phrase: Annotated[str, Field(min_length=1)] = "\n\nThe final answer is \\boxed{"
     probe_end: str = "}"
@@ -328,7 +328,7 @@ class Ppo(Section):
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
     # Bound of the ratio where the advantage is negative (3.0 is usual); None: there is none
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1, le=1e9)] | None = None
     value_clip: Positive | None = None
     # The mean over a minibatch's tokens, or over each rollout's and then over rollouts
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"

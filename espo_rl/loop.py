@@ -459,7 +459,9 @@ class Loop:
         self.summary.recipe = self.recipe
         learns_anew = any(key.startswith(LEARNS_ANEW) for key in changes)
         if not learns_anew:
+            audits = self.stopping.audits
             self.stopping = state["stopping"]
+            self.stopping.audits = audits
             self.stopping.warmup.extend(self.recipe.run.steps)
         if self.batch is not None and any(key.startswith(OF_A_BATCH) for key in changes):
             # Sampled ahead under the old settings: it is drawn again, the same problems.

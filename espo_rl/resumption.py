@@ -31,7 +31,6 @@ FIXED = {
     "model.dtype": "the optimizer's state is of that type",
     "task": "it decides which problem comes next",
     "stopping.audit_share": "the run's audits are counted by it",
-    "rollout.n": "the run's audits are counted by it",
     "deepspeed": "the optimizer's state is laid out by it",
     "evaluation.problems": "accuracy before and after would not compare",
     "evaluation.samples": "accuracy before and after would not compare",

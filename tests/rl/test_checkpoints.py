@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from espo_rl.checkpoints import CheckpointError, CheckpointStore
+from espo_rl.checkpoints import FORMAT, CheckpointError, CheckpointStore
 
 
 def writer(text: str) -> Callable[[Path], None]:
@@ -103,7 +103,7 @@ def test_an_abandoned_future_is_no_longer_the_newest(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from espo_rl.checkpoints import CheckpointStore
+from espo_rl.checkpoints import FORMAT, CheckpointStore
 
 def save_models(folder):
     (folder / "actor").write_text("half")
@@ -228,7 +228,9 @@ def test_a_checkpoint_of_an_older_version_says_so(tmp_path: Path, older: bytes) 
     path = CheckpointStore(tmp_path).save(1, "state", writer("x"))
     (path / "loop.pkl").write_bytes(older)
     loaded: list[Path] = []
-    with pytest.raises(CheckpointError, match=r"another version of espo.* format 2") as error:
+    with pytest.raises(
+        CheckpointError, match=rf"another version of espo.* format {FORMAT}"
+    ) as error:
         CheckpointStore.load(path, loaded.append)
     assert str(path) in str(error.value)
     assert "the version that wrote it" in str(error.value)

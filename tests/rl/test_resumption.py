@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from espo_rl.checkpoints import CheckpointError, CheckpointStore
+from espo_rl.checkpoints import FORMAT, CheckpointError, CheckpointStore
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.loop import Loop
 from espo_rl.ppo.trainer import PpoTrainer
@@ -40,7 +40,7 @@ def run_there(output: Path, *, steps: int = 0, checkpoints: tuple[int, ...] = ()
         folder = output / "checkpoints" / f"step-{step:08d}"
         folder.mkdir()
         with (folder / "loop.pkl").open("wb") as file:
-            pickle.dump(2, file)
+            pickle.dump(FORMAT, file)
             pickle.dump({"recipe": recipe}, file)
 
 
