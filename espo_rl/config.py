@@ -321,6 +321,9 @@ class Ppo(Section):
     max_grad_norm: Positive = 1.0
     # Advantages: with a critic (GAE), or against the other rollouts of the prompt (GRPO)
     advantage: Literal["gae", "group"] = "gae"
+    # gae: V before each token: a critic's, or the estimate of success that reads an answer probe
+    # (stopping.sources), as it stood when it was last asked: credit by token without a critic
+    baseline: Literal["critic", "probe"] = "critic"
     gamma: Share = 1.0
     lam: Share = 1.0
     whiten: bool = True  # gae: advantages to mean 0 and deviation 1 over the batch's tokens
@@ -493,7 +496,8 @@ class Recipe(Section):
     @property
     def needs_critic(self) -> bool:
         """Whether a critic is trained: for GAE, or for a stop rule that asks a critic server."""
-        return self.ppo.advantage == "gae" or self.asks_critic
+        gae = self.ppo.advantage == "gae" and self.ppo.baseline == "critic"
+        return gae or self.asks_critic
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
@@ -503,6 +507,16 @@ class Recipe(Section):
                 f"ppo.minibatches = {self.ppo.minibatches} but a step has only {rollouts} rollouts "
                 "(rollout.prompts_per_step × rollout.n)"
             )
+        if self.ppo.baseline == "probe":
+            if "probe" not in self.stopping.sources:
+                raise ValueError(
+                    'ppo.baseline = "probe" needs what probes say: set stopping.sources = ["probe"]'
+                )
+            if self.needs_critic or self.ppo.advantage != "gae":
+                raise ValueError(
+                    'ppo.baseline = "probe" stands in the place of a critic: set ppo.advantage = '
+                    '"gae", and no stopping.value or sources that ask a critic'
+                )
         if self.ppo.advantage == "group" and self.rollout.n < 2:
             raise ValueError("ppo.advantage = 'group' needs rollout.n of at least 2")
         if self.rollout.dynamic_sampling and self.rollout.n < 2:

@@ -352,7 +352,10 @@ class Loop:
                 if self.stopping.needs_values:  # as they were said, so before the update
                     known = with_outcome(batch.usable)
                     values = await asyncio.to_thread(self.trainer.critic_values, known)
-                update = await asyncio.to_thread(self.trainer.update, rollouts)
+                baselines = None
+                if self.recipe.ppo.baseline == "probe":
+                    baselines = self.stopping.baselines(rollouts)
+                update = await asyncio.to_thread(self.trainer.update, rollouts, baselines)
             self.step += 1
         self.stopping.observe(
             batch.usable,

@@ -83,10 +83,16 @@ IDLE = (
         "ppo.kl_coefficient above 0",
     ),
     Idle(
-        "model.critic ppo.critic_learning_rate ppo.value_clip ppo.gamma ppo.lam",
-        "ppo.advantage stopping.rule stopping.value",
+        "model.critic ppo.critic_learning_rate ppo.value_clip",
+        "ppo.advantage ppo.baseline stopping.rule stopping.value",
         lambda recipe: not recipe.needs_critic,
         'a critic: ppo.advantage = "gae"',
+    ),
+    Idle(
+        "ppo.gamma ppo.lam",
+        "ppo.advantage stopping.rule stopping.value",
+        lambda recipe: not recipe.needs_critic and recipe.ppo.advantage != "gae",
+        'ppo.advantage = "gae"',
     ),
     Idle(
         "servers.critic_url servers.critic_gpus",

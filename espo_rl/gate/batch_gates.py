@@ -15,8 +15,9 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import SuccessEstimator, probabilities
+from espo_gateway.stop.estimate import SuccessEstimator, probabilities, sigmoid
 from espo_gateway.stop.fit import Examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
@@ -253,6 +254,31 @@ class StopController:
             if stops.sum() >= ENOUGH_STOPS:
                 free = probabilities(estimated(self._free, known.recorded))[stops]
                 self._below = max(float(np.quantile(free, KEPT_STOPS)), 1e-6)
+
+    def baselines(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
+        """V before each token that is trained on, in rewards: by the estimate as it is now.
+
+        Where its sources were not asked it stands as it stood; before they first were, it is what
+        is known of the prompt. As it is called before `observe`, it has not seen the outcomes.
+
+        Returns:
+            [tokens] each.
+        """
+        wrong, right = self._worth
+        recorded = recorded_of(rollouts)
+        said = np.full(recorded.logprobs.shape, np.nan)
+        if self.estimator is not None:
+            said = probabilities(estimated(self.estimator, recorded))
+        start = [sigmoid(self.history.log_odds(rollout.problem.id)) for rollout in rollouts]
+        before = np.column_stack([start, said])
+        last = np.maximum.accumulate(
+            np.where(np.isnan(before), 0, np.arange(before.shape[1])), axis=1
+        )
+        values = wrong + (right - wrong) * np.take_along_axis(before, last, axis=1)
+        return [
+            row[: rollout.trained].astype(np.float32)
+            for row, rollout in zip(values, rollouts, strict=True)
+        ]
 
     def _quantiles(
         self, recorded: Recorded, statistics: RegretStatistics

@@ -73,14 +73,18 @@ def prepare(samples: Sequence[Sample], before: Sequence[ModelOutputs], ppo: Ppo)
     if before[0].reference is not None:
         columns["reference_logprobs"] = _joined([one.reference for one in before])
 
-    values = [None if one.values is None else one.values.numpy() for one in before]
+    valued = [
+        sample.columns.get("baseline", one.values)
+        for sample, one in zip(samples, before, strict=True)
+    ]
+    values = [None if each is None else each.numpy() for each in valued]
     trajectories = [
         Trajectory(sample.group, sample.reward, penalty.numpy(), value)
         for sample, penalty, value in zip(samples, penalties.split(kept), values, strict=True)
     ]
     advantages, returns = estimate(trajectories, ppo)
     columns["advantages"] = torch.from_numpy(np.concatenate(advantages))
-    if returns is not None:
+    if returns is not None and before[0].values is not None:
         targets = columns["returns"] = torch.from_numpy(np.concatenate(returns))
         old_values = columns["old_values"] = torch.cat(
             [one.values for one in before if one.values is not None]

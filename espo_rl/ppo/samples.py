@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espo_gateway.stop.regret import MISSING_LOGPROB
@@ -26,15 +28,19 @@ class Sample:
     columns: dict[str, Tensor] = field(default_factory=dict)  # one number a kept token, each [kept]
 
     @classmethod
-    def of(cls, rollout: Rollout) -> Sample:
-        """With one column, `served_logprobs`: the server's, NaN where it gave none."""
+    def of(cls, rollout: Rollout, baseline: NDArray[np.float32] | None = None) -> Sample:
+        """With `served_logprobs`, the server's, NaN where it gave none, for a column.
+
+        baseline: V before each token where it is no critic's, [kept]: the column `baseline`.
+        """
         served = torch.tensor(rollout.logprobs[: rollout.trained], dtype=torch.float32)
+        beside = {} if baseline is None else {"baseline": torch.from_numpy(baseline)}
         return cls(
             tokens=torch.tensor(rollout.prompt_ids + rollout.token_ids[: rollout.trained]),
             prompt=len(rollout.prompt_ids),
             group=rollout.group,
             reward=rollout.reward,
-            columns={"served_logprobs": served.where(served > MISSING_LOGPROB, torch.nan)},
+            columns=beside | {"served_logprobs": served.where(served > MISSING_LOGPROB, torch.nan)},
         )
 
     @property

@@ -109,7 +109,11 @@ class PpoTrainer:
 
     # -- one step ------------------------------------------------------------------------------
 
-    def update(self, rollouts: Sequence[Rollout]) -> Metrics:
+    def update(
+        self,
+        rollouts: Sequence[Rollout],
+        baselines: Sequence[NDArray[np.float32]] | None = None,
+    ) -> Metrics:
         """One PPO step on scored rollouts: old logprobs and values, advantages, epochs.
 
         A rollout whose reward is not finite is left out, and a step whose gradient is not finite is
@@ -117,6 +121,7 @@ class PpoTrainer:
 
         Args:
             rollouts: of every end but ERROR; those with the same `group` answered one prompt.
+            baselines: V before each of their tokens that is trained on, where no critic says it.
 
         Returns:
             what `record.metrics.METRICS` lists.
@@ -127,6 +132,7 @@ class PpoTrainer:
         """
         trained = [rollout for rollout in rollouts if rollout.trained]
         usable = [rollout for rollout in trained if math.isfinite(rollout.reward)]
+        valued = dict(zip(map(id, rollouts), baselines or [], strict=False))
         dropped = len(trained) - len(usable)
         if dropped:
             first = next(one for one in trained if not math.isfinite(one.reward))
@@ -142,7 +148,7 @@ class PpoTrainer:
             raise ValueError(
                 "no rollout has a token to train on" + (" and a finite reward" if dropped else "")
             )
-        metrics = self._update([Sample.of(rollout) for rollout in usable])
+        metrics = self._update([Sample.of(one, valued.get(id(one))) for one in usable])
         metrics["dropped_rewards"] = dropped
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
         if worst > MISMATCH_WARNING:

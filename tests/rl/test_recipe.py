@@ -297,3 +297,22 @@ def test_a_file_that_is_no_toml_says_where(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[run\n")
     with pytest.raises(RecipeError, match=r"bad\.toml"):
         load_recipe(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ['stopping.sources=["history"]'],
+        ['stopping.sources=["probe"]', "ppo.advantage=group"],
+        ['stopping.sources=["probe", "critic"]'],
+    ],
+)
+def test_a_baseline_without_its_probes_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"ppo\.baseline"):
+        load_recipe("arithmetic", ["ppo.baseline=probe", *overrides])
+
+
+def test_a_baseline_of_probes_trains_no_critic() -> None:
+    settings = ["ppo.baseline=probe", 'stopping.sources=["probe"]', "ppo.lam=0.95"]
+    assert not load_recipe("arithmetic", settings).needs_critic

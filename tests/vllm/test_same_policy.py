@@ -163,6 +163,7 @@ async def test_a_run_asks_the_policy_along_its_rollouts(
         f'servers.policy_urls=["{vllm_server.url}"]',
         *("stopping.rule=success-probability", "stopping.threshold=audit"),
         *('stopping.sources=["probe", "history"]', "stopping.ask_every=8"),
+        "ppo.baseline=probe",
     ]
     ended = Run(vllm_server.path, tmp_path, *settings).end()
     assert_whole(ended)

@@ -106,6 +106,27 @@ def test_a_source_is_asked_only_where_the_free_estimate_leaves_a_decision() -> N
     assert 0.0 < gate.schedule.below < 0.5
 
 
+def test_the_baseline_is_the_estimate_where_it_was_last_asked() -> None:
+    config = Stopping(sources=["probe"], ask_every=EVERY, ask_growth=0.0)
+    stopping = StopController(config, 100, random.Random(0), worth=(-1.0, 1.0))
+    full = blind(300, 0, stopping.gate("w"))
+    for value in stopping.baselines(full):  # nothing is known yet
+        assert value.tolist() == [0.0] * LENGTH
+    stopping.observe(full, None)
+    new = blind(50, 1, stopping.gate("w"))
+    new[0] = dataclasses.replace(new[0], end=EndReason.EARLY_STOP, kept=20, correct=None)
+    values = stopping.baselines(new)
+    assert [len(value) for value in values] == [20, *[LENGTH] * 49]
+    # Token 9 is the first that is sampled after eight, and so after the first probe.
+    for value in values:
+        changes = (np.flatnonzero(np.diff(value)) + 1).tolist()
+        assert changes == [t for t in (8, 16, 24, 32) if t < len(value)]
+        assert (np.abs(value) <= 1.0).all()
+    right = [value[-1] for value, rollout in zip(values, new, strict=True) if rollout.correct]
+    wrong = [value[-1] for value, one in zip(values, new, strict=True) if one.correct is False]
+    assert np.mean(right) > np.mean(wrong) + 0.5
+
+
 def test_history_tells_of_a_prompt_what_its_rollouts_showed() -> None:
     history = History()
     assert history.log_odds("new") == 0.0

@@ -476,3 +476,18 @@ def test_the_numpy_step_exercises_what_it_tests() -> None:
     assert 0 < (step.columns["importance"] == 1.2).sum() < 8
     moved = np.abs(step.states @ step.critic - step.columns["old_values"])
     assert 0 < (moved > 0.2).sum() < 8
+
+
+def test_a_baseline_stands_in_the_place_of_a_critic() -> None:
+    rng = np.random.default_rng(3)
+    made_up = [made(kept, -1.0, 0, rng, critic=False) for kept in (4, 6)]
+    samples, before = map(list, zip(*made_up, strict=True))
+    fallen = torch.tensor([0.8, 0.8, -0.9, -0.9])
+    samples[0].columns["baseline"] = fallen
+    samples[1].columns["baseline"] = torch.zeros(6)
+    prepare(samples, before, Ppo(lam=0.0, whiten=False, baseline="probe"))
+    # λ = 0: each token's own TD error; the failure is where V fell.
+    advantages = samples[0].columns["advantages"].tolist()
+    assert advantages == pytest.approx([0.0, -1.7, 0.0, -0.1], abs=1e-6)
+    assert samples[1].columns["advantages"].tolist() == [0.0] * 5 + [-1.0]
+    assert "returns" not in samples[0].columns
