@@ -21,9 +21,13 @@ class Critic(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Values of the state after each token, [batch, time] -> [batch, time]."""
+        return self.classifier.score(self.states(tokens)).squeeze(-1).float()
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """What the head reads, [batch, time] -> [batch, time, hidden]."""
         body = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.classifier.score(hidden).squeeze(-1).float()
+        hidden: Tensor = body(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden
 
 
 def load_classifier(path: str, *, fresh: bool, dtype: torch.dtype) -> Any:

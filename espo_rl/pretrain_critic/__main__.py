@@ -5,6 +5,8 @@ something.
     python -m espo_rl.pretrain_critic runs/recorded --model runs/base-mixed --output runs/critic
     python -m espo_rl.run arithmetic-mixed model.critic=runs/critic stopping.value=critic ...
 
+With --head-only the model, mostly the policy itself, stays as it is, and only V's head is fitted.
+
 The rollouts must be full ones, of one policy that stood still. A share of the problems is held out;
 on these the critic is measured. What is written is the checkpoint that `model.critic` and the
 critic server load, with report.json beside it. V is in the unit of the recipe's rewards.
@@ -52,6 +54,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="write the held-out rollouts with V after each token, for a replay",
     )
+    add(
+        "--head-only",
+        action="store_true",
+        help="fit a linear head on the model's frozen states, by least squares: one pass over the "
+        "rollouts",
+    )
+    add(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="with --head-only: of the model's first N layers (about three quarters tell most)",
+    )
     add("--learning-rate", type=float, default=defaults.learning_rate, help="(%(default)s)")
     add("--epochs", type=int, default=defaults.epochs, help="at most (%(default)s)")
     add(
@@ -70,6 +84,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--right-reward and --wrong-reward must be finite numbers")
     if not 0 <= options.seed < 2**63:
         parser.error("--seed must lie in 0 to 2^63 - 1")
+    if options.layers is not None and not options.head_only:
+        parser.error("--layers needs --head-only: the layers left were trained for those cut off")
+    if options.layers is not None and options.layers < 1:
+        parser.error("--layers must be at least 1")
     if not options.wrong_reward < options.right_reward:
         parser.error("--wrong-reward must be below --right-reward")
     for name in ("learning_rate", "epochs", "patience"):

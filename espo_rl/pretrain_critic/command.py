@@ -27,6 +27,7 @@ from espo_rl.pretrain_critic.fit import (
     usable,
     values_of,
 )
+from espo_rl.pretrain_critic.head import fit_head, keep_layers
 from espo_rl.pretrain_critic.quality import Quality, qualities
 from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.record.output import check_empty
@@ -99,6 +100,8 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     recorded = {file: read_rollouts(file)[0] for file in files}
     parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
     critic = load_critic(options.model, seed=options.seed)
+    if options.layers is not None:
+        keep_layers(critic, options.layers)
     tokenizer = load_tokenizer(options.model)
 
     with progress_bar(console=console) as bar:
@@ -110,12 +113,20 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
             bar.update(line, advance=1, description=f"fitting the critic, {losses}")
             console.print(f"epoch {next(epoch)}: {losses}", highlight=False)
 
-        helped = fit_critic(critic, parts, settings, on_epoch=show)
+        if options.head_only:
+            read = len(parts.training) + len(parts.validation)
+            bar.update(line, total=read, description="reading rollouts")
+            fit_head(critic, parts, settings, on_rollouts=lambda some: bar.advance(line, some))
+            helped = 1
+        else:
+            helped = fit_critic(critic, parts, settings, on_epoch=show)
 
     found = _measured(critic, parts.held_out, settings)
     about = {
         "model": options.model,
         "settings": asdict(settings),
+        "head_only": options.head_only,
+        "layers": options.layers,
         "epochs": helped,
         "rollouts": {name: len(part) for name, part in vars(parts).items()},
         "accuracy": sum(bool(one.correct) for one in parts.held_out) / len(parts.held_out),
@@ -126,7 +137,12 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
         held_out = {one.problem.id for one in parts.held_out}
         _write_values(options.values, recorded, held_out, critic, settings)
     console.print(_table(f"V on {len(parts.held_out)} held-out rollouts", found))
-    console.print(f"critic: {output}, after {helped} of at most {settings.epochs} epochs")
+    how = (
+        "its head alone"
+        if options.head_only
+        else f"after {helped} of at most {settings.epochs} epochs"
+    )
+    console.print(f"critic: {output}, {how}")
 
 
 def _measured(

@@ -97,7 +97,9 @@ def fit_critic(
     """
     critic.eval()  # as in the trainer: no dropout
     rng = np.random.default_rng(settings.seed)
-    training, validation = (_samples(part, settings) for part in (parts.training, parts.validation))
+    training, validation = (
+        samples_of(part, settings) for part in (parts.training, parts.validation)
+    )
     optimizer = torch.optim.AdamW(critic.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     best, loss_then, helped = _state(critic), _mean_loss(critic, validation, settings), 0
     for epoch in range(1, settings.epochs + 1):
@@ -106,7 +108,7 @@ def fit_critic(
         for chosen in np.array_split(rng.permutation(len(training)), parts_of_epoch):
             rows = [training[i] for i in chosen]
             tokens = sum(sample.kept for sample in rows)
-            for batch in _batches(critic, rows, settings):
+            for batch in batches(critic, rows, settings):
                 loss = _losses(critic, batch).sum()
                 (loss / tokens).backward()
                 sums += float(loss.detach()), 0
@@ -130,7 +132,7 @@ def values_of(critic: Critic, rollouts: Sequence[Rollout], settings: Settings) -
     critic.eval()
     samples = [Sample.of(rollout) for rollout in rollouts]
     values: dict[int, Array] = {}
-    for batch in _batches(critic, samples, settings):
+    for batch in batches(critic, samples, settings):
         answers = critic(batch.tokens).cpu().double().numpy()
         for row, index in enumerate(batch.indices):
             sample = samples[index]
@@ -138,7 +140,8 @@ def values_of(critic: Critic, rollouts: Sequence[Rollout], settings: Settings) -
     return [values[index] for index in range(len(samples))]
 
 
-def _samples(rollouts: Sequence[Rollout], settings: Settings) -> list[Sample]:
+def samples_of(rollouts: Sequence[Rollout], settings: Settings) -> list[Sample]:
+    """With the column `returns`: what each answer is worth, at every token."""
     samples = [Sample.of(rollout) for rollout in rollouts]
     for sample, rollout in zip(samples, rollouts, strict=True):
         worth = settings.right if rollout.correct else settings.wrong
@@ -146,7 +149,8 @@ def _samples(rollouts: Sequence[Rollout], settings: Settings) -> list[Sample]:
     return samples
 
 
-def _batches(critic: Critic, samples: Sequence[Sample], settings: Settings) -> Iterator[MicroBatch]:
+def batches(critic: Critic, samples: Sequence[Sample], settings: Settings) -> Iterator[MicroBatch]:
+    """The samples for the critic's passes, where it is."""
     device = next(critic.parameters()).device
     return micro_batches(samples, settings.micro_batch_tokens, rank=0, ranks=1, device=device)
 
@@ -158,9 +162,7 @@ def _losses(critic: Critic, batch: MicroBatch) -> Tensor:
 
 @torch.no_grad()
 def _mean_loss(critic: Critic, samples: Sequence[Sample], settings: Settings) -> float:
-    total = sum(
-        float(_losses(critic, batch).sum()) for batch in _batches(critic, samples, settings)
-    )
+    total = sum(float(_losses(critic, batch).sum()) for batch in batches(critic, samples, settings))
     return total / sum(sample.kept for sample in samples)
 
 

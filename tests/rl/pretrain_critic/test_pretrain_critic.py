@@ -18,6 +18,7 @@ from espo_rl.ppo.critic import Critic
 from espo_rl.pretrain_critic import command as pretrain_critic
 from espo_rl.pretrain_critic.__main__ import main, parse
 from espo_rl.pretrain_critic.fit import PretrainError, split, usable, values_of
+from espo_rl.pretrain_critic.head import fit_head, keep_layers
 from espo_rl.pretrain_critic.quality import auc, qualities
 from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.record.rollout_files import RolloutFiles, read_rollouts
@@ -226,3 +227,64 @@ def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixtu
         parse(["x", "--model", "m", "--output", "o", argument])
     assert stopped.value.code == 2
     assert argument.partition("=")[0] in capsys.readouterr().err
+
+
+# -- the head alone --------------------------------------------------------------------------------
+
+
+def test_a_head_is_what_least_squares_say(base: Path) -> None:
+    critic = pretrain_critic.load_critic(str(base), seed=0)
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    parts = split(usable(make_rollouts(300)), 0.2)
+    read: list[int] = []
+    loss = fit_head(critic, parts, Settings(), on_rollouts=read.append)
+    assert sum(read) == len(parts.training) + len(parts.validation)
+    changed = {name for name, value in critic.state_dict().items() if (value != before[name]).any()}
+    assert changed == {"classifier.score.weight"}
+
+    values = values_of(critic, parts.validation, Settings())
+    errors = np.concatenate(
+        [
+            value[:-1] - (RIGHT if rollout.correct else WRONG)
+            for value, rollout in zip(values, parts.validation, strict=True)
+        ]
+    )
+    assert loss == pytest.approx(0.5 * float(np.mean(errors**2)), rel=1e-4)
+    # The states are those of a random policy, and yet tell something of what was read.
+    outcomes = [bool(rollout.correct) for rollout in parts.held_out]
+    held_out = [rows[:-1] for rows in values_of(critic, parts.held_out, Settings())]
+    assert qualities(held_out, outcomes, right=RIGHT, wrong=WRONG)["end"].auc > 0.6
+
+
+def test_a_trunk_of_fewer_layers_is_its_first_ones(base: Path, tmp_path: Path) -> None:
+    critic = pretrain_critic.load_critic(str(base), seed=0)
+    tokens = torch.tensor([[4, 5, 6, 7]])
+    body = critic.classifier.model
+    with torch.no_grad():
+        whole = body(input_ids=tokens, output_hidden_states=True).hidden_states
+        keep_layers(critic, 1)
+        torch.testing.assert_close(critic.states(tokens), body.norm(whole[1]))
+    critic.classifier.save_pretrained(tmp_path)
+    loaded = pretrain_critic.load_critic(str(tmp_path), seed=0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.states(tokens), critic.states(tokens))
+    for layers in (2, 9):
+        with pytest.raises(PretrainError, match=f"--layers {layers}: the model has 1"):
+            keep_layers(critic, layers)
+
+
+def test_a_head_is_written_as_a_critic(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = record(tmp_path / "run", make_rollouts(120)), tmp_path / "critic"
+    options = ["--head-only", "--layers", "1"]
+    assert command(monkeypatch, run, "--model", base, "--output", out, *options) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert (report["head_only"], report["layers"]) == (True, 1)
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_fewer_layers_are_for_a_head_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["runs", "--model", "m", "--output", "o", "--layers", "3"])
+    assert "--head-only" in capsys.readouterr().err
