@@ -29,6 +29,16 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Tag = Annotated[str, Field(min_length=1)]
+Between = Annotated[float, Field(ge=1e-6, le=1 - 1e-6)]  # a share that is neither 0 nor 1
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Some = Annotated[int, Field(ge=1, le=65_536)]  # what is asked, or started, at once
+Processes = Annotated[int, Field(ge=1, le=1024)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+#: vLLM takes no higher one, and in silence makes 0.01 of what is lower
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
+Temperature = Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)]
+Steps = Annotated[int, Field(ge=1, le=26)]  # of an arithmetic problem: it names them by letters
 
 #: what the chat template is always called with
 CHAT_TEMPLATE_OWN = {
@@ -40,16 +50,6 @@ CHAT_TEMPLATE_OWN = {
     "return_tensors",
     "continue_final_message",
 }
-Between = Annotated[float, Field(ge=1e-6, le=1 - 1e-6)]  # a share that is neither 0 nor 1
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Some = Annotated[int, Field(ge=1, le=65_536)]  # what is asked, or started, at once
-Processes = Annotated[int, Field(ge=1, le=1024)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-#: vLLM takes no higher one, and in silence makes 0.01 of what is lower
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
-Temperature = Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)]
-Steps = Annotated[int, Field(ge=1, le=26)]  # of an arithmetic problem: it names them by letters
 
 RECIPES = Path(__file__).parent / "recipes"
 
