@@ -3,13 +3,15 @@
     python scripts/simulate_bound.py
 
 Rollouts are simulated: right ones and wrong ones have normal levels, as far apart as the rule's AUC
-says. A step has 128 of them, 10 % of the stopped ones are audited, 200 steps are played with each
-of eight seeds, and the threshold is `AuditThreshold`'s with the trainer's defaults. Prints a
-Markdown table.
+says. A step has 8 of each of 16 prompts, which are solved more or less often (beta distributed);
+200 steps are played with each of eight seeds, and the threshold is `AuditThreshold`'s with the
+trainer's defaults. Audited is one rollout of each prompt, or each with a chance of 10 %: then a
+prompt whose rollouts were right may be left without any that is finished. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass
 
@@ -18,8 +20,11 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from espo_gateway.stop.threshold_control import AuditThreshold, Bound, Outcomes
+from espo_rl.gate.audits import Audits
 
-ROLLOUTS, STEPS, AUDIT_SHARE, SEEDS = 128, 200, 0.1, 8
+PROMPTS, N, STEPS, AUDIT_SHARE, SEEDS = 16, 8, 200, 0.1, 8
+#: Of the beta distribution; the lower, the more prompts are solved always or never.
+SPREAD = 2.0
 ACCURACIES = (0.02, 0.05, 0.12, 0.3, 0.5)
 AREAS = (0.7, 0.85, 0.95)
 
@@ -27,31 +32,41 @@ AREAS = (0.7, 0.85, 0.95)
 @dataclass(frozen=True)
 class Played:
     """Shares over a run: of the right rollouts those lost, of the wrong ones those stopped, of the
-    steps those with a gate."""
+    steps those with a gate, of the prompts with a right rollout those without a finished one."""
 
     lost: float
     caught: float
     gated: float
+    bare: float
 
 
-def play(bound: Bound, accuracy: float, area: float, *, seed: int, steps: int = STEPS) -> Played:
+def play(
+    bound: Bound, accuracy: float, area: float, audits: Audits, *, seed: int, steps: int = STEPS
+) -> Played:
     """One simulated run."""
-    rng = np.random.default_rng(seed)
+    rng, chance = np.random.default_rng(seed), random.Random(seed)
+    shape = PROMPTS, N
+    bare = promising = 0
     controller = AuditThreshold(bound, window=20, low=-20.0, high=20.0)
     lost = right_ones = caught = wrong_ones = gated = 0
     for _ in range(steps):
-        right = rng.random(ROLLOUTS) < accuracy
+        solved = rng.beta(SPREAD * accuracy, SPREAD * (1.0 - accuracy), (PROMPTS, 1))
+        right = (rng.random(shape) < solved).ravel()
+        drawn = np.array(audits.draw(PROMPTS * N, chance))
         levels = rng.normal(np.sqrt(2.0) * ndtri(area) * right).astype(np.float32)
         level = controller.level
         stopped = levels < (-np.inf if level is None else level)
-        audited = stopped & (rng.random(ROLLOUTS) < AUDIT_SHARE)
+        audited = stopped & drawn
         known = ~stopped | audited
         outcomes = Outcomes(
             levels[known],
             right[known],
-            np.where(audited, 1.0 / AUDIT_SHARE, 1.0)[known].astype(np.float32),
-            AUDIT_SHARE if stopped.any() else 1.0,
+            np.where(audited, 1.0 / audits.share, 1.0)[known].astype(np.float32),
+            audits.share if stopped.any() else 1.0,
         )
+        hopeful = right.reshape(shape).any(axis=1)
+        promising += _count(hopeful)
+        bare += _count(hopeful & ~known.reshape(shape).any(axis=1))
         lost += _count(stopped & right)
         caught += _count(stopped & ~right)
         right_ones += _count(right)
@@ -63,29 +78,34 @@ def play(bound: Bound, accuracy: float, area: float, *, seed: int, steps: int = 
             ready=True,
             audits=(_count(audited), _count(audited & right)),
         )
-    return Played(lost / max(right_ones, 1), caught / wrong_ones, gated / steps)
+    shares = lost / max(right_ones, 1), caught / wrong_ones, gated / steps
+    return Played(*shares, bare / max(promising, 1))
 
 
 def _count(of: NDArray[np.bool_]) -> int:
     return int(of.sum())
 
 
-def mean(bound: Bound, accuracy: float, area: float) -> Played:
+def mean(bound: Bound, accuracy: float, area: float, audits: Audits) -> Played:
     """Over all seeds."""
-    played = [play(bound, accuracy, area, seed=seed) for seed in range(SEEDS)]
-    return Played(*np.mean([(one.lost, one.caught, one.gated) for one in played], axis=0))
+    played = [play(bound, accuracy, area, audits, seed=seed) for seed in range(SEEDS)]
+    return Played(*np.mean([tuple(vars(one).values()) for one in played], axis=0))
 
 
 def main() -> int:
-    print("| right | AUC | right lost | wrong caught | steps gated | | right lost | wrong caught |")
-    print("|---|---|---|---|---|---|---|---|")
+    each, by_chance = Audits.of(AUDIT_SHARE, N), Audits(AUDIT_SHARE)
+    heads = ["right", "AUC", "right lost", "wrong caught", "steps gated", ""]
+    heads += ["right lost", "wrong caught", "prompts without a finished one"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for accuracy in ACCURACIES:
         for area in AREAS:
-            ours = mean(Bound("right-lost"), accuracy, area)
-            theirs = mean(Bound("false-positives"), accuracy, area)
+            ours = mean(Bound("right-lost"), accuracy, area, each)
+            assert not ours.bare
+            theirs = mean(Bound("false-positives"), accuracy, area, by_chance)
             print(
                 f"| {accuracy:.0%} | {area} | {ours.lost:.1%} | {ours.caught:.0%} | "
-                f"{ours.gated:.0%} | | {theirs.lost:.0%} | {theirs.caught:.0%} |",
+                f"{ours.gated:.0%} | | {theirs.lost:.0%} | {theirs.caught:.0%} | "
+                f"{theirs.bare:.1%} |",
                 flush=True,
             )
     return 0

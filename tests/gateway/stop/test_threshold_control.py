@@ -25,7 +25,8 @@ from espo_gateway.stop.threshold_control import (
     ShareThreshold,
     upper_bound,
 )
-from simulate_bound import play
+from espo_rl.gate.audits import Audits
+from simulate_bound import N, play
 
 LOW, HIGH = threshold_of("value-only").level(1e-6), 0.0
 
@@ -312,11 +313,15 @@ def test_one_right_one_lost_of_a_handful_is_no_rehearsal_that_failed() -> None:
 @pytest.mark.parametrize("area", [0.7, 0.95])
 def test_however_few_are_right_few_of_them_are_lost(accuracy: float, area: float) -> None:
     """What a bound on false positives gives away: with 2 % right nearly all of them."""
-    played = [play(Bound(), accuracy, area, seed=seed) for seed in range(3)]
+    audits = Audits.of(0.1, N)
+    played = [play(Bound(), accuracy, area, audits, seed=seed) for seed in range(3)]
+    assert not any(one.bare for one in played)
     assert np.mean([one.lost for one in played]) < 0.05
     assert np.mean([one.caught for one in played]) > 0.01
     if accuracy == 0.02:
-        assert play(Bound("false-positives"), accuracy, area, seed=0).lost > 0.5
+        careless = play(Bound("false-positives"), accuracy, area, Audits(0.1), seed=0)
+        assert careless.lost > 0.5
+        assert careless.bare > 0.0
 
 
 # -- simulations -----------------------------------------------------------------------------------
