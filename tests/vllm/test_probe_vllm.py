@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Schedule
 from tests.helpers.gateway import COMPLETIONS, gateway_for, post
-from tests.helpers.vllm import VllmServer, body_for
+from tests.helpers.models import random_model
+from tests.helpers.vllm import BASE_SEED, VllmServer, body_for, publish
 
 pytestmark = pytest.mark.vllm
 
@@ -31,7 +32,9 @@ async def test_it_is_the_models_likelihood_up_to_where_it_says_another_thing(
     vllm_server: VllmServer,
 ) -> None:
     gate = gate_to_json(Gate(schedule=Schedule(every=5, growth=0.0)))
-    model = AutoModelForCausalLM.from_pretrained(vllm_server.path, dtype=torch.float32)
+    # Other tests leave weights of their own.
+    model = random_model(BASE_SEED)
+    await publish(vllm_server, model, version="base")
     said: Any = model.generate(
         torch.tensor([[*PROMPT, *PHRASE]]), max_new_tokens=2, do_sample=False, min_new_tokens=2
     )
