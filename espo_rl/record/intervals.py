@@ -36,7 +36,7 @@ class Share:
         if not self.trials:
             return "unknown (none observed)"
         low, high = self.interval
-        return f"{self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {self.trials})"
+        return f"{self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {round(self.trials, 1):.10g})"
 
 
 @dataclass(frozen=True)

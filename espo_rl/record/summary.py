@@ -167,7 +167,7 @@ class Summary:
         if stopping.rule != "none":
             rule = (
                 f"{stopping.rule}, threshold by {stopping.threshold}, "
-                f"{self._audits.share:.0%} audited"
+                f"{100 * self._audits.share:g}% audited"
             )
         explained = "unknown"
         if self._explained:
