@@ -64,9 +64,9 @@ def play(
             np.where(audited, 1.0 / audits.share, 1.0)[known].astype(np.float32),
             audits.share if stopped.any() else 1.0,
         )
-        hopeful = right.reshape(shape).any(axis=1)
+        hopeful, finished = (np.any(of.reshape(shape), axis=1) for of in (right, known))
         promising += _count(hopeful)
-        bare += _count(hopeful & ~known.reshape(shape).any(axis=1))
+        bare += _count(hopeful & ~finished)
         lost += _count(stopped & right)
         caught += _count(stopped & ~right)
         right_ones += _count(right)
@@ -83,7 +83,7 @@ def play(
 
 
 def _count(of: NDArray[np.bool_]) -> int:
-    return int(of.sum())
+    return int(np.sum(of))
 
 
 def mean(bound: Bound, accuracy: float, area: float, audits: Audits) -> Played:

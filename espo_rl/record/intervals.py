@@ -36,7 +36,8 @@ class Share:
         if not self.trials:
             return "unknown (none observed)"
         low, high = self.interval
-        return f"{self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {round(self.trials, 1):.10g})"
+        trials = f"{round(self.trials, 1):.10g}"
+        return f"{self.value:.1%} (95 % interval {low:.1%} to {high:.1%}, n = {trials})"
 
 
 @dataclass(frozen=True)
