@@ -449,7 +449,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=13.0,
         metavar="TOKENS",
         help="what a question to an answer probe costs, in sampled tokens, taken off what is saved "
-        "(default: %(default)s, a 0.5B model on two CPU cores)",
+        "(default: %(default)s, an estimate for two CPU cores)",
     )
     add_bound(parser)
     add("--folds", type=int, help="of the cross-fitting (default: 5)")
