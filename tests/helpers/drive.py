@@ -41,9 +41,9 @@ def halting_put(self: Batch, rollout: Any) -> None:
         halt()
 
 
-def halting_update(self: PpoTrainer, rollouts: Any) -> Any:
+def halting_update(self: PpoTrainer, *given: Any) -> Any:
     global updates
-    metrics = update(self, rollouts)
+    metrics = update(self, *given)
     updates += 1
     if updates == step:
         halt()
