@@ -163,9 +163,9 @@ class Loop:
             )
         )
         self.prompter = Prompter.of(self.tokenizer, recipe.task)
-        stopping, phrase = recipe.stopping, None
-        if "probe" in stopping.sources:
-            phrase = ProbePhrase(self.tokenizer, stopping.probe_phrase, stopping.probe_end)
+        phrase = None
+        if "probe" in recipe.stopping.sources:
+            phrase = ProbePhrase.of(self.tokenizer, recipe.stopping)
         self.collector = await enter(
             Collector(
                 self.fleet.gateway_url,

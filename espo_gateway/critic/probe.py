@@ -23,9 +23,9 @@ from espo_gateway.critic.metrics import ProbeMetrics
 from espo_gateway.critic.server import FailureLog
 from espo_gateway.errors import EXCERPT, UpstreamError, UpstreamProtocolError
 from espo_gateway.stop.told import Probe
+from espo_gateway.stream.request import COMPLETIONS
 from espo_gateway.upstream.pool import UpstreamPool
 
-PATH = "/v1/completions"
 #: Tokens of the answer that are asked for at most.
 LONGEST = 8
 #: Log-likelihoods are not told below this: beyond it an answer is as good as impossible.
@@ -76,43 +76,46 @@ class AnswerProbe:
         model: object,
         prefix: Sequence[int],
         *,
-        headers: Mapping[str, str],
+        headers: Mapping[str, str] | None = None,
         key: bytes | None = None,
     ) -> Probed:
         """What it says after a prefix, prompt included.
 
         Args:
-            headers: of the request, such as a key.
+            headers: of the request beside its content's type, such as a key.
             key: goes to the server that other requests of this key go to.
 
         Raises:
             UpstreamError: the server gave no answer.
         """
         data = msgspec.json.encode(probe_body(probe, model, prefix))
+        headers = {**(headers or {}), "Content-Type": "application/json"}
+        sent: dict[str, Any] = {"headers": headers, "data": data, "key": key, "model": model}
         try:
             with self._metrics.question():
-                try:
-                    async with (
-                        asyncio.timeout(self._timeout),
-                        self._pool.open(
-                            "POST", PATH, headers=headers, data=data, key=key, model=model
-                        ) as reply,
-                    ):
-                        body = await reply.body()
-                        if reply.status != 200:
-                            raise UpstreamProtocolError(
-                                f"HTTP {reply.status}: {body[:EXCERPT].decode(errors='replace')}"
-                            )
-                        probed = read_probe(probe, msgspec.json.decode(body))
-                except TimeoutError as error:
-                    raise UpstreamError(f"no answer within {self._timeout:g} s") from error
-                except ValueError as error:  # msgspec's too
-                    raise UpstreamProtocolError(str(error)) from error
+                probed = await self._answer(probe, sent)
         except UpstreamError as error:
             self._failures.tell(error.message)
             raise
         self._metrics.tokens.inc(probed.tokens)
         return probed
+
+    async def _answer(self, probe: Probe, sent: Mapping[str, Any]) -> Probed:
+        """Of one request; whatever is wrong with it is an UpstreamError."""
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._pool.open("POST", COMPLETIONS, **sent) as reply,
+            ):
+                body = await reply.body()
+                if reply.status == 200:
+                    return read_probe(probe, msgspec.json.decode(body))
+                problem = f"HTTP {reply.status}: {body[:EXCERPT].decode(errors='replace')}"
+        except TimeoutError as error:
+            raise UpstreamError(f"no answer within {self._timeout:g} s") from error
+        except ValueError as error:  # msgspec's too
+            raise UpstreamProtocolError(str(error)) from error
+        raise UpstreamProtocolError(problem)
 
 
 def probe_body(probe: Probe, model: object, prefix: Sequence[int]) -> dict[str, Any]:

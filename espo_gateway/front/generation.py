@@ -17,10 +17,9 @@ from espo_gateway.front.events import EventStream, event
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.front.headers import forwarded_headers, generation_headers
 from espo_gateway.front.passthrough import pass_marked
-from espo_gateway.front.paths import TOKENS
 from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
-from espo_gateway.stream.request import Body, Plan, Single, choices_of, plan
+from espo_gateway.stream.request import CHAT, TOKENS, Body, Plan, Single, choices_of, plan
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
 from espo_gateway.telemetry.logs import current
@@ -35,7 +34,7 @@ async def generate(gateway: Gateway, request: web.Request, path: str) -> web.Str
     if path == TOKENS:
         planned = plan_tokens(body, max_choices=most)
     else:
-        planned = plan(body, chat=path.endswith("/chat/completions"), max_choices=most)
+        planned = plan(body, chat=path == CHAT, max_choices=most)
     unmonitored = planned.unmonitored is not None and planned.control.mode != "off"
     if unmonitored and gateway.policy.refuse:
         raise InvalidRequest(

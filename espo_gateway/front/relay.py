@@ -18,10 +18,9 @@ from espo_gateway.errors import (
     UpstreamStatusError,
 )
 from espo_gateway.front.events import EventStream
-from espo_gateway.front.paths import TOKENS
 from espo_gateway.stop.told import SourceName
 from espo_gateway.stream.chunks import decode_chunk
-from espo_gateway.stream.request import Body, Single, upstream_body
+from espo_gateway.stream.request import CHAT, TOKENS, Body, Single, upstream_body
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import BOM, SSEParser
 from espo_gateway.stream.templates import Output
@@ -34,7 +33,7 @@ _encode = msgspec.json.Encoder().encode
 #: What tells the choices of one prompt apart.
 _OWN = ("seed", "request_id", "sampling_params")
 #: Of a client's request, those that a question about it needs.
-_OWN_HEADERS = frozenset({"authorization", "content-type", "accept-encoding", "x-session-id"})
+_OWN_HEADERS = frozenset({"authorization", "accept-encoding", "x-session-id"})
 
 
 class OutputSink(Protocol):
@@ -97,7 +96,7 @@ async def follow(
     else:
         body = upstream_body(
             single,
-            chat=path.endswith("/chat/completions"),
+            chat=path == CHAT,
             token_ids=session.wants_ids,
             alternatives=alternatives,
         )

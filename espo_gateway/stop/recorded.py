@@ -113,19 +113,20 @@ class Recorded:
         """
         if not sources:
             return None
-        shape = self.logprobs.shape
-        answers: dict[SourceName, Array] = {
-            "history": np.full((*shape, 1), np.nan),
-            "critic": np.full((*shape, 1), np.nan),
-            "probe": np.full((*shape, PROBED), np.nan),
+        answers: dict[SourceName, Array | None] = {
+            "history": None if self.history is None else self.history[:, None, None],
+            "critic": None if self.critic is None else self.critic[..., None],
+            "probe": self.probes,
         }
-        if self.history is not None:
-            answers["history"][:] = self.history[:, None, None]
-        if self.critic is not None:
-            answers["critic"][..., 0] = self.critic
-        if self.probes is not None:
-            answers["probe"] = self.probes
-        return told_arrays(sources, answers)
+        whole: dict[SourceName, Array] = {}
+        for source in sources:
+            answer = answers[source]
+            numbers = PROBED if source == "probe" else 1
+            unknown = np.full((1, 1, numbers), np.nan)
+            whole[source] = np.broadcast_to(
+                unknown if answer is None else answer, (*self.logprobs.shape, numbers)
+            )
+        return told_arrays(sources, whole)
 
     def feature_blocks(self) -> Iterator[tuple[slice, Array]]:
         """`features` in parts that need little memory; see `estimate.feature_blocks`."""

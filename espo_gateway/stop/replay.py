@@ -189,7 +189,7 @@ def gate_logits(gate: Gate, recorded: Recorded) -> Array:
     """
     assert gate.estimator is not None
     logits = estimated(gate.estimator, recorded)
-    if gate.free is None or not gate.asks_estimate:
+    if gate.free is None or not gate.estimator.asks:
         return logits
     free = estimated(gate.free, recorded)
     return np.where(probabilities(free) < gate.schedule.below, logits, free)

@@ -115,6 +115,19 @@ class Schedule:
         return np.array(found, dtype=np.int64)
 
 
+#: Of the states that would be stopped, the share that lies below where sources are asked.
+KEPT = 0.95
+
+
+def asked_below(free: Array, stopped: NDArray[np.bool_]) -> float:
+    """`Schedule.below`, so that of what an estimate that asks would stop `KEPT` is asked about.
+
+    Args:
+        free: V by the estimate that asks nobody, of any shape. stopped: of the same.
+    """
+    return max(float(np.quantile(free[stopped], KEPT)), 1e-6)
+
+
 @dataclass(frozen=True)
 class Probe:
     """What an answer probe says after a stream's tokens, and what it then listens for; token ids.

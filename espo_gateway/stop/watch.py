@@ -36,6 +36,7 @@ class Watch:
     """One stream under a gate. After a stop, further tokens are counted and change nothing."""
 
     __slots__ = (
+        "_alone",
         "_asks_estimate",
         "_clip",
         "_deviations",
@@ -52,6 +53,7 @@ class Watch:
         "_source",
         "_statistics",
         "_threshold",
+        "_told",
         "_track",
         "_unsettled",
         "cut",
@@ -108,6 +110,9 @@ class Watch:
         self._track = rule.track(gate)
         self._history: Answers = {} if history is None else {"history": (history,)}
         self._asks_estimate = gate.asks_estimate
+        #: the estimate that asks nobody, and what it is told, which is known from the start
+        self._alone = gate.free if self._asks_estimate else gate.estimator
+        self._told = told_features(self._alone.sources, self._history, 0) if self._alone else []
         #: the next token of the schedule
         self._due = gate.schedule.after(0) if asks and decides else 0
         self._follows = bool(self._statistics or self._track or self._due)
@@ -200,8 +205,10 @@ class Watch:
         if self._asks_estimate:
             if not due:
                 return _GO
-            if (free := self._free_value()) is not None and not free < self.gate.schedule.below:
-                return self._compare(token, z, free, free)
+            if self._alone is not None:
+                free = self._alone_value()
+                if not free < self.gate.schedule.below:
+                    return self._compare(token, z, free, free)
             assert self._statistics is not None
             self._unsettled[token] = z, self._statistics.features()
             return Verdict.ASK
@@ -213,14 +220,6 @@ class Watch:
             return _GO
         self._unsettled[token] = z, ()
         return Verdict.ASK
-
-    def _free_value(self) -> float | None:
-        """V by what costs nothing; None: there is no such estimate."""
-        free = self.gate.free
-        if free is None or self._statistics is None:
-            return None
-        told = told_features(free.sources, self._history, self.tokens)
-        return sigmoid(free.logit(self._statistics.features(), told))
 
     def estimated(self, token: int, answers: Answers) -> float | None:
         """V at a token that was asked about, of what the sources have answered; None: unknown."""
@@ -283,7 +282,10 @@ class Watch:
     def _known_value(self) -> float:
         if self._source == "constant":
             return self.gate.constant
+        return self._alone_value()
+
+    def _alone_value(self) -> float:
+        """V by what costs nothing."""
         assert self._statistics is not None
-        assert self.gate.estimator is not None
-        told = told_features(self.gate.estimator.sources, self._history, self.tokens)
-        return sigmoid(self.gate.estimator.logit(self._statistics.features(), told))
+        assert self._alone is not None
+        return sigmoid(self._alone.logit(self._statistics.features(), self._told))

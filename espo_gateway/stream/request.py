@@ -14,6 +14,9 @@ from espo_gateway.stop.gate_json import Control, control_from_json
 
 Body = dict[str, Any]
 
+#: The routes that a monitor can follow: OpenAI's two, and vLLM's for trainers (`tokens.py`).
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TOKENS = "/inference/v1/generate"
 _BOOL: TypeAdapter[Any] = TypeAdapter(bool)
 _INT: TypeAdapter[Any] = TypeAdapter(int)
 _TRUTHS = frozenset({"true", "false", "1", "0"})
@@ -75,8 +78,8 @@ class Plan:
     @property
     def path(self) -> str:
         if self.tokens:
-            return "/inference/v1/generate"
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
+            return TOKENS
+        return CHAT if self.chat else COMPLETIONS
 
 
 def plan(body: object, *, chat: bool, max_choices: int = MAX_CHOICES) -> Plan:

@@ -30,13 +30,13 @@ from espo_gateway.stop.fit import Examples, examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, RegretStatistics
 from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.told import ASKED, Schedule, SourceName
+from espo_gateway.stop.told import ASKED, Schedule, SourceName, asked_below
 from espo_gateway.traces.reader import Traces
 
 #: Traces that an estimator is fitted on at most.
 MAX_FITTED = 20_000
-#: See `asked_below`.
-KEPT, LOST = 0.95, 0.05
+#: Of the states of right traces: what a threshold loses for which it is asked.
+LOST = 0.05
 #: Stands in a gate whose estimator is still to be fitted.
 UNFITTED = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
 
@@ -177,26 +177,20 @@ def learn(
         free=frees[0],
         schedule=Schedule(
             every=-(-max(every, 1) // first) * first,
-            below=asked_below(whole, frees[0], parts),
+            below=_below(whole, frees[0], parts),
         ),
     )
     return CrossFit(asking, own, free)
 
 
-def asked_below(
-    estimator: SuccessEstimator, free: SuccessEstimator, parts: Sequence[Examples]
-) -> float:
-    """Below which free estimate it is worth asking: there lie `KEPT` of the states that an estimate
-    which asks would stop, were it to lose `LOST` of the states of right traces."""
+def _below(estimator: SuccessEstimator, free: SuccessEstimator, parts: Sequence[Examples]) -> float:
+    """Where to ask, were the estimate that asks to lose `LOST` of the states of right traces."""
     features = np.concatenate([part.features for part in parts]).astype(np.float64)
     right = np.concatenate([part.outcomes for part in parts])
-    asked = np.isfinite(features).all(axis=1)
-    features, right = features[asked], right[asked]
-    whole = estimator.logits(features[:, : len(FEATURES)], features[:, len(FEATURES) :])
-    told = features[:, len(FEATURES) : len(free.weights)]
-    alone = rough_probabilities(free.logits(features[:, : len(FEATURES)], told))
-    stopped = whole <= np.quantile(whole[right], LOST)
-    return max(float(np.quantile(alone[stopped], KEPT)), 1e-6)
+    stream, told = features[:, : len(FEATURES)], features[:, len(FEATURES) :]
+    whole = estimator.logits(stream, told)
+    alone = free.logits(stream, told[:, : len(free.weights) - len(FEATURES)])
+    return asked_below(rough_probabilities(alone), whole <= np.quantile(whole[right], LOST))
 
 
 def check_spared(cut: int, spared: int, traces: int) -> None:

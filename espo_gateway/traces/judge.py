@@ -216,6 +216,8 @@ def _judgements(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> dict
 def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[str, Judgement]:
     recorded = traces.recorded
     unseen, final = learnt.logits(traces)
+    asks = learnt.gate.asks_estimate
+    questions = np.cumsum(learnt.asked(traces), axis=1) if asks else None
     found = {}
     for name, gate in made.items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
@@ -224,8 +226,7 @@ def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[
         if streams and len(learnt.folds) > 1:
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
         asked = None
-        if streams and learnt.gate.asks_estimate:
-            questions = np.cumsum(learnt.asked(traces), axis=1)
+        if streams and questions is not None:
             ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None]) - 1
             asked = np.take_along_axis(questions, ends, axis=1).astype(np.int32)
         if learnt.free is not None:

@@ -77,8 +77,7 @@ class CollectCommand(Command):
     def collector(self, fleet: Fleet) -> Collector:
         if not self.options.probe_every:
             return super().collector(fleet)
-        given = Stopping()
-        phrase = ProbePhrase(self.prompter.tokenizer, given.probe_phrase, given.probe_end)
+        phrase = ProbePhrase.of(self.prompter.tokenizer, Stopping())
         rollout = self.recipe.rollout
         return Collector(fleet.gateway_url, fleet.model, self.prompter, rollout, probe=phrase)
 

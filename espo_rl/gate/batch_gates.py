@@ -24,17 +24,16 @@ from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
 from espo_gateway.stop.replay import estimated, gate_logits, stop_levels
 from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_source
 from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes, ShareThreshold
-from espo_gateway.stop.told import ASKED, Schedule, in_order
+from espo_gateway.stop.told import ASKED, Schedule, asked_below, in_order
 from espo_rl.config import Stopping
 from espo_rl.gate.audits import Audits
 from espo_rl.gate.history import History
-from espo_rl.gate.outcomes import KnownRollouts, recorded_of, weights, with_outcome
+from espo_rl.gate.outcomes import KnownRollouts, recorded_of, with_outcome
 from espo_rl.gate.warm_up import WarmUp
 from espo_rl.types import EndReason, Rollout
 
-#: A source that costs something is asked where the estimate without it lies below what this share
-#: of the tokens that stop have, judged by so many of them at least.
-KEPT_STOPS, ENOUGH_STOPS = 0.95, 50
+#: Tokens that stop from which is learnt where to ask.
+ENOUGH_STOPS = 50
 
 
 class StopController:
@@ -213,17 +212,15 @@ class StopController:
         self.z_quantiles = self._quantiles(recorded, in_force)
         # Before the estimator learns of the batch: what it says here must be out of sample.
         expected = self._expected(known)
-        told = self._told(known)
         outcomes = self._outcomes(known, expected, in_force)
         if self._source == "critic":
             self.explained_variance = critic_explained_variance
         elif expected is not None:
-            self.explained_variance, self.free_variance = told
+            self.explained_variance, self.free_variance = self._explained(known, expected)
         self.statistics = updated
         if self._estimates:
             self._learn(known)
-        outcomes_known = with_outcome(usable)
-        self.history.add(outcomes_known, weights(outcomes_known, self.audits.share or 1.0))
+        self.history.add(with_outcome(usable), known.weights)
         self.warmup.update(critic_loss, self.explained_variance)
         if self._threshold is not None:
             share = sum(rollout.stopped for rollout in usable) / len(usable)
@@ -252,8 +249,8 @@ class StopController:
         if threshold_of(self.config.rule) is P_STAR:
             stops = expected < p_star
             if stops.sum() >= ENOUGH_STOPS:
-                free = probabilities(estimated(self._free, known.recorded))[stops]
-                self._below = max(float(np.quantile(free, KEPT_STOPS)), 1e-6)
+                free = probabilities(estimated(self._free, known.recorded))
+                self._below = asked_below(free, stops)
 
     def baselines(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
         """V before each token that is trained on, in rewards: by the estimate as it is now.
@@ -293,22 +290,23 @@ class StopController:
         """V at each token as the next gate would take it, [rollouts, tokens]; None without one."""
         if self.estimator is None:
             return None
-        return probabilities(gate_logits(self._valued_gate, known.recorded))
+        return probabilities(gate_logits(self._gate(""), known.recorded))
 
-    @property
-    def _valued_gate(self) -> Gate:
-        return dataclasses.replace(self._gate(""), rule="value-only", value="stream")
+    def _explained(
+        self, known: KnownRollouts, expected: Array
+    ) -> tuple[float | None, float | None]:
+        """Explained variance of the estimate, and of the free one at the same tokens.
 
-    def _told(self, known: KnownRollouts) -> tuple[float | None, float | None]:
-        """Explained variance of the estimate, and of the free one at the same tokens."""
-        if self.estimator is None:
-            return None, None
-        expected = probabilities(estimated(self.estimator, known.recorded))
-        explained = known.explained_variance(expected)
-        if self._free is None:
-            return explained, None
-        free = probabilities(estimated(self._free, known.recorded))
-        return explained, known.explained_variance(np.where(np.isnan(expected), np.nan, free))
+        expected: what `_expected` gives.
+        """
+        if self.estimator is None or self._free is None:
+            return known.explained_variance(expected), None
+        whole, free = (
+            probabilities(estimated(estimator, known.recorded))
+            for estimator in (self.estimator, self._free)
+        )
+        asked = np.where(np.isnan(whole), np.nan, free)
+        return known.explained_variance(whole), known.explained_variance(asked)
 
     def _outcomes(
         self, known: KnownRollouts, expected: Array | None, statistics: RegretStatistics

@@ -79,6 +79,7 @@ class Head:
     def __init__(self, linear: nn.Linear) -> None:
         self.question: Question | None = None
         self._linear, self._plain = linear, linear.forward
+        # Of this module alone; mypy has no word for it.
         linear.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def _forward(self, hidden: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ from espo_rl.record.run_folder import rollout_files
 from espo_rl.rollouts.collector import ProbePhrase
 from espo_rl.types import EndReason, Rollout
 
-_HEADERS = {"Content-Type": "application/json"}
-
 
 class ProbeError(ValueError):
     """The rollouts cannot be asked about; the message says what to give instead."""
@@ -71,7 +69,7 @@ class Prober:
             for token in self._schedule.tokens(length).tolist():
                 prefix = [*rollout.prompt_ids, *rollout.token_ids[:token]]
                 began = time.monotonic()
-                said = await self._answer_probe.ask(probe, self._model, prefix, headers=_HEADERS)
+                said = await self._answer_probe.ask(probe, self._model, prefix)
                 self.questions += 1
                 self.tokens += said.tokens
                 self.seconds += time.monotonic() - began

@@ -26,7 +26,7 @@ from tenacity import (
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.told import Probe
 from espo_gateway.stream.chunks import sampled_tokens
-from espo_rl.config import RolloutSection, TaskSection
+from espo_rl.config import RolloutSection, Stopping, TaskSection
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
 #: Tokens are sampled from the whole policy: where a request does not say so, vLLM takes what the
@@ -88,6 +88,11 @@ class ProbePhrase:
     tokenizer: Tokenizer
     phrase: str
     end: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, stopping: Stopping) -> ProbePhrase:
+        """As a recipe has it."""
+        return cls(tokenizer, stopping.probe_phrase, stopping.probe_end)
 
     def __call__(self, problem: Problem) -> Probe:
         phrase, answer = (

@@ -215,7 +215,8 @@ def test_every_key_of_the_table_is_a_recipes() -> None:
     sections = Recipe.model_fields
     for key in (*FIXED, *FREE):
         section, _, name = key.partition(".")
-        fields = sections[section].annotation.model_fields  # type: ignore[union-attr]
+        of: Any = sections[section].annotation
+        fields = of.model_fields
         assert not name or name in fields, key
     tried = {key if key in FIXED else key.partition(".")[0] for key in OTHER}
     assert tried == set(FIXED)
@@ -339,7 +340,8 @@ class Served:
 def saved(base: Path, output: Path, *overrides: str) -> tuple[Loop, Path]:
     """A run after a step, with the next batch drawn ahead."""
     loop = loop_of(base, output, *overrides)
-    loop.served = Served()  # type: ignore[assignment]
+    served: Any = Served()
+    loop.served = served
     loop.step = 1
     loop.batch = loop.draw()
     loop.stopping.version = 7
@@ -373,7 +375,8 @@ def test_a_change_holds_from_the_next_batch_on_and_is_logged(
     assert before.batch is not None
     capsys.readouterr()
     loop = loop_of(base, tmp_path, change)
-    loop.served = Served()  # type: ignore[assignment]
+    served: Any = Served()
+    loop.served = served
     loop.resume(checkpoint)
     key = change.partition("=")[0]
     assert f"changed since: {key} = " in capsys.readouterr().out

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from espo_gateway.critic.probe import FLOOR, LONGEST, read_probe
+from espo_gateway.critic.probe import FLOOR, LONGEST, Probed, read_probe
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.recorded import Recorded
@@ -185,14 +185,14 @@ async def test_a_probe_that_makes_no_sense_names_the_field(espo: Any, field: str
 def test_the_answer_counts_up_to_where_the_policy_says_another_thing() -> None:
     probe = Probe([1], [5, 6, 7])
 
-    def read(sampled: list[int], *logprobs: float) -> tuple[float, float, float, int]:
+    def read(sampled: list[int], *logprobs: float) -> Probed:
         tops = [
             {f"token_id:{wanted}": logprob}
             for wanted, logprob in zip(probe.answer, logprobs, strict=False)
         ]
         numbers = {"top_logprobs": tops, "token_logprobs": [-0.5] * len(sampled)}
         choice = {"token_ids": sampled, "logprobs": numbers}
-        return tuple(read_probe(probe, {"choices": [choice]}))  # type: ignore[return-value]
+        return read_probe(probe, {"choices": [choice]})
 
     assert read([5, 6, 7], -1.0, -2.0, -3.0) == (-1.0, -6.0, -0.5, 3)
     assert read([5, 9, 7], -1.0, -2.0, -3.0) == (-1.0, -3.0, -0.5, 3)

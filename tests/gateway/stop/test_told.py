@@ -152,8 +152,9 @@ def test_an_estimator_that_asks_needs_a_schedule() -> None:
     [("every", -1), ("growth", -0.1), ("growth", math.nan), ("below", 0.0), ("below", 1.1)],
 )
 def test_a_schedule_out_of_range_names_the_field(field: str, value: float) -> None:
+    settings: Any = {field: value}
     with pytest.raises(ValueError, match=field):
-        Schedule(**{field: value})  # type: ignore[arg-type]
+        Schedule(**settings)
 
 
 @pytest.mark.parametrize("field", ["phrase", "answer"])

@@ -50,7 +50,9 @@ def test_a_detail_that_one_choice_does_not_tell_is_told_of_none() -> None:
     details = {"completion_tokens_details": {"reasoning_tokens": 1}, "queue_time": 0.5}
     assert total_usage([(0, usage(3, 5, **details)), (0, usage(3, 2))]) == usage(3, 7)
     both = [(0, usage(3, 5, **details)), (0, usage(3, 2, **details))]
-    assert total_usage([*both])["queue_time"] == 1.0  # type: ignore[index]
+    total = total_usage([*both])
+    assert total is not None
+    assert total["queue_time"] == 1.0
 
 
 def test_of_one_choice_it_is_as_the_server_tells_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -74,11 +75,11 @@ class Spoilt:
         else:
             patch.setattr(ppo_trainer, "value_loss", self.critic)
 
-    def actor(self, *args):  # type: ignore[no-untyped-def]
+    def actor(self, *args: Any) -> Any:
         loss, reports = actor_loss(*args)
         return self.spoil(loss), reports
 
-    def critic(self, *args):  # type: ignore[no-untyped-def]
+    def critic(self, *args: Any) -> Any:
         return self.spoil(value_loss(*args))
 
     def spoil(self, loss: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,7 @@ def test_means_are_over_the_steps_that_were_taken(
 ) -> None:
     calls = iter([False, True, False, False])
 
-    def spoilt(*args):  # type: ignore[no-untyped-def]
+    def spoilt(*args: Any) -> Any:
         loss, reports = actor_loss(*args)
         if next(calls):
             loss = loss * math.nan
@@ -201,7 +202,7 @@ def test_what_is_not_finite_before_the_update_is_named(
 
 
 def test_a_log_ratio_of_90_is_survived(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    def far(logits, tokens, columns, ppo):  # type: ignore[no-untyped-def]
+    def far(logits: Any, tokens: Any, columns: Any, ppo: Any) -> Any:
         columns = {**columns, "old_logprobs": columns["old_logprobs"] - 90.0}
         return actor_loss(logits, tokens, columns, ppo)
 
