@@ -31,8 +31,8 @@ LADDERS = {
     "espo_rl": (
         ("run",),
         ("train",),
-        ("loop", "collect", "resumption"),
-        ("evaluate", "probe", "replay", "report", "pretrain_critic", "base_model"),
+        ("loop", "collect", "probe", "resumption"),
+        ("evaluate", "replay", "report", "pretrain_critic", "base_model"),
         ("record", "servers"),
         ("dry_run", "ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),

@@ -23,20 +23,23 @@ from espo_rl.types import Problem
 
 
 class ResultsFolder:
-    """The folder of one evaluation. Its settings are those of its first command, for good.
+    """The folder of one command's results. Its settings are those of its first, for good.
+
+    Args:
+        flag: that named the folder.
 
     Raises:
         EvaluationError: the folder cannot be written, holds something else, or was begun with other
             settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, flag: str = "--out") -> None:
         self.path = path
         self.settings = json.loads(json.dumps(settings))  # as it is read back
         file = path / "settings.json"
         try:
             if not file.exists():
-                check_empty(path, "--out")
+                check_empty(path, flag)
             path.mkdir(parents=True, exist_ok=True)
             if not file.exists():
                 write_json(file, self.settings)
@@ -45,10 +48,10 @@ class ResultsFolder:
             raise EvaluationError(str(error)) from error
         except (OSError, ValueError) as error:
             raise EvaluationError(
-                f"--out: cannot use {path} ({error}); choose another folder"
+                f"{flag}: cannot use {path} ({error}); choose another folder"
             ) from error
         if not isinstance(there, dict):
-            raise EvaluationError(f"--out: {file} is no evaluation's; choose another folder")
+            raise EvaluationError(f"{flag}: {file} is no evaluation's; choose another folder")
         if there != self.settings:
             names = [*self.settings, *(name for name in there if name not in self.settings)]
             changed = [
@@ -57,9 +60,9 @@ class ResultsFolder:
                 if there.get(name) != self.settings.get(name)
             ]
             raise EvaluationError(
-                f"{path} holds an evaluation with other settings:\n"
+                f"{path} holds results of other settings:\n"
                 + "\n".join(changed)
-                + "\ngive the same ones to go on with it, or another --out"
+                + f"\ngive the same ones to go on with it, or another {flag}"
             )
 
     def results(self, name: str, problems: Sequence[Problem]) -> ResultsFile:

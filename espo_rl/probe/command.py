@@ -20,6 +20,9 @@ from espo_gateway.files import written_whole
 from espo_gateway.stop.told import Schedule
 from espo_gateway.upstream.pool import UpstreamPool
 from espo_rl.config import Stopping
+from espo_rl.evaluate.command import model_files
+from espo_rl.evaluate.results import EvaluationError
+from espo_rl.evaluate.results_folder import ResultsFolder
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
 from espo_rl.record.run_folder import rollout_files
@@ -83,16 +86,10 @@ async def probe_files(options: argparse.Namespace, files: list[Path], console: C
     Raises:
         ProbeError, UpstreamError, OSError, ValueError.
     """
-    defaults = Stopping()
-    phrase = ProbePhrase(
-        AutoTokenizer.from_pretrained(options.model),
-        defaults.probe_phrase if options.phrase is None else options.phrase,
-        defaults.probe_end if options.end is None else options.end,
-    )
+    phrase = ProbePhrase(AutoTokenizer.from_pretrained(options.model), options.phrase, options.end)
     waiting = [file for file in files if not (options.output / file.name).exists()]
     if len(waiting) < len(files):
         console.print(f"{len(files) - len(waiting)} of {len(files)} files are there already")
-    options.output.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     async with UpstreamPool([options.url]) as pool:
         [served, *_] = await pool.models(pool.servers[0]) or [{}]
@@ -130,6 +127,11 @@ async def probe_files(options: argparse.Namespace, files: list[Path], console: C
 def run(options: argparse.Namespace) -> int:
     """The command; what its process exits with."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    defaults = Stopping()
+    if options.phrase is None:
+        options.phrase = defaults.probe_phrase
+    if options.end is None:
+        options.end = defaults.probe_end
     files: list[Path] = []
     for path in options.rollouts:
         found = rollout_files(path) if path.exists() else []
@@ -143,6 +145,16 @@ def run(options: argparse.Namespace) -> int:
     names = [file.name for file in files]
     if len({*names}) < len(names):
         print("espo: two files have one name; probe their folders apart", file=sys.stderr)
+        return 2
+    asked = ("model", "every", "growth", "phrase", "end")
+    settings = {name: getattr(options, name) for name in asked} | {
+        "rollouts": [str(path.resolve()) for path in options.rollouts],
+        "model_files": model_files(Path(options.model)),
+    }
+    try:
+        ResultsFolder(options.output, settings, flag="--output")
+    except EvaluationError as error:
+        print(f"espo: {error}", file=sys.stderr)
         return 2
     try:
         asyncio.run(probe_files(options, files, console))

@@ -91,7 +91,33 @@ async def test_a_failed_probe_leaves_no_half_file(
     async with FakeServer(Script([Token("a", id=0)])) as server:
         assert await probe(server, folder, model) == 1
     assert "logprob_token_ids" in capsys.readouterr().err
-    assert list((tmp_path / "probed").iterdir()) == []
+    assert list((tmp_path / "probed").glob("*.parquet*")) == []
+
+
+@pytest.mark.parametrize(
+    "changed", [["--every", "2"], ["--growth", "1"], ["--phrase", "so"], ["--end", "!"]]
+)
+async def test_a_folder_is_not_gone_on_with_by_other_questions(
+    changed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = random_checkpoint(tmp_path / "model", 0), written(tmp_path / "rollouts", 1)
+    async with FakeServer(saying) as server:
+        assert await probe(server, folder, model) == 0
+        asked = len(server.bodies)
+        assert await probe(server, folder, model, *changed) == 2
+    assert len(server.bodies) == asked
+    assert f"{changed[0].removeprefix('--')}: " in capsys.readouterr().err
+
+
+async def test_a_folder_is_not_gone_on_with_about_other_rollouts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_checkpoint(tmp_path / "model", 0)
+    one, other = written(tmp_path / "rollouts", 1), written(tmp_path / "others", 1)
+    async with FakeServer(saying) as server:
+        assert await probe(server, one, model) == 0
+        assert await probe(server, other, model) == 2
+    assert "rollouts: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
