@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from espo_gateway.stop.rules import RuleName, ValueName, value_source
 from espo_gateway.stop.threshold_control import Bound
 from espo_gateway.stop.told import ASKED, SourceName
+from espo_rl.types import AuditedRight
 from espo_rl.unused import unused
 
 # Bounds are those of what takes the numbers: float32, Parquet's 32-bit columns, vLLM's requests,
@@ -225,6 +226,9 @@ class Stopping(Section):
     # Generated to the end though stopped. Of each prompt's rollouts it is one at least, where there
     # are 4 or more, so that none is left without a finished one
     audit_share: Share = 0.1
+    # What a rollout is that was stopped though its audit found it right. "whole": right, trained on
+    # to its end; "cut": right, trained on up to the cut; "failed": a failure, as in the paper
+    audited_right: AuditedRight = "whole"
     # threshold = "audit": of the right rollouts at most this share is stopped, with this
     # confidence, judged on the outcomes of the last `evidence` batches. With false_positives (the
     # paper's figure) in its place: of the stopped ones at most that share would have been right

@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.stop.gate_json import Mode
+
+#: What a rollout is that was stopped though its audit found it right.
+AuditedRight = Literal["whole", "cut", "failed"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Rollout:
     probes: list[list[float]] = field(default_factory=list, repr=False)  # token, and what was said
     seed: int = 0
     error: str = ""
+    audited_right: AuditedRight = "whole"  # what it would be
     opened: str = ""  # the thought's tag with which the prompt ends, so that the text lacks it
     grader_timed_out: bool = False
 
@@ -99,13 +103,14 @@ class Rollout:
 
     @property
     def spared(self) -> bool:
-        """Whether an audit found it right: it is worth what it is worth, and trained on whole."""
-        return self.audited and bool(self.correct)
+        """Whether an audit found it right, so that it is worth what it is worth."""
+        return self.audited and bool(self.correct) and self.audited_right != "failed"
 
     @property
     def trained(self) -> int:
-        """Length in tokens of the training sample: all that came before the cut."""
-        return len(self.token_ids) if self.spared else self.kept
+        """Length in tokens of the training sample: all that came before the cut, if it is cut."""
+        whole = self.spared and self.audited_right == "whole"
+        return len(self.token_ids) if whole else self.kept
 
     @property
     def generated(self) -> int:

@@ -163,6 +163,12 @@ IDLE = (
         'stopping.threshold = "audit"',
     ),
     _of_rule(
+        "audited_right",
+        "audit_share",
+        lambda stopping: not stopping.audit_share,
+        "a stopping.audit_share above 0",
+    ),
+    _of_rule(
         "right_lost",
         "false_positives",
         lambda stopping: stopping.false_positives is not None,

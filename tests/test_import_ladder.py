@@ -36,8 +36,8 @@ LADDERS = {
         ("record", "servers"),
         ("dry_run", "ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),
-        ("config", "types"),
-        ("unused",),
+        ("config",),
+        ("types", "unused"),
     ),
 }
 ASIDE = {"espo_gateway.testing"}

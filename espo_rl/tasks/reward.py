@@ -28,6 +28,7 @@ async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe
             rollout.grader_timed_out = bool(grade.error)
             scores[rollout.seed] = grade.score
     for rollout in rollouts:
+        rollout.audited_right = recipe.stopping.audited_right
         if rollout.end is not EndReason.ERROR:
             rollout.reward = reward(rollout, scores.get(rollout.seed), recipe)
 
@@ -35,10 +36,10 @@ async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe
 def reward(rollout: Rollout, score: float | None, recipe: Recipe) -> float:
     """What a rollout is worth at its last token; all earlier rewards are 0.
 
-    A stopped one gets r_fail (row 7), but for one that an audit found right: what RL learns from is
-    not punished once it is known. Else the score lies between wrong and right, less DAPO's penalty
-    for overlong ones (arXiv 2503.14476, eq. 13), which over the last overlong_buffer tokens before
-    max_tokens grows to 1.
+    A stopped one gets r_fail (row 7), but for one that an audit found right, unless
+    `stopping.audited_right` says so: what RL learns from is not punished once it is known. Else the
+    score lies between wrong and right, less DAPO's penalty for overlong ones (arXiv 2503.14476,
+    eq. 13), which over the last overlong_buffer tokens before max_tokens grows to 1.
 
     Args:
         score: in [0, 1]; None is for stopped ones alone.

@@ -16,7 +16,7 @@ from espo_rl.config import Recipe, RecipeError, TaskSection
 from espo_rl.tasks.graders import exact, make_answer_reader, make_grader, math, regex
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import reward
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.types import AuditedRight, EndReason, Problem, Rollout
 
 
 def problem(answer: str = "18", **extra: Any) -> Problem:
@@ -459,6 +459,19 @@ def test_one_that_an_audit_found_right_is_worth_what_it_is_worth() -> None:
     whole = rollout(EndReason.COMPLETED, 95, correct=True)
     settings = recipe(overlong_buffer=20, right_reward=2.0)
     assert reward(stopped, 1.0, settings) == reward(whole, 1.0, settings) == 2.0 - 15 / 20
+
+
+@pytest.mark.parametrize(
+    ("audited_right", "worth", "trained"),
+    [("whole", 1.0, 95), ("cut", 1.0, 50), ("failed", -3.0, 50)],
+)
+def test_what_an_audit_found_right_can_be_cut_or_a_failure(
+    audited_right: AuditedRight, worth: float, trained: int
+) -> None:
+    stopped = rollout(EndReason.EARLY_STOP, 95, audited=True, correct=True)
+    stopped.kept, stopped.audited_right = 50, audited_right
+    assert reward(stopped, 1.0, recipe()) == worth
+    assert stopped.trained == trained
 
 
 @given(

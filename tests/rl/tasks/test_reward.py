@@ -13,7 +13,7 @@ from espo_rl.record.metrics import rollout_metrics
 from espo_rl.rollouts.batch import Batch
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.reward import score
-from espo_rl.types import EndReason, Problem, Rollout
+from espo_rl.types import AuditedRight, EndReason, Problem, Rollout
 
 
 def answered(text: str, seed: int, **fields: Any) -> Rollout:
@@ -23,10 +23,9 @@ def answered(text: str, seed: int, **fields: Any) -> Rollout:
     return Rollout(asked, [1], [1] * 3, none, none, text, end, kept=3, seed=seed, **fields)
 
 
-async def scored(batch: list[Rollout], **task: Any) -> None:
-    recipe = Recipe.model_validate(
-        {"model": {"path": "x"}, "task": task, "stopping": {"failure_reward": -3.0}}
-    )
+async def scored(batch: list[Rollout], audited_right: AuditedRight = "whole", **task: Any) -> None:
+    stopping = {"failure_reward": -3.0, "audited_right": audited_right}
+    recipe = Recipe.model_validate({"model": {"path": "x"}, "task": task, "stopping": stopping})
     async with GraderPool(recipe.task) as graders:
         await score(batch, graders, recipe)
 
@@ -49,6 +48,16 @@ async def test_an_answer_that_the_grader_hangs_over_is_wrong_and_counted() -> No
     assert batch.resampled == 1
     metrics = rollout_metrics(batch.all, tokens=15, audit_share=0.5, weights_version="step-0")
     assert metrics["grader_timeouts"] == 2
+
+
+@pytest.mark.parametrize(("audited_right", "worth"), [("cut", 1.0), ("failed", -3.0)])
+async def test_the_recipe_says_what_an_audited_right_one_is(
+    audited_right: AuditedRight, worth: float
+) -> None:
+    stopped = answered("fine", 0, end=EndReason.EARLY_STOP, audited=True)
+    stopped.kept = 2
+    await scored([stopped], audited_right, grader="exact")
+    assert (stopped.correct, stopped.reward, stopped.trained) == (True, worth, 2)
 
 
 async def test_a_thought_that_the_prompt_opened_is_no_answer() -> None:
