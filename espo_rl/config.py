@@ -420,8 +420,11 @@ class Servers(Section):
     # Give the trainer's ranks other ones (deepspeed --include localhost:2,3).
     policy_gpus: list[str] = []
     critic_gpus: str | None = None
-    # For policy servers on another machine: a file on a disk that all see. On this machine
-    # weights go through shared memory.
+    # How weights come to the servers. "shared-memory": of one host, on any device; "file": through
+    # weights_path, on a disk that all see; "ipc", "nccl": vLLM's own, from GPU to GPU, where
+    # trainer and server use one GPU, or different ones. "auto": a file if weights_path is given,
+    # else shared memory, but "nccl" to servers on other hosts
+    weight_transfer: Literal["auto", "shared-memory", "file", "ipc", "nccl"] = "auto"
     weights_path: Path | None = None
     vllm_args: list[str] = []
     critic_vllm_args: list[str] = []
@@ -430,6 +433,19 @@ class Servers(Section):
     hang_timeout: Seconds = 120.0  # a server that makes no token for so long is restarted
     restarts: Whole = 3  # of one server in a row, then the run gives up
     parity_tolerance: Positive = 1e-3  # max |Δ logprob|; about 0.3 in bfloat16
+
+    @model_validator(mode="after")
+    def _weights(self) -> Servers:
+        if self.weight_transfer == "file" and self.weights_path is None:
+            raise ValueError(
+                'weight_transfer = "file" needs weights_path, which all servers can read'
+            )
+        if self.weights_path is not None and self.weight_transfer not in ("auto", "file"):
+            raise ValueError(
+                f"weights_path has no effect with weight_transfer = {self.weight_transfer!r}: "
+                'leave one of them out, or set weight_transfer = "file"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _gpus(self) -> Servers:

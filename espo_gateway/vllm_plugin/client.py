@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Self
 
 import aiohttp
@@ -59,10 +59,7 @@ class WeightClient:
             await self._session.close()
 
     async def update(self, paths: Sequence[str], version: str) -> None:
-        """Load the files into the server while its requests wait; they keep their tokens and go on.
-
-        What was computed with the old weights goes too: the prefix cache is dropped, and requests
-        in flight compute their prompt and tokens again under the new ones.
+        """Load the files into the server, whose weight transfer is ours.
 
         Args:
             paths: safetensors files, as the server can open them, that hold the whole model.
@@ -73,31 +70,46 @@ class WeightClient:
                 `/update_weights` refused the files.
         """
         # Refused here, before anything is paused, by a server with another weight transfer.
-        await self._post("/init_weight_transfer_engine", json={"init_info": {}})
+        await self.post("/init_weight_transfer_engine", json={"init_info": {}})
+        async with self.paused():
+            await self.start()
+            await self.post("/update_weights", json={"update_info": {"paths": list(paths)}})
+            await self.post("/finish_weight_update", json={"weight_version": version})
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Requests wait while the weights change; they keep their tokens and go on.
+
+        What was computed with the old weights goes too: the prefix cache is dropped, and requests
+        in flight compute their prompt and tokens again under the new ones. The server is resumed
+        whatever happens.
+
+        Raises:
+            WeightRouteError: a route fails.
+        """
         try:
-            await self._post("/pause", params={"mode": "keep", "clear_cache": "false"})
-            await self._start()
-            await self._post("/update_weights", json={"update_info": {"paths": list(paths)}})
-            await self._post("/finish_weight_update", json={"weight_version": version})
+            await self.post("/pause", params={"mode": "keep", "clear_cache": "false"})
+            yield
             await self._drop_cache()
         except BaseException as error:
             try:
-                await asyncio.shield(self._post("/resume"))
+                await asyncio.shield(self.post("/resume"))
             except WeightRouteError as resume_error:
                 # The first error is the reason; but nobody should wait for a paused server.
                 error.add_note(f"and the server is still paused: {resume_error}")
             raise
-        await self._post("/resume")
+        await self.post("/resume")
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """Begin an update. Raises WeightRouteError."""
         try:
-            await self._post("/start_weight_update")
+            await self.post("/start_weight_update")
         except WeightRouteError:
             # Perhaps a trainer died between start and finish. An empty update is refused, which
             # ends the session that it left.
             with contextlib.suppress(WeightRouteError):
-                await self._post("/update_weights", json={"update_info": {"paths": []}})
-            await self._post("/start_weight_update")
+                await self.post("/update_weights", json={"update_info": {"paths": []}})
+            await self.post("/start_weight_update")
 
     async def _drop_cache(self) -> None:
         """Requests in flight hold blocks of the cache, so they must let go of them too.
@@ -106,7 +118,7 @@ class WeightClient:
         """
         route = "/reset_prefix_cache"
         params = {"reset_running_requests": "true", "reset_external": "true"}
-        answer = await self._post(route, params=params)
+        answer = await self.post(route, params=params)
         if not answer.get("success"):
             raise WeightRouteError(self.url, route, 200, f"the cache was not dropped: {answer}")
 
@@ -137,7 +149,7 @@ class WeightClient:
             # Asking for these makes vLLM pass over the prefix cache.
             "prompt_logprobs": 0,
         }
-        answer = await self._post(route, json=body)
+        answer = await self.post(route, json=body)
         try:
             found = answer["choices"][0]["prompt_logprobs"][1:]
             pairs = zip(found, token_ids[1:], strict=True)
@@ -155,13 +167,23 @@ class WeightClient:
             shape [prefixes]; the raw score of the label, NaN where the server computes none.
         """
         prefixes = [list(ids) for ids in token_ids]
-        answer = await self._post(ROUTE, json=pooling_body(await self.model(), prefixes))
+        answer = await self.post(ROUTE, json=pooling_body(await self.model(), prefixes))
         try:
             return pooled_values(answer, len(prefixes))
         except ValueError as error:
             raise WeightRouteError(self.url, ROUTE, 200, str(error)) from error
 
-    async def _post(self, route: str, **request: Any) -> dict[str, Any]:
+    async def workers(self) -> int:
+        """How many processes hold the server's weights, all its replicas counted."""
+        return int((await self._call("GET", "/get_world_size"))["world_size"])
+
+    async def checksums(self) -> dict[str, str]:
+        """SHA-256 of the bytes of each of vLLM's parameters, by its name there."""
+        answer = await self.post("/weight_checker", json={"action": "checksum"})
+        return dict(answer["checksums"])
+
+    async def post(self, route: str, **request: Any) -> dict[str, Any]:
+        """Post to a route. json, params: as aiohttp takes them. Raises WeightRouteError."""
         return await self._call("POST", route, **request)
 
     async def _call(

@@ -111,7 +111,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     plan = RunPlan(recipe, machine or Machine.here(), ranks)
-    for check in (_models, _prompts, _ranks, _servers, _memory, _disk):
+    for check in (_models, _prompts, _ranks, _weight_transfer, _servers, _memory, _disk):
         with _collected(plan):
             check(plan)
     return plan
@@ -250,6 +250,24 @@ def _ranks(plan: RunPlan) -> None:
     if plan.machine.gpus and plan.ranks > len(plan.machine.gpus):
         raise RecipeError(
             f"{plan.ranks} ranks on {len(plan.machine.gpus)} GPUs: start fewer (--num_gpus)"
+        )
+
+
+def _weight_transfer(plan: RunPlan) -> None:
+    way = plan.recipe.servers.weight_transfer
+    if way in ("ipc", "nccl") and not plan.machine.gpus:
+        raise RecipeError(
+            f'servers.weight_transfer = "{way}" goes from GPU to GPU, and there is none: "auto"'
+        )
+    if way == "ipc" and plan.ranks > 1:
+        raise RecipeError(
+            'servers.weight_transfer = "ipc" is for one rank, whose GPU the server shares: with '
+            f'{plan.ranks} ranks "shared-memory", or "nccl" and servers.policy_gpus'
+        )
+    if way == "nccl" and not (plan.recipe.servers.policy_urls or plan.recipe.servers.policy_gpus):
+        raise RecipeError(
+            'servers.weight_transfer = "nccl" needs servers on other GPUs than the trainer\'s: set '
+            'servers.policy_gpus, or "ipc"'
         )
 
 

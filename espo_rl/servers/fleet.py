@@ -193,12 +193,21 @@ def make_fleet(
             env["OMP_NUM_THREADS"] = None  # torchrun's 1 is meant for ranks that share the cores
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpus
+        transfer = []
+        if config.weight_transfer in ("ipc", "nccl"):
+            transfer = [
+                "--weight-transfer-config",
+                json.dumps({"backend": config.weight_transfer}),
+            ]
+            # The handles of CUDA IPC are pickles; who may send them is who reaches the loopback.
+            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return Server(
             name,
             f"http://127.0.0.1:{port}",
             [
                 *(sys.executable, "-m", "espo_gateway.vllm_plugin", *arguments),
                 *("--port", str(port), "--dtype", recipe.model.dtype),
+                *transfer,
             ],
             env=env,
             log_path=log_folder / f"{name.replace(' ', '_')}.log",

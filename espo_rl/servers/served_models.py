@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import cycle, islice
 from typing import Self, TypeVar
 
-from espo_gateway.vllm_plugin.client import WeightSyncError
+from espo_gateway.vllm_plugin.client import WeightRouteError, WeightSyncError
 from espo_rl.config import Recipe
-from espo_rl.ppo.trainer import PpoTrainer
+from espo_rl.ppo.trainer import ModelName, PpoTrainer
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet
 from espo_rl.servers.sampling import SamplingTest
 from espo_rl.servers.server import Say, ServerError
-from espo_rl.servers.weights import WeightPublisher
+from espo_rl.servers.weights import WeightParityError, WeightPublisher, transfer_of
 from espo_rl.types import EndReason, Problem, Request
 
 #: how many rollouts, of how many tokens at most, prove that a server samples as it should
@@ -53,10 +53,10 @@ class ServedModels:
         self._probe, self._tolerance = probe, recipe.servers.parity_tolerance
         self._say, self._on_restart = say, on_restart
         self._behind = True  # a server has started since the weights were sent
-        path = recipe.servers.weights_path
-        self._actor = WeightPublisher(fleet.policy_urls, path=path)
+        self._actor = WeightPublisher(fleet.policy_urls, transfer=transfer_of(recipe.servers))
         self._critic = WeightPublisher(
-            [fleet.critic.url] if fleet.critic else [], path=path and path.with_suffix(".critic")
+            [fleet.critic.url] if fleet.critic else [],
+            transfer=transfer_of(recipe.servers, suffix=".critic"),
         )
 
     async def __aenter__(self) -> Self:
@@ -77,18 +77,39 @@ class ServedModels:
             await self._actor.publish(
                 trainer.specs("actor"), trainer.weights("actor"), version=version
             )
-            parity = await self._actor.verify(
-                probe, trainer.prompt_logprobs(probe), version=version, tolerance=tolerance
+            parity = await self._proven(
+                self._actor,
+                "actor",
+                self._actor.verify(
+                    probe, trainer.prompt_logprobs(probe), version=version, tolerance=tolerance
+                ),
             )
             if self._fleet.critic is not None:
                 await self._critic.publish(
                     trainer.specs("critic"), trainer.weights("critic"), version=version
                 )
-                await self._critic.verify_values(
-                    probe, trainer.values(probe), version=version, tolerance=tolerance
+                await self._proven(
+                    self._critic,
+                    "critic",
+                    self._critic.verify_values(
+                        probe, trainer.values(probe), version=version, tolerance=tolerance
+                    ),
                 )
             self.version, self._behind = version, False
             return parity
+
+    async def _proven(
+        self, publisher: WeightPublisher, name: ModelName, proof: Awaitable[float]
+    ) -> float:
+        """What a proof finds; if it fails, where the weights were lost is in the error."""
+        try:
+            return await proof
+        except WeightParityError as error:
+            try:
+                reason = await publisher.explain(self._trainer.weights(name))
+            except WeightRouteError as unknown:
+                reason = f"where they were lost cannot be told ({unknown})"
+            raise WeightParityError(f"{error}; {reason}") from error
 
     async def prove_sampling(self, problems: Sequence[Problem], prompter: Prompter) -> None:
         """Prove that every policy server samples from the trainer's policy, and say so.

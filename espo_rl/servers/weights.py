@@ -1,82 +1,34 @@
 """From the trainer's parameters to the servers' weights, and the proof that they arrived.
 
-Owns the bytes in between: a safetensors file in shared memory (a memfd), written tensor by tensor,
-so the model is never in this process a second time beyond that file. The file has no name: it is
-gone with this process, however that ends. Servers on other machines read an ordinary file instead.
-
     publisher = WeightPublisher(["http://127.0.0.1:8000"])
     await publisher.publish(tensor_specs(model), gathered(model), version="12")
     await publisher.verify(probe, expected_logprobs, version="12")
 
-A critic's weights go the same way; `verify_values` is their proof.
+A critic's weights go the same way; `verify_values` is their proof. Which way they take is the
+`WeightTransfer`'s: `weight_files`, `weight_engines`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from pathlib import Path
-from typing import BinaryIO, Self
+import hashlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Self
+from urllib.parse import urlsplit
 
 import torch
 
-from espo_gateway.files import written_whole
+from espo_gateway.addresses import is_loopback
 from espo_gateway.vllm_plugin.client import WeightClient, WeightSyncError
+from espo_rl.config import Servers
 from espo_rl.ppo.parameters import TensorSpec
-
-#: safetensors' names of dtypes
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
+from espo_rl.servers.weight_engines import EngineTransfer
+from espo_rl.servers.weight_files import FileTransfer
+from espo_rl.servers.weight_source import Tensors, WeightTransfer, raise_first
 
 
 class WeightParityError(WeightSyncError):
     """A server does not compute with the trainer's weights."""
-
-
-def write_safetensors(
-    file: BinaryIO, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]]
-) -> int:
-    """Write a safetensors file tensor by tensor (the library wants all of them at once).
-
-    Format: https://huggingface.co/docs/safetensors (header's length, JSON header, data).
-
-    Args:
-        specs: what comes, in order.
-        tensors: name and value, in the order of `specs`; on any device, of any float dtype.
-
-    Returns:
-        bytes written.
-
-    Raises:
-        ValueError: when the tensors are not those of the specs.
-    """
-    header: dict[str, object] = {}
-    end = 0
-    for spec in specs:
-        start, end = end, end + spec.num_bytes
-        header[spec.name] = {
-            "dtype": DTYPES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
-    if len(header) != len(specs):
-        raise ValueError("a name occurs twice among the tensors")
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data are aligned
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for spec, (name, tensor) in zip(specs, tensors, strict=True):
-        if (name, tuple(tensor.shape)) != (spec.name, spec.shape):
-            raise ValueError(f"expected {spec.name} {spec.shape}, got {name} {tuple(tensor.shape)}")
-        whole = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
-        file.write(whole.flatten().view(torch.uint8).numpy().data)
-    return 8 + len(text) + end
 
 
 class WeightPublisher:
@@ -84,16 +36,21 @@ class WeightPublisher:
 
     Args:
         urls: of the servers, without `/v1`.
-        path: a file that the servers can read, for servers on other machines; shared memory
-            when not given.
+        transfer: how; through shared memory when not given.
         timeout: seconds for one call to a server.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, path: Path | None = None, timeout: float = 120.0
+        self,
+        urls: Sequence[str],
+        *,
+        transfer: WeightTransfer | None = None,
+        timeout: float = 120.0,
     ) -> None:
         self._clients = [WeightClient(url, timeout=timeout) for url in urls]
-        self._path = path
+        self._transfer = transfer or FileTransfer()
+        #: fingerprints of what was sent last, by name
+        self._sent: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,40 +60,63 @@ class WeightPublisher:
 
     async def close(self) -> None:
         """Close the connections."""
+        await self._transfer.close()
         await asyncio.gather(*(client.close() for client in self._clients))
 
     async def publish(
         self,
         specs: Sequence[TensorSpec],
-        tensors: Iterable[tuple[str, torch.Tensor]],
+        tensors: Tensors,
         *,
         version: str,
     ) -> None:
         """Make every server compute with these weights; requests in flight wait and go on.
 
         Args:
-            specs, tensors: see `write_safetensors`; together the whole model.
+            specs: what comes, in order. tensors: name and value of each; together the whole model.
             version: a name for these weights, reported by the servers from now on.
 
         Raises:
             WeightSyncError: when a server refuses or cannot be reached; all are tried first, so
                 some may have the new weights: publish again, or stop.
         """
-        if self._path is not None:
-            # A server must never see half a file, not even one that was left by a crash.
-            with written_whole(self._path) as scratch, scratch.open("wb") as file:
-                write_safetensors(file, specs, tensors)
-            await self._update(str(self._path), version)
-            return
-        with os.fdopen(os.memfd_create("espo-weights"), "wb") as file:
-            write_safetensors(file, specs, tensors)
-            file.flush()
-            await self._update(f"/proc/{os.getpid()}/fd/{file.fileno()}", version)
+        self._sent.clear()
+        if self._clients:
+            await self._transfer.send(self._clients, specs, self._noted(tensors), version)
 
-    async def _update(self, path: str, version: str) -> None:
-        updates = (client.update([path], version) for client in self._clients)
-        # All of them end before the file goes away, and before the first error is raised.
-        raise_first(await asyncio.gather(*updates, return_exceptions=True))
+    def _noted(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            self._sent[name] = fingerprint(tensor)
+            yield name, tensor
+
+    async def explain(self, tensors: Tensors) -> str:
+        """Where weights that are not proven were lost: what left, and what servers hold.
+
+        Args:
+            tensors: the trainer's weights as they are now, as they were published.
+        """
+        digests: dict[str, str] = {}
+        stale = []
+        for name, tensor in tensors:
+            digests[name] = digest(tensor)
+            if self._sent.get(name) != fingerprint(tensor):
+                stale.append(name)
+        if stale:
+            return f"not sent: {named(stale)} left the trainer with other numbers than it has now"
+        said = []
+        for client in self._clients:
+            # A layer may be packed or put together with others there, and then has another name.
+            held = {key.rpartition(":")[2]: one for key, one in (await client.checksums()).items()}
+            shared = digests.keys() & held.keys()
+            other = sorted(name for name in shared if held[name] != digests[name])
+            if not shared:
+                reason = "none of its parameters has the name of one of the trainer's"
+            elif other:
+                reason = f"not loaded: it holds other numbers in {named(other)}"
+            else:
+                reason = f"loaded ({len(shared)} compared) but not used"
+            said.append(f"{client.url}: {reason}")
+        return "; ".join(said)
 
     async def verify(
         self,
@@ -226,8 +206,37 @@ class WeightPublisher:
         return max(difference for difference in differences if isinstance(difference, float))
 
 
-def raise_first(results: Iterable[object]) -> None:
-    """Raise the first exception among the results of `gather(return_exceptions=True)`."""
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+def fingerprint(tensor: torch.Tensor) -> int:
+    """A sum over a tensor's bits, which costs no more than to read it once."""
+    whole = tensor.detach().contiguous().flatten()
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()]
+    return int(whole.view(width).sum(dtype=torch.int64))
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """As `WeightClient.checksums` has it."""
+    whole = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(whole.view(torch.uint8).numpy().data).hexdigest()
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of some names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def transfer_of(config: Servers, *, suffix: str | None = None) -> WeightTransfer:
+    """The way that a recipe chooses; suffix: of its file, if that is the way.
+
+    "auto" goes through shared memory, which works on every device of one host; a path, where there
+    is one; NCCL to servers on other hosts.
+    """
+    way = config.weight_transfer
+    if way == "auto":
+        remote = not all(is_loopback(urlsplit(url).hostname or "") for url in config.policy_urls)
+        way = "nccl" if remote and torch.cuda.is_available() else "shared-memory"
+    if (path := config.weights_path) is not None:
+        return FileTransfer(path if suffix is None else path.with_suffix(suffix))
+    if way in ("ipc", "nccl"):
+        return EngineTransfer(way, timeout=config.hang_timeout)
+    return FileTransfer()

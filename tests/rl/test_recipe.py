@@ -66,6 +66,11 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
     ("overrides", "names"),
     [
         (["deepspeed.offload=optimizer"], ["offload", "zero_stage to 1, 2 or 3"]),
+        (["servers.weight_transfer=file"], ["weight_transfer", "weights_path"]),
+        (
+            ["servers.weight_transfer=ipc", "servers.weights_path=/w"],
+            ["weights_path has no effect", "'ipc'"],
+        ),
         (
             ["deepspeed.offload=all", "deepspeed.zero_stage=2"],
             ["offload", "zero_stage = 3"],
@@ -131,6 +136,15 @@ IDLE = [
     (["stopping.rule=random", "stopping.confidence=0.8"], "stopping.confidence"),
     (["stopping.false_positives=0.1", "stopping.right_lost=0.1"], "stopping.right_lost"),
     (["stopping.epsilon=0.3"], "stopping.epsilon"),
+    (
+        [
+            "stopping.rule=regret-only",
+            "stopping.threshold=fixed",
+            "stopping.audit_share=0",
+            "stopping.audited_right=cut",
+        ],
+        "stopping.audited_right",
+    ),
     (["stopping.rule=value-gated", "stopping.constant=0.3"], "stopping.constant"),
     (["stopping.warmup=none", "stopping.warmup_batches=9"], "stopping.warmup_batches"),
     (["stopping.warmup_share=0.5"], "stopping.warmup_share"),

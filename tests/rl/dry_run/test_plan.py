@@ -165,6 +165,10 @@ def test_lengths(
         ('servers.critic_vllm_args=["--host=0"]', LAPTOP, 1, "critic_vllm_args: --host"),
         ('servers.vllm_args=["-tp", "3"]', EIGHT, 1, "3 does not divide the model's 4 attention"),
         ("run.seed=0", EIGHT, 9, "9 ranks on 8 GPUs"),
+        ("servers.weight_transfer=ipc", LAPTOP, 1, "from GPU to GPU, and there is none"),
+        ("servers.weight_transfer=nccl", LAPTOP, 1, "from GPU to GPU, and there is none"),
+        ("servers.weight_transfer=ipc", EIGHT, 2, "is for one rank"),
+        ("servers.weight_transfer=nccl", EIGHT, 1, "servers.policy_gpus"),
     ],
 )
 def test_settings_that_cannot_work(

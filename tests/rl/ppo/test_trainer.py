@@ -26,7 +26,7 @@ from espo_rl.ppo.parameters import gathered
 from espo_rl.ppo.samples import Sample
 from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.record.metrics import METRICS
-from espo_rl.servers.weights import write_safetensors
+from espo_rl.servers.weight_files import write_safetensors
 from espo_rl.types import EndReason, Rollout
 from tests.helpers.trainer import (
     LEARNING_RATE,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,16 @@ from aiohttp import web
 from safetensors.torch import load_file
 
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
+from espo_rl.config import Servers
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
-from espo_rl.servers.weights import WeightParityError, WeightPublisher, write_safetensors
+from espo_rl.servers.weight_files import FileTransfer, write_safetensors
+from espo_rl.servers.weights import (
+    WeightParityError,
+    WeightPublisher,
+    digest,
+    fingerprint,
+    transfer_of,
+)
 from tests.helpers.models import (
     PROBE,
     logprobs,
@@ -25,6 +32,7 @@ from tests.helpers.models import (
     random_model,
     values,
 )
+from tests.helpers.weight_routes import UPDATE, Recorder, fail, serving
 
 # Bytes
 
@@ -79,76 +87,10 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
 # The order of calls, against a server that only writes down what it is asked
 
 
-Behaviour = Callable[[web.Request], web.Response | Awaitable[web.Response]]
-
-
-class Recorder:
-    """Answers like vLLM and notes the routes; `behaviour` may replace a route's answer."""
-
-    def __init__(self) -> None:
-        self.routes: list[str] = []
-        self.client_ports: list[int] = []
-        self.seen: dict[str, object] = {}
-        self.behaviour: dict[str, Behaviour] = {}
-        self.url = ""
-        self.probe_logprob = -1.0
-        self.version = "1"
-        #: V of a prefix: its last token
-        self.pooled: Callable[[list[int]], float | None] = lambda prefix: float(prefix[-1])
-
-    async def handle(self, request: web.Request) -> web.Response:
-        self.routes.append(request.path)
-        assert request.transport is not None
-        self.client_ports.append(request.transport.get_extra_info("peername")[1])
-        self.seen[request.path] = await request.json() if request.can_read_body else None
-        if behaviour := self.behaviour.get(request.path):
-            answer = behaviour(request)
-            return answer if isinstance(answer, web.Response) else await answer
-        entry = {str(token): {"logprob": self.probe_logprob} for token in range(32)}
-        prefixes = (await request.json())["input"] if request.path == "/pooling" else []
-        answers: dict[str, object] = {
-            "/reset_prefix_cache": {"success": True},
-            "/weight_info": {"weight_version": self.version},
-            "/v1/models": {"data": [{"id": "policy"}]},
-            "/pooling": {"data": [{"data": [self.pooled(prefix)]} for prefix in prefixes]},
-            "/v1/completions": {"choices": [{"prompt_logprobs": [None, entry, entry]}]},
-        }
-        return web.json_response(answers.get(request.path, {}))
-
-
-@asynccontextmanager
-async def serving() -> AsyncIterator[Recorder]:
-    recorder = Recorder()
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", recorder.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    recorder.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield recorder
-    await runner.cleanup()
-
-
 @pytest_asyncio.fixture
 async def recorder() -> AsyncIterator[Recorder]:
     async with serving() as recorder:
         yield recorder
-
-
-UPDATE = [
-    "/init_weight_transfer_engine",
-    "/pause",
-    "/start_weight_update",
-    "/update_weights",
-    "/finish_weight_update",
-    "/reset_prefix_cache",
-    "/resume",
-]
-
-
-def fail(status: int) -> Callable[[web.Request], web.Response]:
-    return lambda _: web.Response(status=status, text="the reason")
 
 
 async def test_order_of_an_update(recorder: Recorder) -> None:
@@ -319,7 +261,7 @@ async def test_a_server_that_fails_is_named_and_the_others_get_the_weights(
 async def test_a_server_on_another_machine_reads_a_file(recorder: Recorder, tmp_path: Path) -> None:
     model = random_model(3)
     path = tmp_path / "weights.safetensors"
-    async with WeightPublisher([recorder.url], path=path) as publisher:
+    async with WeightPublisher([recorder.url], transfer=FileTransfer(path)) as publisher:
         await publisher.publish(tensor_specs(model), gathered(model), version="1")
     assert recorder.seen["/update_weights"] == {"update_info": {"paths": [str(path)]}}
     assert torch.equal(load_file(path)["model.norm.weight"], model.model.norm.weight)
@@ -335,3 +277,59 @@ def test_probe_tells_policies_apart() -> None:
 def test_probe_tells_critics_apart() -> None:
     one, other = (values(random_critic(seed), PROBE) for seed in (0, 1))
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
+
+
+# Where weights were lost
+
+
+async def test_what_is_not_proven_is_explained(recorder: Recorder) -> None:
+    model = random_model(3)
+    parameters = dict(model.named_parameters())
+    held = {f"dp0:pp0:pcp0:tp0:{name}": digest(one) for name, one in parameters.items()}
+    packed = held | {"dp0:pp0:pcp0:tp0:model.layers.0.self_attn.qkv_proj.weight": "another"}
+    async with WeightPublisher([recorder.url]) as publisher:
+        await publisher.publish(tensor_specs(model), gathered(model), version="1")
+        recorder.checksums = packed
+        used = await publisher.explain(gathered(model))
+        assert used == f"{recorder.url}: loaded ({len(parameters)} compared) but not used"
+        recorder.checksums = packed | {"dp0:pp0:pcp0:tp0:model.norm.weight": "old"}
+        said = await publisher.explain(gathered(model))
+        assert said.endswith("not loaded: it holds other numbers in model.norm.weight")
+        recorder.checksums = {"model.qkv": "1"}
+        assert "none of its parameters" in await publisher.explain(gathered(model))
+        with torch.no_grad():
+            model.model.norm.weight += 1.0
+        assert (await publisher.explain(gathered(model))).startswith("not sent: model.norm.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_fingerprints_tell_tensors_apart(dtype: torch.dtype) -> None:
+    tensor = torch.randn(5, 3).to(dtype)
+    assert fingerprint(tensor) == fingerprint(tensor.clone()) == fingerprint(tensor.T.clone().T)
+    other = tensor.clone()
+    other[2, 1] += 1.0
+    assert fingerprint(other) != fingerprint(tensor)
+    assert digest(other) != digest(tensor) == digest(tensor.T.clone().T)
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [
+        ({}, "espo"),
+        ({"weight_transfer": "shared-memory"}, "espo"),
+        ({"weights_path": "/disk/weights"}, "espo"),
+        ({"weight_transfer": "ipc"}, "ipc"),
+        ({"weight_transfer": "nccl"}, "nccl"),
+        ({"policy_urls": ["http://10.0.0.1:8000"]}, "espo"),  # no GPU here
+    ],
+)
+def test_the_recipe_chooses_the_way(settings: dict[str, object], backend: str) -> None:
+    assert transfer_of(Servers.model_validate(settings)).backend == backend
+
+
+def test_servers_on_other_hosts_get_them_by_nccl_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert transfer_of(Servers(policy_urls=["http://10.0.0.1:8000"])).backend == "nccl"
+    assert transfer_of(Servers(policy_urls=["http://127.0.0.1:8000"])).backend == "espo"
