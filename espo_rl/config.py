@@ -426,6 +426,9 @@ class Servers(Section):
     # else shared memory, but "nccl" to servers on other hosts
     weight_transfer: Literal["auto", "shared-memory", "file", "ipc", "nccl"] = "auto"
     weights_path: Path | None = None
+    # One GPU for servers and trainer: while the trainer updates, the servers give back the memory
+    # of theirs (vLLM's sleep mode), and have it again for the sync
+    sleep: bool = False
     vllm_args: list[str] = []
     critic_vllm_args: list[str] = []
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
@@ -537,6 +540,11 @@ class Recipe(Section):
                     'ppo.baseline = "probe" stands in the place of a critic: set ppo.advantage = '
                     '"gae", and no stopping.value or sources that ask a critic'
                 )
+        if self.servers.sleep and self.rollout.max_staleness:
+            raise ValueError(
+                "servers.sleep has the servers sleep while the trainer updates, and "
+                "rollout.max_staleness has them sample: leave one of them out"
+            )
         if self.ppo.advantage == "group" and self.rollout.n < 2:
             raise ValueError("ppo.advantage = 'group' needs rollout.n of at least 2")
         if self.rollout.dynamic_sampling and self.rollout.n < 2:

@@ -346,7 +346,7 @@ class Loop:
         rollouts = batch.usable
         if self.recipe.rollout.dynamic_sampling:
             rollouts = batch.informative() or rollouts
-        async with self.trainer_free:
+        async with self.trainer_free, self.fleet.asleep():
             with self.summary.timed("update"), self.log.phase("update"):
                 values = None
                 if self.stopping.needs_values:  # as they were said, so before the update

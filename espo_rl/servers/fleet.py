@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import torch
+
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerStartError, free_port
@@ -141,6 +143,40 @@ class Fleet:
             self._counted[policy.url] = now.tokens
         return total
 
+    @asynccontextmanager
+    async def asleep(self) -> AsyncIterator[None]:
+        """With `servers.sleep`: the memory of the GPU is the trainer's meanwhile.
+
+        What they hold of requests is lost. A server that does not answer is found down, and started
+        anew, when it is next needed.
+
+        Raises:
+            ServerError: one refuses to sleep, or to wake.
+        """
+        if self._config.sleep:
+            await self._all_models("/sleep?level=1")
+        try:
+            yield
+        finally:
+            if self._config.sleep:
+                await self._all_models("/wake_up")
+
+    async def _all_models(self, route: str) -> None:
+        async def post(server: Server) -> None:
+            try:
+                status, text = await call(
+                    "POST", f"{server.url}{route}", seconds=self._config.hang_timeout
+                )
+            except ServerError:
+                return
+            if status != 200:
+                raise ServerError(
+                    f"servers.sleep: {server.url}{route} answered {status}: {text}; start a server "
+                    "given by URL with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1"
+                )
+
+        await asyncio.gather(*map(post, self.all[:-1]))
+
     async def push_gate(self, gate: Gate) -> None:
         """Hand the gateway the gate for the next batch."""
         status, text = await call(
@@ -193,12 +229,10 @@ def make_fleet(
             env["OMP_NUM_THREADS"] = None  # torchrun's 1 is meant for ranks that share the cores
         if gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpus
-        transfer = []
+        flags = ["--enable-sleep-mode"] if config.sleep and torch.cuda.is_available() else []
         if config.weight_transfer in ("ipc", "nccl"):
-            transfer = [
-                "--weight-transfer-config",
-                json.dumps({"backend": config.weight_transfer}),
-            ]
+            backend = json.dumps({"backend": config.weight_transfer})
+            flags += ["--weight-transfer-config", backend]
             # The handles of CUDA IPC are pickles; who may send them is who reaches the loopback.
             env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         return Server(
@@ -207,7 +241,7 @@ def make_fleet(
             [
                 *(sys.executable, "-m", "espo_gateway.vllm_plugin", *arguments),
                 *("--port", str(port), "--dtype", recipe.model.dtype),
-                *transfer,
+                *flags,
             ],
             env=env,
             log_path=log_folder / f"{name.replace(' ', '_')}.log",

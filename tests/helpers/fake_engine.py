@@ -2,7 +2,9 @@
 
 Its token count grows with every look at its metrics, unless it is told to be busy and stuck.
 
-    python tests/helpers/fake_engine.py PORT [--stuck] [--fail]
+    python tests/helpers/fake_engine.py PORT [--stuck] [--fail] [--sleepless]
+
+What is posted stands in its log.
 """
 
 import sys
@@ -26,6 +28,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(404 if body is None else 200)
         self.end_headers()
         self.wfile.write((body or "").encode())
+
+    def do_POST(self) -> None:
+        print(self.path, flush=True)
+        self.send_response(404 if "--sleepless" in sys.argv else 200)
+        self.end_headers()
 
     def do_PUT(self) -> None:
         self.send_response(400)

@@ -233,6 +233,25 @@ async def test_a_server_that_a_dead_trainer_left_paused_and_half_updated(
     await verify(vllm_server, model, version="21")
 
 
+async def test_weights_for_a_server_that_has_slept(vllm_server: VllmServer) -> None:
+    """On a CPU vLLM gives no memory back, but the order of the calls is the same."""
+    await post(vllm_server, "/sleep?level=1")
+    await post(vllm_server, "/wake_up")
+    model = random_model(24)
+    await publish(vllm_server, model, version="24")
+    await verify(vllm_server, model, version="24")
+
+
+async def test_what_a_server_holds_is_compared_with_what_was_sent(vllm_server: VllmServer) -> None:
+    model = random_model(25)
+    async with WeightPublisher([vllm_server.url]) as publisher:
+        await publisher.publish(tensor_specs(model), gathered(model), version="25")
+        assert "but not used" in await publisher.explain(gathered(model))
+        # Another update, that the trainer knows nothing of.
+        await publish(vllm_server, random_model(26), version="25")
+        assert "not loaded: it holds other numbers" in await publisher.explain(gathered(model))
+
+
 async def test_one_server_that_is_gone_does_not_keep_the_others_from_the_weights(
     vllm_server: VllmServer,
 ) -> None:

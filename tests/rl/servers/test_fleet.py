@@ -100,6 +100,41 @@ async def test_a_stopped_process_hangs(make: Make, said: Said) -> None:
     assert "the gateway gave no sign of life" in await failure
 
 
+async def test_models_sleep_while_the_trainer_updates(make: Make, said: Said) -> None:
+    servers = make(sleep=True)
+    await servers.start(said)
+    (policy,) = servers.policies
+    assert policy.process is not None
+    async with servers.asleep():
+        assert policy.process.log_tail().splitlines()[-1] == "/sleep?level=1"
+    assert policy.process.log_tail().splitlines()[-1] == "/wake_up"
+    assert servers.gateway.process is not None
+    assert "/sleep" not in servers.gateway.process.log_tail()
+    # One that has died is found down later; sleeping does not fail for it.
+    child(policy).kill()
+    await policy.process.wait()
+    async with servers.asleep():
+        pass
+
+
+async def test_nobody_sleeps_unless_told_to(make: Make, said: Said) -> None:
+    servers = make()
+    await servers.start(said)
+    async with servers.asleep():
+        pass
+    (policy,) = servers.policies
+    assert policy.process is not None
+    assert "/sleep" not in policy.process.log_tail()
+
+
+async def test_a_server_that_cannot_sleep_is_named(make: Make, said: Said) -> None:
+    servers = make("--sleepless", sleep=True)
+    await servers.start(said)
+    with pytest.raises(ServerError, match="--enable-sleep-mode"):
+        async with servers.asleep():
+            pass
+
+
 async def test_a_restarted_server_has_its_address_and_a_log_of_its_own(
     make: Make, said: Said, tmp_path: Path
 ) -> None:
