@@ -203,11 +203,11 @@ def copying(model: PreTrainedModel) -> float:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    numbers = ("MB", "first, s", "reload, s", "copy, s", "max |Δ logprob|", "requests")
-    table = Table("way", *numbers, "")
+    numbers = ("MB", "first, s", "reload, s", "copy, s", "max |Δ logprob|", "requests", "asleep")
+    table, console = Table("way", *numbers), Console(soft_wrap=True)
     for way, found in results.items():
         if "reason" in found:
-            table.add_row(way, *[""] * len(numbers), found["reason"])
+            console.print(f"{way}: {found['reason']}", markup=False)
             continue
         held = found["gigabytes_given_back_asleep"]
         table.add_row(
@@ -216,9 +216,9 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             *(f"{found[name]:.2f}" for name in ("first_s", "reload_s", "copy_s")),
             f"{found['parity']:.2g}",
             str(found["requests"]),
-            "" if held is None else f"asleep it gives back {held:.1f} GB",
+            "" if held is None else f"{held:.1f} GB given back",
         )
-    Console().print(table)
+    console.print(table)
 
 
 async def run(options: argparse.Namespace) -> int:
