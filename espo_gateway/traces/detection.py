@@ -215,11 +215,28 @@ def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> 
 
     NaN where no prompt has both right and wrong rollouts.
     """
+    won, pairs = pairs_within(judged.prompts, judged.correct, judged.weights, levels)
+    with np.errstate(invalid="ignore"):
+        drawn = [block @ won / (block @ pairs) for block in _resampled(len(won), draws, seed)]
+        return Estimate.of(float(won.sum() / pairs.sum()), np.concatenate(drawn))
+
+
+def pairs_within(
+    prompts: NDArray[np.int64], correct: NDArray[np.bool_], weights: Array, levels: Array
+) -> tuple[Array, Array]:
+    """Of each prompt's pairs of a right and a wrong rollout, those told apart, and all.
+
+    Args:
+        prompts: numbers of them; levels: at which each would be stopped. All [rollouts].
+
+    Returns:
+        [prompts] each, weighted.
+    """
     # By prompt, and by level within it: a right one beats the wrong ones that come before.
-    order = np.lexsort((levels, judged.prompts))
-    prompts, levels = judged.prompts[order], levels[order]
-    right, weights = judged.correct[order], judged.weights[order]
-    count = int(judged.prompts.max(initial=-1)) + 1
+    order = np.lexsort((levels, prompts))
+    prompts, levels = prompts[order], levels[order]
+    right, weights = correct[order], weights[order]
+    count = int(prompts.max(initial=-1)) + 1
     starts = np.searchsorted(prompts, np.arange(count))
     sums = np.concatenate([[0.0], np.cumsum(weights * ~right)])
     before = sums[starts][prompts]
@@ -230,9 +247,7 @@ def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> 
     pairs = np.bincount(prompts, weights * right, count) * np.bincount(
         prompts, weights * ~right, count
     )
-    with np.errstate(invalid="ignore"):
-        drawn = [block @ won / (block @ pairs) for block in _resampled(count, draws, seed)]
-        return Estimate.of(float(won.sum() / pairs.sum()), np.concatenate(drawn))
+    return won, pairs
 
 
 def _resampled(prompts: int, draws: int, seed: int) -> Iterator[Array]:

@@ -43,6 +43,8 @@ class StopController:
         the rule has no V, but for a warm-up that asks for the stream's estimate. free_variance: the
         same without the sources that are asked, at the tokens where they were.
     history: what earlier steps tell of a prompt.
+    auc_within: between right and wrong rollouts of one prompt in the last batch, of the gate that
+        had not seen it; None where no prompt had both.
     z_quantiles: 50, 90 and 99 % quantiles of z over the tokens of the last batch.
     """
 
@@ -68,6 +70,7 @@ class StopController:
         self.version = 0
         self.explained_variance: float | None = None
         self.free_variance: float | None = None
+        self.auc_within: float | None = None
         self.z_quantiles: tuple[float, float, float] | None = None
         self._monitor = MonitorConfig(smoothing=config.smoothing, clip=config.clip)
         self._source = value_source(config.rule, config.value)
@@ -135,15 +138,21 @@ class StopController:
 
     def metrics(self) -> dict[str, float]:
         """What a log says beside the gate, after a batch; NaN where nothing is known."""
-        bound, known, explained = (
-            math.nan if value is None else value
-            for value in (self.bound_upper, self.known_outcomes, self.explained_variance)
+        numbers = (
+            self.bound_upper,
+            self.known_outcomes,
+            self.explained_variance,
+            self.auc_within,
+        )
+        bound, known, explained, within = (
+            math.nan if value is None else value for value in numbers
         )
         z = self.z_quantiles or (math.nan,) * 3
         free = {} if self.free_variance is None else {"explained_variance_free": self.free_variance}
         return free | {
             "bound_upper": bound,
             "effective_n": known,
+            "auc_within_prompts": within,
             "explained_variance": explained,
             "regret_mean": self.statistics.mean,
             "regret_variance": self.statistics.variance,
@@ -213,6 +222,7 @@ class StopController:
         # Before the estimator learns of the batch: what it says here must be out of sample.
         expected = self._expected(known)
         outcomes = self._outcomes(known, expected, in_force)
+        self.auc_within = None if outcomes is None else known.auc_within(outcomes.levels)
         if self._source == "critic":
             self.explained_variance = critic_explained_variance
         elif expected is not None:

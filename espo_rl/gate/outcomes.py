@@ -16,6 +16,7 @@ from espo_gateway.stop import fit
 from espo_gateway.stop.recorded import Recorded, pad, padded_probes
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.told import SourceName
+from espo_gateway.traces.detection import pairs_within
 from espo_rl.types import EndReason, Rollout
 
 
@@ -57,12 +58,14 @@ def recorded_of(
 class KnownRollouts:
     """The rollouts of one batch whose outcome is known.
 
-    correct, weights: [rollouts]. known_share: of those that were stopped; 1 if none was.
+    correct, weights, prompts (which rollouts are of one): [rollouts]. known_share: of those that
+        were stopped; 1 if none was.
     """
 
     recorded: Recorded
     correct: NDArray[np.bool_]
     weights: Array
+    prompts: NDArray[np.int64]
     known_share: float
 
     @classmethod
@@ -78,12 +81,21 @@ class KnownRollouts:
             recorded_of(known, critic),
             np.array([bool(rollout.correct) for rollout in known], dtype=np.bool_),
             weights(known, audit_share),
+            np.unique([rollout.group for rollout in known], return_inverse=True)[1],
             audit_share if any(rollout.stopped for rollout in rollouts) else 1.0,
         )
 
     def examples(self, sources: Sequence[SourceName] = ()) -> fit.Examples:
         """Tokens to fit an estimator on that reads these sources."""
         return fit.examples(self.recorded, self.correct, self.weights, sources)
+
+    def auc_within(self, levels: NDArray[np.float32]) -> float | None:
+        """Over pairs of a right and a wrong rollout of one prompt; None without any.
+
+        levels: at which each would be stopped (`stop_levels`), [rollouts].
+        """
+        won, pairs = pairs_within(self.prompts, self.correct, self.weights, levels)
+        return float(won.sum() / pairs.sum()) if pairs.sum() else None
 
     def explained_variance(self, expected: Array) -> float | None:
         """See `fit.explained_variance`. expected: V at each token, [rollouts, tokens]."""

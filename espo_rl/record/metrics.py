@@ -43,6 +43,7 @@ METRICS = {
     "rollout/tokens_total": "tokens sampled since the run's start",
     "rollout/tokens_total_without_stopping": "estimate, from all audits so far: the same in full",
     "rollout/tokens_saved_share": "estimate: share of those that was not sampled",
+    "rollout/questions": "to answer probes, along the rollouts",
     "rollout/overshoot": "tokens sampled between a decision and its abort",
     "rollout/audited": "stopped rollouts generated to their end all the same",
     "rollout/audited_correct": "of these, right in the end: false positives",
@@ -68,6 +69,8 @@ METRICS = {
     "bounded, of false positives) at this "
     "threshold, at stopping.confidence",
     "stopping/effective_n": "known outcomes that this bound rests on, as if weighted alike",
+    "stopping/auc_within_prompts": "how well the gate tells right from wrong rollouts of one "
+    "prompt, in a batch it had not seen: 0.5 is chance, and NaN where no prompt had both",
     "stopping/explained_variance": "of the outcome, by the estimate that gates, on rollouts it was "
     "not fitted on",
     "stopping/explained_variance_free": "the same without the sources that are asked, where they "
@@ -164,6 +167,7 @@ def rollout_metrics(
         "tokens": tokens,
         "tokens_without_stopping": without,
         "tokens_saved_share": 1.0 - _ratio(tokens, without),
+        "questions": sum(len(rollout.probes) for rollout in usable),
         "overshoot": sum(rollout.overshoot for rollout in usable),
         "audited": len(audited),
         "audited_correct": sum(audited),

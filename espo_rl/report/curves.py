@@ -75,9 +75,17 @@ _LOGGED: tuple[tuple[str, str, Unit, dict[str, str]], ...] = (
         "number",
         {
             "stopping/explained_variance": "estimate that gates",
+            "stopping/explained_variance_free": "without what is asked",
             "ppo/critic_explained_variance": "critic",
         },
     ),
+    (
+        "within",
+        "Which rollout has failed",
+        "number",
+        {"stopping/auc_within_prompts": "AUC within prompts"},
+    ),
+    ("questions", "Questions to answer probes", "count", {"rollout/questions": "questions"}),
     ("policy-loss", "Policy loss", "number", {"ppo/policy_loss": "policy loss"}),
     ("critic-loss", "Critic loss", "number", {"ppo/critic_loss": "critic loss"}),
 )

@@ -9,8 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from espo_gateway.stop.estimate import probabilities
+from espo_gateway.stop.replay import gate_logits
 from espo_gateway.stop.rules import RULES, Gate
 from espo_gateway.stop.watch import Watch
+from espo_rl.gate.outcomes import recorded_of
 from espo_rl.record.run_folder import Row
 from espo_rl.report.token_texts import Pieces, token_texts
 from espo_rl.types import EndReason, Rollout
@@ -41,10 +44,11 @@ def trace(rollout: Rollout, gate: Gate, tokenizer: Any | None, pieces: Pieces, l
 
     longest: so many tokens are shown at most: around the cut of a stopped rollout, else the first.
     g is None where it is missing. threshold and value are single numbers where they do not change.
+    probes: of each answer probe the token, and what it said (`told.TOLD`).
     """
     start = _start(rollout, longest)
     end = min(start + longest, len(rollout.token_ids))
-    watch = Watch(gate, len(rollout.prompt_ids), decides=False)
+    watch = Watch(gate, len(rollout.prompt_ids), decides=False, history=rollout.history)
     last = len(rollout.token_ids) if rollout.end is EndReason.COMPLETED else 0
     looks = []
     for place in range(end):
@@ -56,6 +60,9 @@ def trace(rollout: Rollout, gate: Gate, tokenizer: Any | None, pieces: Pieces, l
         if place >= start:
             looks.append(watch.look())
     regrets, zs, thresholds, values = zip(*looks, strict=True) if looks else ((), (), (), ())
+    if gate.asks_estimate:
+        # Of what was asked, as it was answered; unknown where nobody did.
+        values = probabilities(gate_logits(gate, recorded_of([rollout])))[0, start:end].tolist()
     shown: Row = {
         "start": start,
         "g": [_short(g) for g in regrets],
@@ -63,6 +70,8 @@ def trace(rollout: Rollout, gate: Gate, tokenizer: Any | None, pieces: Pieces, l
         "threshold": _once([_short(threshold) for threshold in thresholds]),
         "value": _once([_short(value) for value in values]),
     }
+    if probes := [probe for probe in rollout.probes if start < probe[0] <= end]:
+        shown["probes"] = [[int(at), *map(_short, said)] for at, *said in probes]
     if tokenizer is None:
         shown["text"] = _shown(rollout.text)
     else:

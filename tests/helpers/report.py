@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import json
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import Schedule
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import load_recipe
 from espo_rl.record.rollout_files import RolloutFiles
@@ -24,6 +26,15 @@ from espo_rl.types import EndReason, Problem, Rollout
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\"> {{data}}"
 RUN_GATE = Gate(version=3, rule="regret-only", beta=0.5, statistics=RegretStatistics(0.1, 1.0))
 ESTIMATOR = SuccessEstimator((0.0, -1.0) + (0.0,) * (len(FEATURES) - 2), 2.0)
+#: reads what a probe says of the reference answer's first token
+ASKING = dataclasses.replace(
+    RUN_GATE,
+    rule="success-probability",
+    estimator=SuccessEstimator((0.0,) * len(FEATURES) + (1.0, *[0.0] * 5), 0.5, ("probe",)),
+    free=ESTIMATOR,
+    schedule=Schedule(every=4, growth=0.0, below=1.0),
+    p_star=0.3,
+)
 CUT = 8
 
 

@@ -6,6 +6,9 @@ import { $, colour, draw, element, point, remove, sample, series } from "./plots
 /** Where the classes of regret begin, in nats. */
 const CLASSES = [0, 0.1, 0.5, 1, 2, 4];
 
+/** Of a line that is known here and there. */
+const POINTS = { points: { show: true, size: 6 }, spanGaps: true };
+
 /** The numbers of a rollout, unpacked: arrays over the tokens that are shown. */
 export async function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
@@ -81,14 +84,28 @@ export class TraceView {
       ["z", trace.z],
       ...(onZ ? [["threshold", trace.threshold]] : []),
     ], cut, level, values ? 150 : 190);
+    this.drawProbes(x, cut);
     if (!values) return;
     this.plot("value", "V, the estimated chance of success", x, [
       ["V", trace.value],
       ...(gate.compared === "value" ? [["p*, under which it stops", trace.threshold]] : []),
-    ], cut, constant, 130, [0, 1]);
+    ], cut, constant, 130, [0, 1], this.trace.probes ? POINTS : {});
   }
 
-  plot(id, title, x, lines, cut, write, height, bounds) {
+  /** What answer probes said, at the tokens where they were asked. */
+  drawProbes(x, cut) {
+    const { probes, start } = this.trace;
+    if (!probes) return;
+    const names = ["reference answer, first token", "reference answer", "the policy's own word"];
+    const lines = names.map((name, i) => {
+      const said = x.map(() => null);
+      for (const probe of probes) said[probe[0] - start - 1] = probe[1 + i];
+      return [name, said];
+    });
+    this.plot("probes", "log-likelihood by answer probes", x, lines, cut, level, 150, undefined, POINTS);
+  }
+
+  plot(id, title, x, lines, cut, write, height, bounds, more = {}) {
     const figure = element("figure");
     figure.id = `trace-${id}`;
     const keys = element("ul", "keys");
@@ -101,7 +118,7 @@ export class TraceView {
     figure.append(element("figcaption", "", title), keys, place);
     $("plots").append(figure);
     const plot = draw(place, [x, ...lines.map(([, values]) => values)], {
-      lines: lines.map(([name], i) => series(name, i, i)),
+      lines: lines.map(([name], i) => series(name, i, i, more)),
       scales: { y: { range: (_, low, high) => bounds ?? padded(low, high) } },
       x: (at) => (Number.isInteger(at) ? String(at) : ""),
       y: write,

@@ -65,6 +65,24 @@ def play(
     return gates, shares
 
 
+def test_auc_within_prompts_is_of_pairs_of_one_prompt() -> None:
+    """Prompts of their own would look told apart by a gate that knows only which is hard."""
+    stopping = controller(rule="regret-only", warmup_batches=1)
+    rollouts = simulate(40, 1)
+    for number, rollout in enumerate(rollouts):
+        rollout.group = number % 4
+        rollout.correct = number % 4 == 0
+    stopping.observe(rollouts, None)
+    assert stopping.auc_within is None
+    assert np.isnan(stopping.metrics()["auc_within_prompts"])
+    for number, rollout in enumerate(rollouts):
+        rollout.correct = number >= 4
+        loud = 0.1 if rollout.correct else 5.0
+        rollout.logprobs = rollout.max_logprobs - loud
+    stopping.observe(rollouts, None)
+    assert stopping.metrics()["auc_within_prompts"] == 1.0
+
+
 # -- all settings ----------------------------------------------------------------------------------
 
 SOURCES = ("constant", "stream", "critic")

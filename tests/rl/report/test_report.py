@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_rl.record.intervals import Share
@@ -23,6 +24,7 @@ from espo_rl.report.token_texts import Pieces, load_tokenizer, token_texts
 from espo_rl.report.traces import trace
 from espo_rl.types import EndReason, Rollout
 from tests.helpers.report import (
+    ASKING,
     BATCH,
     ESTIMATOR,
     RUN_GATE,
@@ -200,6 +202,27 @@ def test_a_trace_is_what_the_gate_decided_by(gate: Gate) -> None:
         crossed = [z > bound for z, bound in zip(shown["z"], thresholds, strict=True)]
     # No decision is taken within the first tokens.
     assert crossed.index(True, gate.min_tokens - 1) == cut
+
+
+def test_a_trace_of_what_was_asked() -> None:
+    said = [[4, -1.0, -1.5, -0.1], [8, -3.0, -3.0, -0.2], [12, -0.5, -0.5, -0.3]]
+    shown = trace(one(tokens=16, probes=said), ASKING, None, Pieces(), 1000)
+    assert shown["probes"] == said
+    known = {at: value for at, value in enumerate(shown["value"], 1) if value is not None}
+    expected = {at: 1.0 / (1.0 + math.exp(-first - 0.5)) for at, first, *_ in said}
+    assert known == pytest.approx(expected, rel=1e-3)
+    # Of those after the cut, only what is shown.
+    rollout = one(0, 100, EndReason.EARLY_STOP, kept=90, probes=[[4, *said[0][1:]], [80, 0, 0, 0]])
+    assert trace(rollout, ASKING, None, Pieces(), 30)["probes"] == [[80, 0, 0, 0]]
+
+
+def test_a_trace_of_a_prompt_with_a_history() -> None:
+    weights = (0.0,) * len(FEATURES) + (1.0,)
+    gate = dataclasses.replace(ASKING, estimator=SuccessEstimator(weights, 0.0, ("history",)))
+    shown = trace(
+        one(tokens=4, history=2.0), dataclasses.replace(gate, free=None), None, Pieces(), 9
+    )
+    assert shown["value"] == pytest.approx(1.0 / (1.0 + math.exp(-2.0)), rel=1e-3)
 
 
 def test_a_trace_of_numbers_that_are_missing() -> None:

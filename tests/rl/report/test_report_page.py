@@ -18,6 +18,7 @@ from espo_rl.report.curves import panels
 from espo_rl.types import Problem
 from tests.helpers.browser import in_browser
 from tests.helpers.report import (
+    ASKING,
     ESTIMATOR,
     HOSTILE,
     RUN_GATE,
@@ -303,3 +304,25 @@ async def test_two_runs_and_no_rollouts(browser: Browser, tmp_path: Path, width:
         await drawn_in(page, "#panel-entropy canvas", "--c1")
         await expect(page.locator("#no-rollouts")).to_be_visible()
         await expect(page.locator("#browser")).to_be_hidden()
+
+
+@in_browser
+@pytest.mark.slow
+@both
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_probes_said_is_drawn(browser: Browser, tmp_path: Path, width: int) -> None:
+    said = [[4, -1.0, -1.5, -0.1], [8, -3.0, -3.0, -0.2], [12, -0.5, -0.5, -0.3]]
+    folder = make_run(tmp_path / "run", batch=[one(1, probes=said), one(2)], gate=ASKING)
+    report.main([str(folder)])
+    async with opened(browser, folder / "report.html", width) as page:
+        await show(page, 0)
+        await drawn_in(page, "#trace-probes canvas", "--c1")
+        await drawn_in(page, "#trace-value canvas", "--c0")
+        keys = await page.locator("#trace-probes .keys li").all_inner_texts()
+        assert keys == [
+            "reference answer, first token",
+            "reference answer",
+            "the policy's own word",
+        ]
+        await show(page, 1)
+        assert await page.locator("#trace-probes").count() == 0
