@@ -7,7 +7,7 @@ import { $, colour, draw, element, point, remove, sample, series } from "./plots
 const CLASSES = [0, 0.1, 0.5, 1, 2, 4];
 
 /** Of a line that is known here and there. */
-const POINTS = { points: { show: true, size: 6 }, spanGaps: true };
+const POINTS = { points: { show: true, size: 5 }, spanGaps: true };
 
 /** The numbers of a rollout, unpacked: arrays over the tokens that are shown. */
 export async function unpack(packed) {
@@ -89,7 +89,7 @@ export class TraceView {
     this.plot("value", "V, the estimated chance of success", x, [
       ["V", trace.value],
       ...(gate.compared === "value" ? [["p*, under which it stops", trace.threshold]] : []),
-    ], cut, constant, 130, [0, 1], this.trace.probes ? POINTS : {});
+    ], cut, constant, 130, [0, 1]);
   }
 
   /** What answer probes said, at the tokens where they were asked. */
@@ -102,10 +102,10 @@ export class TraceView {
       for (const probe of probes) said[probe[0] - start - 1] = probe[1 + i];
       return [name, said];
     });
-    this.plot("probes", "log-likelihood by answer probes", x, lines, cut, level, 150, undefined, POINTS);
+    this.plot("probes", "Log-likelihood by answer probes", x, lines, cut, level, 150);
   }
 
-  plot(id, title, x, lines, cut, write, height, bounds, more = {}) {
+  plot(id, title, x, lines, cut, write, height, bounds) {
     const figure = element("figure");
     figure.id = `trace-${id}`;
     const keys = element("ul", "keys");
@@ -118,7 +118,7 @@ export class TraceView {
     figure.append(element("figcaption", "", title), keys, place);
     $("plots").append(figure);
     const plot = draw(place, [x, ...lines.map(([, values]) => values)], {
-      lines: lines.map(([name], i) => series(name, i, i, more)),
+      lines: lines.map(([name, values], i) => series(name, i, i, values.includes(null) ? POINTS : {})),
       scales: { y: { range: (_, low, high) => bounds ?? padded(low, high) } },
       x: (at) => (Number.isInteger(at) ? String(at) : ""),
       y: write,
