@@ -1,0 +1,206 @@
+"""vLLM's scheduler, with the monitor in it: a request ends at its decision token, at no cost.
+
+    vllm serve MODEL --scheduler-cls espo_gateway.vllm_plugin.scheduler.EspoScheduler
+
+The engine core has every sampled token's logprobs once a step. What a request orders comes with it
+(`wire`); without an order it is vLLM's own. Logprobs that the client has not asked for are computed
+for the monitor and taken out of the answer. The step that is in flight when a request ends is
+thrown away by vLLM, so a client gets no token past the cut, and one at most is sampled in vain.
+
+Nothing here fails the engine: a fault of ours ends the monitor of that request, whose record says
+so, and an order that is wrong ends the request (a 400 by `admission`, before it comes here).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import vllm
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from espo_gateway.errors import InvalidRequest, said
+from espo_gateway.vllm_plugin.admission import check_order, tested, untested
+from espo_gateway.vllm_plugin.monitor import Monitor
+from espo_gateway.vllm_plugin.wire import order_of
+
+log = logging.getLogger(f"vllm.{__name__}")
+
+
+class Monitored:
+    """Beside one of vLLM's schedulers, before it in the order of classes."""
+
+    def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
+        check_engine(vllm_config)
+        super().__init__(vllm_config, *arguments, **named)
+        self._model_config = vllm_config.model_config
+        self._monitors: dict[str, Monitor] = {}
+        #: requests whose logprobs are for the monitor alone
+        self._hidden: set[str] = set()
+        #: ended since the last step
+        self._ended: list[str] = []
+        # Of the step whose output is being read: logprobs by row, and each request's first row.
+        self._rows: list[list[float]] | None = None
+        self._first_rows: dict[str, int] = {}
+        self._starts: Sequence[int] | None = None
+        self._width = 2
+        self._tested = tested(vllm.__version__)
+        if not self._tested:
+            log.error("%s; this engine decides nothing", untested(vllm.__version__))
+
+    def add_request(self, request: Request) -> None:
+        refused = False
+        if self._tested and request.sampling_params is not None:
+            try:
+                self._begin(request)
+            except InvalidRequest as error:
+                log.error("request %s is refused: %s", request.request_id, error)
+                refused = True
+            except Exception as error:
+                self._fault(request.request_id, error)
+        super().add_request(request)  # type: ignore[misc]
+        if refused:
+            # Ends with the next step, in an error: vLLM's way for what it finds out too late.
+            self.grammar_compile_error_reqs.add(request.request_id)  # type: ignore[attr-defined]
+
+    def _begin(self, request: Request) -> None:
+        params = request.sampling_params
+        order = order_of(params.extra_args)
+        if order is None or request.request_id in self.requests:  # type: ignore[attr-defined]
+            return
+        check_order(order, params, self._model_config)
+        if request.resumable:
+            raise InvalidRequest(
+                "espo_gate: input that is streamed has several answers, and one decision cannot "
+                "end it; send whole prompts",
+                param="espo_gate",
+            )
+        monitor = Monitor(order, request.num_prompt_tokens)
+        wanted, asked = monitor.alternatives, params.logprobs
+        if asked is None or 0 <= asked < wanted:
+            # A copy: within one process the choices of a request share the object.
+            request.sampling_params = params = copy.copy(params)
+            params.logprobs = wanted
+            if asked is None:
+                self._hidden.add(request.request_id)
+        self._monitors[request.request_id] = monitor
+        self._width = max(self._width, wanted + 1)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if self._monitors:
+            try:
+                self._read(model_runner_output)
+            except Exception as error:
+                self._rows = None
+                for request_id in self._monitors:
+                    self._fault(request_id, error)
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+        hidden = self._hidden
+        if hidden:
+            for client in outputs.values():
+                for output in client.outputs:
+                    if output.new_logprobs is not None and output.request_id in hidden:
+                        output.new_logprobs = None
+        if self._ended:
+            for request_id in self._ended:
+                self._monitors.pop(request_id, None)
+                hidden.discard(request_id)
+            self._ended.clear()
+            if not self._monitors:
+                self._width = 2
+        return outputs
+
+    def _read(self, model_runner_output: Any) -> None:
+        logprobs = model_runner_output.logprobs
+        self._rows = None if logprobs is None else logprobs.logprobs[:, : self._width].tolist()
+        self._starts = None if logprobs is None else logprobs.cu_num_generated_tokens
+        self._first_rows = model_runner_output.req_id_to_index
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        update = super()._update_request_with_output  # type: ignore[misc]
+        monitor = self._monitors.get(request.request_id)
+        if monitor is None:
+            return update(request, new_token_ids, is_stale)
+        if len(new_token_ids) == 1:
+            kept, stopped = update(request, new_token_ids, is_stale)
+            return kept, self._push(request, monitor, 0, stopped)
+        kept, stopped = [], False
+        # Of several tokens of a step each is added by itself: what follows a stop never was.
+        for place, token in enumerate(new_token_ids):
+            added, stopped = update(request, [token], is_stale)
+            kept += added
+            stopped = self._push(request, monitor, place, stopped)
+            if stopped:
+                break
+        return kept, stopped
+
+    def _push(self, request: Request, monitor: Monitor, place: int, stopped: bool) -> bool:
+        """Show the monitor a token; whether the request ends. stopped: what vLLM says."""
+        try:
+            if monitor.fault is None:
+                rows = self._rows
+                if rows is not None:
+                    first = self._first_rows[request.request_id]
+                    starts = self._starts
+                    row = rows[(first if starts is None else starts[first]) + place]
+                else:
+                    row = None
+                capped = RequestStatus.FINISHED_LENGTH_CAPPED
+                last = stopped and request.status != capped
+                if monitor.push(row, last=last):
+                    # Not "stopped": of a token that stops a text vLLM shows nothing.
+                    request.status = capped
+                    stopped = True
+            if stopped:
+                request.stop_reason = monitor.stop_reason(request.stop_reason)
+        except Exception as error:
+            self._fault(request.request_id, error)
+        return stopped
+
+    def _fault(self, request_id: str, error: Exception) -> None:
+        """Go on without the monitor of a request."""
+        monitor = self._monitors.get(request_id)
+        if monitor is None or monitor.fault is None:
+            log.error("request %s is not watched: %s", request_id, said(error), exc_info=error)
+        if monitor is not None:
+            monitor.fault = f"a fault in the engine's monitor: {said(error)}"
+
+    def _free_request(self, request: Request, *arguments: Any, **named: Any) -> Any:
+        self._ended.append(request.request_id)
+        return super()._free_request(request, *arguments, **named)  # type: ignore[misc]
+
+
+class EspoPlainScheduler(Monitored, Scheduler):
+    """Where vLLM does not schedule asynchronously."""
+
+
+class EspoScheduler(Monitored, AsyncScheduler):
+    """The one to name: it is the other where vLLM would take its plain one."""
+
+    def __new__(cls, vllm_config: Any, *arguments: Any, **named: Any) -> Any:
+        if vllm_config.scheduler_config.async_scheduling:
+            return super().__new__(cls)
+        return EspoPlainScheduler(vllm_config, *arguments, **named)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ValueError where decisions could not be right."""
+    model = vllm_config.model_config
+    if model.is_diffusion:
+        raise ValueError(
+            "EspoScheduler follows tokens in their order, and this is a diffusion model: start "
+            "without --scheduler-cls"
+        )
+    if model.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+        raise ValueError(
+            f"EspoScheduler reads logprobs, and --logprobs-mode {model.logprobs_mode} gives "
+            "logits: use raw_logprobs or processed_logprobs"
+        )
