@@ -11,6 +11,9 @@ import os
 
 #: name of our backend in `--weight-transfer-config '{"backend": "espo"}'`
 BACKEND = "espo"
+#: name of our scheduler in `--scheduler-cls`, and of the `--middleware` that tells of it
+SCHEDULER = "espo_gateway.vllm_plugin.scheduler.EspoScheduler"
+ENGINE_ROUTE = "espo_gateway.vllm_plugin.admission.EngineRoute"
 
 
 def register() -> None:

@@ -14,10 +14,9 @@ from importlib import metadata
 from typing import Any
 
 from espo_gateway.errors import InvalidRequest
+from espo_gateway.vllm_plugin import SCHEDULER
 from espo_gateway.vllm_plugin.wire import ROUTE, Order, order_of
 
-SCHEDULER = "espo_gateway.vllm_plugin.scheduler.EspoScheduler"
-MIDDLEWARE = "espo_gateway.vllm_plugin.admission.EngineRoute"
 #: The vLLM whose scheduler was read, and tried.
 TESTED = "0.32"
 

@@ -3,8 +3,8 @@
     vllm serve MODEL --scheduler-cls espo_gateway.vllm_plugin.scheduler.EspoScheduler
 
 The engine core has every sampled token's logprobs once a step. What a request orders comes with it
-(`wire`); without an order it is vLLM's own. Logprobs that the client has not asked for are computed
-for the monitor and taken out of the answer. The step that is in flight when a request ends is
+(`wire`); without an order it is vLLM's own. Logprobs that the client has not asked for the worker
+computes all the same, and they end here. The step that is in flight when a request ends is
 thrown away by vLLM, so a client gets no token past the cut, and one at most is sampled in vain.
 
 Nothing here fails the engine: a fault of ours ends the monitor of that request, whose record says
@@ -39,10 +39,8 @@ class Monitored:
         super().__init__(vllm_config, *arguments, **named)
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
-        #: requests whose logprobs are for the monitor alone
-        self._hidden: set[str] = set()
-        #: ended since the last step
-        self._ended: list[str] = []
+        #: by request, what the worker is asked in the place of what the client has asked
+        self._worker_params: dict[str, Any] = {}
         # Of the step whose output is being read: logprobs by row, and each request's first row.
         self._rows: list[list[float]] | None = None
         self._first_rows: dict[str, int] = {}
@@ -82,13 +80,18 @@ class Monitored:
         monitor = Monitor(order, request.num_prompt_tokens)
         wanted, asked = monitor.alternatives, params.logprobs
         if asked is None or 0 <= asked < wanted:
-            # A copy: within one process the choices of a request share the object.
-            request.sampling_params = params = copy.copy(params)
+            params = copy.copy(params)
             params.logprobs = wanted
-            if asked is None:
-                self._hidden.add(request.request_id)
+            self._worker_params[request.request_id] = params
         self._monitors[request.request_id] = monitor
         self._width = max(self._width, wanted + 1)
+
+    def schedule(self, *arguments: Any, **named: Any) -> Any:
+        scheduled = super().schedule(*arguments, **named)  # type: ignore[misc]
+        # The worker alone: what this side does not ask for it does not hand on.
+        for new in scheduled.scheduled_new_reqs:
+            new.sampling_params = self._worker_params.get(new.req_id, new.sampling_params)
+        return scheduled
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         if self._monitors:
@@ -98,23 +101,9 @@ class Monitored:
                 self._rows = None
                 for request_id in self._monitors:
                     self._fault(request_id, error)
-        outputs = super().update_from_output(  # type: ignore[misc]
+        return super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
-        hidden = self._hidden
-        if hidden:
-            for client in outputs.values():
-                for output in client.outputs:
-                    if output.new_logprobs is not None and output.request_id in hidden:
-                        output.new_logprobs = None
-        if self._ended:
-            for request_id in self._ended:
-                self._monitors.pop(request_id, None)
-                hidden.discard(request_id)
-            self._ended.clear()
-            if not self._monitors:
-                self._width = 2
-        return outputs
 
     def _read(self, model_runner_output: Any) -> None:
         logprobs = model_runner_output.logprobs
@@ -174,7 +163,8 @@ class Monitored:
             monitor.fault = f"a fault in the engine's monitor: {said(error)}"
 
     def _free_request(self, request: Request, *arguments: Any, **named: Any) -> Any:
-        self._ended.append(request.request_id)
+        self._monitors.pop(request.request_id, None)
+        self._worker_params.pop(request.request_id, None)
         return super()._free_request(request, *arguments, **named)  # type: ignore[misc]
 
 

@@ -89,7 +89,7 @@ class Engine:
     """The engine core's loop around a scheduler.
 
     blocks: of the KV cache. deep: steps under way at a time.
-    sampled: tokens that the worker has sampled, by request.
+    sampled: tokens that the worker has sampled, by request. worker_params: what it is asked.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Engine:
         )
         self.answers: dict[str, Answer] = {}
         self.sampled: dict[str, int] = {}
+        self.worker_params: dict[str, SamplingParams] = {}
         self.preempted = 0
         self._deep = 2 if asynchronous else 1
         self._drafts = drafts
@@ -177,6 +178,7 @@ class Engine:
 
     def _worked(self, scheduled: Any) -> ModelRunnerOutput:
         names = list(scheduled.num_scheduled_tokens)
+        self.worker_params |= {n.req_id: n.sampling_params for n in scheduled.scheduled_new_reqs}
         self.preempted += len(scheduled.preempted_req_ids or ())
         tokens: list[list[int]] = []
         rows: list[list[float]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def check(engine: Engine, table: dict[str, Rollout], gate: str) -> list[int | No
         ended = cut is None and told.tokens[-1] == EOS
         assert answer.reason == ("stop" if ended else "length")
     assert not engine.scheduler._monitors
-    assert not engine.scheduler._hidden
+    assert not engine.scheduler._worker_params
     return cuts
 
 
@@ -143,9 +144,8 @@ def test_logprobs_are_the_clients_own_affair(asked: int | None) -> None:
     engine, told = Engine(), rollout(1, 12)
     gate = json.dumps({"rule": "confidence", "confidence": 1e-3, "confidence_top_k": 5})
     engine.add("r", told, fields(gate), logprobs=asked)
-    wanted = engine.scheduler.requests["r"].sampling_params.logprobs
-    assert wanted == (5 if asked != -1 else -1)
     answer = engine.run()["r"]
+    assert engine.worker_params["r"].logprobs == (5 if asked != -1 else -1)
     # Of rows with more than was asked for vLLM's API server shows what was.
     assert len(answer.logprobs) == (0 if asked is None else 12)
 
@@ -255,9 +255,15 @@ def test_a_wrong_order_fails_its_request_alone(
     orders: dict[str, Any], field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, told = Engine(), rollout(1, 20)
-    with caplog.at_level("ERROR", logger="vllm.espo_gateway.vllm_plugin.scheduler"):
+    logger = logging.getLogger("vllm.espo_gateway.vllm_plugin.scheduler")
+    logger.addHandler(caplog.handler)
+    try:
         engine.add("wrong", told, orders)
         engine.add("right", told, fields(STRICT))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "request wrong is refused" in caplog.text
+    assert field in caplog.text
     answers = engine.run()
     assert answers["wrong"].reason == "error"
     assert answers["right"].tokens == told.tokens[: expected(STRICT, told)]
@@ -326,7 +332,7 @@ def test_an_aborted_request_leaves_nothing() -> None:
     engine.scheduler.finish_requests(["r1"], _aborted())
     engine.run()
     assert not engine.scheduler._monitors
-    assert not engine.scheduler._hidden
+    assert not engine.scheduler._worker_params
 
 
 def _aborted() -> Any:
