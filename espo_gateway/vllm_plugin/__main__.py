@@ -4,8 +4,9 @@
 
 The server decides by itself where a request that carries a gate ends (`scheduler.py`); with
 `--no-decide` it leaves that to a gateway. `--critic` serves a sequence classifier with one label,
-whose score of a prefix is V: what the gateway's `--critic URL` asks. Owns the defaults only, and becomes vLLM (exec): same process, same
-signals, same exit code. A flag or variable that is given wins over ours.
+whose score of a prefix is V: what the gateway's `--critic URL` asks. Owns the defaults only, and
+becomes vLLM (exec): same process, same signals, same exit code. A flag or variable that is given
+wins over ours.
 
 vLLM shows the routes that update weights only in its development mode, so VLLM_SERVER_DEV_MODE=1 is
 set. The same mode lets anyone who reaches the port pause the server or reset its weights; hence the
@@ -91,7 +92,9 @@ def server_command(
             the port is busy, or the host would show the development routes to others.
     """
     if not arguments or arguments[0].startswith("-"):
-        raise LaunchError("usage: espo-vllm MODEL [--critic | --no-decide] [any flag of vllm serve]")
+        raise LaunchError(
+            "usage: espo-vllm MODEL [--critic | --no-decide] [any flag of vllm serve]"
+        )
     model, *given = arguments
     check_model(model)
     defaults = FLAGS | (CPU_FLAGS if cpu else {}) | {"--served-model-name": model}

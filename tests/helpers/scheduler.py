@@ -212,4 +212,3 @@ class Engine:
                 starts if self._drafts else None,
             ),
         )
-

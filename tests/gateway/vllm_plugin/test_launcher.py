@@ -204,4 +204,4 @@ def test_command_line_without_a_model() -> None:
 def test_command_line_help_needs_no_vllm() -> None:
     result = run("--help")
     assert result.returncode == 0
-    assert "espo_gateway.vllm_plugin MODEL [--critic]" in result.stdout
+    assert "espo_gateway.vllm_plugin MODEL [--critic | --no-decide]" in result.stdout
