@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.tracks import token_confidence
+from espo_gateway.stop.watch import Watch
 from espo_gateway.vllm_plugin.wire import ROUTE, told_by
-from tests.helpers.gateway import get_text, post
+from tests.helpers.gateway import gateway_for, get_text, metric, post
+from tests.helpers.models import random_model
 from tests.helpers.vllm import (
+    BASE_SEED,
     CHAT,
     COMPLETIONS,
     STRICT,
     VllmServer,
     body_for,
+    generated,
+    publish,
     settled,
 )
 
@@ -92,3 +99,96 @@ async def test_a_stop_string_on_the_decision_token_is_vllms_end(
             continue
         ended = await choice(seed, stop=[text[-1]], **plain)
         assert (ended["finish_reason"], ended["stop_reason"]) == ("stop", text[-1])
+
+
+ESTIMATOR = {"weights": [0.0, -0.2, *[-0.1] * 10], "bias": 3.0}
+GATES: dict[str, dict[str, Any]] = {
+    "value-gated": {"beta": 1.8, "constant": 0.5},
+    "regret-only": {"beta": 0.9},
+    "success-probability": {"estimator": ESTIMATOR, "p_star": 0.3},
+    "surprise": {"beta": 2.0},
+    "confidence": {"confidence": 2.65, "confidence_window": 16, "confidence_top_k": 8},
+    "random": {"hazard": 0.02},
+}
+#: By rule; in all at least 500.
+ROLLOUTS = 90
+
+
+@pytest.mark.parametrize("rule", GATES)
+async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, rule: str) -> None:
+    """The engine's is what the watch makes of the very numbers that the client was sent."""
+    gate = json.dumps({"rule": rule, **GATES[rule]}).encode()
+
+    async def side(decide: str) -> list[dict[str, Any]]:
+        async with gateway_for(vllm_server, gate=gate, decide=decide) as gateway:
+
+            async def choice(seed: int) -> dict[str, Any]:
+                fields = {"max_tokens": 96, "temperature": 1.0, "seed": seed, "logprobs": 8}
+                body = body_for(vllm_server, COMPLETIONS, return_token_ids=True, **fields)
+                return (await post(gateway.url + COMPLETIONS, body))[1]["choices"][0]
+
+            choices = await asyncio.gather(*map(choice, range(ROLLOUTS)))
+            if decide == "engine":
+                assert await metric(gateway, "espo_gateway_overshoot_tokens_total") == 0
+        return choices
+
+    by_engine, by_gateway = await asyncio.gather(side("engine"), side("gateway"))
+    assert len({check_cut(choice, rule) for choice in by_engine}) > 3
+    same = 0
+    for one, other in zip(by_engine, by_gateway, strict=True):
+        found, expected = one["espo"], other["espo"]
+        if found["cut"] != expected["cut"]:
+            # In other company a logprob has other last bits, and a z at its threshold another side.
+            length = min(len(one["token_ids"]), len(other["token_ids"]))
+            assert one["token_ids"][:length] == other["token_ids"][:length]
+            continue
+        same += 1
+        assert one["token_ids"] == other["token_ids"]
+        for name in ("finish_reason", "stop_reason"):
+            assert one[name] == other[name]
+        assert found["z"] == pytest.approx(expected["z"], abs=1e-3)
+    assert same >= 0.97 * ROLLOUTS
+
+
+def check_cut(choice: dict[str, Any], rule: str) -> int | None:
+    """By a replay of the logprobs in the answer, to the last bit."""
+    gate = gate_from_json(json.dumps({"rule": rule, **GATES[rule]}).encode(), has_critic=False)
+    record, logprobs = choice["espo"], choice["logprobs"]
+    prompt_tokens = len(choice["prompt_token_ids"])
+    watch, k = Watch(gate, prompt_tokens), gate.top_logprobs
+    count = len(choice["token_ids"])
+    for n, (sampled, top) in enumerate(
+        zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True), 1
+    ):
+        assert watch.cut is None
+        confidence = token_confidence([*top.values()], k) if k > 1 else None
+        last = n == count and choice["finish_reason"] == "stop"
+        watch.push(sampled, max(sampled, *top.values()), last=last, confidence=confidence)
+    assert watch.cut == record["cut"] == (count if record["stopped"] else None)
+    assert (watch.z, watch.threshold, watch.value, watch.missing) == (
+        *(record["z"], record["threshold"], record["value"], record["missing"]),
+    )
+    assert record["tokens"] == count
+    return record["cut"]
+
+
+async def test_new_weights_on_the_way(vllm_server: VllmServer) -> None:
+    """A pause and a reload cost the monitor no token."""
+    order = {"espo_gate": json.dumps({"rule": "regret-only", "beta": 1e9}), "espo_record": 1}
+    fields = {"max_tokens": 480, "ignore_eos": True, "n": 64, "vllm_xargs": order}
+    body = body_for(vllm_server, COMPLETIONS, **fields)
+    before = await settled(vllm_server)
+    request = asyncio.ensure_future(post(vllm_server.url + COMPLETIONS, body))
+    while await generated(vllm_server) == before:
+        pass
+    try:
+        running = not request.done()
+        await publish(vllm_server, random_model(BASE_SEED + 1), "other")
+        _, answer = await request
+    finally:
+        await publish(vllm_server, random_model(BASE_SEED), "base")
+    assert running
+    for choice in answer["choices"]:
+        told = told_by(choice["stop_reason"])
+        assert told is not None
+        assert (told.tokens, told.missing, told.fault) == (480, 0, None)
