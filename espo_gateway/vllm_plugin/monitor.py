@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from espo_gateway.stop.regret import MISSING_LOGPROB
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Verdict, Watch
+from espo_gateway.vllm_plugin.batch import looks_at_z_alone
 from espo_gateway.vllm_plugin.wire import STOPPED, Order, Told, stop_reason_of
 
 _STOP = Verdict.STOP
@@ -26,6 +27,7 @@ class Monitor:
     """The monitor of one request.
 
     alternatives: largest logprobs a position that it reads.
+    batched: whether a `Batch` can follow it.
     fault: why it watches no more; None while it does.
     """
 
@@ -39,6 +41,7 @@ class Monitor:
         "_trace",
         "_traced",
         "alternatives",
+        "batched",
         "fault",
         "watch",
     )
@@ -47,6 +50,7 @@ class Monitor:
         self._order = order
         gate = order.gate
         self.alternatives = gate.top_logprobs
+        self.batched = looks_at_z_alone(gate) and not order.trace
         self._confident = self.alternatives > 1
         self._audited = order.audit > 0.0 and random.random() < order.audit
         self._enforces = order.mode == "enforce" and not self._audited

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import vllm
@@ -25,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from espo_gateway.errors import InvalidRequest, said
 from espo_gateway.vllm_plugin.admission import check_order, tested, untested
+from espo_gateway.vllm_plugin.batch import Batch
 from espo_gateway.vllm_plugin.monitor import Monitor
 from espo_gateway.vllm_plugin.wire import order_of
 
@@ -41,11 +41,15 @@ class Monitored:
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
         self._worker_params: dict[str, Any] = {}
-        # Of the step whose output is being read: logprobs by row, and each request's first row.
-        self._rows: list[list[float]] | None = None
+        #: those of them that are followed together
+        self._batch = Batch()
+        #: whether what comes may be of a step before a preemption, and be dropped
+        self._stale = False
+        # Of the step whose output is being read: logprobs by row, each request's first row, and
+        # the requests that the batch has seen to.
+        self._logprobs: Any = None
         self._first_rows: dict[str, int] = {}
-        self._starts: Sequence[int] | None = None
-        self._width = 2
+        self._settled: set[str] = set()
         self._tested = tested(vllm.__version__)
         if not self._tested:
             log.error("%s; this engine decides nothing", untested(vllm.__version__))
@@ -84,7 +88,8 @@ class Monitored:
             params.logprobs = wanted
             self._worker_params[request.request_id] = params
         self._monitors[request.request_id] = monitor
-        self._width = max(self._width, wanted + 1)
+        if monitor.batched:
+            self._batch.add(request.request_id, order.gate)
 
     def schedule(self, *arguments: Any, **named: Any) -> Any:
         scheduled = super().schedule(*arguments, **named)  # type: ignore[misc]
@@ -94,33 +99,49 @@ class Monitored:
         return scheduled
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._settled = set()
         if self._monitors:
             try:
                 self._read(model_runner_output)
             except Exception as error:
-                self._rows = None
                 for request_id in self._monitors:
                     self._fault(request_id, error)
         return super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
         )
 
-    def _read(self, model_runner_output: Any) -> None:
-        logprobs = model_runner_output.logprobs
-        self._rows = None if logprobs is None else logprobs.logprobs[:, : self._width].tolist()
-        self._starts = None if logprobs is None else logprobs.cu_num_generated_tokens
-        self._first_rows = model_runner_output.req_id_to_index
+    def _read(self, output: Any) -> None:
+        self._logprobs, self._first_rows = output.logprobs, output.req_id_to_index
+        if self._stale:
+            requests = self.requests.values()  # type: ignore[attr-defined]
+            self._stale = any(request.num_stale_output_tokens for request in requests)
+        # Only where every token of the step is one, and goes to its request.
+        if not (
+            output.logprobs is None
+            or output.logprobs.cu_num_generated_tokens is not None
+            or output.kv_connector_output is not None
+            or self._stale
+        ):
+            counts = [*map(len, output.sampled_token_ids)]
+            self._settled = self._batch.push(output.req_ids, counts, output.logprobs.logprobs)
+
+    def _preempt_request(self, *arguments: Any, **named: Any) -> Any:
+        self._stale = True
+        return super()._preempt_request(*arguments, **named)  # type: ignore[misc]
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
         update = super()._update_request_with_output  # type: ignore[misc]
-        monitor = self._monitors.get(request.request_id)
+        name = request.request_id
+        if name in self._settled:
+            kept, stopped = update(request, new_token_ids, is_stale)
+            if stopped:
+                self._conclude(request)
+            return kept, stopped
+        monitor = self._monitors.get(name)
         if monitor is None:
             return update(request, new_token_ids, is_stale)
-        if len(new_token_ids) == 1:
-            kept, stopped = update(request, new_token_ids, is_stale)
-            return kept, self._push(request, monitor, 0, stopped)
         kept, stopped = [], False
         # Of several tokens of a step each is added by itself: what follows a stop never was.
         for place, token in enumerate(new_token_ids):
@@ -133,26 +154,39 @@ class Monitored:
 
     def _push(self, request: Request, monitor: Monitor, place: int, stopped: bool) -> bool:
         """Show the monitor a token; whether the request ends. stopped: what vLLM says."""
+        name, capped = request.request_id, RequestStatus.FINISHED_LENGTH_CAPPED
         try:
             if monitor.fault is None:
-                rows = self._rows
-                if rows is not None:
-                    first = self._first_rows[request.request_id]
-                    starts = self._starts
-                    row = rows[(first if starts is None else starts[first]) + place]
-                else:
-                    row = None
-                capped = RequestStatus.FINISHED_LENGTH_CAPPED
+                self._batch.settle(name, monitor.watch, request.num_output_tokens - 1)
                 last = stopped and request.status != capped
-                if monitor.push(row, last=last):
+                if monitor.push(self._row(name, place, monitor.alternatives), last=last):
                     # Not "stopped": of a token that stops a text vLLM shows nothing.
                     request.status = capped
                     stopped = True
-            if stopped:
-                request.stop_reason = monitor.stop_reason(request.stop_reason)
+                self._batch.resume(name, monitor.watch)
+        except Exception as error:
+            self._fault(name, error)
+        if stopped:
+            self._conclude(request)
+        return stopped
+
+    def _row(self, name: str, place: int, alternatives: int) -> list[float] | None:
+        """The logprobs of a request's token of this step, as `Monitor.push` takes them."""
+        if self._logprobs is None:
+            return None
+        starts, first = self._logprobs.cu_num_generated_tokens, self._first_rows[name]
+        row = (first if starts is None else starts[first]) + place
+        found: list[float] = self._logprobs.logprobs[row, : alternatives + 1].tolist()
+        return found
+
+    def _conclude(self, request: Request) -> None:
+        """The request has ended."""
+        try:
+            monitor = self._monitors[request.request_id]
+            self._batch.settle(request.request_id, monitor.watch, request.num_output_tokens)
+            request.stop_reason = monitor.stop_reason(request.stop_reason)
         except Exception as error:
             self._fault(request.request_id, error)
-        return stopped
 
     def _fault(self, request_id: str, error: Exception) -> None:
         """Go on without the monitor of a request."""
@@ -161,9 +195,11 @@ class Monitored:
             log.error("request %s is not watched: %s", request_id, said(error), exc_info=error)
         if monitor is not None:
             monitor.fault = f"a fault in the engine's monitor: {said(error)}"
+            self._batch.remove(request_id)
 
     def _free_request(self, request: Request, *arguments: Any, **named: Any) -> Any:
         self._monitors.pop(request.request_id, None)
+        self._batch.remove(request.request_id)
         self._worker_params.pop(request.request_id, None)
         return super()._free_request(request, *arguments, **named)  # type: ignore[misc]
 
