@@ -38,6 +38,8 @@ _PASSED = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")  # GET is HEAD, t
 #: Longest request line and header, in bytes, and how many headers: as many as vLLM's server takes,
 #: or enough for what clients send. aiohttp would take 8190, and 128.
 _LINE, _FIELD, _FIELDS = 64 * 2**10, 16 * 2**10, 256
+#: Seconds that servers have to say, before anything is served, whether they decide by themselves.
+_PATIENCE = 2.0
 #: Seconds that handlers have to clean up when they are broken off.
 _CLEAN_UP = 0.5
 
@@ -168,8 +170,10 @@ async def running(
             breaker_timeout=config.breaker_timeout,
             affinity=config.affinity,
             headers=keys.upstream_headers,
+            asks_who_decides=config.decide == "auto",
         )
         await stack.enter_async_context(pool)
+        await pool.ask_who_decides(_PATIENCE)
         metrics = Metrics()
         if critic is None and config.critic is not None:
             options: dict[str, Any] = {

@@ -81,6 +81,13 @@ class Config:
         "espo_gateway.vllm_plugin MODEL --critic`), or your own class, as package.module:Class",
         metavar="URL",
     )
+    decide: Literal["auto", "gateway", "engine"] = _setting(
+        "auto",
+        "who decides where a choice ends: 'engine', servers that do so by themselves (started with "
+        "`python -m espo_gateway.vllm_plugin`), at no cost; the gateway, token by token; or auto: "
+        "the servers, if all say that they do. A critic, a probe, tuning and recording need the "
+        "gateway, which then decides",
+    )
     affinity: Literal["none", "session", "prefix"] = _setting(
         "none",
         "keep a session (its X-Session-ID header, or `user`), or requests whose prompts begin "
@@ -143,6 +150,9 @@ class Config:
     record: Path | None = _setting(
         None,
         "append a trace of every finished request, numbers only, as JSON lines for `calibrate`",
+    )
+    record_share: Annotated[float, Field(gt=0.0, le=1.0)] = _setting(
+        1.0, "of the choices, those that are recorded, drawn by chance", metavar="SHARE"
     )
     record_megabytes: Positive = _setting(
         1024.0, "stop recording when the file is this large", metavar="MB"

@@ -19,6 +19,8 @@ from espo_gateway.front.headers import ANSWERED, CrossOrigin, answered_headers
 from espo_gateway.front.paths import served
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stream.decided import DecidedSession, can_decide
+from espo_gateway.stream.request import Plan, Single
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.telemetry.logs import current
 from espo_gateway.telemetry.metrics import Metrics
@@ -84,6 +86,31 @@ class Gateway:
                 param=FINISH_REASON,
             )
         return replace(self.policy, finish_reason=word)
+
+    def session(
+        self,
+        planned: Plan,
+        single: Single,
+        policy: Policy,
+        began: Callable[[], None],
+    ) -> Session:
+        """For one choice of a request that begins now: the seam where it is settled who decides."""
+        followers = self.observers.followers(self.gate)
+        by_server = (
+            not followers
+            and (self.config.decide == "engine" or self.pool.decides)
+            and can_decide(self.gate, planned)
+        )
+        return (DecidedSession if by_server else Session)(
+            self.gate,
+            planned.control,
+            planned.asked,
+            single,
+            chat=planned.chat,
+            policy=policy,
+            began=began,
+            followers=followers,
+        )
 
     def push_gate(self, data: bytes) -> None:
         """Put a gate in force for the requests that come; raises InvalidRequest or Conflict.

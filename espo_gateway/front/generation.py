@@ -52,21 +52,8 @@ async def _admitted(
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
-    gate = gateway.gate
     began = partial(gateway.metrics.first_token, request, planned.path)
-    sessions = [
-        Session(
-            gate,
-            planned.control,
-            planned.asked,
-            single,
-            chat=planned.chat,
-            policy=policy,
-            began=began,
-            followers=gateway.observers.followers(gate),
-        )
-        for single in planned.singles
-    ]
+    sessions = [gateway.session(planned, single, policy, began) for single in planned.singles]
     if planned.tokens:
         for session, single in zip(sessions, planned.singles, strict=True):
             session.prompt_token_ids = prompt_ids(single)

@@ -19,7 +19,9 @@ from espo_gateway.errors import (
 )
 from espo_gateway.front.events import EventStream
 from espo_gateway.stop.told import SourceName
+from espo_gateway.stream.answer import Answer
 from espo_gateway.stream.chunks import decode_chunk
+from espo_gateway.stream.decided import DecidedSession
 from espo_gateway.stream.request import CHAT, TOKENS, Body, Single, upstream_body
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import BOM, SSEParser
@@ -31,7 +33,7 @@ from espo_gateway.upstream.pool import UpstreamPool
 
 _encode = msgspec.json.Encoder().encode
 #: What tells the choices of one prompt apart.
-_OWN = ("seed", "request_id", "sampling_params")
+_OWN = ("seed", "request_id", "sampling_params", "vllm_xargs")
 #: Of a client's request, those that a question about it needs.
 _OWN_HEADERS = frozenset({"authorization", "accept-encoding", "x-session-id"})
 
@@ -57,14 +59,20 @@ class Bodies:
     """
 
     def __init__(self) -> None:
-        self._shared: dict[int, bytes] = {}
+        self._shared: dict[tuple[int, bool], bytes] = {}
 
-    def encoded(self, single: Single, body: Body) -> tuple[bytes | memoryview, ...]:
-        """A body's JSON, in pieces; what is the choice's own is taken out of the body."""
+    def encoded(
+        self, single: Single, body: Body, *, decided: bool
+    ) -> tuple[bytes | memoryview, ...]:
+        """A body's JSON, in pieces; what is the choice's own is taken out of the body.
+
+        decided: by the server, which is asked for less.
+        """
         own = {name: body.pop(name) for name in _OWN if name in body}
-        shared = self._shared.get(single.prompt)
+        key = (single.prompt, decided)
+        shared = self._shared.get(key)
         if shared is None:
-            shared = self._shared[single.prompt] = _encode(body)
+            shared = self._shared[key] = _encode(body)
         if not own:
             return (shared,)
         return (_encode(own)[:-1] + b",", memoryview(shared)[1:])
@@ -90,16 +98,7 @@ async def follow(
     The upstream's request is over, cancelled if need be, before the last chunk is delivered.
     Raises the kinds of `UpstreamError`.
     """
-    alternatives = session.gate.top_logprobs
-    if path == TOKENS:
-        body = upstream_tokens_body(single, alternatives=alternatives)
-    else:
-        body = upstream_body(
-            single,
-            chat=path == CHAT,
-            token_ids=session.wants_ids,
-            alternatives=alternatives,
-        )
+    body = _body_of(path, single, session)
     key = affinity_key(pool.affinity, headers, single.body)
     sources: dict[SourceName, Ask] = {}
     if critic is not None and session.gate.needs_critic:
@@ -114,11 +113,16 @@ async def follow(
             "POST",
             path,
             headers=headers,
-            data=bodies.encoded(single, body),
+            data=bodies.encoded(single, body, decided=isinstance(session, DecidedSession)),
             key=key,
             model=single.body.get("model"),
+            whole=not body.get("stream"),
         ) as reply:
             answered(reply)
+            if isinstance(session, DecidedSession) and isinstance(sink, Answer):
+                await check_answer(reply)
+                sink.adopt(*session.take_whole(await reply.body()))
+                return
             await check_stream(reply)
             await _Relay(reply, session, sink, inquiry).run()
             if inquiry is not None:
@@ -127,6 +131,18 @@ async def follow(
         if inquiry is not None:
             inquiry.close()
     await sink.deliver([*session.drain(), session.finish()])
+
+
+def _body_of(path: str, single: Single, session: Session) -> Body:
+    """As it goes to the server, which decides by itself or else is asked for what decides."""
+    if isinstance(session, DecidedSession):
+        return session.body(single.body, tokens=path == TOKENS)
+    alternatives = session.gate.top_logprobs
+    if path == TOKENS:
+        return upstream_tokens_body(single, alternatives=alternatives)
+    return upstream_body(
+        single, chat=path == CHAT, token_ids=session.wants_ids, alternatives=alternatives
+    )
 
 
 async def _valued(
@@ -247,13 +263,20 @@ async def check_stream(reply: Reply) -> None:
     """Raises UpstreamStatusError or UpstreamProtocolError unless the answer is an event stream."""
     if await streams(reply) and 200 <= reply.status < 300:
         return
-    check_place(reply)
+    await check_answer(reply)
     data = await reply.body()
+    raise UpstreamProtocolError(
+        f"the upstream answered a streaming request with {reply.content_type} "
+        f"(status {reply.status}): {data[:EXCERPT]!r}"
+    )
+
+
+async def check_answer(reply: Reply) -> None:
+    """Raises UpstreamStatusError or UpstreamProtocolError when a generation was refused."""
+    check_place(reply)
     if reply.status < 400:
-        raise UpstreamProtocolError(
-            f"the upstream answered a streaming request with {reply.content_type} "
-            f"(status {reply.status}): {data[:EXCERPT]!r}"
-        )
+        return
+    data = await reply.body()
     try:
         answer: object = decode_chunk(data)
     except ValueError:

@@ -34,6 +34,11 @@ class Answer:
         # Joined at the end: adding to a string copies it.
         self._texts: dict[str, list[str]] = {}
         self._calls: dict[int, Chunk] = {}
+        self._whole: Chunk | None = None
+
+    def adopt(self, head: Chunk, choice: Chunk) -> None:
+        """Take a choice that came in one piece. head: the answer's other fields."""
+        self.head, self._whole = head, choice
 
     def put(self, outputs: list[Output]) -> None:
         """Take what is ready."""
@@ -117,6 +122,8 @@ class Answer:
 
     def finished(self) -> Chunk:
         """The merged choice."""
+        if self._whole is not None:
+            return self._whole
         texts = {name: "".join(parts) for name, parts in self._texts.items()}
         if self._message is None:
             self.choice.update(texts)

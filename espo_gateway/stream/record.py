@@ -110,6 +110,10 @@ class TokenTrace:
         self._watch.push(step.logprob, step.max_logprob, confidence=step.confidence)
         self.tokens.append(dict(zip(_TRACED, self._watch.look(), strict=True)))
 
+    def adopt(self, looks: Sequence[Sequence[float | None]]) -> None:
+        """Take what a server that decides by itself has seen of every token."""
+        self.tokens = [dict(zip(_TRACED, look, strict=True)) for look in looks]
+
     def settle(self, token: int, value: float) -> None:
         """Take what a critic has answered for a token: its V."""
         bound = RULES[self._gate.rule].bound(self._gate, value)

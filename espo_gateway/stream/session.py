@@ -193,6 +193,10 @@ class Session:
         if not choices:
             self._outbox.tail.update(chunk)
             return
+        self._take(data, chunk)
+
+    def _take(self, data: bytes, chunk: Chunk) -> None:
+        """A chunk with a choice; data: as it came."""
         choice, tokens = self._understood(chunk, self._top_k)
         was_cut = self._cut is not None
         if tokens:

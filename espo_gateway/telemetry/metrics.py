@@ -171,9 +171,9 @@ class Metrics:
         self.tokens.inc(tokens)
         self.missing.inc(record.missing)
         self.overshoot.inc(record.overshoot)
-        if session.first_token is not None and record.z is not None:
+        if record.z is not None:
             self.z.labels("stop" if cut is not None else "none").observe(record.z)
-            if tokens > 1:
+            if session.first_token is not None and tokens > 1:
                 taken = time.monotonic() - session.first_token
                 self.token_seconds.observe(taken / (tokens - 1))
         if end in ("completed", "length"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from espo_gateway.testing.script import Body, Script, Token
+from espo_gateway.vllm_plugin.wire import STOPPED
 
 
 def event(chunk: Body) -> bytes:
@@ -16,7 +17,9 @@ def limit(body: Body) -> int | None:
 
 
 def ending(body: Body, script: Script, sent: int) -> tuple[str, int | str | None]:
-    return ("length", None) if sent == limit(body) else (script.finish_reason, script.stop_reason)
+    if sent == limit(body) and not str(script.stop_reason).startswith(STOPPED):
+        return "length", None
+    return script.finish_reason, script.stop_reason
 
 
 def head(chat: bool, *, stream: bool = False) -> Body:

@@ -21,8 +21,10 @@ from espo_gateway.testing.chunks import (
     limit,
     usage_of,
 )
+from espo_gateway.testing.engine import decided
 from espo_gateway.testing.fake import Fake
 from espo_gateway.testing.script import Body, Script, Token
+from espo_gateway.vllm_plugin.wire import ROUTE
 
 _BLOCK = b"x" * 2**16
 
@@ -32,6 +34,7 @@ class FakeServer(Fake):
 
     script: a Script, or a function from a request's body to one.
     gated: tokens are sent only as `release` allows.
+    decides: it is a vLLM that decides by itself, and says so; may be changed.
 
     Attributes:
         bodies: the generations' request bodies; headers: their headers.
@@ -42,10 +45,16 @@ class FakeServer(Fake):
     """
 
     def __init__(
-        self, script: Script | Callable[[Body], Script], *, gated: bool = False, port: int = 0
+        self,
+        script: Script | Callable[[Body], Script],
+        *,
+        gated: bool = False,
+        decides: bool = False,
+        port: int = 0,
     ) -> None:
         super().__init__(gated=gated, port=port)
         self.script = script
+        self.decides = decides
         self.queue: deque[Script] = deque()
         self.bodies: list[Body] = []
         self.headers: list[dict[str, str]] = []
@@ -58,8 +67,14 @@ class FakeServer(Fake):
         app.router.add_post("/inference/v1/generate", self._generate)
         app.router.add_post("/inference/v1/abort_requests", self._abort)
         app.router.add_post("/v1/embeddings", self._echo)
+        app.router.add_get(ROUTE, self._engine)
 
     # -- endpoints -----------------------------------------------------------------------------
+
+    async def _engine(self, request: web.Request) -> web.Response:
+        if not self.decides:
+            raise web.HTTPNotFound
+        return web.json_response({"decides": True})
 
     async def _echo(self, request: web.Request) -> web.Response:
         return web.Response(body=await request.read(), content_type="application/json")
@@ -78,6 +93,8 @@ class FakeServer(Fake):
         script = self.queue.popleft() if self.queue else self.script
         if not isinstance(script, Script):
             script = script(body)
+        if self.decides:
+            script = decided(script, body)
         if request.path == "/inference/v1/generate":
             script, body = _of_tokens(script, body), flat(body)
         if not script.token_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from typing import Any
 
 from espo_gateway.config import Config
@@ -27,6 +28,7 @@ class Observers:
         self.tuning: Tuning | None = None
         self.recorder: Recorder | None = None
         self._state: StateFile | None = None
+        self._record_share = config.record_share
         if config.target_share is not None:
             self.tuning = Tuning(
                 gate, target=config.target_share, warmup=config.warmup, window=config.window
@@ -40,7 +42,7 @@ class Observers:
     def followers(self, gate: Gate) -> list[Follower]:
         """What is to follow a choice that begins now, under that gate."""
         followers: list[Follower] = []
-        if self.recorder is not None:
+        if self.recorder is not None and random.random() < self._record_share:
             followers.append(Columns(confidences=gate.top_logprobs > 1))
         if self.tuning is not None:
             followers.append(self.tuning.evidence())

@@ -9,6 +9,7 @@ request has a connection of its own, whose end is how a generation is cancelled.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +45,8 @@ _NOT_IN_HEAD = re.compile(r"[\r\n\0]")
 class Limits:
     """How long an answer may take, in seconds.
 
-    connect: until there is a connection. first: from then on until the body's first byte. idle:
-    between any two reads after that. total: altogether, 0 for no limit.
+    connect: until there is a connection. first: from then on until the body's first byte, infinite
+    for no limit. idle: between any two reads after that. total: altogether, 0 for no limit.
     """
 
     connect: float = 5.0
@@ -330,6 +331,8 @@ class Reply(asyncio.Protocol):
         due = self._last + silence
         if limits.total and self._begun + limits.total < due:
             due, problem = self._begun + limits.total, f"took more than {limits.total:g} s"
+        if due == math.inf:
+            return
         if self._paused or self._loop.time() < due:
             # Of a paused one it is not the server that is slow.
             self._timer = self._loop.call_at(max(due, self._loop.time() + 0.05), self._look)

@@ -14,7 +14,8 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -25,7 +26,14 @@ from espo_gateway.upstream.affinity import Affinity, choose
 from espo_gateway.upstream.breaker import Breaker
 from espo_gateway.upstream.catalogue import Catalogue
 from espo_gateway.upstream.connection import Data, Limits, Reply, request
-from espo_gateway.upstream.server import Flight, Upstream, health_checks, probe, served_models
+from espo_gateway.upstream.server import (
+    Flight,
+    Upstream,
+    decides,
+    health_checks,
+    probe,
+    served_models,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +65,7 @@ class UpstreamPool:
         affinity: for `affinity.affinity_key`; the pool itself only knows keys.
         clock: the breakers', in seconds, monotonic.
         headers: of the pool's own requests; may be changed while it runs.
+        asks_who_decides: whether servers are asked if they decide by themselves.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class UpstreamPool:
         affinity: Affinity = "none",
         clock: Callable[[], float] = time.monotonic,
         headers: Mapping[str, str] | None = None,
+        asks_who_decides: bool = False,
     ) -> None:
         self._headers = dict(headers or {})
         self.servers = [
@@ -80,6 +90,7 @@ class UpstreamPool:
         self.affinity = affinity
         self._limits = limits
         self._attempts = attempts
+        self._asks_who_decides = asks_who_decides
         self._health_interval = health_interval
         # By then a server that is back has been noticed.
         self._retry_after = str(max(1, math.ceil(health_interval or breaker_timeout)))
@@ -126,6 +137,7 @@ class UpstreamPool:
         key: bytes | None = None,
         model: object = None,
         server: Upstream | None = None,
+        whole: bool = False,
     ) -> AsyncIterator[Reply]:
         """Send a request to a server; the answer, of whatever status.
 
@@ -136,13 +148,14 @@ class UpstreamPool:
             key: requests with the same one go to the same server, as far as its load allows.
             model: it goes to a server that has this one, where any says so.
             server: it goes there, and nowhere else.
+            whole: its answer is not streamed, so it begins when all of it is there: however late.
 
         Raises:
             UpstreamUnavailable: no server could be reached, in all attempts.
             UpstreamTimeout: a server took the request, and its answer did not begin in time.
         """
         servers = [server] if server else await self._catalogue.serving(model, headers)
-        flight, reply = await self._send(servers, method, path, headers, data, key)
+        flight, reply = await self._send(servers, method, path, headers, data, key, whole)
         try:
             yield reply
             if _shows_work(method, reply):
@@ -165,8 +178,10 @@ class UpstreamPool:
         headers: Mapping[str, str],
         data: Data | None,
         key: bytes | None,
+        whole: bool,
     ) -> tuple[Flight, Reply]:
         tried: set[Upstream] = set()
+        limits = replace(self._limits, first=math.inf) if whole else self._limits
 
         def wait(state: tenacity.RetryCallState) -> float:
             if _untried(servers, tried):
@@ -185,7 +200,7 @@ class UpstreamPool:
                 flight = server.start(again=bool(tried))
                 tried.add(server)
                 try:
-                    reply = await request(server.url, method, path, headers, data, self._limits)
+                    reply = await request(server.url, method, path, headers, data, limits)
                     # From here to the `yield` of `open` nothing waits: no departure gets between.
                     if reply.status in _BROKEN or (
                         # Of other endpoints it says little: they may have any fault of their own.
@@ -234,7 +249,25 @@ class UpstreamPool:
         key = {n: v for n, v in (headers or {}).items() if n.lower() == "authorization"}
         return await served_models(self._session, server, key)
 
+    @property
+    def decides(self) -> bool:
+        """Whether every server that a request may go to has said that it decides by itself."""
+        available = [server for server in self.servers if server.available]
+        return bool(available) and all(server.decides for server in available)
+
+    async def ask_who_decides(self, patience: float) -> None:
+        """Ask every server, as long as it may take; what is silent is asked again later."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await asyncio.gather(*map(self._ask_who_decides, self.servers))
+
+    async def _ask_who_decides(self, server: Upstream) -> None:
+        assert self._session is not None, "enter the pool first"
+        if self._asks_who_decides:
+            server.learnt(await decides(self._session, server))
+
     async def _passed(self, server: Upstream) -> None:
+        await self._ask_who_decides(server)
         if len(self.servers) > 1:
             await self._catalogue.learn(server, {})
 
@@ -243,7 +276,9 @@ class UpstreamPool:
         return await asyncio.gather(*map(self.probe, self.servers))
 
     def states(self) -> list[dict[str, Any]]:
-        """Every server: url (without a password), healthy, breaker's state, in_flight, retries."""
+        """Every server: url (without a password), healthy, breaker's state, in_flight, retries,
+        whether it decides.
+        """
         return [
             {
                 "url": re.sub(r"//[^/]*@", "//", server.url),
@@ -251,6 +286,7 @@ class UpstreamPool:
                 "breaker": server.breaker.state,
                 "in_flight": server.in_flight,
                 "retries": server.retries,
+                "decides": server.decides,
             }
             for server in self.servers
         ]

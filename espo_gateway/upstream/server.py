@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 
 from espo_gateway.upstream.breaker import Breaker, BreakerState
+from espo_gateway.vllm_plugin.wire import ROUTE
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Upstream:
 
     url: without /v1. in_flight: requests it is working on for this gateway.
     healthy: whether it passed its last health check; true before the first.
+    decides: whether it has said that it decides by itself where a request ends.
     models: what it has said it serves; None before it has said anything.
     breaker.state: "closed", "open" (left alone after failures) or "half-open" (may be tried).
     requests: tries sent to it. retries: those of them that came after another try.
@@ -37,13 +39,15 @@ class Upstream:
     """
 
     __slots__ = (
-        *("breaker", "failures", "healthy", "in_flight", "models", "requests", "retries", "url"),
+        *("breaker", "decides", "failures", "healthy", "in_flight", "models"),
+        *("requests", "retries", "url"),
     )
 
     def __init__(self, url: str, breaker: Breaker) -> None:
         self.url = base_url(url)
         self.breaker = breaker
         self.healthy = True
+        self.decides = False
         self.models: frozenset[str] | None = None
         self.in_flight = self.requests = self.failures = self.retries = 0
 
@@ -66,6 +70,8 @@ class Upstream:
         """Take the outcome of a health check."""
         if passed:
             self.breaker.lives()
+        else:
+            self.decides = False  # it may come back as another
         if passed != self.healthy:
             self.healthy = passed
             if passed:
@@ -74,6 +80,12 @@ class Upstream:
                 log.warning(
                     "%s fails its health check; it gets no requests until it passes one", self.url
                 )
+
+    def learnt(self, decides: bool) -> None:
+        """Take what it says of itself."""
+        if decides != self.decides:
+            self.decides = decides
+            log.info("%s %s by itself", self.url, "decides" if decides else "no longer decides")
 
 
 class Flight:
@@ -129,6 +141,16 @@ async def probe(session: aiohttp.ClientSession, server: Upstream) -> bool:
         async with session.get(server.url + "/health", timeout=_PROBE) as response:
             return response.status < 500
     except (aiohttp.ClientError, OSError, ValueError):  # TimeoutError is an OSError
+        return False
+
+
+async def decides(session: aiohttp.ClientSession, server: Upstream) -> bool:
+    """Whether the server says that it decides by itself where a request ends."""
+    try:
+        async with session.get(server.url + ROUTE, timeout=_PROBE) as response:
+            told = await response.json(content_type=None)
+        return response.status == 200 and told["decides"] is True
+    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

@@ -11,12 +11,18 @@ import os
 
 #: name of our backend in `--weight-transfer-config '{"backend": "espo"}'`
 BACKEND = "espo"
+#: name of our scheduler in `--scheduler-cls`, and of the `--middleware` that tells of it
+SCHEDULER = "espo_gateway.vllm_plugin.scheduler.EspoScheduler"
+ENGINE_ROUTE = "espo_gateway.vllm_plugin.admission.EngineRoute"
 
 
 def register() -> None:
-    """Register the weight transfer engine; vLLM calls this in each process, perhaps repeatedly."""
+    """Register what is ours; vLLM calls this in each of its processes, perhaps repeatedly."""
     yield_to_streams()
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    resolve_obj_by_qualname("espo_gateway.vllm_plugin.admission.check_requests")()
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(

@@ -1,10 +1,12 @@
 """Start a vLLM server that ESPO can train with; every flag of vLLM passes through.
 
-    python -m espo_gateway.vllm_plugin MODEL [--critic] [any flag of `vllm serve`]
+    python -m espo_gateway.vllm_plugin MODEL [--critic | --no-decide] [any flag of `vllm serve`]
 
-`--critic` serves a sequence classifier with one label, whose score of a prefix is V: what the
-gateway's `--critic URL` asks. Owns the defaults only, and becomes vLLM (exec): same process, same
-signals, same exit code. A flag or variable that is given wins over ours.
+The server decides by itself where a request that carries a gate ends (`scheduler.py`); with
+`--no-decide` it leaves that to a gateway. `--critic` serves a sequence classifier with one label,
+whose score of a prefix is V: what the gateway's `--critic URL` asks. Owns the defaults only, and
+becomes vLLM (exec): same process, same signals, same exit code. A flag or variable that is given
+wins over ours.
 
 vLLM shows the routes that update weights only in its development mode, so VLLM_SERVER_DEV_MODE=1 is
 set. The same mode lets anyone who reaches the port pause the server or reset its weights; hence the
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from espo_gateway.addresses import is_loopback
 from espo_gateway.supervisor import PortInUseError, check_port_free
-from espo_gateway.vllm_plugin import BACKEND
+from espo_gateway.vllm_plugin import BACKEND, ENGINE_ROUTE, SCHEDULER
 
 SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 
@@ -38,6 +40,8 @@ FLAGS: dict[str, str | None] = {
     "--generation-config": "vllm",
     "--disable-uvicorn-access-log": None,
 }
+#: for every server that samples: it decides by itself
+DECIDING_FLAGS: dict[str, str | None] = {"--scheduler-cls": SCHEDULER}
 #: `--critic`: V is the raw score of a prefix at its last token
 CRITIC_FLAGS: dict[str, str | None] = {
     "--runner": "pooling",
@@ -88,14 +92,23 @@ def server_command(
             the port is busy, or the host would show the development routes to others.
     """
     if not arguments or arguments[0].startswith("-"):
-        raise LaunchError("usage: espo-vllm MODEL [--critic] [any flag of vllm serve]")
+        raise LaunchError(
+            "usage: espo-vllm MODEL [--critic | --no-decide] [any flag of vllm serve]"
+        )
     model, *given = arguments
     check_model(model)
     defaults = FLAGS | (CPU_FLAGS if cpu else {}) | {"--served-model-name": model}
+    decides = "--no-decide" not in given
+    if not decides:
+        given.remove("--no-decide")
     if "--critic" in given:
         given.remove("--critic")
         check_critic(model, given)
         defaults |= CRITIC_FLAGS
+    elif decides:
+        defaults |= DECIDING_FLAGS
+        # Of these there may be several: it stands beside those that are given.
+        given[:0] = ["--middleware", ENGINE_ROUTE]
 
     chosen = {name_of(flag) for flag in given if flag.startswith("-")}
     flags: list[str] = []

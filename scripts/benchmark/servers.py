@@ -74,7 +74,11 @@ async def start_passthrough(folder: Path, upstream: str) -> Proxy:
 
 
 async def start_gateway(
-    folder: Path, upstream: str, gate: bytes | None = None, profile: Path | None = None
+    folder: Path,
+    upstream: str,
+    gate: bytes | None = None,
+    profile: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> Proxy:
     """profile: where cProfile writes what the gateway did, once it is stopped."""
     port = free_port()
@@ -83,7 +87,7 @@ async def start_gateway(
     profiler = ["-m", "cProfile", "-o", str(profile)] if profile else []
     command = [sys.executable, *profiler, "-m", "espo_gateway", "--upstream", upstream]
     return await _start(
-        "gateway", folder, port, [*command, "--port", str(port), "--gate", str(path)]
+        "gateway", folder, port, [*command, "--port", str(port), "--gate", str(path), *flags]
     )
 
 

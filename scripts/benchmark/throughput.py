@@ -71,9 +71,10 @@ async def measure(
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         if url is None:
-            url, model = await _serve(stack, folder, *shape)
+            served = await serve_vllm(stack, folder, *shape)
+            url, model = served.url, "policy"
         url = url.rstrip("/").removesuffix("/v1")
-        proxy = await servers.start_gateway(folder, url, gate)
+        proxy = await servers.start_gateway(folder, url, gate, flags=("--decide", "gateway"))
         stack.push_async_callback(proxy.process.stop)
         result = Ratio()
         sides = [
@@ -93,7 +94,10 @@ async def measure(
         return result
 
 
-async def _serve(stack: AsyncExitStack, folder: Path, hidden: int, layers: int) -> tuple[str, str]:
+async def serve_vllm(
+    stack: AsyncExitStack, folder: Path, hidden: int, layers: int
+) -> servers.Proxy:
+    """vLLM with a random model, named "policy"; stopped with the stack."""
     sys.path.append(str(servers.HERE.parents[1]))
     from tests.helpers.models import text_checkpoint
 
@@ -108,7 +112,7 @@ async def _serve(stack: AsyncExitStack, folder: Path, hidden: int, layers: int) 
         name="vLLM",
     )
     stack.push_async_callback(process.stop)
-    return f"http://127.0.0.1:{port}", "policy"
+    return servers.Proxy(f"http://127.0.0.1:{port}", process)
 
 
 async def _round(url: str, model: str, *, seed: int, stream: bool) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from espo_gateway.supervisor import free_port
+from espo_gateway.vllm_plugin import ENGINE_ROUTE, SCHEDULER
 from espo_gateway.vllm_plugin.__main__ import LaunchError, last_value, server_command
 from espo_rl.base_model.train import make_tokenizer
 from tests.helpers.models import random_critic
@@ -53,6 +54,19 @@ def test_flags_pass_through_in_order() -> None:
     given = ["--runner", "pooling", "--convert", "classify", "--served-model-name", "a", "b"]
     command, _ = build(*given)
     assert command[-len(given) :] == given
+
+
+def test_the_server_decides_unless_told_not_to() -> None:
+    command, _ = build("--middleware", "a.b")
+    assert last_value(command, "--scheduler-cls") == SCHEDULER
+    assert [command[n + 1] for n, word in enumerate(command) if word == "--middleware"] == [
+        *(ENGINE_ROUTE, "a.b"),
+    ]
+    for flag in ("--no-decide", "--critic"):
+        command, _ = build(flag)
+        assert not {"--scheduler-cls", "--middleware", "--no-decide"} & set(command)
+    command, _ = build("--scheduler-cls", "x.Y")
+    assert command.count("--scheduler-cls") == 1
 
 
 def test_compiling_can_be_asked_for() -> None:
@@ -190,4 +204,4 @@ def test_command_line_without_a_model() -> None:
 def test_command_line_help_needs_no_vllm() -> None:
     result = run("--help")
     assert result.returncode == 0
-    assert "espo_gateway.vllm_plugin MODEL [--critic]" in result.stdout
+    assert "espo_gateway.vllm_plugin MODEL [--critic | --no-decide]" in result.stdout

@@ -1,0 +1,232 @@
+"""vLLM's scheduler, with the monitor in it: a request ends at its decision token, at no cost.
+
+    vllm serve MODEL --scheduler-cls espo_gateway.vllm_plugin.scheduler.EspoScheduler
+
+The engine core has every sampled token's logprobs once a step. What a request orders comes with it
+(`wire`); without an order it is vLLM's own. Logprobs that the client has not asked for the worker
+computes all the same, and they end here. The step that is in flight when a request ends is
+thrown away by vLLM, so a client gets no token past the cut, and one at most is sampled in vain.
+
+Nothing here fails the engine: a fault of ours ends the monitor of that request, whose record says
+so, and an order that is wrong ends the request (a 400 by `admission`, before it comes here).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import vllm
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from espo_gateway.errors import InvalidRequest, said
+from espo_gateway.vllm_plugin.admission import check_order, tested, untested
+from espo_gateway.vllm_plugin.batch import Batch
+from espo_gateway.vllm_plugin.monitor import Monitor
+from espo_gateway.vllm_plugin.wire import order_of
+
+log = logging.getLogger(f"vllm.{__name__}")
+
+
+class Monitored:
+    """Beside one of vLLM's schedulers, before it in the order of classes."""
+
+    def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
+        check_engine(vllm_config)
+        super().__init__(vllm_config, *arguments, **named)
+        self._model_config = vllm_config.model_config
+        self._monitors: dict[str, Monitor] = {}
+        #: by request, what the worker is asked in the place of what the client has asked
+        self._worker_params: dict[str, Any] = {}
+        #: those of them that are followed together
+        self._batch = Batch()
+        #: whether what comes may be of a step before a preemption, and be dropped
+        self._stale = False
+        # Of the step whose output is being read: logprobs by row, each request's first row, and
+        # the requests that the batch has seen to.
+        self._logprobs: Any = None
+        self._first_rows: dict[str, int] = {}
+        self._settled: set[str] = set()
+        self._tested = tested(vllm.__version__)
+        if not self._tested:
+            log.error("%s; this engine decides nothing", untested(vllm.__version__))
+
+    def add_request(self, request: Request) -> None:
+        refused = False
+        if self._tested and request.sampling_params is not None:
+            try:
+                self._begin(request)
+            except InvalidRequest as error:
+                log.error("request %s is refused: %s", request.request_id, error)
+                refused = True
+            except Exception as error:
+                self._fault(request.request_id, error)
+        super().add_request(request)  # type: ignore[misc]
+        if refused:
+            # Ends with the next step, in an error: vLLM's way for what it finds out too late.
+            self.grammar_compile_error_reqs.add(request.request_id)  # type: ignore[attr-defined]
+
+    def _begin(self, request: Request) -> None:
+        params = request.sampling_params
+        order = order_of(params.extra_args)
+        if order is None or request.request_id in self.requests:  # type: ignore[attr-defined]
+            return
+        check_order(order, params, self._model_config)
+        if request.resumable:
+            raise InvalidRequest(
+                "espo_gate: input that is streamed has several answers, and one decision cannot "
+                "end it; send whole prompts",
+                param="espo_gate",
+            )
+        monitor = Monitor(order, request.num_prompt_tokens)
+        wanted, asked = monitor.alternatives, params.logprobs
+        if asked is None or 0 <= asked < wanted:
+            params = copy.copy(params)
+            params.logprobs = wanted
+            self._worker_params[request.request_id] = params
+        self._monitors[request.request_id] = monitor
+        if monitor.batched:
+            self._batch.add(request.request_id, order.gate)
+
+    def schedule(self, *arguments: Any, **named: Any) -> Any:
+        scheduled = super().schedule(*arguments, **named)  # type: ignore[misc]
+        # The worker alone: what this side does not ask for it does not hand on.
+        for new in scheduled.scheduled_new_reqs:
+            new.sampling_params = self._worker_params.get(new.req_id, new.sampling_params)
+        return scheduled
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._settled = set()
+        if self._monitors:
+            try:
+                self._read(model_runner_output)
+            except Exception as error:
+                for request_id in self._monitors:
+                    self._fault(request_id, error)
+        return super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+
+    def _read(self, output: Any) -> None:
+        self._logprobs, self._first_rows = output.logprobs, output.req_id_to_index
+        if self._stale:
+            requests = self.requests.values()  # type: ignore[attr-defined]
+            self._stale = any(request.num_stale_output_tokens for request in requests)
+        # Only where every token of the step is one, and goes to its request.
+        if not (
+            output.logprobs is None
+            or output.logprobs.cu_num_generated_tokens is not None
+            or output.kv_connector_output is not None
+            or self._stale
+        ):
+            counts = [*map(len, output.sampled_token_ids)]
+            self._settled = self._batch.push(output.req_ids, counts, output.logprobs.logprobs)
+
+    def _preempt_request(self, *arguments: Any, **named: Any) -> Any:
+        self._stale = True
+        return super()._preempt_request(*arguments, **named)  # type: ignore[misc]
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        update = super()._update_request_with_output  # type: ignore[misc]
+        name = request.request_id
+        if name in self._settled:
+            kept, stopped = update(request, new_token_ids, is_stale)
+            if stopped:
+                self._conclude(request)
+            return kept, stopped
+        monitor = self._monitors.get(name)
+        if monitor is None:
+            return update(request, new_token_ids, is_stale)
+        kept, stopped = [], False
+        # Of several tokens of a step each is added by itself: what follows a stop never was.
+        for place, token in enumerate(new_token_ids):
+            added, stopped = update(request, [token], is_stale)
+            kept += added
+            stopped = self._push(request, monitor, place, stopped)
+            if stopped:
+                break
+        return kept, stopped
+
+    def _push(self, request: Request, monitor: Monitor, place: int, stopped: bool) -> bool:
+        """Show the monitor a token; whether the request ends. stopped: what vLLM says."""
+        name, capped = request.request_id, RequestStatus.FINISHED_LENGTH_CAPPED
+        try:
+            if monitor.fault is None:
+                self._batch.settle(name, monitor.watch, request.num_output_tokens - 1)
+                last = stopped and request.status != capped
+                if monitor.push(self._row(name, place, monitor.alternatives), last=last):
+                    # Not "stopped": of a token that stops a text vLLM shows nothing.
+                    request.status = capped
+                    stopped = True
+                self._batch.resume(name, monitor.watch)
+        except Exception as error:
+            self._fault(name, error)
+        if stopped:
+            self._conclude(request)
+        return stopped
+
+    def _row(self, name: str, place: int, alternatives: int) -> list[float] | None:
+        """The logprobs of a request's token of this step, as `Monitor.push` takes them."""
+        if self._logprobs is None:
+            return None
+        starts, first = self._logprobs.cu_num_generated_tokens, self._first_rows[name]
+        row = (first if starts is None else starts[first]) + place
+        found: list[float] = self._logprobs.logprobs[row, : alternatives + 1].tolist()
+        return found
+
+    def _conclude(self, request: Request) -> None:
+        """The request has ended."""
+        try:
+            monitor = self._monitors[request.request_id]
+            self._batch.settle(request.request_id, monitor.watch, request.num_output_tokens)
+            request.stop_reason = monitor.stop_reason(request.stop_reason)
+        except Exception as error:
+            self._fault(request.request_id, error)
+
+    def _fault(self, request_id: str, error: Exception) -> None:
+        """Go on without the monitor of a request."""
+        monitor = self._monitors.get(request_id)
+        if monitor is None or monitor.fault is None:
+            log.error("request %s is not watched: %s", request_id, said(error), exc_info=error)
+        if monitor is not None:
+            monitor.fault = f"a fault in the engine's monitor: {said(error)}"
+            self._batch.remove(request_id)
+
+    def _free_request(self, request: Request, *arguments: Any, **named: Any) -> Any:
+        self._monitors.pop(request.request_id, None)
+        self._batch.remove(request.request_id)
+        self._worker_params.pop(request.request_id, None)
+        return super()._free_request(request, *arguments, **named)  # type: ignore[misc]
+
+
+class EspoPlainScheduler(Monitored, Scheduler):
+    """Where vLLM does not schedule asynchronously."""
+
+
+class EspoScheduler(Monitored, AsyncScheduler):
+    """The one to name: it is the other where vLLM would take its plain one."""
+
+    def __new__(cls, vllm_config: Any, *arguments: Any, **named: Any) -> Any:
+        if vllm_config.scheduler_config.async_scheduling:
+            return super().__new__(cls)
+        return EspoPlainScheduler(vllm_config, *arguments, **named)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ValueError where decisions could not be right."""
+    model = vllm_config.model_config
+    if model.is_diffusion:
+        raise ValueError(
+            "EspoScheduler follows tokens in their order, and this is a diffusion model: start "
+            "without --scheduler-cls"
+        )
+    if model.logprobs_mode not in ("raw_logprobs", "processed_logprobs"):
+        raise ValueError(
+            f"EspoScheduler reads logprobs, and --logprobs-mode {model.logprobs_mode} gives "
+            "logits: use raw_logprobs or processed_logprobs"
+        )
