@@ -66,7 +66,7 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
     ("overrides", "names"),
     [
         (["deepspeed.offload=optimizer"], ["offload", "zero_stage to 1, 2 or 3"]),
-        (["servers.sleep=true", "rollout.max_staleness=1"], ["sleep", "max_staleness"]),
+        (["servers.sleep=true", "rollout.max_staleness=1"], ["sleep", "refill"]),
         (["servers.weight_transfer=file"], ["weight_transfer", "weights_path"]),
         (
             ["servers.weight_transfer=ipc", "servers.weights_path=/w"],
