@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
@@ -235,3 +237,30 @@ async def test_the_gateway_starts_also_while_the_policy_server_is_down(tmp_path:
         assert made.gateway.process.alive
     finally:
         await made.gateway.stop()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flags"),
+    [
+        (["servers.weight_transfer=ipc"], ["--weight-transfer-config", '{"backend": "ipc"}']),
+        (["servers.sleep=true"], ["--enable-sleep-mode"]),
+        ([], []),
+    ],
+)
+def test_servers_are_started_as_their_weights_come(
+    overrides: list[str], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made = make_fleet(load_recipe("arithmetic", ["model.path=m", *overrides]), "m", tmp_path, None)
+    command = made.policies[0].command
+    assert [
+        one for one in command if "weight" in one or "sleep" in one or "backend" in one
+    ] == flags
+
+
+@pytest.mark.parametrize(("schedule", "decides"), [("batch", []), ("refill", ["gateway"])])
+def test_who_decides_under_a_schedule(schedule: str, decides: list[str], tmp_path: Path) -> None:
+    overrides = ["model.path=m", f"rollout.schedule={schedule}"]
+    made = make_fleet(load_recipe("arithmetic", overrides), "m", tmp_path, None)
+    command = made.gateway.command
+    assert [after for flag, after in pairwise(command) if flag == "--decide"] == decides
