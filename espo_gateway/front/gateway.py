@@ -22,6 +22,7 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.telemetry.logs import current
 from espo_gateway.telemetry.metrics import Metrics
+from espo_gateway.traces.sessions import Turn
 from espo_gateway.tuning.observers import Observers
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
@@ -136,7 +137,7 @@ class Gateway:
         """Refuse new requests; `traffic.over` waits for those under way."""
         self.traffic.drain()
 
-    def finished(self, session: Session) -> None:
+    def finished(self, session: Session, turn: Turn | None = None) -> None:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
@@ -145,5 +146,5 @@ class Gateway:
         entry = current.get()
         if entry is not None:
             entry.count(session)
-        if gate := self.observers.finished(session, entry.request_id if entry else None):
+        if gate := self.observers.finished(session, entry.request_id if entry else None, turn):
             self.gate = gate

@@ -25,6 +25,8 @@ from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens,
 from espo_gateway.telemetry.logs import current
 
 _encode = msgspec.json.Encoder().encode
+#: What requests of one session have in common.
+SESSION_ID = "X-Session-ID"
 
 
 async def generate(gateway: Gateway, request: web.Request, path: str) -> web.StreamResponse:
@@ -52,7 +54,8 @@ async def _admitted(
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
-    gate = gateway.gate
+    gate, observers = gateway.gate, gateway.observers
+    turn = observers.turn(request.headers.get(SESSION_ID), len(planned.singles))
     began = partial(gateway.metrics.first_token, request, planned.path)
     sessions = [
         Session(
@@ -63,7 +66,9 @@ async def _admitted(
             chat=planned.chat,
             policy=policy,
             began=began,
-            followers=gateway.observers.followers(gate),
+            followers=observers.followers(gate, turn),
+            earlier=None if turn is None else turn.earlier,
+            ids=observers.wants_ids(turn),
         )
         for single in planned.singles
     ]
@@ -76,7 +81,7 @@ async def _admitted(
         return await serve(gateway, request, planned, sessions, slots)
     finally:
         for session in sessions:
-            gateway.finished(session)
+            gateway.finished(session, turn)
 
 
 async def _follow_all(
