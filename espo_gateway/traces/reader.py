@@ -288,6 +288,7 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
             correct=None if cut else _outcome(row[outcome], outcome, where),
             history=row.get("history"),
             probes=row.get("probes"),
+            earlier=(),
             **rows,
         )
 

@@ -88,8 +88,8 @@ async def test_trl_trains_through_the_gateway(vllm_server: VllmServer, tmp_path:
 async def test_trls_own_client_samples_the_same(vllm_server: VllmServer) -> None:
     def sampled(url: str) -> Any:
         client = VLLMClient(base_url=url)
-        settings = {"n": 2, "max_tokens": 12, "generation_kwargs": {"seed": 7}}
-        return client.generate([IDS, [9, 10]], **settings)
+        seed = {"seed": 7}
+        return client.generate([IDS, [9, 10]], n=2, max_tokens=12, generation_kwargs=seed)
 
     async with gateway_for(vllm_server, gate=None) as gateway:
         direct, through = [

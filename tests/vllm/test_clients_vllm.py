@@ -18,7 +18,7 @@ import huggingface_hub.constants
 import lm_eval
 import pytest
 import pytest_asyncio
-from langchain_core.messages import AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_openai import ChatOpenAI
 from lm_eval.tasks import TaskManager
 from openai import LengthFinishReasonError, OpenAI, pydantic_function_tool
@@ -64,7 +64,7 @@ def told(value: Any) -> Any:
     if isinstance(value, AIMessageChunk):
         # Of a stream the last chunk's finish reason is the answer's; ids are each answer's own.
         value = {"text": value.content, "calls": value.tool_calls, "usage": value.usage_metadata}
-    elif isinstance(value, BaseMessage):
+    elif isinstance(value, AIMessage):
         about = {n: v for n, v in value.response_metadata.items() if n != "id"}
         value = {"text": value.content, "calls": value.tool_calls, "about": about}
     elif isinstance(value, BaseModel):
@@ -171,7 +171,7 @@ async def langchain_astream(url: str, server: VllmServer) -> Any:
 
 
 def langchain_batch(url: str, server: VllmServer) -> Any:
-    asked = [[HumanMessage("1 + 2 =")], [HumanMessage("3 + 4 =")]]
+    asked: list[list[BaseMessage]] = [[HumanMessage("1 + 2 =")], [HumanMessage("3 + 4 =")]]
     answers = chat(url, server, n=2, temperature=1.0).generate(asked)
     return [[one.text for one in generations] for generations in answers.generations]
 

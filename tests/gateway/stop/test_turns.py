@@ -62,7 +62,9 @@ def live(gate: Gate, said: Turns, prompt_tokens: int) -> int:
         if earlier is None:
             earlier = Earlier(prompt_tokens, *columns)
         else:
-            whole = [a + b for a, b in zip(earlier[1:], columns, strict=True)]
+            assert earlier.confidences is not None
+            known = [earlier.logprobs, earlier.max_logprobs, earlier.confidences]
+            whole = [a + b for a, b in zip(known, columns, strict=True)]
             earlier = Earlier(prompt_tokens, *whole)
     return 0
 

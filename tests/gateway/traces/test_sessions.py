@@ -106,6 +106,7 @@ async def test_token_ids_are_recorded_where_that_is_wanted(
 ) -> None:
     wanted, plain = tmp_path / "ids.jsonl", tmp_path / "plain.jsonl"
     answers = []
+    settings: dict[str, Any]
     for file, settings in ((wanted, {"record_ids": "sessions"}), (plain, {})):
         async with (
             FakeServer(FAILING) as server,
@@ -184,7 +185,7 @@ async def stopped_at(url: str, session: str | None, **fields: Any) -> int | None
 @pytest.mark.parametrize("record", [False, True])
 async def test_a_monitor_goes_on_from_turn_to_turn(tmp_path: Path, record: bool) -> None:
     path = tmp_path / "t.jsonl"
-    settings = {"record": path} if record else {}
+    settings: dict[str, Any] = {"record": path} if record else {}
     async with (
         FakeServer(WORSE) as server,
         gateway_for(server, carry_over="session", **settings) as gateway,
