@@ -158,6 +158,19 @@ class Config:
     record_megabytes: Positive = _setting(
         1024.0, "stop recording when the file is this large", metavar="MB"
     )
+    record_ids: Literal["none", "sessions"] = _setting(
+        "none",
+        "with --record: token ids of prompts and answers too, of requests with X-Session-ID; they "
+        "are text in all but name",
+    )
+    session_idle: Positive = _setting(
+        600.0,
+        "a session (X-Session-ID) without a request for so long is over; its traces are written "
+        "then, together",
+    )
+    carry_over: Literal["none", "session"] = _setting(
+        "none", "'session': a request's monitor goes on from that of its session's last"
+    )
     unmonitored: Literal["pass", "refuse"] = _setting(
         "pass",
         "requests that cannot be monitored (beam search, a server without logprobs): 'pass' "
@@ -198,6 +211,12 @@ class Config:
         _ = self.finish_reasons  # a bad one is known at once
         if self.target_share is None and self.state is not None:
             raise ValueError("state: needs target_share, as only tuning has a state")
+        if self.record_ids != "none" and self.record is None:
+            raise ValueError("record_ids: needs record, the file that they go to")
+        if self.target_share is not None and self.carry_over != "none":
+            raise ValueError(
+                "carry_over: not with target_share, which learns from requests by themselves"
+            )
         if self.target_share is not None and self.warmup <= self.window:
             raise ValueError(
                 f"warmup: must be more than window ({self.window}): the first window sets the "

@@ -39,6 +39,7 @@ class EventStream:
         self.begun = False
         self.certain = asyncio.Event()
         self._request = request
+        self._transport = request.transport
         self._response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -52,7 +53,7 @@ class EventStream:
     @property
     def flowing(self) -> bool:
         """Whether `put` may be used: it has begun, and the client keeps up."""
-        transport = self._request.transport
+        transport = self._transport
         return self.begun and (transport is None or transport.get_write_buffer_size() < _BEHIND)
 
     def put(self, outputs: list[Output], comments: bytes = b"") -> None:
@@ -61,7 +62,7 @@ class EventStream:
         comments: before the outputs.
         """
         data = comments + self._encoded(outputs) if comments else self._encoded(outputs)
-        transport = self._request.transport
+        transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has left")
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)

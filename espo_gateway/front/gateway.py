@@ -24,6 +24,7 @@ from espo_gateway.stream.request import Plan, Single
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.telemetry.logs import current
 from espo_gateway.telemetry.metrics import Metrics
+from espo_gateway.traces.sessions import Turn
 from espo_gateway.tuning.observers import Observers
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
@@ -97,10 +98,11 @@ class Gateway:
         single: Single,
         policy: Policy,
         began: Callable[[], None],
+        turn: Turn | None,
     ) -> Session:
         """For one choice of a request that begins now: the seam where it is settled who decides."""
         gate = self.gate_of(planned.control)
-        followers = self.observers.followers(gate)
+        followers = self.observers.followers(gate, turn)
         by_server = (
             not followers
             and (self.config.decide == "engine" or self.pool.decides)
@@ -115,6 +117,8 @@ class Gateway:
             policy=policy,
             began=began,
             followers=followers,
+            earlier=None if turn is None else turn.earlier,
+            ids=self.observers.wants_ids(turn),
         )
 
     def push_gate(self, data: bytes) -> None:
@@ -190,7 +194,7 @@ class Gateway:
         """Refuse new requests; `traffic.over` waits for those under way."""
         self.traffic.drain()
 
-    def finished(self, session: Session) -> None:
+    def finished(self, session: Session, turn: Turn | None = None) -> None:
         """Take a choice that has ended, in whatever way."""
         self.sessions.discard(session)
         self.metrics.count(session)
@@ -199,5 +203,5 @@ class Gateway:
         entry = current.get()
         if entry is not None:
             entry.count(session)
-        if gate := self.observers.finished(session, entry.request_id if entry else None):
+        if gate := self.observers.finished(session, entry.request_id if entry else None, turn):
             self.gate = gate

@@ -25,6 +25,8 @@ from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens,
 from espo_gateway.telemetry.logs import current
 
 _encode = msgspec.json.Encoder().encode
+#: What requests of one session have in common.
+SESSION_ID = "X-Session-ID"
 
 
 async def generate(gateway: Gateway, request: web.Request, path: str) -> web.StreamResponse:
@@ -52,8 +54,9 @@ async def _admitted(
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
+    turn = gateway.observers.turn(request.headers.get(SESSION_ID), len(planned.singles))
     began = partial(gateway.metrics.first_token, request, planned.path)
-    sessions = [gateway.session(planned, single, policy, began) for single in planned.singles]
+    sessions = [gateway.session(planned, single, policy, began, turn) for single in planned.singles]
     if planned.tokens:
         for session, single in zip(sessions, planned.singles, strict=True):
             session.prompt_token_ids = prompt_ids(single)
@@ -63,7 +66,7 @@ async def _admitted(
         return await serve(gateway, request, planned, sessions, slots)
     finally:
         for session in sessions:
-            gateway.finished(session)
+            gateway.finished(session, turn)
 
 
 async def _follow_all(

@@ -35,7 +35,8 @@ class Recorded:
     logprobs, max_logprobs: of the sampled token, and the largest at its position, [.., tokens].
     prompt_tokens: length of the prompts.
     completed_at: length in tokens of each rollout that ended by itself, whose last token is exempt
-        from a stop; 0 for the others. None: nobody knows, so none is exempt.
+        from a stop; 0 for the others. None: nobody knows, so none is exempt. Of rollouts of several
+        turns where each of these ended, [rollouts, turns].
     critic: what a critic said after each token, in its own units (`Gate.success`), [.., tokens].
     confidences: of each position (`tracks.token_confidence`), [.., tokens].
     history, probes: what these sources told (`told.TOLD`); probes are [rollouts, tokens, `PROBED`],

@@ -168,8 +168,9 @@ def _decided(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
     decided = recorded.known.copy(order="K")
     decided[:, : gate.min_tokens - 1] = False
     if recorded.completed_at is not None:
-        rows = np.flatnonzero(recorded.completed_at)
-        decided[rows, recorded.completed_at[rows] - 1] = False
+        ends = np.atleast_2d(recorded.completed_at.T).T
+        rows, turns = np.nonzero(ends)
+        decided[rows, ends[rows, turns] - 1] = False
     if gate.asks_estimate:
         scheduled = np.zeros(decided.shape[1], dtype=bool)
         scheduled[gate.schedule.tokens(decided.shape[1]) - 1] = True

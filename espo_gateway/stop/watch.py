@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
+from typing import NamedTuple
 
 from espo_gateway.stop.estimate import StreamStatistics, sigmoid
 from espo_gateway.stop.regret import MISSING_LOGPROB
@@ -32,12 +34,25 @@ class Verdict(enum.Enum):
 _GO = Verdict.GO
 
 
+class Earlier(NamedTuple):
+    """The turns of a rollout before this one, which a watch goes on from.
+
+    prompt_tokens: of the first. The others: of all tokens sampled since, NaN where missing.
+    """
+
+    prompt_tokens: int
+    logprobs: array[float]
+    max_logprobs: array[float]
+    confidences: array[float] | None
+
+
 class Watch:
     """One stream under a gate. After a stop, further tokens are counted and change nothing."""
 
     __slots__ = (
         "_alone",
         "_asks_estimate",
+        "_before",
         "_clip",
         "_deviations",
         "_due",
@@ -74,11 +89,15 @@ class Watch:
         decides: bool = True,
         history: float | None = None,
         asks: bool = True,
+        earlier: Earlier | None = None,
     ) -> None:
         """
+        prompt_tokens: with earlier turns, the first one's stands.
         decides: else it follows the stream to its end and stops nothing.
         history: what the source of that name tells of the prompt.
         asks: whether there is a source to ask on the gate's schedule.
+        earlier: turns that belong to the same rollout, in which all has been decided. Tokens, and
+            the cut, are counted from here on; all else is as if it were one stream.
         """
         self.gate = gate
         self.tokens = 0
@@ -106,6 +125,8 @@ class Watch:
         self._floor = rule.floor(gate) if decides else math.inf
         self._threshold = threshold = rule.threshold
         self._limit = 0.0 if threshold is None else threshold.of(gate)
+        if earlier is not None:
+            prompt_tokens = earlier.prompt_tokens
         self._statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
         self._track = rule.track(gate)
         self._history: Answers = {} if history is None else {"history": (history,)}
@@ -116,6 +137,23 @@ class Watch:
         #: the next token of the schedule
         self._due = gate.schedule.after(0) if asks and decides else 0
         self._follows = bool(self._statistics or self._track or self._due)
+        #: tokens of earlier turns
+        self._before = 0
+        if earlier is not None:
+            self._go_on_from(earlier)
+
+    def _go_on_from(self, earlier: Earlier) -> None:
+        _, logprobs, max_logprobs, confidences = earlier
+        for token, (logprob, largest) in enumerate(zip(logprobs, max_logprobs, strict=True)):
+            confidence = None if confidences is None else confidences[token]
+            self.push(logprob, largest, last=True, confidence=confidence)
+        self._before = before = self.tokens
+        self._min_tokens -= before
+        self._due -= before if self._due else 0
+        self.tokens = self.missing = 0
+
+    def _next_due(self, token: int) -> int:
+        return self.gate.schedule.after(self._before + token) - self._before
 
     def push(
         self,
@@ -147,7 +185,7 @@ class Watch:
             if self._statistics is not None:
                 self._statistics.push(None, None)
             if token == self._due:
-                self._due = self.gate.schedule.after(token)
+                self._due = self._next_due(token)
             return _GO
         regret = max_logprob - logprob
         if regret < 0.0:
@@ -164,7 +202,7 @@ class Watch:
             return self._follow(token, z, logprob, regret, confidence, last)
         if z <= self._floor or last or token < self._min_tokens:
             return _GO
-        return self._decide(token, z, token, False)
+        return self._decide(token, z, self._before + token, False)
 
     def _follow(
         self,
@@ -176,7 +214,7 @@ class Watch:
         last: bool,
     ) -> Verdict:
         """For the rules that look at more than z."""
-        v: float = token
+        v: float = self._before + token
         if self._statistics is not None:
             self._statistics.push(regret, -logprob)
         if self._track is not None:
@@ -186,7 +224,7 @@ class Watch:
         if not (z <= self._floor or last or token < self._min_tokens):
             verdict = self._decide(token, z, v, due)
         if due:
-            self._due = self.gate.schedule.after(token)
+            self._due = self._next_due(token)
             if verdict is _GO and not last and not self._asks_estimate:
                 self._unsettled[token] = None
                 return Verdict.ASK
@@ -194,7 +232,7 @@ class Watch:
 
     def _asked_on(self) -> Verdict:
         """Past the cut, where an audit goes on to the end: what is answered is only recorded."""
-        self._due = self.gate.schedule.after(self.tokens)
+        self._due = self._next_due(self.tokens)
         self._unsettled[self.tokens] = None
         return Verdict.ASK
 
@@ -227,7 +265,7 @@ class Watch:
         if unsettled is None or not unsettled[1] or estimator is None:
             return None
         features = unsettled[1]
-        told = told_features(estimator.sources, {**self._history, **answers}, token)
+        told = told_features(estimator.sources, {**self._history, **answers}, self._before + token)
         value = sigmoid(estimator.logit(features, told))
         return None if math.isnan(value) else value
 

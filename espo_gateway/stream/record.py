@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.rules import RULES, Gate
-from espo_gateway.stop.watch import Watch
+from espo_gateway.stop.watch import Earlier, Watch
 from espo_gateway.stream.followers import Step
 
 #: How a choice ended; "aborted" until it has, and when the client left or the server failed.
@@ -105,13 +105,14 @@ class TokenTrace:
     so it has one of its own.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, earlier: Earlier | None = None) -> None:
         self.tokens: list[dict[str, Any]] = []
         self._gate = gate
-        self._watch = Watch(gate, 0, decides=False)
+        self._earlier = earlier
+        self.begin(0)
 
     def begin(self, prompt_tokens: int) -> None:
-        self._watch = Watch(self._gate, prompt_tokens, decides=False)
+        self._watch = Watch(self._gate, prompt_tokens, decides=False, earlier=self._earlier)
 
     def push(self, step: Step) -> None:
         self._watch.push(step.logprob, step.max_logprob, confidence=step.confidence)

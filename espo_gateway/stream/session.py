@@ -20,7 +20,7 @@ from espo_gateway.errors import EXCERPT, UpstreamProtocolError, UpstreamStatusEr
 from espo_gateway.stop.gate_json import Control, Mode
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Answers
-from espo_gateway.stop.watch import Verdict, Watch
+from espo_gateway.stop.watch import Earlier, Verdict, Watch
 from espo_gateway.stream.chunks import (
     Chunk,
     SampledToken,
@@ -60,7 +60,8 @@ class Policy:
 class Session:
     """The monitor of one choice.
 
-    began: called when its first token comes. followers: of this choice alone.
+    began: called when its first token comes. followers: of this choice alone. earlier: turns that
+        its monitor goes on from. ids: whether token ids are wanted though no source reads them.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Session:
         policy: Policy | None = None,
         began: Callable[[], None] | None = None,
         followers: Sequence[Follower] = (),
+        earlier: Earlier | None = None,
+        ids: bool = False,
     ) -> None:
         self.gate = control.applied(gate)
         self.mode: Mode = control.mode
@@ -92,7 +95,7 @@ class Session:
         self.first_token: float | None = None
         #: tokens of the prompt, None until known
         self.prompt_tokens = single.prompt_tokens
-        #: ids of prompt and sampled tokens, kept only for sources that read them
+        #: ids of prompt and sampled tokens, kept only for those who read them
         self.prompt_token_ids: list[int] = []
         self.token_ids: list[int] = []
         #: tokens that sources are to be asked about, not yet put to them; and those not answered
@@ -108,7 +111,8 @@ class Session:
         self.watch: Watch | None = None
         #: `watch.push`, or that of what the followers follow
         self._push: Callable[..., Verdict]
-        self._trace = TokenTrace(self.gate) if control.trace else None
+        self._earlier = earlier
+        self._trace = TokenTrace(self.gate, earlier) if control.trace else None
         #: none follows a choice that is not monitored
         self.followers = (*followers, *([] if self._trace is None else [self._trace]))
         self._began = began
@@ -118,8 +122,9 @@ class Session:
         self._model = single.body.get("model")
         #: alternatives a token whose logprobs make up its confidence
         self._top_k = self.gate.top_logprobs if self.gate.top_logprobs > 1 else 0
-        #: whether a source will be asked, which reads token ids
-        self.wants_ids = self.gate.needs_critic or self.probe is not None
+        #: whether a source will be asked, which reads token ids; and whether anyone reads them
+        self._asks = self.gate.needs_critic or self.probe is not None
+        self.wants_ids = self._asks or ids
         self._history = control.history
         #: whether the server has said so of its stream
         self.done = False
@@ -271,7 +276,9 @@ class Session:
         return watch
 
     def _watch_by(self, gate: Gate, prompt_tokens: int) -> Watch:
-        watch = self.watch = Watch(gate, prompt_tokens, history=self._history, asks=self.wants_ids)
+        watch = self.watch = Watch(
+            gate, prompt_tokens, history=self._history, asks=self._asks, earlier=self._earlier
+        )
         self._push = Followed(watch, self.followers).push if self.followers else watch.push
         return watch
 
@@ -295,7 +302,8 @@ class Session:
             self.mode = "off"
             self.gate = _NEVER
             self.followers = ()
-            self.wants_ids = False
+            self.wants_ids = self._asks = False
+            self._earlier = None
             tokens = self.tokens
             self._watch_by(_NEVER, 0).tokens = tokens
             self.questions.clear()

@@ -42,16 +42,15 @@ class SSEParser:
         if (
             received[:6] == b"data: "
             and received.endswith(b"\n\n")
+            and received.find(b"\r") < 0
+            and len(received) < self._limit
             and not (self._partial or self._data or self._after_cr)
         ):
-            # What nearly every read brings: whole events of one line each.
+            # What nearly every read brings: an event of one line, or several.
+            if received.find(b"\n") == len(received) - 2:
+                return [received[6:-2]]
             events = received[6:-2].split(b"\n\ndata: ")
-            newlines = received.count(b"\n")
-            if (
-                newlines == 2 * len(events)
-                and b"\r" not in received
-                and len(received) < self._limit
-            ):
+            if received.count(b"\n") == 2 * len(events):
                 return events
         if b"\r" in received or self._after_cr:
             received = self._plain_newlines(received)

@@ -89,12 +89,13 @@ class Template:
     field: the name of the text.
     """
 
-    __slots__ = ("_after", "_before", "_chunk", "_head", "_size", "field")
+    __slots__ = ("_after", "_before", "_chunk", "_head", "_read", "_size", "field")
 
     def __init__(self, head: bytes, field: str) -> None:
         self.field = field
         self._head = head
         self._size = len(head)
+        self._read = _completion if field == "text" else _chat
         self._chunk: Chunk = {}
         self._before = self._after = b""
 
@@ -103,8 +104,7 @@ class Template:
         if not data.startswith(self._head):
             return None
         try:
-            read = _completion if self.field == "text" else _chat
-            field, text, logprobs = read(b"{" + data[self._size :])
+            field, text, logprobs = self._read(b"{" + data[self._size :])
         except _UNREADABLE:
             return None
         return (text, logprobs) if field == self.field and logprobs else None

@@ -29,6 +29,9 @@ _COLUMNS = (
     *("end", "kept", "audited", "correct"),
 )
 
+#: What an outcome may be told of.
+_NAMES = ("request", "id", "session")
+
 #: From a request's or an answer's id, with the choice's index or None, to what is known of it.
 Known = Mapping[tuple[str, int | None], bool]
 
@@ -38,10 +41,12 @@ class TraceError(ValueError):
 
 
 class Trace(NamedTuple):
-    """One choice. key: traces of one prompt or request have the same. correct: None: unknown.
+    """One choice, or a session's turns under one monitor. correct: None: unknown.
 
-    cut: generated no further than the cut. spared: the rule would have cut it. values: a critic's V
-    of each token. history, probes: what was told beside (`espo_gateway.stop.told`).
+    key: traces of one prompt, request or session have the same. earlier: where the turns before the
+    last ended by themselves, in tokens. cut: generated no further than the cut. spared: the rule
+    would have cut it. values: a critic's V of each token. history, probes: what was told beside
+    (`espo_gateway.stop.told`).
     """
 
     key: str
@@ -56,6 +61,7 @@ class Trace(NamedTuple):
     values: Array | None = None
     history: float | None = None
     probes: list[list[float]] | None = None
+    earlier: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def read_outcomes(path: Path, outcome: str) -> dict[tuple[str, int | None], bool
     known: dict[tuple[str, int | None], bool] = {}
     for number, row in _rows(path):
         where = f"{path}:{number}"
-        key = row.get("request", row.get("id"))
+        key = next((row[name] for name in _NAMES if name in row), None)
         if not isinstance(key, str):
             raise TraceError(f"{where}: an outcome needs the `request` or `id` of its trace")
         correct = _outcome(row.get(outcome), outcome, where)
@@ -144,6 +150,9 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path, outcome)
         return
+    # Of a session whose monitor went on from turn to turn, which stand together: one rollout.
+    last: Trace | None = None
+    turn: tuple[object, object] = (None, None)
     for number, row in _rows(path):
         where = f"{path}:{number}"
         if row.get("end") == "aborted":
@@ -158,12 +167,12 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
             correct = _outcome(row.get(outcome), outcome, where)
         else:
             index = row.get("index")
-            ids = [row[name] for name in ("request", "id") if isinstance(row.get(name), str)]
+            ids = [row[name] for name in _NAMES if isinstance(row.get(name), str)]
             found = [known.get((key, i)) for key in ids for i in (index, None)]
             correct = next((value for value in found if value is not None), None)
         cut = row.get("end") == "early_stop"
-        yield Trace(
-            key=str(row.get("request") or row.get("id") or where),
+        trace = Trace(
+            key=str(row.get("session") or row.get("request") or row.get("id") or where),
             logprobs=logprobs,
             max_logprobs=max_logprobs,
             confidences=confidences,
@@ -173,6 +182,33 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
             spared=row.get("cut") is not None and not cut,
             correct=None if cut else correct,
         )
+        if carried := row.get("carried"):
+            before = last is not None and turn == (row.get("session"), row.get("turn"))
+            if last is None or not before or len(last.logprobs) != carried:
+                continue  # its beginning is not there, so nobody knows what its monitor saw
+            last = _joined(last, trace)
+        else:
+            if last is not None:
+                yield last
+            last = trace
+        turn = (row.get("session"), row["turn"] + 1) if "turn" in row else (None, None)
+    if last is not None:
+        yield last
+
+
+def _joined(before: Trace, trace: Trace) -> Trace:
+    """Two turns as one rollout; what is known of it is what is known of the last."""
+    confidences = None
+    if before.confidences is not None and trace.confidences is not None:
+        confidences = np.concatenate([before.confidences, trace.confidences])
+    ended = (len(before.logprobs),) if before.completed else ()
+    return trace._replace(
+        logprobs=np.concatenate([before.logprobs, trace.logprobs]),
+        max_logprobs=np.concatenate([before.max_logprobs, trace.max_logprobs]),
+        confidences=confidences,
+        prompt_tokens=before.prompt_tokens,
+        earlier=(*before.earlier, *ended),
+    )
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -252,6 +288,7 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
             correct=None if cut else _outcome(row[outcome], outcome, where),
             history=row.get("history"),
             probes=row.get("probes"),
+            earlier=(),
             **rows,
         )
 
@@ -265,7 +302,10 @@ def _lists(column: Any) -> list[Array]:
 
 def _stacked(traces: list[Trace]) -> Traces:
     lengths = np.array([len(trace.logprobs) for trace in traces], dtype=np.int64)
-    completed = np.array([trace.completed for trace in traces])
+    ends = [
+        (*trace.earlier, length if trace.completed else 0)
+        for trace, length in zip(traces, lengths.tolist(), strict=True)
+    ]
     prompts = [math.nan if t.prompt_tokens is None else t.prompt_tokens for t in traces]
     correct = [math.nan if t.correct is None else float(t.correct) for t in traces]
     return Traces(
@@ -274,7 +314,7 @@ def _stacked(traces: list[Trace]) -> Traces:
             logprobs=pad([trace.logprobs for trace in traces]),
             max_logprobs=pad([trace.max_logprobs for trace in traces]),
             prompt_tokens=np.array(prompts, dtype=np.float64),
-            completed_at=np.where(completed, lengths, 0),
+            completed_at=np.nan_to_num(pad(ends)).astype(np.int64),
             critic=_padded([trace.values for trace in traces], lengths.max()),
             confidences=_padded([trace.confidences for trace in traces], lengths.max()),
             history=np.array([trace.history for trace in traces], dtype=np.float64),

@@ -3,7 +3,10 @@
 A line has `request` (the id in the X-Request-Id header), `id` (the answer's), `index`, `model`,
 `gate_version`, `rule`, `mode`, `prompt_tokens`, `logprobs`, `max_logprobs` (null where missing),
 `confidences` (where the rule has them), `end` ("completed", "length", "early_stop", "aborted") and
-`cut` (where the rule stopped it, or in shadow mode would have). `calibrate` reads them.
+`cut` (where the rule stopped it, or in shadow mode would have). One of a session (`sessions.py`)
+has `session`, `turn` (from 1), `carried` (with --carry-over: tokens of earlier turns that its
+monitor went on from) and, with --record-ids, `prompt_token_ids` and `token_ids`. `calibrate` reads
+them.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import logging
 import math
 from array import array
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 
 #: Numbers that may wait for the disk; what is more than that is dropped.
 MAX_WAITING = 2**23
+
+Numbers: TypeAlias = "Mapping[str, array[Any]]"
 
 
 class Columns:
@@ -54,6 +60,48 @@ class Columns:
         if self.confidences is not None:
             columns["confidences"] = self.confidences
         return {name: numbers[:tokens] for name, numbers in columns.items()}
+
+
+class Line(NamedTuple):
+    """One trace: what is known of the choice, and the numbers of its tokens."""
+
+    about: dict[str, Any]
+    columns: Numbers
+
+    @property
+    def size(self) -> int:
+        """Numbers it has."""
+        return sum(map(len, self.columns.values()))
+
+
+def line_of(session: Session, columns: Columns, request_id: str | None, *, ids: bool) -> Line:
+    """The trace of a choice that has ended; of one that was cut, up to there. ids: tells them."""
+    record, end = session.record, session.end
+    about = {
+        "request": request_id,
+        "id": session.head.get("id", session.head.get("request_id")),
+        "index": session.index,
+        "model": session.model,
+        "gate_version": record.gate_version,
+        "rule": record.rule,
+        "mode": record.mode,
+        "prompt_tokens": session.prompt_tokens,
+        "end": end,
+        "cut": record.cut,
+    }
+    tokens = record.cut if end == "early_stop" else None
+    numbers: dict[str, array[Any]] = {**columns.first(tokens)}
+    if ids:
+        numbers["prompt_token_ids"] = _ids(session.prompt_token_ids)
+        numbers["token_ids"] = _ids(session.token_ids[:tokens])
+    return Line(about, numbers)
+
+
+def _ids(told: list[int]) -> array[int]:
+    try:
+        return array("q", told)
+    except (TypeError, OverflowError):
+        return array("q")  # whatever a server sends
 
 
 class Recorder:
@@ -84,24 +132,7 @@ class Recorder:
             ) from error
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="espo-record")
 
-    def take(self, session: Session, columns: Columns, request_id: str | None) -> None:
-        """Append the trace of a choice that has ended; of one that was cut, up to there."""
-        record, end = session.record, session.end
-        about = {
-            "request": request_id,
-            "id": session.head.get("id", session.head.get("request_id")),
-            "index": session.index,
-            "model": session.model,
-            "gate_version": record.gate_version,
-            "rule": record.rule,
-            "mode": record.mode,
-            "prompt_tokens": session.prompt_tokens,
-            "end": end,
-            "cut": record.cut,
-        }
-        self.write(about, columns.first(record.cut if end == "early_stop" else None))
-
-    def write(self, about: dict[str, Any], columns: dict[str, array[float]]) -> None:
+    def write(self, about: dict[str, Any], columns: Numbers) -> None:
         """Append a trace soon, unless recording has ended."""
         if self.problem is not None:
             return
@@ -131,7 +162,7 @@ class Recorder:
             "problem": self.problem,
         }
 
-    def _append(self, about: dict[str, Any], columns: dict[str, array[float]], size: int) -> None:
+    def _append(self, about: dict[str, Any], columns: Numbers, size: int) -> None:
         try:
             if self.problem is None:
                 # msgspec writes NaN and infinities as null.

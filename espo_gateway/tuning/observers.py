@@ -11,7 +11,8 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.watch import Watch
 from espo_gateway.stream.followers import Follower
 from espo_gateway.stream.session import Session
-from espo_gateway.traces.recorder import Columns, Recorder
+from espo_gateway.traces.recorder import Columns, Recorder, line_of
+from espo_gateway.traces.sessions import Sessions, Turn
 from espo_gateway.tuning.state import StateFile
 from espo_gateway.tuning.tuner import Evidence, Tuning
 
@@ -38,25 +39,50 @@ class Observers:
                 self._state.load(self.tuning, has_critic=has_critic)
         if config.record is not None:
             self.recorder = Recorder(config.record, config.record_megabytes)
+        carried = config.carry_over == "session"
+        self.sessions: Sessions | None = None
+        if self.recorder is not None or carried:
+            self.sessions = Sessions(self.recorder, idle=config.session_idle, carried=carried)
+        self._record_ids = config.record_ids == "sessions"
 
-    def followers(self, gate: Gate) -> list[Follower]:
+    def turn(self, session_id: str | None, choices: int) -> Turn | None:
+        """A request with so many choices begins; what it is of its session."""
+        if self.sessions is None or not session_id:
+            return None
+        return self.sessions.begin(session_id, choices)
+
+    def wants_ids(self, turn: Turn | None) -> bool:
+        """Whether the token ids of a request's choices are recorded."""
+        return self._record_ids and turn is not None
+
+    def followers(self, gate: Gate, turn: Turn | None = None) -> list[Follower]:
         """What is to follow a choice that begins now, under that gate."""
         followers: list[Follower] = []
-        if self.recorder is not None and random.random() < self._record_share:
+        # The turns of a session are recorded all, or they are none.
+        sampled = self.recorder is not None and random.random() < self._record_share
+        if sampled or turn is not None:
             followers.append(Columns(confidences=gate.top_logprobs > 1))
         if self.tuning is not None:
             followers.append(self.tuning.evidence())
         return followers
 
-    def finished(self, session: Session, request_id: str | None) -> Gate | None:
+    def finished(
+        self, session: Session, request_id: str | None, turn: Turn | None = None
+    ) -> Gate | None:
         """Take a choice that has ended. Returns the gate to be in force, when that is another."""
         watch = session.watch
+        if self.sessions is not None:
+            self.sessions.end_idle()
         if watch is None:
             return None
         changed = None
         for follower in session.followers:
-            if isinstance(follower, Columns) and self.recorder is not None:
-                self.recorder.take(session, follower, request_id)
+            if isinstance(follower, Columns):
+                line = line_of(session, follower, request_id, ids=self.wants_ids(turn))
+                if turn is not None and self.sessions is not None:
+                    self.sessions.finished(turn, session, follower, line)
+                elif self.recorder is not None:
+                    self.recorder.write(*line)
             # Of a choice that was not followed to its end nobody knows what it would have done.
             elif isinstance(follower, Evidence) and session.end != "aborted":
                 changed = self._tuned(follower, watch)
@@ -81,6 +107,8 @@ class Observers:
 
     def close(self) -> None:
         """Write to the files what is not there yet. May take as long as the disk does."""
+        if self.sessions is not None:
+            self.sessions.close()
         if self.recorder is not None:
             self.recorder.close()
         if self._state is not None and self.tuning is not None:

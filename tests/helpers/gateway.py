@@ -166,3 +166,21 @@ async def listening(process: asyncio.subprocess.Process) -> tuple[str, str]:
         if found := re.search(r"listening on (http://\S+),", line):
             return found[1], logged
     raise AssertionError(logged)
+
+
+async def generate(url: str, *, chat: bool, stream: bool, **fields: Any) -> dict[str, Any]:
+    """One generation; a stream's chunks are put together here, independently of the gateway."""
+    body = (chat_body if chat else completion_body)(stream=stream, **fields)
+    url += CHAT if chat else COMPLETIONS
+    if not stream:
+        status, answer = await post(url, body)
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        text = choice["message"]["content"] if chat else choice["text"]
+        return {**choice, "text": text, "usage": answer["usage"]}
+    chunks = await post_stream(url, {**body, "stream_options": {"include_usage": True}})
+    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    text = "".join((c["delta"].get("content") or "") if chat else c["text"] for c in choices)
+    ids = [i for c in choices for i in c.get("token_ids") or ()]
+    assert all("espo" not in choice for choice in choices[:-1])
+    return {**choices[-1], "text": text, "token_ids": ids, "usage": chunks[-1]["usage"]}

@@ -24,29 +24,12 @@ from tests.helpers.gateway import (
     client_of,
     completion_body,
     gateway_for,
+    generate,
     get_text,
     metric,
     post,
     post_stream,
 )
-
-
-async def generate(url: str, *, chat: bool, stream: bool, **fields: Any) -> dict[str, Any]:
-    """One generation; a stream's chunks are put together here, independently of the gateway."""
-    body = (chat_body if chat else completion_body)(stream=stream, **fields)
-    url += CHAT if chat else COMPLETIONS
-    if not stream:
-        status, answer = await post(url, body)
-        assert status == 200, answer
-        choice = answer["choices"][0]
-        text = choice["message"]["content"] if chat else choice["text"]
-        return {**choice, "text": text, "usage": answer["usage"]}
-    chunks = await post_stream(url, {**body, "stream_options": {"include_usage": True}})
-    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
-    text = "".join((c["delta"].get("content") or "") if chat else c["text"] for c in choices)
-    ids = [i for c in choices for i in c.get("token_ids") or ()]
-    assert all("espo" not in choice for choice in choices[:-1])
-    return {**choices[-1], "text": text, "token_ids": ids, "usage": chunks[-1]["usage"]}
 
 
 @pytest.mark.parametrize("per_chunk", [1, 3, 5, 100])
@@ -187,40 +170,6 @@ async def test_bad_numbers_never_stop(bad: Token, chat: bool) -> None:
     assert choice["espo"]["missing"] == 10
 
 
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("chat", [True, False])
-async def test_without_logprobs_an_answer_is_served_and_says_so(chat: bool, stream: bool) -> None:
-    script = dataclasses.replace(FAILING, logprobs=False)
-    async with FakeServer(script) as server, gateway_for(server) as gateway:
-        choice = await generate(gateway.url, chat=chat, stream=stream)
-        assert choice["text"] == "a" * 6 + "b" * 10
-        assert choice["finish_reason"] == "stop"
-        assert choice["espo"]["mode"] == "off"
-        assert choice["espo"]["z"] is None
-        assert "sends no logprobs" in choice["espo"]["reason"]
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("chat", [True, False])
-async def test_without_logprobs_an_answer_is_refused(chat: bool, stream: bool) -> None:
-    script = dataclasses.replace(FAILING, logprobs=False)
-    body = (chat_body if chat else completion_body)(stream=stream)
-    path = CHAT if chat else COMPLETIONS
-    async with FakeServer(script) as server, gateway_for(server, unmonitored="refuse") as gateway:
-        status, answer = await post(gateway.url + path, body)
-        assert status == 502
-        assert "no logprobs" in answer["error"]["message"]
-        await server.until(lambda: server.running == 0)
-
-
-async def test_a_rule_that_never_stops_needs_no_logprobs() -> None:
-    script = dataclasses.replace(FAILING, logprobs=False)
-    async with FakeServer(script) as server, gateway_for(server, gate=None) as gateway:
-        choice = await generate(gateway.url, chat=True, stream=False)
-    assert choice["text"] == "a" * 6 + "b" * 10
-    assert choice["usage"]["completion_tokens"] == 16
-
-
 @pytest.mark.parametrize("logprobs", [None, 0, 1, 3])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("chat", [True, False])
@@ -277,87 +226,6 @@ async def test_usage_of_a_cut_answer_is_null_rather_than_wrong() -> None:
         known = await generate(gateway.url, chat=False, stream=False, prompt=[5, 6])
     assert unknown["usage"] is None
     assert known["usage"] == {"prompt_tokens": 2, "total_tokens": 10, "completion_tokens": 8}
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"use_beam_search": True, "n": 2}, "beam search"),
-        ({"logprobs": 1, "logprob_token_ids": [5, 6]}, "logprob_token_ids"),
-    ],
-)
-@pytest.mark.parametrize("stream", [True, False])
-async def test_what_cannot_be_monitored_says_so(
-    fields: dict[str, Any], reason: str, stream: bool
-) -> None:
-    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
-        choice = await generate(gateway.url, chat=False, stream=stream, **fields)
-    assert choice["text"] == "a" * 6 + "b" * 10
-    assert choice["espo"]["mode"] == "off"
-    assert reason in choice["espo"]["reason"]
-    assert server.bodies[0].items() >= fields.items()
-
-
-def listed(answer: dict[str, Any]) -> dict[str, Any]:
-    """With listed tokens' logprobs in the place of the likeliest, as for `logprob_token_ids`."""
-    for choice in answer["choices"]:
-        logprobs = choice["logprobs"] or {}
-        tops = [{"token": str(i), "logprob": -9.0 - i} for i in range(3)]
-        for entry in logprobs.get("content") or ():
-            entry["top_logprobs"] = tops
-        if "tokens" in logprobs:
-            found = {top["token"]: top["logprob"] for top in tops}
-            logprobs["top_logprobs"] = [found] * len(logprobs["tokens"])
-    return answer
-
-
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("chat", [True, False])
-async def test_of_the_logprobs_a_client_lists_it_gets_all(chat: bool, stream: bool) -> None:
-    fields = {"logprobs": True if chat else 1, "logprob_token_ids": [5, 6, 7], "stream": stream}
-    body = (chat_body if chat else completion_body)(**fields)
-    path = CHAT if chat else COMPLETIONS
-    async with (
-        FakeServer(dataclasses.replace(FAILING, rewrite=listed)) as server,
-        gateway_for(server) as gateway,
-    ):
-        asked = [(post_stream if stream else post)(s.url + path, body) for s in (server, gateway)]
-        straight, through = [json.dumps(await one) for one in asked]
-        assert "espo" in through
-        without = [json.loads(one, object_hook=_comparable) for one in (straight, through)]
-        assert without[0] == without[1]
-        assert server.bodies[0] == server.bodies[1]
-    async with FakeServer(FAILING) as server, gateway_for(server, unmonitored="refuse") as gateway:
-        status, answer = await post(gateway.url + path, body)
-        assert status == 400
-        assert "logprob_token_ids" in answer["error"]["message"]
-
-
-@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=str)
-async def test_calls_are_read_as_the_client_asked_for_them(fields: dict[str, Any]) -> None:
-    """Whole answers of a server that reads calls out of them, and not out of a stream."""
-
-    def parsed(answer: dict[str, Any]) -> dict[str, Any]:
-        (choice,) = answer["choices"]
-        if "message" in choice:
-            choice["message"] = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-        return answer
-
-    body = chat_body(tools=[{"type": "function", "function": {"name": "f"}}], **fields)
-    script = dataclasses.replace(FAILING, rewrite=parsed)
-    async with FakeServer(script) as server, gateway_for(server) as gateway:
-        if fields:
-            chunks = await post_stream(gateway.url + CHAT, body)
-            assert chunks[-1]["choices"][0]["espo"]["cut"] == 8
-            return
-        _, answer = await post(gateway.url + CHAT, body)
-    (choice,) = answer["choices"]
-    assert choice["message"]["tool_calls"] == [{"id": "1"}]
-    assert choice["espo"]["mode"] == "off"
-    assert "stream" in choice["espo"]["reason"]
 
 
 def by_seed(body: dict[str, Any]) -> Script:
