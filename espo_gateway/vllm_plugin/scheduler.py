@@ -36,7 +36,7 @@ class Monitored:
 
     def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         check_engine(vllm_config)
-        super().__init__(vllm_config, *arguments, **named)
+        super().__init__(vllm_config, *arguments, **named)  # type: ignore[call-arg]
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked

@@ -37,7 +37,7 @@ async def test_the_server_says_that_it_decides(vllm_server: VllmServer) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_any_client_can_have_its_request_stopped(vllm_server: VllmServer, path: str) -> None:
-    order = {"espo_gate": STRICT.decode()}
+    order: dict[str, Any] = {"espo_gate": STRICT.decode()}
     fields = {"max_tokens": LENGTH, "temperature": 1.0, "ignore_eos": True, "n": 8, "seed": 3}
     body = body_for(vllm_server, path, return_token_ids=True, **fields)
     before = await settled(vllm_server)
