@@ -314,9 +314,8 @@ def of_plain(found: Found, name: str, streams: int) -> float | None:
 def show(model: str, found: Found, overshoot: int) -> None:
     """A table of one model."""
     hidden, layers = MODELS[model]
-    table = Table(
-        title=f"{model} model ({hidden} × {layers}); medians; CPU seconds for 1,000 tokens by process"
-    )
+    what = "medians; processor seconds for 1,000 tokens by process"
+    table = Table(title=f"{model} model ({hidden} × {layers}); {what}")
     for heading in ("case", "streams", "tokens/s", "of (a)", "first, ms"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     processes = ["vllm engine", "vllm server", "gateways", "client"]
