@@ -23,7 +23,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from espo_gateway.errors import InvalidRequest, said
-from espo_gateway.vllm_plugin.admission import check_order, tested, untested
+from espo_gateway.vllm_plugin.admission import check_order, is_tested, not_tested
 from espo_gateway.vllm_plugin.batch import Batch
 from espo_gateway.vllm_plugin.monitor import Monitor
 from espo_gateway.vllm_plugin.wire import order_of
@@ -50,9 +50,9 @@ class Monitored:
         self._logprobs: Any = None
         self._first_rows: dict[str, int] = {}
         self._settled: set[str] = set()
-        self._tested = tested(vllm.__version__)
+        self._tested = is_tested(vllm.__version__)
         if not self._tested:
-            log.error("%s; this engine decides nothing", untested(vllm.__version__))
+            log.error("%s; this engine decides nothing", not_tested(vllm.__version__))
 
     def add_request(self, request: Request) -> None:
         refused = False
