@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -182,7 +183,7 @@ async def rounds(running: dict[str, servers.Proxy], arguments: argparse.Namespac
                     after = processor_seconds(running)
                     if number < 0:
                         continue
-                    into, tokens = found[name][streams], streams * arguments.tokens
+                    into, tokens = found[name][streams], requests(streams) * arguments.tokens
                     into.tokens_per_s.append(tokens / taken)
                     into.first_token_ms.append(first)
                     for process, seconds in after.items():
@@ -211,7 +212,7 @@ async def round_of(
     tokens: int,
     seed: int,
 ) -> list[float]:
-    """So many requests at once; how long each took, in milliseconds."""
+    """So many streams at once, of as many requests as it takes; milliseconds of each request."""
     url = running[case.server].url + "/v1/completions"
 
     async def request(index: int) -> float:
@@ -231,7 +232,16 @@ async def round_of(
                 raise BenchmarkError(f"{case.what}: not {tokens} tokens: {answer[-400:]!r}")
         return (time.perf_counter() - began) * 1e3
 
-    return await asyncio.gather(*map(request, range(streams)))
+    async def stream(first: int) -> list[float]:
+        return [await request(index) for index in range(first, requests(streams), streams)]
+
+    taken = await asyncio.gather(*map(stream, range(streams)))
+    return [*itertools.chain.from_iterable(taken)]
+
+
+def requests(streams: int) -> int:
+    """Of a round: few streams have several each, or they would be over too soon to measure."""
+    return streams * max(1, 4 // streams)
 
 
 async def delivered_past_the_cut(url: str) -> int:
@@ -304,12 +314,13 @@ def of_plain(found: Found, name: str, streams: int) -> float | None:
 def show(model: str, found: Found, overshoot: int) -> None:
     """A table of one model."""
     hidden, layers = MODELS[model]
-    table = Table(title=f"{model} model ({hidden} × {layers}); medians, of (a) by rounds")
-    for heading in ("case", "streams", "tokens/s", "of (a)", "first token"):
+    what = "medians; processor seconds for 1,000 tokens by process"
+    table = Table(title=f"{model} model ({hidden} × {layers}); {what}")
+    for heading in ("case", "streams", "tokens/s", "of (a)", "first, ms"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     processes = ["vllm engine", "vllm server", "gateways", "client"]
     for process in processes:
-        table.add_column(f"{process}, CPU s/1k", justify="right")
+        table.add_column(process.removeprefix("vllm "), justify="right")
     for name, by_streams in found.items():
         case = CASES[name]
         for streams, measured in by_streams.items():
@@ -317,11 +328,11 @@ def show(model: str, found: Found, overshoot: int) -> None:
             cpu["gateways"] = sum(v for k, v in cpu.items() if k not in processes)
             ratio = of_plain(found, name, streams)
             table.add_row(
-                f"({case.letter}) {case.what}",
+                f"({case.letter}) {name}",
                 str(streams),
                 f"{statistics.median(measured.tokens_per_s):,.0f}",
                 "" if ratio is None else f"{ratio:.2f}",
-                f"{statistics.median(measured.first_token_ms):.1f} ms",
+                f"{statistics.median(measured.first_token_ms):.1f}",
                 *(f"{cpu.get(process, 0.0):.3f}" for process in processes),
             )
         table.add_section()

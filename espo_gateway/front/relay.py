@@ -62,7 +62,7 @@ class Bodies:
         self._shared: dict[tuple[int, bool], bytes] = {}
 
     def encoded(
-        self, single: Single, body: Body, *, decided: bool
+        self, single: Single, body: Body, *, decided: bool = False
     ) -> tuple[bytes | memoryview, ...]:
         """A body's JSON, in pieces; what is the choice's own is taken out of the body.
 

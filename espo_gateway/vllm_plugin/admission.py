@@ -21,12 +21,12 @@ from espo_gateway.vllm_plugin.wire import ROUTE, Order, order_of
 TESTED = "0.32"
 
 
-def tested(version: str) -> bool:
+def is_tested(version: str) -> bool:
     """Whether a version of vLLM is one whose scheduler we know."""
     return version == TESTED or version.startswith(f"{TESTED}.")
 
 
-def untested(version: str) -> str:
+def not_tested(version: str) -> str:
     """Why a version is not trusted."""
     return f"vLLM {version} is not the {TESTED} that this scheduler was tested with"
 
@@ -57,7 +57,7 @@ def check_requests() -> None:
     """Have vLLM's input processor check orders, in whatever process it is; once."""
     import vllm
 
-    if not tested(vllm.__version__):
+    if not is_tested(vllm.__version__):
         return
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
@@ -111,8 +111,8 @@ def _told(arguments: Any) -> dict[str, Any]:
     scheduler = getattr(arguments, "scheduler_cls", None)
     if scheduler != SCHEDULER:
         return {"decides": False, "reason": f"--scheduler-cls is {scheduler}, not {SCHEDULER}"}
-    if not tested(version):
-        return {"decides": False, "reason": untested(version)}
+    if not is_tested(version):
+        return {"decides": False, "reason": not_tested(version)}
     return {"decides": True, "vllm": version}
 
 

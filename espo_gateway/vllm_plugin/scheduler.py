@@ -23,7 +23,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from espo_gateway.errors import InvalidRequest, said
-from espo_gateway.vllm_plugin.admission import check_order, tested, untested
+from espo_gateway.vllm_plugin.admission import check_order, is_tested, not_tested
 from espo_gateway.vllm_plugin.batch import Batch
 from espo_gateway.vllm_plugin.monitor import Monitor
 from espo_gateway.vllm_plugin.wire import order_of
@@ -36,7 +36,7 @@ class Monitored:
 
     def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         check_engine(vllm_config)
-        super().__init__(vllm_config, *arguments, **named)
+        super().__init__(vllm_config, *arguments, **named)  # type: ignore[call-arg]
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
@@ -50,9 +50,9 @@ class Monitored:
         self._logprobs: Any = None
         self._first_rows: dict[str, int] = {}
         self._settled: set[str] = set()
-        self._tested = tested(vllm.__version__)
+        self._tested = is_tested(vllm.__version__)
         if not self._tested:
-            log.error("%s; this engine decides nothing", untested(vllm.__version__))
+            log.error("%s; this engine decides nothing", not_tested(vllm.__version__))
 
     def add_request(self, request: Request) -> None:
         refused = False

@@ -12,7 +12,7 @@ from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Watch
 from espo_gateway.vllm_plugin.wire import ROUTE, told_by
-from tests.helpers.gateway import gateway_for, get_text, metric, post
+from tests.helpers.gateway import gateway_for, get_text, metric, post, post_stream
 from tests.helpers.models import random_model
 from tests.helpers.vllm import (
     BASE_SEED,
@@ -37,7 +37,7 @@ async def test_the_server_says_that_it_decides(vllm_server: VllmServer) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_any_client_can_have_its_request_stopped(vllm_server: VllmServer, path: str) -> None:
-    order = {"espo_gate": STRICT.decode()}
+    order: dict[str, Any] = {"espo_gate": STRICT.decode()}
     fields = {"max_tokens": LENGTH, "temperature": 1.0, "ignore_eos": True, "n": 8, "seed": 3}
     body = body_for(vllm_server, path, return_token_ids=True, **fields)
     before = await settled(vllm_server)
@@ -99,6 +99,40 @@ async def test_a_stop_string_on_the_decision_token_is_vllms_end(
             continue
         ended = await choice(seed, stop=[text[-1]], **plain)
         assert (ended["finish_reason"], ended["stop_reason"]) == ("stop", text[-1])
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured_outputs": {"regex": "[0-9]{3,40}"}},
+        {"structured_outputs": {"regex": "[0-9]{3,40}"}, "n": 3},
+        {"min_tokens": 20},
+        {"repetition_penalty": 1.5, "top_k": 5, "min_p": 0.01},
+        {"logit_bias": {"9": 3.0}},
+    ],
+    ids=["structured", "structured, n=3", "min_tokens", "penalties", "biased"],
+)
+async def test_whatever_else_is_asked_for(
+    vllm_server: VllmServer, fields: dict[str, Any], stream: bool, path: str
+) -> None:
+    """vLLM's `min_tokens` is about its own ends, as behind a gateway."""
+    gate = json.dumps({"rule": "random", "hazard": 1.0, "min_tokens": 5})
+    order = {"espo_gate": gate, "espo_record": 1}
+    body = body_for(vllm_server, path, max_tokens=60, vllm_xargs=order, seed=1, **fields)
+    body |= {"stream": stream, "ignore_eos": True, "temperature": 1.0}
+    if stream:
+        chunks = await post_stream(vllm_server.url + path, body)
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    else:
+        choices = (await post(vllm_server.url + path, body))[1]["choices"]
+    ended = [choice for choice in choices if choice["finish_reason"]]
+    assert len(ended) == fields.get("n", 1)
+    for choice in ended:
+        told = told_by(choice["stop_reason"])
+        assert told is not None
+        assert (told.cut, told.tokens, choice["finish_reason"]) == (5, 5, "length")
 
 
 ESTIMATOR = {"weights": [0.0, -0.2, *[-0.1] * 10], "bias": 3.0}

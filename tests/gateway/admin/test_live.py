@@ -55,7 +55,14 @@ async def test_an_idle_gateway() -> None:
             "version": 3,
         }
         assert seen["servers"] == [
-            {"url": server.url, "healthy": True, "breaker": "closed", "in_flight": 0, "retries": 0}
+            {
+                "url": server.url,
+                "healthy": True,
+                "breaker": "closed",
+                "in_flight": 0,
+                "retries": 0,
+                "decides": False,
+            }
         ]
         assert seen["totals"]["stop_share"] is None
         assert seen["tokens_per_second"] is None

@@ -289,7 +289,7 @@ async def test_a_server_that_comes_back_is_asked_again() -> None:
 async def test_a_server_that_does_not_decide_after_all_is_noticed(
     refuse: bool, stream: bool
 ) -> None:
-    settings = {"unmonitored": "refuse"} if refuse else {}
+    settings: Body = {"unmonitored": "refuse"} if refuse else {}
     async with (
         FakeServer(FAILING) as server,
         gateway_for(server, decide="engine", **settings) as gateway,

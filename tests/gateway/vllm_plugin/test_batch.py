@@ -1,0 +1,102 @@
+"""A batch is its watches, to the last bit, whoever comes and goes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.watch import Watch
+from espo_gateway.vllm_plugin.batch import Batch, looks_at_z_alone
+
+_finite = st.floats(-20.0, 0.0, width=32)
+_logprobs = st.one_of(
+    *[_finite] * 12,
+    st.sampled_from([0.0, -math.inf, math.inf, math.nan, -9999.0, -1e30]),
+)
+_gates = st.builds(
+    lambda rule, beta, mean, variance, smoothing, clip, least: gate_from_json(
+        json.dumps(
+            {
+                **{"rule": rule, "beta": beta, "min_tokens": least},
+                "statistics": {"mean": mean, "variance": variance},
+                "monitor": {"smoothing": smoothing, "clip": clip},
+            }
+        ).encode(),
+        has_critic=False,
+    ),
+    st.sampled_from(["none", "regret-only", "value-gated"]),
+    st.floats(0.05, 5.0),
+    st.floats(0.0, 2.0),
+    st.floats(0.01, 4.0),
+    st.floats(0.0, 0.99),
+    st.floats(0.5, 10.0),
+    st.integers(1, 6),
+)
+
+
+@given(
+    gates=st.lists(_gates, min_size=1, max_size=6),
+    steps=st.lists(
+        st.lists(
+            st.tuples(st.integers(0, 5), st.integers(0, 2), _logprobs, _logprobs),
+            max_size=6,
+            unique_by=lambda row: row[0],
+        ),
+        max_size=40,
+    ),
+    leaves=st.sets(st.integers(0, 39)),
+)
+@settings(max_examples=200)
+def test_a_batch_is_its_watches(
+    gates: list[Gate],
+    steps: list[list[tuple[int, int, float, float]]],
+    leaves: set[int],
+) -> None:
+    batch = Batch()
+    watches: dict[int, Watch] = {}
+    references: dict[int, Watch] = {}
+
+    def join(number: int) -> None:
+        gate = gates[number % len(gates)]
+        assert looks_at_z_alone(gate)
+        watches[number], references[number] = Watch(gate, 3), Watch(gate, 3)
+        batch.add(str(number), gate)
+
+    for number in range(6):
+        join(number)
+    for position, step in enumerate(steps):
+        names = [str(number) for number, *_ in step] + ["a stranger"]
+        counts = [count for _, count, *_ in step] + [1]
+        rows = np.array([(x, top) for *_, x, top in step] + [(-1.0, -1.0)], dtype=np.float32)
+        taken = batch.push(names, counts, rows)
+        assert "a stranger" not in taken
+        for (number, count, *_), row in zip(step, rows.tolist(), strict=False):
+            name, watch, reference = str(number), watches[number], references[number]
+            assert count == 1 or name not in taken
+            for _ in range(count):
+                logprob, top = row
+                largest = top if logprob <= top else (logprob if top > -9999.0 else None)
+                if name not in taken:
+                    batch.settle(name, watch, reference.tokens)
+                    watch.push(logprob, largest)
+                    batch.resume(name, watch)
+                reference.push(logprob, largest)
+            batch.settle(name, watch, reference.tokens)
+            for what in ("tokens", "cut", "z", "missing", "threshold"):
+                assert getattr(watch, what) == getattr(reference, what)
+        if position in leaves:
+            batch.remove(str(position % 6))
+            join(position % 6)
+
+
+def test_what_follows_more_is_left_to_its_watch() -> None:
+    for rule in ("surprise", "random", "length", "confidence"):
+        assert not looks_at_z_alone(Gate(rule=rule))
+    assert not looks_at_z_alone(Gate(rule="value-only"))
+    assert looks_at_z_alone(Gate(rule="regret-only"))
