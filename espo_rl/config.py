@@ -52,6 +52,9 @@ CHAT_TEMPLATE_OWN = {
     "continue_final_message",
 }
 
+#: of importance weights, where tokens are of older weights
+USUAL_CAP = 2.0
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -197,10 +200,38 @@ class RolloutSection(Section):
     concurrency: Some = 64
     timeout: Seconds = 600.0
     retries: Some = 5
-    # 1: the next batch is generated while this one trains
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    # "batch": a step's rollouts are sampled, then trained on. "refill": whenever the engine has
+    # room, it samples for the next steps; rollouts under way go on when the weights change
+    schedule: Literal["batch", "refill"] = "batch"
+    # refill: of how many updates before a step its tokens may be, and so how many steps are sampled
+    # ahead: 1, unless more is said. Above 0 it means refill
+    max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
     # DAPO: drop prompts whose rollouts all got the same reward, and sample others in their stead
     dynamic_sampling: bool = False
+
+    @property
+    def ahead(self) -> int:
+        """How many steps are sampled ahead of the one that is due."""
+        return self.max_staleness if self.schedule == "refill" else 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def implied(cls, given: Any) -> Any:
+        """What is given, with what one of the two says about the other."""
+        if isinstance(given, dict) and given.get("schedule") == "refill":
+            return {"max_staleness": 1} | given
+        if isinstance(given, dict) and given.get("max_staleness"):
+            return {"schedule": "refill"} | given
+        return given
+
+    @model_validator(mode="after")
+    def _schedule(self) -> RolloutSection:
+        if self.schedule == "refill" and not self.max_staleness:
+            raise ValueError(
+                'schedule = "refill" samples ahead: set max_staleness to 1 or more, or schedule = '
+                '"batch"'
+            )
+        return self
 
 
 class Stopping(Section):
@@ -344,7 +375,9 @@ class Ppo(Section):
     kl_place: Literal["loss", "reward"] = "loss"  # reward: of each token
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     # The server's logprobs against the trainer's: each token's policy loss is weighted by
-    # min(π_trainer/π_server, cap)
+    # min(π_trainer/π_server, cap). With rollout.schedule = "refill" it is 2.0 unless another is
+    # said, where the server's logprobs are those sampled from: of a token of older weights they are
+    # these weights' own
     importance_cap: Positive | None = None
     # Rewards
     right_reward: Number = 1.0
@@ -521,6 +554,23 @@ class Recipe(Section):
         """Whether a critic is trained: for GAE, or for a stop rule that asks a critic server."""
         gae = self.ppo.advantage == "gae" and self.ppo.baseline == "critic"
         return gae or self.asks_critic
+
+    @model_validator(mode="before")
+    @classmethod
+    def _corrected(cls, given: Any) -> Any:
+        """Tokens of older weights are weighted, where it is known how likely they were."""
+        names = ("rollout", "ppo", "servers")
+        parts = [given.get(name, {}) for name in names] if isinstance(given, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            return given
+        rollout, ppo, servers = parts
+        refill = RolloutSection.implied(rollout).get("schedule") == "refill"
+        known = rollout.get("temperature", 1.0) == 1.0 or (
+            servers.get("logprobs_mode") == "processed_logprobs"
+        )
+        if not (refill and known):
+            return given
+        return {**given, "ppo": {"importance_cap": USUAL_CAP} | ppo}
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:

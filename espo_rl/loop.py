@@ -1,8 +1,9 @@
 """The training loop: collect, score, learn when to stop, update, sync, log.
 
-Owns the order of a step and what a checkpoint keeps. A server that falls is brought back with the
-current weights and gate, and the step goes on; whatever else fails ends the run, which `--resume`
-takes up again from its last checkpoint.
+Owns the order of a step and what a checkpoint keeps. What is sampled when, and which step trains on
+it, is the queue's (`rollouts.queue`): with `rollout.schedule = "refill"` rollouts are under way all
+the time. A server that falls is brought back with the current weights and gates, and the step goes
+on; whatever else fails ends the run, which `--resume` takes up again from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +37,8 @@ from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
+from espo_rl.rollouts.in_flight import InFlight
+from espo_rl.rollouts.queue import BatchQueue
 from espo_rl.servers.fleet import open_fleet
 from espo_rl.servers.served_models import PROOF_ROLLOUTS, ServedModels
 from espo_rl.servers.server import ServerError
@@ -43,7 +47,7 @@ from espo_rl.tasks.graders import make_answer_reader
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import score
 from espo_rl.tasks.task import Task
-from espo_rl.types import Rollout, first_seed
+from espo_rl.types import first_seed
 
 #: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
 DYNAMIC_ROUNDS = 3
@@ -72,7 +76,7 @@ class Loop:
         self.problems = self.task.training(recipe.run.seed)
         self.drawn = 0
         self.step = 0  # updates done: the weights' version, too
-        self.batch: Batch | None = None  # drawn for the next step, perhaps collected
+        self.queue = BatchQueue(recipe.rollout.ahead, self.draw)
         self.summary = Summary(recipe)
         self.stopping = StopController(
             recipe.stopping,
@@ -160,6 +164,8 @@ class Loop:
                 self.tokenizer.encode(probe, add_special_tokens=False)[:128],
                 say=self.log.say,
                 on_restart=self.summary.count_restart,
+                on_fall=self.recall,
+                announce=self.announce,
             )
         )
         self.prompter = Prompter.of(self.tokenizer, recipe.task)
@@ -175,6 +181,8 @@ class Loop:
                 probe=phrase,
             )
         )
+        ask = partial(self.collector.rollout, temperature=recipe.rollout.temperature)
+        self.flight = await enter(InFlight(self.queue, ask, recipe.rollout.concurrency))
         await enter(self.grader)
 
     async def prove_sampling(self) -> None:
@@ -185,13 +193,12 @@ class Loop:
     async def train_step(self) -> None:
         """One step: collect and score, estimate and update, sync, log."""
         recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
-        self.batch = batch = self.batch or self.draw()
-        gate = batch.gate
-        self.log.stopping(gate.rule != "none", batch.reason)
+        batch = self.queue.next(self.step, recipe.run.steps)
+        self.log.stopping(batch.gate.rule != "none", batch.reason)
         await self.collect(batch)
-        ahead = recipe.rollout.max_staleness and batch.step < recipe.run.steps
-        self.batch = self.draw() if ahead else None
-        async with self.collected_meanwhile(self.batch):
+        gate = batch.gate
+        self.queue.batches.popleft()
+        async with self.sampled_meanwhile():
             update, trained = await self.learn(batch)
         tokens = await self.count_tokens(batch)
         with self.summary.timed("sync"):
@@ -228,15 +235,15 @@ class Loop:
 
     # -- phases --------------------------------------------------------------------------------
 
-    def draw(self) -> Batch:
-        """The next step's batch, with the gate that is known by now; nothing is asked yet."""
+    def draw(self, step: int) -> Batch:
+        """A step's batch, with the gate that is known by now; nothing is asked yet."""
         seed = self.recipe.run.seed
-        step = self.batch.step + 1 if self.batch else self.step + 1
         # Seeds follow from run, step and place: a resumed step asks for the same completions.
         batch = Batch(
             step,
             first_seed=first_seed(seed, step - 1),
             gate=self.stopping.gate(self.served.version),
+            first_problem=self.drawn,
             reason=self.stopping.reason,
         )
         self.ask(batch, self.recipe.rollout.prompts_per_step)
@@ -253,30 +260,31 @@ class Loop:
         batch.ask(islice(self.problems, count), n, modes, **known)
 
     @asynccontextmanager
-    async def collected_meanwhile(self, batch: Batch | None) -> AsyncIterator[None]:
-        """Collect a batch meanwhile; it is there at the end, unless the run is interrupted."""
-        if batch is None:
+    async def sampled_meanwhile(self) -> AsyncIterator[None]:
+        """Let rollouts of the next steps come, if any are wanted by now."""
+        if not self.queue.batches:
             yield
             return
+        over = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self.collect(batch, abandon=self.interrupted))
+                group.create_task(self.sample(over.is_set))
                 yield
+                over.set()
+                self.flight.changed.set()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def collect(self, batch: Batch, abandon: asyncio.Event | None = None) -> None:
+    async def collect(self, batch: Batch) -> None:
         """Fill and score a batch; of a dynamic one, until enough prompts tell something."""
         config = self.recipe.rollout
-        await self.fill(batch, f"step {batch.step}: rollouts", abandon)
-        while config.dynamic_sampling and not batch.waiting:
+        await self.fill(batch, f"step {batch.step}: rollouts")
+        while config.dynamic_sampling:
             informative = len({rollout.group for rollout in batch.informative()})
             if informative >= config.prompts_per_step or batch.rounds >= DYNAMIC_ROUNDS:
                 break
             self.ask(batch, config.prompts_per_step - informative)
-            await self.fill(batch, f"step {batch.step}: more", abandon)
-        if batch.waiting:
-            return
+            await self.fill(batch, f"step {batch.step}: more")
         usable, failed = len(batch.usable), batch.failed
         if len(failed) > usable:
             raise ServerError(
@@ -284,58 +292,85 @@ class Loop:
                 f"{failed[0].error}"
             )
 
-    async def fill(self, batch: Batch, label: str, abandon: asyncio.Event | None) -> None:
-        """Ask for all that a batch waits for, score it, ask again for what failed."""
-        while batch.waiting and not (abandon and abandon.is_set()):
-            await self.served.attempt(lambda: self.push_gate(batch))
-            with self.summary.timed("rollout"):
-                trouble = await self.sample(batch, label, abandon)
-            if trouble is None and batch.failed and await self.fleet.down():
-                trouble = batch.failed[0].error
-            if trouble is not None:
-                batch.recall_failed()
-                await self.served.heal(f"{trouble}\n{len(batch.waiting)} rollouts are asked again")
-                continue
+    async def fill(self, batch: Batch, label: str) -> None:
+        """Wait for all that a batch waits for, score it, ask again for what failed."""
+        while True:
+            clock, left = partial(self.summary.timed, "rollout"), len(batch.waiting)
+            with self.log.phase(label, len(batch.waiting)) as advance:
+
+                def over() -> bool:
+                    nonlocal left
+                    for _ in range(left - len(batch.waiting)):
+                        advance()
+                    left = len(batch.waiting)
+                    return not left
+
+                await self.sample(over, clock)
             with self.summary.timed("score"), self.log.phase("grading"):
                 new = batch.unscored
                 await score(new, self.grader, self.recipe)
                 batch.scored.update(rollout.seed for rollout in new)
             batch.ask_failed_again(RESAMPLES)
             batch.tokens = await self.count_tokens(batch)
+            if not batch.waiting:
+                return
 
-    async def push_gate(self, batch: Batch) -> None:
-        """Hand the gateway the batch's gate, and the servers their weights where one lacks them."""
+    async def sample(
+        self,
+        over: Callable[[], bool],
+        clock: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Let rollouts come until it is over; servers that fall meanwhile are brought back."""
+        while not over():
+            await self.served.attempt(self.push_gates)
+            with clock():
+                trouble = await self.trouble(over)
+            if trouble is not None:
+                await self.recall()
+                waiting = sum(len(batch.waiting) for batch in self.queue.batches)
+                await self.served.heal(f"{trouble}\n{waiting} rollouts are asked again")
+
+    async def trouble(self, over: Callable[[], bool]) -> str | None:
+        """Keep the servers busy until it is over, or one falls: then what happened to it."""
+        fallen = asyncio.ensure_future(self.fleet.failure())
+        waits: set[asyncio.Future[Any]] = {fallen}
+        try:
+            with self.flight.filled():
+                while not over():
+                    changed = asyncio.ensure_future(self.flight.until_changed())
+                    waits = {fallen, changed}
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                    if fallen.done():
+                        return fallen.result()
+                    changed.result()
+                    failed, self.flight.failed = self.flight.failed, None
+                    if failed is not None and await self.fleet.down():
+                        return failed.error
+                return None
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def recall(self) -> None:
+        """Give up what is under way, as a server has fallen: it is asked again."""
+        await self.flight.recall()
+
+    async def push_gates(self) -> None:
+        """Hand the gateway the batches' gates, and the servers their weights where one lacks them.
+
+        The next step's first: what names none has the newest.
+        """
         await self.served.catch_up()
-        batch.gate = dataclasses.replace(batch.gate, weights_version=self.served.version)
-        await self.fleet.push_gate(batch.gate)
+        for batch in self.queue.batches:
+            batch.gate = dataclasses.replace(batch.gate, weights_version=self.served.version)
+            await self.fleet.push_gate(batch.gate)
 
-    async def sample(self, batch: Batch, label: str, abandon: asyncio.Event | None) -> str | None:
-        """Take what comes until all is there, or a server falls: then what happened to it."""
-        wanted = list(batch.waiting.values())
-        with self.log.phase(label, len(wanted)) as advance:
-
-            def put(rollout: Rollout) -> None:
-                batch.put(rollout)
-                advance()
-
-            asked = asyncio.ensure_future(
-                self.collector.collect(
-                    wanted, temperature=self.recipe.rollout.temperature, on_done=put
-                )
-            )
-            fallen = asyncio.ensure_future(self.fleet.failure())
-            left = asyncio.ensure_future(abandon.wait()) if abandon else None
-            waits: list[asyncio.Future[Any]] = [asked, fallen, *([left] if left else [])]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                if asked.done():
-                    asked.result()
-                    return None
-                return fallen.result() if fallen.done() else None
-            finally:
-                for wait in waits:
-                    wait.cancel()
-                await asyncio.gather(*waits, return_exceptions=True)
+    async def announce(self, version: str) -> None:
+        """Tell the gateway, while no server samples, whose the tokens are that come then."""
+        if self.queue.batches:
+            gate = self.queue.batches[-1].gate
+            await self.fleet.push_gate(dataclasses.replace(gate, weights_version=version))
 
     async def learn(self, batch: Batch) -> tuple[dict[str, float], int]:
         """Update actor and critic, then what decides on stopping.
@@ -369,9 +404,10 @@ class Loop:
     async def count_tokens(self, batch: Batch) -> int:
         """Add what the servers have sampled since last asked to the batch's tokens.
 
-        Asked once more after the update: by then the last aborts have reached the engine.
+        Asked once more after the update: by then the last aborts have reached the engine. Where
+        they sample for several batches at a time, what came of this one is counted instead.
         """
-        new = await self.fleet.new_tokens()
+        new = None if self.queue.ahead else await self.fleet.new_tokens()
         if new is None or batch.tokens is None:
             batch.tokens = None
             return sum(rollout.generated for rollout in batch.rollouts.values())
@@ -443,7 +479,7 @@ class Loop:
             "ranks": self.trainer.ranks.size,
             "step": self.step,
             "drawn": self.drawn,
-            "batch": self.batch,
+            "batches": list(self.queue.batches),
             "stopping": self.stopping,
             "summary": self.summary,
         }
@@ -457,7 +493,8 @@ class Loop:
         """
         state = CheckpointStore.load(checkpoint, self.trainer.load)
         changes = differences(state["recipe"], self.recipe)
-        self.step, self.drawn, self.batch = state["step"], state["drawn"], state["batch"]
+        self.step, self.drawn = state["step"], state["drawn"]
+        batches: list[Batch] = state["batches"]
         self.summary = state["summary"]
         self.summary.recipe = self.recipe
         learns_anew = any(key.startswith(LEARNS_ANEW) for key in changes)
@@ -466,10 +503,11 @@ class Loop:
             self.stopping = state["stopping"]
             self.stopping.audits = audits
             self.stopping.warmup.extend(self.recipe.run.steps)
-        if self.batch is not None and any(key.startswith(OF_A_BATCH) for key in changes):
-            # Sampled ahead under the old settings: it is drawn again, the same problems.
-            self.drawn -= self.batch.problems
-            self.batch = None
+        if batches and any(key.startswith(OF_A_BATCH) for key in changes):
+            # Sampled ahead under the old settings: they are drawn again, the same problems.
+            self.drawn = min(batch.first_problem for batch in batches)
+            batches = []
+        self.queue.batches.extend(batches)
         self.log.start = self.step
         for _ in islice(self.problems, self.drawn):
             pass

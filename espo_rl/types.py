@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +40,7 @@ class Request:
     group: int = 0
     history: float | None = None
     attempt: int = 0
+    gate: int | None = None  # version of the gate to be watched by; None: the one in force
 
 
 def first_seed(seed: int, number: int) -> int:
@@ -79,7 +81,9 @@ class Rollout:
     audited: bool = False
     overshoot: int = 0
     gate_version: int = 0
-    weights_version: str = ""
+    weights_version: str = ""  # of the weights that it began with
+    # Where others took over: after how many tokens, and their version
+    weights_changes: list[tuple[int, str]] = field(default_factory=list, repr=False)
     correct: bool | None = None  # None: stopped and not audited, so nobody knows
     reward: float = 0.0
     group: int = 0  # rollouts of one prompt in one batch have the same
@@ -95,6 +99,14 @@ class Rollout:
     def answer(self) -> str:
         """What is graded: the text, and before it the tag of a thought that the prompt opened."""
         return self.opened + self.text
+
+    @property
+    def token_versions(self) -> list[str]:
+        """The version of the weights that sampled each token, [tokens]."""
+        starts = [(0, self.weights_version), *self.weights_changes, (len(self.token_ids), "")]
+        return [
+            version for (start, version), (end, _) in pairwise(starts) for _ in range(start, end)
+        ]
 
     @property
     def stopped(self) -> bool:

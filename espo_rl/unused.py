@@ -113,6 +113,12 @@ IDLE = (
         "policy servers of the run's own, so no servers.policy_urls",
     ),
     Idle(
+        "rollout.max_staleness",
+        "rollout.schedule",
+        lambda recipe: recipe.rollout.schedule == "batch",
+        'rollout.schedule = "refill"',
+    ),
+    Idle(
         "logs.rollouts_megabytes",
         "logs.rollouts",
         lambda recipe: not recipe.logs.rollouts,

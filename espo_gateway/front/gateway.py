@@ -17,7 +17,7 @@ from espo_gateway.front.auth import Keys, read_keys
 from espo_gateway.front.drain import Traffic
 from espo_gateway.front.headers import ANSWERED, CrossOrigin, answered_headers
 from espo_gateway.front.paths import served
-from espo_gateway.stop.gate_json import gate_from_json
+from espo_gateway.stop.gate_json import Control, gate_from_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.telemetry.logs import current
@@ -29,6 +29,8 @@ from espo_gateway.upstream.pool import UpstreamPool
 log = logging.getLogger(__name__)
 
 _NO_KEYS = Keys()
+#: How many pushed gates a request may name by their versions.
+GATES = 64
 #: A request's word for a choice that was stopped.
 FINISH_REASON = "X-Espo-Finish-Reason"
 
@@ -61,6 +63,8 @@ class Gateway:
         #: many those are
         self.several: dict[str, int] = {}
         self.gate = Gate()
+        #: those that were pushed, the newest last, by version
+        self.pushed: dict[int, Gate] = {}
         #: choices being generated
         self.sessions: set[Session] = set()
         #: told of every choice that has ended
@@ -88,14 +92,36 @@ class Gateway:
     def push_gate(self, data: bytes) -> None:
         """Put a gate in force for the requests that come; raises InvalidRequest or Conflict.
 
-        A request under way keeps the gate it started with.
+        A request under way keeps the gate it started with; where this one names other weights, they
+        are those of its tokens from now on.
         """
         if self.observers.tuning is not None:
             raise Conflict(
                 "this gateway finds its gate by itself (--target-share); start it without that to "
                 "push one, or with --gate to choose the rule and its constants"
             )
-        self.gate = gate_from_json(data, has_critic=self.critic is not None)
+        gate = self.gate = gate_from_json(data, has_critic=self.critic is not None)
+        self.pushed.pop(gate.version, None)
+        self.pushed[gate.version] = gate
+        if len(self.pushed) > GATES:
+            del self.pushed[next(iter(self.pushed))]
+        for session in self.sessions:
+            session.weights_are(gate.weights_version)
+
+    def gate_of(self, control: Control) -> Gate:
+        """The gate that watches a request, with the weights that sample it now.
+
+        Raises InvalidRequest when it names one that is not known.
+        """
+        if control.gate is None:
+            return self.gate
+        if control.gate not in self.pushed:
+            raise InvalidRequest(
+                f"espo.gate: no gate of version {control.gate} was pushed, or {GATES} others were "
+                "since then: push it again, or leave it out",
+                param="espo.gate",
+            )
+        return replace(self.pushed[control.gate], weights_version=self.gate.weights_version)
 
     def reload(self) -> None:
         """Read the key files again, and the gate's; all of it or, when it raises, nothing.

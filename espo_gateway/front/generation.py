@@ -52,7 +52,7 @@ async def _admitted(
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
-    gate = gateway.gate
+    gate = gateway.gate_of(planned.control)
     began = partial(gateway.metrics.first_token, request, planned.path)
     sessions = [
         Session(

@@ -32,6 +32,8 @@ class Control:
     """What a request asks of the monitor, in its body's `espo`; None: as the gate has it.
 
     mode: "enforce" cuts; "shadow" decides and reports but never cuts; "off" does not monitor.
+    gate: the version of the gate to be watched by, one of the last that were pushed; None: the one
+        in force. For clients whose requests of a batch must all have the same, whenever they come.
     audit: a share in [0, 1] of such requests is generated to the end even if the rule stops it.
     trace: list g, z, threshold and value of every token in the record.
     history: log odds that the prompt is solved, by earlier rollouts of it (`told.TOLD`).
@@ -47,6 +49,7 @@ class Control:
     confidence: float | None = None
     hazard: float | None = None
     min_tokens: int | None = None
+    gate: int | None = None
     audit: float | None = None
     trace: bool = False
     history: float | None = None

@@ -25,6 +25,8 @@ class Record:
     stopped: whether the choice was cut. audited: whether it was let finish in spite of it. cut: the
     token it was, or in shadow mode would have been, cut at. overshoot: tokens the server sent past
     the cut. missing: tokens without a usable logprob. reason: why the choice was not monitored.
+    weights_version: of the weights that it began with. weights_changes: where others took over,
+    after how many tokens, and their version.
     probes: of each token that an answer probe was asked about, the token and what it said.
     """
 
@@ -42,6 +44,7 @@ class Record:
     beta: float | None = None
     gate_version: int = 0
     weights_version: str = ""
+    weights_changes: list[tuple[int, str]] | None = None
     reason: str | None = None
     probes: list[list[float]] | None = None
     trace: list[Any] | None = None
@@ -58,8 +61,11 @@ class Record:
         reason: str | None,
         probes: Mapping[int, Sequence[float]] | None,
         trace: list[dict[str, Any]] | None,
+        weights: Sequence[tuple[int, str]] = (),
     ) -> Record:
-        """Of a choice under a gate. watch: None before its first token."""
+        """Of a choice under a gate. watch: None before its first token. weights: from which token
+        on which they were; the gate's all along where nothing is said.
+        """
         watch = watch or Watch(gate, 0)
         cut = watch.cut
         return cls(
@@ -76,16 +82,17 @@ class Record:
             value=watch.value,
             beta=gate.beta,
             gate_version=gate.version,
-            weights_version=gate.weights_version,
+            weights_version=weights[0][1] if weights else gate.weights_version,
+            weights_changes=[*weights[1:]] or None,
             reason=reason,
             probes=None if probes is None else [[at, *said] for at, said in sorted(probes.items())],
             trace=trace[:cut] if trace is not None and stopped else trace,
         )
 
     def json(self) -> dict[str, Any]:
-        """As a client gets it: without a reason, probes or a trace where there is none."""
+        """As a client gets it, without what is optional and not there."""
         fields = dict(vars(self))
-        for name in ("reason", "probes", "trace"):
+        for name in ("weights_changes", "reason", "probes", "trace"):
             if fields[name] is None:
                 del fields[name]
         return fields

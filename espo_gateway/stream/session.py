@@ -83,6 +83,8 @@ class Session:
             self.mode = "shadow"
         #: why nothing was monitored, though it was asked for
         self.unmonitored: str | None = None
+        #: from which token on of which weights its tokens are
+        self._weights = [(0, gate.weights_version)]
         self.index = single.index
         self.prompt = single.prompt
         #: when it began, and when its first token came, by `time.monotonic`
@@ -172,6 +174,13 @@ class Session:
             chunk.pop("usage", None)
             choice, tokens = self._understood(chunk)
             outbox.hold(chunk, choice, tokens, self.tokens)
+
+    def weights_are(self, version: str) -> None:
+        """Take note that what the server samples from now on is of these weights."""
+        if version != self._weights[-1][1]:
+            if self._weights[-1][0] == self.tokens:  # none was of those before
+                self._weights.pop()
+            self._weights.append((self.tokens, version))
 
     def _receive_any(self, data: bytes) -> None:
         chunk = _decoded(data)
@@ -428,6 +437,7 @@ class Session:
             reason=self.unmonitored,
             probes=None if self.probe is None else self.probed,
             trace=None if self._trace is None else self._trace.tokens,
+            weights=self._weights,
         )
 
 

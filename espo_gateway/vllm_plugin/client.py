@@ -59,7 +59,14 @@ class WeightClient:
             await self._session.close()
 
     async def update(self, paths: Sequence[str], version: str) -> None:
-        """Load the files into the server, whose weight transfer is ours.
+        """`loaded`, with nothing to do meanwhile."""
+        async with self.loaded(paths, version):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def loaded(self, paths: Sequence[str], version: str) -> AsyncIterator[None]:
+        """Load the files into the server, whose weight transfer is ours. It goes on at the end of the
+        context: what was sampled before is of the old weights, the rest of the new ones.
 
         Args:
             paths: safetensors files, as the server can open them, that hold the whole model.
@@ -75,6 +82,7 @@ class WeightClient:
             await self.start()
             await self.post("/update_weights", json={"update_info": {"paths": list(paths)}})
             await self.post("/finish_weight_update", json={"weight_version": version})
+            yield
 
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:

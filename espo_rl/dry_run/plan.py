@@ -111,7 +111,8 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     plan = RunPlan(recipe, machine or Machine.here(), ranks)
-    for check in (_models, _prompts, _ranks, _weight_transfer, _servers, _memory, _disk):
+    checks = (_models, _prompts, _ranks, _weight_transfer, _servers, _staleness, _memory, _disk)
+    for check in checks:
         with _collected(plan):
             check(plan)
     return plan
@@ -296,6 +297,15 @@ def _servers(plan: RunPlan) -> None:
     if plan.machine.gpus and split > len(plan.machine.gpus):
         plan.errors.append(
             f"servers.vllm_args: --tensor-parallel-size {split}, but {len(plan.machine.gpus)} GPUs"
+        )
+
+
+def _staleness(plan: RunPlan) -> None:
+    if plan.recipe.rollout.ahead and plan.recipe.ppo.importance_cap is None:
+        plan.warnings.append(
+            "rollout.schedule: tokens of older weights are trained on as if they were of the newest: "
+            "at a temperature other than 1 raw logprobs do not say how likely they were. Set "
+            "servers.logprobs_mode = processed_logprobs"
         )
 
 

@@ -56,7 +56,10 @@ METRICS = {
     "rollout/resampled": "rollouts asked for again because they had failed",
     "rollout/dropped": "rollouts of prompts that dynamic sampling dropped",
     "rollout/weights_version": "weights that most rollouts were sampled with",
-    "rollout/staleness": "mean number of updates between these weights and the trained ones",
+    "rollout/staleness": "mean number of updates between the weights that sampled a rollout, over "
+    "its tokens, and the trained ones",
+    "rollout/staleness_max": "the largest, of any token",
+    "rollout/partial": "share that was under way while weights changed",
     "stopping/on": "whether the gate could stop anything in this step",
     "stopping/reason": "why stopping is on or off",
     "stopping/rule": "the gate's rule in this step; `none` while stopping is off",
@@ -144,6 +147,11 @@ def rollout_metrics(
     totals.add(rollouts, tokens, gated=True)
     without, _ = totals.tokens_without_stopping()
     versions = [rollout.weights_version for rollout in usable]
+    now = _step(weights_version)
+    ages = [
+        [now - _step(version) for version in rollout.token_versions or [rollout.weights_version]]
+        for rollout in usable
+    ]
     shares, lengths = {}, {}
     for name, end in (
         ("completed", EndReason.COMPLETED),
@@ -177,7 +185,9 @@ def rollout_metrics(
         "errors": len(rollouts) - len(usable),
         "grader_timeouts": sum(rollout.grader_timed_out for rollout in usable),
         "weights_version": Counter(versions).most_common(1)[0][0] if versions else "",
-        "staleness": _step(weights_version) - _mean([_step(version) for version in versions]),
+        "staleness": _mean([_mean(age) for age in ages]),
+        "staleness_max": max(map(max, ages), default=math.nan),
+        "partial": _mean([bool(rollout.weights_changes) for rollout in usable]),
     }
 
 

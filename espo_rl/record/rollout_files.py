@@ -45,7 +45,8 @@ SCHEMA = pa.schema(
         "correct": pa.bool_(),  # null: stopped and not audited
         "reward": pa.float64(),
         "gate_version": pa.int64(),
-        "weights_version": pa.string(),
+        "weights_version": pa.string(),  # that it began with, and where others took over: token
+        "weights_changes": pa.map_(pa.int32(), pa.string()),
         "group": pa.int32(),
         "seed": pa.int64(),
         "history": pa.float64(),  # log odds that the prompt is solved, by earlier steps
@@ -56,7 +57,7 @@ SCHEMA = pa.schema(
     }
 )
 #: what files of before lack; all of it has defaults
-_LATER = {"history", "probes", "opened", "grader_timed_out"}
+_LATER = {"weights_changes", "history", "probes", "opened", "grader_timed_out"}
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 

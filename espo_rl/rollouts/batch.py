@@ -21,6 +21,8 @@ class Batch:
 
     step: the step that is to train on it, counted from 1.
     first_seed: seeds count up from here, so a batch asked for again gets the same completions.
+    first_problem: how many problems were drawn before it.
+    gate: all its rollouts are watched by it, whenever they begin.
     waiting: requests without a rollout yet, by seed; rollouts: those that came, by seed.
     tokens: what the servers sampled for it so far; None where they do not say.
     """
@@ -28,6 +30,7 @@ class Batch:
     step: int
     first_seed: int
     gate: Gate
+    first_problem: int = 0
     reason: str = ""  # why the gate stops, or does not
     waiting: dict[int, Request] = field(default_factory=dict)
     rollouts: dict[int, Rollout] = field(default_factory=dict)
@@ -59,7 +62,9 @@ class Batch:
 
     def _add(self, request: Request) -> None:
         seed = self.first_seed + len(self._requests)
-        self._requests[seed] = self.waiting[seed] = dataclasses.replace(request, seed=seed)
+        self._requests[seed] = self.waiting[seed] = dataclasses.replace(
+            request, seed=seed, gate=self.gate.version
+        )
 
     def put(self, rollout: Rollout) -> None:
         """A rollout has come, an error perhaps."""
@@ -80,11 +85,6 @@ class Batch:
         for rollout in self.failed:
             del self.rollouts[rollout.seed]
             self.waiting[rollout.seed] = self._requests[rollout.seed]
-
-    @property
-    def problems(self) -> int:
-        """How many problems were drawn for it."""
-        return self._groups
 
     @property
     def failed(self) -> list[Rollout]:

@@ -147,7 +147,7 @@ class Collector:
 
         async def one(request: Request) -> Rollout:
             async with slots:
-                rollout = await self._rollout(request, temperature, top_p)
+                rollout = await self.rollout(request, temperature, top_p)
             on_done(rollout)
             return rollout
 
@@ -155,9 +155,12 @@ class Collector:
             tasks = [group.create_task(one(request)) for request in requests]
         return [task.result() for task in tasks]
 
-    async def _rollout(self, request: Request, temperature: float, top_p: float) -> Rollout:
+    async def rollout(self, request: Request, temperature: float, top_p: float = 1.0) -> Rollout:
+        """Ask for one, at once."""
         prompt_ids = self._prompter(request.problem)
         espo: dict[str, Any] = {"mode": request.mode}
+        if request.gate is not None:
+            espo["gate"] = request.gate
         if request.history is not None:
             espo["history"] = request.history
         if self._probe is not None and (request.problem.answer or self._probe.end):
@@ -242,6 +245,11 @@ def read_completion(
         overshoot=record.get("overshoot", 0),
         gate_version=record.get("gate_version", 0),
         weights_version=record.get("weights_version", ""),
+        weights_changes=[
+            (at, version)
+            for at, version in record.get("weights_changes", [])
+            if at < len(token_ids)
+        ],
         probes=record.get("probes", []),
     )
 

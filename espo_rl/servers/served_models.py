@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import cycle, islice
 from typing import Self, TypeVar
 
@@ -17,6 +18,7 @@ from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet
 from espo_rl.servers.sampling import SamplingTest
 from espo_rl.servers.server import Say, ServerError
+from espo_rl.servers.weight_source import nothing
 from espo_rl.servers.weights import WeightParityError, WeightPublisher, transfer_of
 from espo_rl.types import EndReason, Problem, Request
 
@@ -33,7 +35,8 @@ class ServedModels:
     Args:
         trainer_free: held while the trainer is in use.
         probe: token ids of a text whose logprobs must agree between servers and trainer.
-        on_restart: called for each server that was brought back.
+        on_restart: called for each server that was brought back. on_fall: awaited before any is.
+        announce: awaited with the version while no server samples: what comes then is of it.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class ServedModels:
         *,
         say: Say,
         on_restart: Callable[[], None],
+        on_fall: Callable[[], Awaitable[None]] = nothing,
+        announce: Callable[[str], Awaitable[None]] = nothing,
     ) -> None:
         self.version = ""
         self._fleet, self._trainer, self._trainer_free = fleet, trainer, trainer_free
         self._rollout, self._mode = recipe.rollout, recipe.servers.logprobs_mode
         self._probe, self._tolerance = probe, recipe.servers.parity_tolerance
-        self._say, self._on_restart = say, on_restart
+        self._say, self._on_fall, self._on_restart = say, on_fall, on_restart
+        self._announce = announce
         self._behind = True  # a server has started since the weights were sent
         self._actor = WeightPublisher(fleet.policy_urls, transfer=transfer_of(recipe.servers))
         self._critic = WeightPublisher(
@@ -75,7 +81,10 @@ class ServedModels:
             trainer, probe, tolerance = self._trainer, self._probe, self._tolerance
             version = f"step-{trainer.updates}"
             await self._actor.publish(
-                trainer.specs("actor"), trainer.weights("actor"), version=version
+                trainer.specs("actor"),
+                trainer.weights("actor"),
+                version=version,
+                loaded=partial(self._announce, version),
             )
             parity = await self._proven(
                 self._actor,
@@ -179,6 +188,7 @@ class ServedModels:
         if down:
             self._say(fault)
             self._behind = True
+            await self._on_fall()
         for server in down:
             await self._fleet.restart(server, self._say)
             self._on_restart()

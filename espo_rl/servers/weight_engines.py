@@ -21,7 +21,7 @@ import torch
 from espo_gateway.supervisor import free_port
 from espo_gateway.vllm_plugin.client import WeightClient, WeightSyncError
 from espo_rl.ppo.parameters import TensorSpec
-from espo_rl.servers.weight_source import ParameterSource, Tensors
+from espo_rl.servers.weight_source import Loaded, ParameterSource, Tensors, nothing
 
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ class EngineTransfer:
         specs: Sequence[TensorSpec],
         tensors: Tensors,
         version: str,
+        loaded: Loaded = nothing,
     ) -> None:
         """See `WeightTransfer`."""
         source = self._source
@@ -62,6 +63,7 @@ class EngineTransfer:
                 for client in clients:
                     await paused.enter_async_context(client.paused())
                 await self._waited(self._engine.send_weights)
+                await loaded()
         except BaseException:
             # One side may wait in a collective for the other, so this group is of no more use.
             self._engine = None

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ from espo_gateway.files import written_whole
 from espo_gateway.vllm_plugin import BACKEND
 from espo_gateway.vllm_plugin.client import WeightClient
 from espo_rl.ppo.parameters import TensorSpec
-from espo_rl.servers.weight_source import Tensors, raise_first
+from espo_rl.servers.weight_source import Loaded, Tensors, nothing, raise_first
 
 #: safetensors' names of dtypes
 DTYPES = {
@@ -49,27 +50,30 @@ class FileTransfer:
         specs: Sequence[TensorSpec],
         tensors: Tensors,
         version: str,
+        loaded: Loaded = nothing,
     ) -> None:
         """See `WeightTransfer`; a server that fails does not keep the others from the weights."""
         if self._path is not None:
             # A server must never see half a file, not even one that was left by a crash.
             with written_whole(self._path) as scratch, scratch.open("wb") as file:
                 write_safetensors(file, specs, tensors)
-            await _update(clients, str(self._path), version)
+            await _update(clients, str(self._path), version, loaded)
             return
         with os.fdopen(os.memfd_create("espo-weights"), "wb") as file:
             write_safetensors(file, specs, tensors)
             file.flush()
-            await _update(clients, f"/proc/{os.getpid()}/fd/{file.fileno()}", version)
+            await _update(clients, f"/proc/{os.getpid()}/fd/{file.fileno()}", version, loaded)
 
     async def close(self) -> None:
         """Nothing is held."""
 
 
-async def _update(clients: Sequence[WeightClient], path: str, version: str) -> None:
-    updates = (client.update([path], version) for client in clients)
-    # All of them end before the file goes away, and before the first error is raised.
-    raise_first(await asyncio.gather(*updates, return_exceptions=True))
+async def _update(clients: Sequence[WeightClient], path: str, version: str, loaded: Loaded) -> None:
+    async with AsyncExitStack() as paused:
+        updates = (paused.enter_async_context(client.loaded([path], version)) for client in clients)
+        # All of them end before the file goes away, and before the first error is raised.
+        raise_first(await asyncio.gather(*updates, return_exceptions=True))
+        await loaded()
 
 
 def write_safetensors(

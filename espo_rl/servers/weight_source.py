@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,6 +12,12 @@ from espo_rl.ppo.parameters import TensorSpec
 
 #: Names and values, in the order of their specs, each whole only while it is used.
 Tensors = Iterable[tuple[str, torch.Tensor]]
+#: Awaited while no server samples.
+Loaded = Callable[[], Awaitable[None]]
+
+
+async def nothing(*_: object) -> None:
+    """Nobody is to be told."""
 
 
 class WeightTransfer(Protocol):
@@ -28,8 +34,11 @@ class WeightTransfer(Protocol):
         specs: Sequence[TensorSpec],
         tensors: Tensors,
         version: str,
+        loaded: Loaded = nothing,
     ) -> None:
         """Make every server compute with these weights, under that version.
+
+        loaded: awaited when all have them and none has gone on yet.
 
         Raises:
             WeightSyncError: a server refuses or cannot be reached, or it takes too long. Servers

@@ -24,7 +24,7 @@ from espo_rl.config import Servers
 from espo_rl.ppo.parameters import TensorSpec
 from espo_rl.servers.weight_engines import EngineTransfer
 from espo_rl.servers.weight_files import FileTransfer
-from espo_rl.servers.weight_source import Tensors, WeightTransfer, raise_first
+from espo_rl.servers.weight_source import Loaded, Tensors, WeightTransfer, nothing, raise_first
 
 
 class WeightParityError(WeightSyncError):
@@ -69,12 +69,14 @@ class WeightPublisher:
         tensors: Tensors,
         *,
         version: str,
+        loaded: Loaded = nothing,
     ) -> None:
         """Make every server compute with these weights; requests in flight wait and go on.
 
         Args:
             specs: what comes, in order. tensors: name and value of each; together the whole model.
             version: a name for these weights, reported by the servers from now on.
+            loaded: awaited when all servers have them and none has gone on yet.
 
         Raises:
             WeightSyncError: when a server refuses or cannot be reached; all are tried first, so
@@ -82,7 +84,7 @@ class WeightPublisher:
         """
         self._sent.clear()
         if self._clients:
-            await self._transfer.send(self._clients, specs, self._noted(tensors), version)
+            await self._transfer.send(self._clients, specs, self._noted(tensors), version, loaded)
 
     def _noted(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:

@@ -343,7 +343,7 @@ def saved(base: Path, output: Path, *overrides: str) -> tuple[Loop, Path]:
     served: Any = Served()
     loop.served = served
     loop.step = 1
-    loop.batch = loop.draw()
+    loop.queue.batches.append(loop.draw(2))
     loop.stopping.version = 7
     return loop, loop.checkpoints.save(1, loop.state(), loop.trainer.save)
 
@@ -372,7 +372,7 @@ def test_a_change_holds_from_the_next_batch_on_and_is_logged(
     anew: bool,
 ) -> None:
     before, checkpoint = saved(base, tmp_path)
-    assert before.batch is not None
+    drawn = before.queue.batches[0]
     capsys.readouterr()
     loop = loop_of(base, tmp_path, change)
     served: Any = Served()
@@ -380,17 +380,17 @@ def test_a_change_holds_from_the_next_batch_on_and_is_logged(
     loop.resume(checkpoint)
     key = change.partition("=")[0]
     assert f"changed since: {key} = " in capsys.readouterr().out
-    assert (loop.batch is None) is again
+    assert (not loop.queue.batches) is again
     assert (loop.stopping.version == 0) is anew
     assert loop.stopping.warmup._total_steps == loop.recipe.run.steps
     assert loop.stopping.config == loop.recipe.stopping
     assert loop.summary.recipe == loop.recipe
     # Drawn again, it is the same problems, in what is asked now.
-    batch = loop.batch or loop.draw()
-    assert batch.step == before.batch.step
+    batch = loop.queue.next(1, loop.recipe.run.steps)
+    assert batch.step == drawn.step
     assert loop.drawn == before.drawn
     asked = {one.problem.id for one in batch.waiting.values()}
-    assert asked == {one.problem.id for one in before.batch.waiting.values()}
+    assert asked == {one.problem.id for one in drawn.waiting.values()}
     assert len(batch.waiting) == 2 * loop.recipe.rollout.n
 
 
@@ -401,7 +401,7 @@ def test_nothing_is_said_where_nothing_changed(
     loop = loop_of(base, tmp_path)
     loop.resume(checkpoint)
     assert "changed" not in capsys.readouterr().out
-    assert loop.batch is not None
+    assert loop.queue.batches
 
 
 def test_a_run_that_goes_back_says_what_it_drops(
