@@ -303,7 +303,7 @@ def _servers(plan: RunPlan) -> None:
 def _staleness(plan: RunPlan) -> None:
     if plan.recipe.rollout.ahead and plan.recipe.ppo.importance_cap is None:
         plan.warnings.append(
-            "rollout.schedule: tokens of older weights are trained on as if they were of the newest: "
+            "rollout.schedule: tokens of older weights are trained on as those of the newest are: "
             "at a temperature other than 1 raw logprobs do not say how likely they were. Set "
             "servers.logprobs_mode = processed_logprobs"
         )

@@ -46,7 +46,11 @@ def compare(
     old = torch.cat([one.logprobs for one in before])
     served = torch.cat([sample.columns["served_logprobs"] for sample in samples])
     metrics = {"entropy": float(torch.cat([one.entropy for one in before]).mean())}
-    metrics |= mismatch(served, torch.cat([one.reported for one in before]))
+    # Of older weights the trainer knows nothing that it could compare.
+    newest = torch.cat(
+        [torch.ones(s.kept, dtype=torch.bool) if s.newest is None else s.newest for s in samples]
+    )
+    metrics |= mismatch(served[newest], torch.cat([one.reported for one in before])[newest])
     columns = {"old_logprobs": old}
     if before[0].reference is not None:
         kl = kl_estimate(old, _joined([one.reference for one in before]), ppo.kl_estimator)

@@ -26,13 +26,18 @@ class Sample:
     group: int
     reward: float
     columns: dict[str, Tensor] = field(default_factory=dict)  # one number a kept token, each [kept]
+    newest: Tensor | None = None  # which kept tokens the newest weights sampled, [kept]; None: all
 
     @classmethod
-    def of(cls, rollout: Rollout, baseline: NDArray[np.float32] | None = None) -> Sample:
+    def of(
+        cls, rollout: Rollout, baseline: NDArray[np.float32] | None = None, version: str = ""
+    ) -> Sample:
         """With `served_logprobs`, the server's, NaN where it gave none, for a column.
 
         baseline: V before each token where it is no critic's, [kept]: the column `baseline`.
+        version: of the newest weights.
         """
+        versions = rollout.token_versions[: rollout.trained]
         served = torch.tensor(rollout.logprobs[: rollout.trained], dtype=torch.float32)
         beside = {} if baseline is None else {"baseline": torch.from_numpy(baseline)}
         return cls(
@@ -41,6 +46,7 @@ class Sample:
             group=rollout.group,
             reward=rollout.reward,
             columns=beside | {"served_logprobs": served.where(served > MISSING_LOGPROB, torch.nan)},
+            newest=torch.tensor([one in ("", version) for one in versions]) if version else None,
         )
 
     @property

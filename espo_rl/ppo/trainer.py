@@ -148,7 +148,8 @@ class PpoTrainer:
             raise ValueError(
                 "no rollout has a token to train on" + (" and a finite reward" if dropped else "")
             )
-        metrics = self._update([Sample.of(one, valued.get(id(one))) for one in usable])
+        version = f"step-{self.updates}"
+        metrics = self._update([Sample.of(one, valued.get(id(one)), version) for one in usable])
         metrics["dropped_rewards"] = dropped
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
         if worst > MISMATCH_WARNING:

@@ -86,7 +86,8 @@ METRICS = {
     # of the update; a name is absent where its part of the recipe is not in use, means are over
     # tokens. Known before it, from `experience.prepare`
     "ppo/entropy": "of the policy that sampled, nats a token",
-    "ppo/mismatch_kl": "KL(server‖trainer): mean of log π_server − log π_trainer of sampled tokens",
+    "ppo/mismatch_kl": "KL(server‖trainer): mean of log π_server − log π_trainer of the tokens "
+    "that the newest weights sampled",
     "ppo/mismatch_k3": "the same by the k3 estimate, which is never negative",
     "ppo/mismatch_max": "largest |log π_server − log π_trainer|",
     "ppo/kl_reference": "KL(policy‖reference) by ppo.kl_estimator",

@@ -128,6 +128,65 @@ async def test_a_step_ahead_is_one_update_old_and_survives_an_interruption(
     assert drawn == [id for id in expected for _ in range(2)]
 
 
+REFILL = (
+    "rollout.schedule=refill",
+    "rollout.max_tokens=96",
+    # More than a batch, and less than two.
+    "rollout.concurrency=6",
+)
+
+
+def assert_nothing_lost(ended: Ended, ahead: int = 1) -> None:
+    """Every step has its own prompts, in the order of drawing, each with all its rollouts."""
+    assert_whole(ended)
+    steps = dumped(ended)
+    drawn = [rollout.problem.id for batch in steps for rollout in batch]
+    expected = [problem.id for problem in islice(Arithmetic().training(SEED), 2 * STEPS)]
+    assert drawn == [id for id in expected for _ in range(2)]
+    for step, batch in enumerate(steps):
+        assert [rollout.error for rollout in batch] == [""] * 4
+        assert len({rollout.gate_version for rollout in batch}) == 1
+        for rollout in batch:
+            versions = [int(one.removeprefix("step-")) for one in rollout.token_versions]
+            assert versions == sorted(versions)
+            assert step - ahead <= versions[0] <= versions[-1] <= step
+
+
+@pytest.mark.parametrize("place", ["rollout", "update", "sync", "save"])
+async def test_a_kill_loses_nothing_of_what_is_under_way(
+    place: str, vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    options = [f'servers.policy_urls=["{vllm_server.url}"]', *REFILL]
+    run = Run(vllm_server.path, tmp_path, *options, halt=f"{place}:2")
+    run.until("HALTED")
+    run.process.kill()
+    killed = run.end(patience=60.0)
+    assert killed.left == []
+    assert killed.checkpoint == "step-00000001"
+
+    ended = Run(vllm_server.path, tmp_path, *options, "--resume", "auto").end()
+    assert "after step 1\n" in ended.said
+    assert_nothing_lost(ended)
+    assert ended.left == []
+
+
+async def test_what_was_under_way_when_the_servers_fell_is_asked_again(
+    vllm_server: VllmServer, tmp_path: Path
+) -> None:
+    run = Run(vllm_server.path, tmp_path, *REFILL, halt="rollout:2")
+    run.until("HALTED")
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    for process in family:
+        if "EngineCore" in title(process) or process.cmdline()[1:3] == ["-m", "espo_gateway"]:
+            process.kill()
+    run.go_on()
+    ended = run.end(patience=60.0)
+    assert_nothing_lost(ended)
+    assert ended.left == []
+    for name in ("policy server", "gateway"):
+        assert f"restarting the {name}" in ended.said
+
+
 @pytest.mark.parametrize(
     ("threshold", "reason"),
     [

@@ -11,10 +11,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from espo_gateway.stop.gate_json import gate_to_json
+from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import free_port
 from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
+from espo_rl.base_model.train import make_tokenizer
+from espo_rl.config import RolloutSection
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.weights import WeightParityError, WeightPublisher
+from espo_rl.types import Problem, Request
+from tests.helpers.gateway import gateway_for
 from tests.helpers.models import PROBE, logprobs, random_model
 from tests.helpers.vllm import BASE_SEED, VllmServer, publish
 
@@ -170,6 +177,44 @@ async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(vllm_server: Vll
     assert 20 <= split < wanted
     assert is_new[split:].all()
     await verify(vllm_server, new, version="new")
+
+
+async def test_the_gateway_knows_at_which_token_the_weights_changed(
+    vllm_server: VllmServer,
+) -> None:
+    """Told while the server samples nothing; of 32 streams none is a token off."""
+    old, new = random_model(27), random_model(28)
+    await publish(vllm_server, old, version="old")
+
+    async with gateway_for(vllm_server, gate=None) as gateway:
+
+        async def changed() -> None:
+            gateway.push_gate(gate_to_json(Gate(weights_version="new")))
+
+        gateway.push_gate(gate_to_json(Gate(weights_version="old")))
+        prompter = Prompter(make_tokenizer(), chat=False)
+        config = RolloutSection(max_tokens=300)
+        async with (
+            Collector(gateway.url, vllm_server.model, prompter, config) as collector,
+            WeightPublisher([vllm_server.url]) as publisher,
+        ):
+            problem = Problem("p", "358c", "")
+            requests = [Request(problem, seed=seed) for seed in range(32)]
+            asked = asyncio.create_task(collector.collect(requests, temperature=1.0))
+            while sum(one.tokens >= 10 for one in gateway.sessions) < 5:  # noqa: ASYNC110 (no event)
+                await asyncio.sleep(0.01)
+            await publisher.publish(tensor_specs(new), gathered(new), version="new", loaded=changed)
+            rollouts = await asked
+
+    assert sum(bool(rollout.weights_changes) for rollout in rollouts) >= 5
+    for rollout in rollouts:
+        ids = rollout.prompt_ids + rollout.token_ids
+        said = {
+            version: logprobs(model, ids)[len(rollout.prompt_ids) - 1 :]
+            for version, model in (("old", old), ("new", new))
+        }
+        expected = [said[version][i] for i, version in enumerate(rollout.token_versions)]
+        assert rollout.logprobs == pytest.approx(expected, abs=TOLERANCE)
 
 
 async def test_nothing_of_the_old_policy_survives_in_the_prefix_cache(

@@ -117,6 +117,18 @@ def test_numbers_of_a_batch() -> None:
     assert numbers["staleness"] == pytest.approx(4 - (3 * 4 + 2) / 5)
 
 
+def test_staleness_is_that_of_tokens() -> None:
+    whole = rollout(4, weights_version="step-3")
+    partial = rollout(8, weights_version="step-1", weights_changes=[(2, "step-2"), (6, "step-3")])
+    assert partial.token_versions == ["step-1"] * 2 + ["step-2"] * 4 + ["step-3"] * 2
+    numbers = rollout_metrics(
+        [whole, partial], tokens=12, audit_share=0.25, weights_version="step-3"
+    )
+    assert numbers["staleness"] == pytest.approx((0 + (2 * 2 + 4 * 1) / 8) / 2)
+    assert (numbers["staleness_max"], numbers["partial"]) == (2.0, 0.5)
+    assert numbers["weights_version"] == "step-3"
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("batch", [[], [rollout(0, EndReason.ERROR)], [rollout(6, STOPPED)]])
 def test_numbers_of_a_batch_that_says_little(batch: list[Rollout]) -> None:

@@ -47,6 +47,7 @@ def rollouts(draw: Any) -> Rollout:
         overshoot=draw(st.integers(0, 9)),
         gate_version=draw(st.integers(0, 10**6)),
         weights_version=draw(text),
+        weights_changes=draw(st.lists(st.tuples(st.integers(0, 99), text), max_size=3)),
         correct=draw(st.none() | st.booleans()),
         reward=draw(st.floats(allow_nan=False)),
         group=draw(st.integers(0, 1000)),

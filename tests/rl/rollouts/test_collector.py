@@ -86,6 +86,54 @@ async def test_completed_rollout_has_ids_and_logprobs_of_every_token() -> None:
     assert (rollout.gate_version, rollout.weights_version) == (3, "w5")
 
 
+async def test_a_rollout_knows_which_weights_sampled_each_token() -> None:
+    """Told while the server samples nothing, in the middle of a rollout and before another's
+    first token."""
+    named = [Gate(version=number, rule="regret-only", beta=number) for number in (3, 4)]
+    async with (
+        FakeServer(Script([GOOD] * 10), gated=True) as server,
+        gateway_for(server, gate=None) as gateway,
+        collector_at(gateway) as collector,
+    ):
+        for gate in named:
+            gateway.push_gate(gate_to_json(replace(gate, weights_version="w5")))
+        first = asyncio.create_task(collector.rollout(Request(PROBLEM, 0, gate=3), 1.0))
+        await until_running(server, 1)
+        server.release(6)
+        while [session.tokens for session in gateway.sessions] != [6]:  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(0)
+        second = asyncio.create_task(collector.rollout(Request(PROBLEM, 1, gate=4), 1.0))
+        await until_running(server, 2)
+        gateway.push_gate(gate_to_json(replace(named[1], weights_version="w6")))
+        server.release(100)
+        one, other = await first, await second
+        third = await collector.rollout(Request(PROBLEM, 2, gate=3), 1.0)
+    assert one.token_versions == ["w5"] * 6 + ["w6"] * 4
+    assert other.token_versions == third.token_versions == ["w6"] * 10
+    assert one.weights_changes == [(6, "w6")]
+    assert other.weights_changes == []
+    # Each is watched by the gate it names, whatever is in force.
+    assert [rollout.gate_version for rollout in (one, other, third)] == [3, 4, 3]
+
+
+async def test_what_was_cut_before_the_weights_changed_is_of_the_old_ones_alone() -> None:
+    record = {"cut": 2, "weights_version": "w5", "weights_changes": [(2, "w6")]}
+    logprobs = {"token_logprobs": [-0.5, -0.5], "tokens": ["a", "a"], "top_logprobs": [{}, {}]}
+    choice = {"index": 0, "text": "aa", "finish_reason": "length", "token_ids": [1, 1]}
+    choices = [{**choice, "logprobs": logprobs, "espo": record}]
+    fields = {"id": "1", "created": 1, "model": "m", "object": "text_completion"}
+    completion = Completion.model_validate({**fields, "choices": choices})
+    found = read_completion(completion, PROBLEM, [1], "enforce")
+    assert found.token_versions == ["w5"] * 2
+    assert found.weights_changes == []
+
+
+async def test_a_gate_that_nobody_pushed_is_an_error_that_names_it() -> None:
+    rollout = await one(Script([GOOD]), gate=17)
+    assert rollout.end is EndReason.ERROR
+    assert "no gate of version 17" in rollout.error
+
+
 async def test_length_is_not_completion() -> None:
     rollout = await one(Script([GOOD] * 1000))
     assert (rollout.end, rollout.kept, rollout.generated) == (EndReason.LENGTH, 20, 20)

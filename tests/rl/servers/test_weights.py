@@ -181,6 +181,39 @@ async def test_a_server_that_is_not_there_is_named() -> None:
             await client.update(["/a"], version="7")
 
 
+# Several servers
+
+
+async def test_all_servers_have_the_weights_before_any_goes_on(recorder: Recorder) -> None:
+    seen: list[list[str]] = []
+
+    async def loaded() -> None:
+        seen.extend([*one.routes] for one in (recorder, other))
+
+    async with (
+        serving() as other,
+        WeightPublisher([recorder.url, other.url]) as publisher,
+    ):
+        await publisher.publish([], [], version="7", loaded=loaded)
+        assert seen == [UPDATE[:-1]] * 2
+        assert recorder.routes == other.routes == UPDATE
+
+
+async def test_servers_go_on_whatever_fails_meanwhile(recorder: Recorder) -> None:
+    async def loaded() -> None:
+        raise RuntimeError("nobody was told")
+
+    async with serving() as other, WeightPublisher([recorder.url, other.url]) as publisher:
+        with pytest.raises(RuntimeError, match="nobody was told"):
+            await publisher.publish([], [], version="7", loaded=loaded)
+        assert recorder.routes == other.routes == UPDATE
+        recorder.seen.clear()
+        other.behaviour["/update_weights"] = fail(500)
+        with pytest.raises(WeightRouteError, match="the reason"):
+            await publisher.publish([], [], version="8")
+    assert recorder.routes[-1] == other.routes[-1] == "/resume"
+
+
 # The proof
 
 
