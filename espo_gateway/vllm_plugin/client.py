@@ -65,8 +65,8 @@ class WeightClient:
 
     @contextlib.asynccontextmanager
     async def loaded(self, paths: Sequence[str], version: str) -> AsyncIterator[None]:
-        """Load the files into the server, whose weight transfer is ours. It goes on at the end of the
-        context: what was sampled before is of the old weights, the rest of the new ones.
+        """Load the files into the server, whose weight transfer is ours; it goes on at the end of
+        the context. What was sampled before is of the old weights, the rest of the new ones.
 
         Args:
             paths: safetensors files, as the server can open them, that hold the whole model.

@@ -71,9 +71,10 @@ class FileTransfer:
 async def _update(clients: Sequence[WeightClient], path: str, version: str, loaded: Loaded) -> None:
     async with AsyncExitStack() as paused:
         updates = (paused.enter_async_context(client.loaded([path], version)) for client in clients)
-        # All of them end before the file goes away, and before the first error is raised.
-        raise_first(await asyncio.gather(*updates, return_exceptions=True))
-        await loaded()
+        results = await asyncio.gather(*updates, return_exceptions=True)
+        results += await asyncio.gather(loaded(), return_exceptions=True)
+    # All of them end before the file goes away, and before the first error is raised.
+    raise_first(results)
 
 
 def write_safetensors(
