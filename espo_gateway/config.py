@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -305,16 +306,27 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(path.read_text())
+        found = tomllib.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    names = [one.name for one in fields(Config)]
+    if unknown := [name for name in found if name not in names]:
+        raise ValueError(f"{path}: {_no_such(unknown[0], names)}")
+    return found
+
+
+def _no_such(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{name}: no such setting; see --help" + (
+        f" (did you mean {close[0]}?)" if close else ""
+    )
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     names = {_variable(one.name): one.name for one in fields(Config)}
     unknown = [n for n in environment if n.startswith(_variable("")) and n not in names]
     if unknown:
-        raise ValueError(f"{unknown[0]}: no such setting; see --help")
+        raise ValueError(_no_such(unknown[0], names))
     found: dict[str, Any] = {names[n]: environment[n] for n in environment if n in names}
     for name in ("upstreams", "api_keys"):
         if name in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import signal
 import sys
 
@@ -67,12 +68,36 @@ def train(options: argparse.Namespace) -> int:
             print(f"espo: {error}", file=sys.stderr)
         return 2
     try:
-        return asyncio.run(supervised(loop))
+        code = asyncio.run(supervised(loop))
+        if code == 0:
+            print(next_commands(options, recipe))
+        return code
     except FAULTS as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
     finally:
         loop.trainer.close()
+
+
+def next_commands(options: argparse.Namespace, recipe: Recipe) -> str:
+    """What is usually done with a finished run."""
+    output, task = recipe.run.output, recipe.task
+    problems = ["--data", "problems.jsonl"]
+    if task.kind == "dataset":
+        problems = ["--data", str(task.eval or task.train), "--grader", task.grader]
+    settings = [one for one in options.overrides if not one.startswith("run.steps=")]
+    commands = {
+        "look at it": ["-m", "espo_rl.report", str(output)],
+        "evaluate it": ["-m", "espo_rl.evaluate", "--model", str(output / "actor"), *problems],
+        "train on": [
+            *("-m", "espo_rl.run", options.recipe, *settings),
+            *(f"run.steps={2 * recipe.run.steps}", "--resume", "auto"),
+        ],
+        "serve it": ["-m", "espo_gateway.vllm_plugin", str(output / "actor")],
+    }
+    return "\n".join(
+        f"{what + ':':13}{shlex.join(['python', *words])}" for what, words in commands.items()
+    )
 
 
 def train_along(recipe: Recipe) -> int:

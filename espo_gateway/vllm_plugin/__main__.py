@@ -1,6 +1,8 @@
 """Start a vLLM server that ESPO can train with; every flag of vLLM passes through.
 
-    python -m espo_gateway.vllm_plugin MODEL [--critic] [any flag of `vllm serve`]
+    espo-vllm runs/demo/actor --port 8000               a policy: a folder, or a name on the hub
+    espo-vllm runs/demo/critic --critic --port 8001     its critic
+    python -m espo_gateway --upstream http://127.0.0.1:8000       and what stops early, before it
 
 `--critic` serves a sequence classifier with one label, whose score of a prefix is V: what the
 gateway's `--critic URL` asks. Owns the defaults only, and becomes vLLM (exec): same process, same
@@ -193,10 +195,32 @@ def is_cpu_build() -> bool:
     )
 
 
+def help_text() -> str:
+    """What the command does, and the defaults that differ from vLLM's."""
+    flags = {
+        "every server": FLAGS,
+        "--critic": CRITIC_FLAGS,
+        "on a CPU": CPU_FLAGS,
+    }
+    variables = {"every server": ENVIRONMENT, "on a CPU": CPU_ENVIRONMENT | EAGER_ENVIRONMENT}
+    usage = "MODEL [--critic] [any flag of vllm serve]"
+    lines = [
+        f"usage: espo-vllm {usage}",
+        f"       python -m espo_gateway.vllm_plugin {usage}",
+        f"\n{__doc__}",
+    ]
+    for when, defaults in flags.items():
+        said = (name if value is None else f"{name} {value}" for name, value in defaults.items())
+        lines += [f"flags, {when}:", *(f"  {one}" for one in said)]
+    for when, values in variables.items():
+        lines += [f"environment, {when}:", *(f"  {name}={v}" for name, v in values.items())]
+    return "\n".join(lines)
+
+
 def main() -> int:
     """The command line; becomes vLLM, so it returns only from its help and on errors."""
     if sys.argv[1:2] in (["-h"], ["--help"]):
-        print(__doc__)
+        print(help_text())
         return 0
     try:
         command, environment = server_command(

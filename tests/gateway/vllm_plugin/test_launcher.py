@@ -190,4 +190,7 @@ def test_command_line_without_a_model() -> None:
 def test_command_line_help_needs_no_vllm() -> None:
     result = run("--help")
     assert result.returncode == 0
+    assert result.stdout.startswith("usage: espo-vllm MODEL [--critic]")
     assert "espo_gateway.vllm_plugin MODEL [--critic]" in result.stdout
+    for default in ("--max-logprobs 20", "--enforce-eager", "VLLM_SERVER_DEV_MODE=1"):
+        assert f"  {default}\n" in result.stdout

@@ -1,0 +1,34 @@
+"""The recipe: every setting of a run, read from TOML, checked before anything starts.
+
+    recipe = load_recipe("arithmetic.toml", ["run.seed=2", "ppo.learning_rate=1e-4"])
+
+Unknown keys fail. `sections` has all keys, with their defaults and what they mean.
+"""
+
+from espo_rl.config.bounds import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from espo_rl.config.files import RECIPES, RecipeError, load_recipe
+from espo_rl.config.recipe import Recipe, differences
+from espo_rl.config.sections import (
+    Model,
+    Ppo,
+    RolloutSection,
+    Servers,
+    Stopping,
+    TaskSection,
+)
+
+__all__ = [
+    "HIGHEST_TEMPERATURE",
+    "LOWEST_TEMPERATURE",
+    "RECIPES",
+    "Model",
+    "Ppo",
+    "Recipe",
+    "RecipeError",
+    "RolloutSection",
+    "Servers",
+    "Stopping",
+    "TaskSection",
+    "differences",
+    "load_recipe",
+]

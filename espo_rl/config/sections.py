@@ -1,0 +1,482 @@
+"""The sections of a recipe: every setting with its default, and what it must be.
+
+A comment above or beside a setting is its explanation (`explain`). The values here are defaults
+that work; what the paper (arXiv 2605.29860) gives stands in the recipes espo-1.5b and espo-7b.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from espo_gateway.stop.rules import RuleName, ValueName, value_source
+from espo_gateway.stop.threshold_control import Bound
+from espo_gateway.stop.told import ASKED, SourceName
+from espo_rl.config.bounds import (
+    Between,
+    Count,
+    Decay,
+    GreedyOrNot,
+    Megabytes,
+    NotNegative,
+    Number,
+    Positive,
+    Processes,
+    Seconds,
+    Seed,
+    ServerUrl,
+    Share,
+    Some,
+    Steps,
+    Tag,
+    Temperature,
+    Tokens,
+    Updates,
+    Whole,
+)
+from espo_rl.types import AuditedRight
+
+#: what the chat template is always called with
+CHAT_TEMPLATE_OWN = {
+    "conversation",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "return_dict",
+    "return_tensors",
+    "continue_final_message",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where the run writes, how long it goes, what it draws from."""
+
+    output: Path = Path("runs/run")  # its folder; all that it leaves is there
+    steps: Annotated[int, Field(ge=1, le=99_999_999)] = 100  # of training
+    seed: Seed = 0  # of the problems, their order, and what is sampled
+
+
+class Model(Section):
+    """Hugging Face checkpoints, by folder or hub name."""
+
+    path: str  # of the policy
+    critic: str | None = None  # where the critic begins; the policy itself when not given
+    reference: str | None = None  # for the KL term; the initial policy when not given
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of weights, in the trainer and in the servers
+    )
+    gradient_checkpointing: bool = False  # less memory in the update, for a third more time
+
+
+class TaskSection(Section):
+    """What is asked, and how answers are graded."""
+
+    kind: str = "arithmetic"  # or "dataset", "reasoning-gym": a name in tasks/kinds.py
+    min_steps: Steps = 2  # arithmetic: how many additions a problem has at least
+    max_steps: Steps = 24  # and at most
+    # One of these numbers of steps instead; list one twice, and it comes twice as often
+    steps: Annotated[list[Steps], Field(min_length=1)] | None = None
+    # dataset: a JSONL, JSON, Parquet or CSV file, a folder, or a name on the Hugging Face hub
+    train: str | None = None
+    eval: str | None = None  # without one, a tenth of the training problems is held out
+    subset: str | None = None  # of a data set on the hub
+    train_split: str = "train"  # of it, what is trained on
+    eval_split: str = "test"  # and what is evaluated on
+    # Columns: dots lead into nested ones; of a chat column the last user message counts
+    problem_column: str = "problem"
+    answer_column: str = "answer"  # the answer, or a text that ends with it
+    answer_pattern: str | None = None  # group 1 of its last match: "#### (.*)" for GSM8K
+    # Where the evaluation set is laid out differently. None: as above, but the subset only of train
+    eval_subset: str | None = None
+    eval_problem_column: str | None = None  # None: problem_column
+    eval_answer_column: str | None = None  # None: answer_column
+    eval_answer_pattern: str | None = None  # None: answer_pattern
+    name: str | None = None  # reasoning-gym: the data set's
+    options: dict[str, Any] = {}  # reasoning-gym: the data set's own settings
+    chat: bool = True  # prompts through the tokenizer's chat template; false: as plain text
+    system: str | None = None  # message of the chat
+    # Variables of the chat template: { enable_thinking = false } for Qwen3's
+    chat_template_kwargs: dict[str, Any] = {}
+    template: str = "{problem}"  # of the prompt; {problem} stands for the problem
+    # "exact", "math", "regex", "task" (reasoning-gym's own) or "package.module:function"
+    grader: str = "exact"
+    pattern: str | None = None  # regex: group 1 of its last match is the answer given
+    # Built-in graders read no thoughts: what stands before the last closing tag does not count, and
+    # one that is open has no answer
+    thought_tags: list[tuple[Tag, Tag]] = [("<think>", "</think>")]
+    # Of a text with answer tags only the last such answer counts
+    answer_tags: list[tuple[Tag, Tag]] = [("<answer>", "</answer>")]
+    grader_workers: Processes = 2  # that grade; one that crashes costs one rollout
+    grader_timeout: Seconds = 10.0  # of one answer, which is wrong after it
+
+    @model_validator(mode="after")
+    def _needs(self) -> TaskSection:
+        if self.kind == "dataset" and self.train is None:
+            raise ValueError('kind = "dataset" needs train = "FILE.jsonl" or a hub name')
+        if self.kind == "reasoning-gym" and self.name is None:
+            raise ValueError('kind = "reasoning-gym" needs name, such as "chain_sum"')
+        if self.grader == "regex" and self.pattern is None:
+            raise ValueError('grader = "regex" needs pattern, such as "answer: (.*)"')
+        for key in ("pattern", "answer_pattern", "eval_answer_pattern"):
+            pattern = getattr(self, key)
+            try:
+                groups = 1 if pattern is None else re.compile(pattern).groups
+            except re.error as error:
+                raise ValueError(
+                    f"{key} = {pattern!r} is no regular expression: {error}"
+                ) from error
+            if groups < 1:
+                raise ValueError(f"{key} = {pattern!r} needs a group (...) around the answer")
+        if self.grader == "task" and self.kind != "reasoning-gym":
+            raise ValueError('grader = "task" is that of kind = "reasoning-gym"')
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError("chat_template_kwargs has no effect with chat = false: leave one out")
+        if fixed := self.chat_template_kwargs.keys() & CHAT_TEMPLATE_OWN:
+            raise ValueError(f"chat_template_kwargs must leave {', '.join(sorted(fixed))} as it is")
+        if "{problem}" not in self.template:
+            raise ValueError("template must hold {problem}")
+        if self.system and not self.chat:
+            raise ValueError(
+                "system has no effect with chat = false: leave it out, say it in template, or set "
+                "chat = true"
+            )
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"min_steps = {self.min_steps} must not be above max_steps = {self.max_steps}"
+            )
+        return self
+
+
+class RolloutSection(Section):
+    """How completions are sampled."""
+
+    prompts_per_step: Some = 16  # how many problems
+    n: Some = 8  # rollouts of each prompt
+    temperature: Temperature = 1.0  # of sampling in training
+    max_tokens: Tokens = 1024  # of one rollout at most
+    concurrency: Some = 64  # rollouts under way at a time
+    timeout: Seconds = 600.0  # of one request
+    retries: Some = 5  # of a request that failed on its way
+    # "batch": a step's rollouts are sampled, then trained on. "refill": whenever the engine has
+    # room, it samples for the next steps; rollouts under way go on when the weights change
+    schedule: Literal["batch", "refill"] = "batch"
+    # refill: of how many updates before a step its tokens may be, and so how many steps are sampled
+    # ahead: 1, unless more is said. Above 0 it means refill
+    max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
+    # DAPO: drop prompts whose rollouts all got the same reward, and sample others in their stead
+    dynamic_sampling: bool = False
+
+    @property
+    def ahead(self) -> int:
+        """How many steps are sampled ahead of the one that is due."""
+        return self.max_staleness if self.schedule == "refill" else 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def implied(cls, given: Any) -> Any:
+        """What is given, with what one of the two says about the other."""
+        if isinstance(given, dict) and given.get("schedule") == "refill":
+            return {"max_staleness": 1} | given
+        if isinstance(given, dict) and given.get("max_staleness"):
+            return {"schedule": "refill"} | given
+        return given
+
+    @model_validator(mode="after")
+    def _schedule(self) -> RolloutSection:
+        if self.schedule == "refill" and not self.max_staleness:
+            raise ValueError(
+                'schedule = "refill" samples ahead: set max_staleness to 1 or more, or schedule = '
+                '"batch"'
+            )
+        return self
+
+
+class Stopping(Section):
+    """When a rollout is given up, and how that is learned (rows 2-8 of the method)."""
+
+    rule: RuleName = "success-probability"  # value-gated: the paper's; none: plain PPO
+    value: ValueName = (
+        "stream"  # where V comes from: stream statistics, a critic server, or "constant"
+    )
+    # How the threshold is set: β, or p* of the rules that compare a value with it.
+    # "audit": as loose as known outcomes allow under the bound below; "share": the paper's
+    # controller; "quantile": once, so that target_share of the warm-up's rollouts would stop;
+    # "fixed". Rule "random" always follows "share"
+    threshold: Literal["audit", "share", "quantile", "fixed"] = "audit"
+    # "fixed", and where "share" starts; None: 7.0 (the paper's) and 0.05, but "share" starts at
+    # the quantile when there is a warm-up
+    beta: Positive | None = None
+    p_star: Between | None = None  # the same, for rules that compare with p*
+    epsilon: Positive = 0.2  # ε of the value gate z > β·max(V, ε)
+    constant: Number = 1.0  # V where value = "constant"
+    min_tokens: Tokens = 4  # no rollout is stopped before so many
+    # What a stopped rollout is worth; None: ppo.wrong_reward. A lower one makes an answer that is
+    # wrong but finished the better of two failures, in a group the one that is learnt
+    failure_reward: Number | None = None
+    # Generated to the end though stopped. Of each prompt's rollouts it is one at least, where there
+    # are 4 or more, so that none is left without a finished one
+    audit_share: Share = 0.1
+    # What a rollout is that was stopped though its audit found it right. "whole": right, trained on
+    # to its end; "cut": right, trained on up to the cut; "failed": a failure, as in the paper
+    audited_right: AuditedRight = "whole"
+    right_lost: Between = 0.05  # "audit": of the right rollouts at most this share is stopped
+    # "audit", in the place of right_lost: of the stopped ones at most this share would have been
+    # right (the paper's figure)
+    false_positives: Between | None = None
+    confidence: Between = 0.9  # "audit": with which the bound is kept
+    evidence: Count = 20  # "audit": batches whose outcomes it is judged on
+    decay: Decay = 0.99  # α of the running mean and variance of the regret g
+    smoothing: Decay = 0.9  # α_s of z, the smoothed regret
+    clip: Positive = 10.0  # of the normalised regret, ±c
+    target_share: Between = 0.25  # "share", "quantile": of the rollouts that are stopped
+    beta_step: Positive = 0.1  # "share": η of β, or of log p*/(1 - p*)
+    beta_min: Positive = 0.5  # β is kept above it
+    beta_max: Positive = 20.0  # and below this
+    p_star_max: Between = 0.5  # p* is kept below it
+    # Until when nothing is stopped. "critic-loss" is the paper's rule
+    warmup: Literal["none", "batches", "critic-loss", "explained-variance"] = "batches"
+    warmup_batches: Count = 4  # "batches": so many
+    warmup_share: Share = 0.1  # "critic-loss": of all steps, after which stopping is forced on
+    warmup_loss: Positive = 0.5  # "critic-loss": three times below it
+    warmup_change: Positive = 0.1  # "critic-loss": or moved by less than this
+    warmup_explained: Share = 0.2  # "explained-variance": of the V that gates, above it
+    window: Count = 6  # batches that the estimate of success is fitted on
+    # What it reads beside the stream's own numbers. "history": how often the prompt was solved in
+    # earlier steps; "probe": how likely the policy itself finds the reference answer by now;
+    # "critic": V of a critic server. The latter two are asked along the rollout
+    sources: list[SourceName] = []
+    ask_every: Tokens = 96  # how far apart they are asked
+    ask_growth: NotNegative = 0.25  # further apart as a rollout grows: by so much of its length
+    # The probe reads answers after it
+    probe_phrase: Annotated[str, Field(min_length=1)] = "\n\nThe final answer is \\boxed{"
+    probe_end: str = "}"  # and they end with this
+
+    @property
+    def asks(self) -> bool:
+        """Whether an estimate reads a source that must be asked."""
+        return not ASKED.isdisjoint(self.sources)
+
+    @property
+    def bound(self) -> Bound:
+        """What threshold = "audit" keeps."""
+        return Bound.chosen(self.right_lost, self.false_positives, self.confidence)
+
+    @model_validator(mode="after")
+    def _together(self) -> Stopping:
+        bounded = self.threshold == "audit" and self.rule not in ("none", "random")
+        explained = self.warmup == "explained-variance" and self.rule != "none"
+        source = value_source(self.rule, self.value)
+        if self.audit_share == 0.0:
+            for needed, what in (
+                (source == "stream", "an estimator"),
+                (bounded, 'threshold = "audit"'),
+                (explained and source != "critic", 'warmup = "explained-variance"'),
+            ):
+                if needed:
+                    raise ValueError(
+                        f"audit_share = 0 with {what}: stopping hides the outcomes it learns from; "
+                        "set audit_share above 0 (0.1 is usual)"
+                    )
+        if self.sources and source != "stream":
+            raise ValueError(
+                f"sources = {self.sources} are read by the estimate of success, which rule = "
+                f'"{self.rule}" with value = "{self.value}" has none of: set value = "stream" and '
+                "a rule that has a V, or sources = []"
+            )
+        if self.rule == "confidence":
+            raise ValueError(
+                'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '
+                'not record: set rule = "surprise", or try it on a gateway alone'
+            )
+        if not self.beta_min < self.beta_max:
+            raise ValueError(f"beta_min = {self.beta_min} must be below beta_max = {self.beta_max}")
+        return self
+
+
+class Ppo(Section):
+    """The update."""
+
+    learning_rate: Positive = 1e-6  # of the actor
+    critic_learning_rate: Positive | None = None  # of the critic; None: learning_rate
+    # Over so many training steps the rate grows from 1/n to all of it; the actor's first one is
+    # that after critic_only_steps
+    lr_warmup_steps: Updates = 0
+    weight_decay: NotNegative = 0.0  # AdamW's
+    epochs: Count = 1  # passes over the rollouts of a step
+    minibatches: Count = 2  # optimizer steps in each
+    micro_batch_tokens: Tokens = 16384  # padded ones in one forward pass
+    critic_only_steps: Updates = 0  # at the start, the actor stands still
+    max_grad_norm: Positive = 1.0  # gradients are clipped to it
+    # Advantages: with a critic (GAE), or against the other rollouts of the prompt (GRPO)
+    advantage: Literal["gae", "group"] = "gae"
+    # gae: V before each token: a critic's, or the estimate of success that reads an answer probe
+    # (stopping.sources), as it stood when it was last asked: credit by token without a critic
+    baseline: Literal["critic", "probe"] = "critic"
+    gamma: Share = 1.0  # discount of the returns
+    lam: Share = 1.0  # λ of GAE
+    whiten: bool = True  # gae: advantages to mean 0 and deviation 1 over the batch's tokens
+    clip_low: Positive = 0.2  # the ratio is clipped below 1 minus this
+    clip_high: Positive = 0.2  # and above 1 plus this
+    # Bound of the ratio where the advantage is negative (3.0 is usual); None: there is none
+    dual_clip: Annotated[float, Field(gt=1, le=1e9)] | None = None
+    value_clip: Positive | None = None  # V is kept within this of what it was; None: it is not
+    # The mean over a minibatch's tokens, or over each rollout's and then over rollouts
+    aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
+    entropy_bonus: Number = 0.0  # weight of the entropy in the loss
+    kl_coefficient: NotNegative = 0.0  # weight of the KL to model.reference
+    kl_place: Literal["loss", "reward"] = "loss"  # in the loss, or in the reward of each token
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of http://joschu.net/blog/kl-approx.html
+    # The server's logprobs against the trainer's: each token's policy loss is weighted by
+    # min(π_trainer/π_server, cap). With rollout.schedule = "refill" it is 2.0 unless another is
+    # said, where the server's logprobs are those sampled from: of a token of older weights they are
+    # these weights' own
+    importance_cap: Positive | None = None
+    right_reward: Number = 1.0  # of a right answer
+    wrong_reward: Number = -1.0  # of a wrong one
+    # DAPO's soft overlong penalty: grows to 1 over so many tokens before max_tokens
+    overlong_buffer: Whole = 0
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether rewards, and so advantages, depend on what the policy says."""
+        return bool(self.kl_coefficient) and self.kl_place == "reward"
+
+    @model_validator(mode="after")
+    def _rewards(self) -> Ppo:
+        if not self.wrong_reward < self.right_reward:
+            raise ValueError(
+                f"wrong_reward = {self.wrong_reward} must be below right_reward = "
+                f"{self.right_reward}"
+            )
+        return self
+
+
+#: What DeepSpeed's config names too, and where the recipe says it
+_OF_THE_RECIPE = {
+    "optimizer.params.lr": "ppo.learning_rate",
+    "optimizer.params.weight_decay": "ppo.weight_decay",
+    "gradient_clipping": "ppo.max_grad_norm",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "bf16.enabled": "model.dtype",
+}
+
+
+class DeepSpeed(Section):
+    """DeepSpeed's own settings."""
+
+    zero_stage: Literal[0, 1, 2, 3] = (
+        0  # what the ranks share: 1 optimizer, 2 and gradients, 3 and parameters
+    )
+    # To the CPU; all: parameters too. The optimizer is torch's AdamW; DeepSpeed's own is faster
+    # there, but compiled on first use: extra.optimizer.params.torch_adam = false
+    offload: Literal["none", "optimizer", "all"] = "none"
+    extra: dict[str, Any] = {}  # laid over DeepSpeed's JSON config, section by section
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> DeepSpeed:
+        for path, key in _OF_THE_RECIPE.items():
+            part: Any = self.extra
+            for name in path.split("."):
+                part = part.get(name) if isinstance(part, dict) else None
+            if part is not None:
+                raise ValueError(f"extra.{path} has no effect: set {key}")
+        return self
+
+    @model_validator(mode="after")
+    def _offload(self) -> DeepSpeed:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                'offload = "optimizer" needs ZeRO: set zero_stage to 1, 2 or 3, or offload = "none"'
+            )
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(
+                'offload = "all" moves parameters too, which only ZeRO-3 can: set zero_stage = 3, '
+                'or offload = "optimizer"'
+            )
+        return self
+
+
+class Servers(Section):
+    """Policy servers, critic server, gateway. What is given by URL is not started, but used."""
+
+    policy_servers: Processes = 1  # how many vLLM servers to start
+    policy_urls: list[ServerUrl] = []  # running servers, http://host:port, in their place
+    critic_url: ServerUrl | None = None  # a running critic server
+    # CUDA_VISIBLE_DEVICES of what is started: one entry for each policy server, such as ["0,1"].
+    # Give the trainer's ranks other ones (deepspeed --include localhost:2,3)
+    policy_gpus: list[str] = []
+    critic_gpus: str | None = None  # the same of the critic server
+    # How weights come to the servers. "shared-memory": of one host, on any device; "file": through
+    # weights_path, on a disk that all see; "ipc", "nccl": vLLM's own, from GPU to GPU, where
+    # trainer and server use one GPU, or different ones. "auto": a file if weights_path is given,
+    # else shared memory, but "nccl" to servers on other hosts
+    weight_transfer: Literal["auto", "shared-memory", "file", "ipc", "nccl"] = "auto"
+    weights_path: Path | None = None  # of the file
+    # One GPU for servers and trainer: while the trainer updates, the servers give back the memory
+    # of theirs (vLLM's sleep mode), and have it again for the sync
+    sleep: bool = False
+    vllm_args: list[str] = []  # of policy servers that are started
+    critic_vllm_args: list[str] = []  # of a critic server that is started
+    # Whether the servers' logprobs are those before the temperature, or those sampled from
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    start_timeout: Seconds = 600.0  # for a server to be there
+    hang_timeout: Seconds = 120.0  # a server that makes no token for so long is restarted
+    restarts: Whole = 3  # of one server in a row, then the run gives up
+    parity_tolerance: Positive = 1e-3  # max |Δ logprob|; about 0.3 in bfloat16
+
+    @model_validator(mode="after")
+    def _weights(self) -> Servers:
+        if self.weight_transfer == "file" and self.weights_path is None:
+            raise ValueError(
+                'weight_transfer = "file" needs weights_path, which all servers can read'
+            )
+        if self.weights_path is not None and self.weight_transfer not in ("auto", "file"):
+            raise ValueError(
+                f"weights_path has no effect with weight_transfer = {self.weight_transfer!r}: "
+                'leave one of them out, or set weight_transfer = "file"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus(self) -> Servers:
+        if self.policy_gpus and len(self.policy_gpus) != self.policy_servers:
+            raise ValueError(
+                f"policy_gpus has {len(self.policy_gpus)} entries for policy_servers = "
+                f"{self.policy_servers}; give one to each"
+            )
+        if len({url.rstrip("/") for url in self.policy_urls}) < len(self.policy_urls):
+            raise ValueError("policy_urls names a server twice; name each once")
+        return self
+
+
+class Evaluation(Section):
+    """Accuracy on held-out problems, sampled; before training, every N steps, and at the end."""
+
+    problems: Annotated[int, Field(ge=1, le=1_000_000)] = 256  # how many, held out
+    samples: Some = 1  # of each
+    temperature: GreedyOrNot = 1.0  # 0 is greedy
+    every: Updates = 0  # between two; 0: before and after training alone
+    greedy: bool = False  # before and after training, at temperature 0 too
+
+
+class Checkpoints(Section):
+    """What `--resume` goes on from; written at the end, too."""
+
+    every: Updates = 20  # between two; 0: none but at an interruption
+    keep: Count = 2  # the newest ones stay
+
+
+class Logs(Section):
+    """Where the numbers go beside metrics.jsonl."""
+
+    tensorboard: bool = True  # event files
+    wandb: str | None = None  # a Weights & Biases project
+    rollouts: bool = True  # rollouts/step-*.parquet
+    rollouts_megabytes: Megabytes = 1024.0  # the oldest files go when they come to more
