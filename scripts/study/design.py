@@ -41,13 +41,15 @@ class Method(Table):
 
     settings: `section.key=value` over the study's. seeds: how many, None for the study's number.
     rate_of: a method whose share of stopped rollouts, of the same seed, becomes this one's
-    `stopping.target_share`.
+    `stopping.target_share`. without: a method that is this one without stopping: how much of the
+    tokens saved is time saved is told against it.
     """
 
     title: str
     settings: list[str] = []
     seeds: Count | None = None
     rate_of: str | None = None
+    without: str | None = None
     paper: Paper | None = None
 
 
@@ -61,12 +63,14 @@ class Preparation(Table):
 class Study(Table):
     """A TOML file of `scripts/studies`.
 
-    baseline: the method that all others are compared with, seed by seed.
+    baseline: the method that all others are compared with, seed by seed. target: a held-out
+    accuracy; how long each method takes to it is told.
     """
 
     recipe: str
     output: Path
     baseline: str
+    target: Annotated[float, Field(gt=0, lt=1)] | None = None
     seeds: Count = 3
     first_seed: Annotated[int, Field(ge=0)] = 0
     settings: list[str] = []
@@ -82,6 +86,10 @@ class Study(Table):
             if method.rate_of is not None and method.rate_of not in earlier:
                 raise ValueError(
                     f"methods.{name}.rate_of = {method.rate_of!r} must be a method above it"
+                )
+            if method.without is not None and method.without not in self.methods:
+                raise ValueError(
+                    f"methods.{name}.without = {method.without!r} is none of the methods"
                 )
             earlier.add(name)
         return self
@@ -102,7 +110,7 @@ class Study(Table):
         """With these methods and the baseline alone. Raises StudyError."""
         if unknown := [name for name in names if name not in self.methods]:
             raise StudyError(f"there is no method {unknown[0]!r}, only {', '.join(self.methods)}")
-        wanted = {*names, self.baseline}
+        wanted = {*names, self.baseline, *(self.methods[name].without for name in names)}
         kept = {name: method for name, method in self.methods.items() if name in wanted}
         return self._changed(methods=kept)
 

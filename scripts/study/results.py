@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,11 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
     curves["evaluated_step"] = [float(step) for step in evaluated]
     curves["evaluated_tokens"] = [at.get(step, math.nan) for step in evaluated]
     curves["evaluated_accuracy"] = list(evaluated.values())
+    # Of training: what evaluations and checkpoints take is not in it.
+    seconds = {0: 0.0} | dict(
+        zip(curves["step"], np.cumsum(curves["step_seconds"]).tolist(), strict=True)
+    )
+    curves["evaluated_seconds"] = [seconds.get(step, math.nan) for step in evaluated]
     return curves
 
 
@@ -137,9 +143,41 @@ def result_of(run: Run) -> dict[str, Any] | None:
         "update_seconds": mean("update_seconds"),
         "step_seconds": mean("step_seconds"),
         "longest": mean("longest"),
+        "staleness": number(summary.get("staleness")),
+        "seconds_to_target": seconds_to(curves, run.study.target),
         "restarts": summary["restarts"],
         "errors": summary["errors"],
     }
+
+
+def seconds_to(curves: dict[str, list[float]], target: float | None) -> float:
+    """Seconds of training until the held-out accuracy passes the target, between two evaluations
+    by a straight line; NaN where it never does."""
+    points = list(zip(curves["evaluated_seconds"], curves["evaluated_accuracy"], strict=True))
+    if target is None or not points:
+        return math.nan
+    if points[0][1] >= target:
+        return points[0][0]
+    for (before, low), (after, high) in pairwise(points):
+        if high >= target:
+            return before + (after - before) * (target - low) / (high - low)
+    return math.nan
+
+
+def saved(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Of runs and the same without stopping: shares of tokens and seconds that were saved, and
+    how much of the one became the other."""
+    names = ("tokens", "rollout_seconds", "step_seconds")
+    shares: dict[str, list[float]] = {
+        name: [1 - one[name] / other[name] if other[name] else math.nan for one, other in runs]
+        for name in names
+    }
+    for name in names[1:]:
+        shares[f"{name}_per_token"] = [
+            time / tokens if tokens > 0 else math.nan
+            for time, tokens in zip(shares[name], shares["tokens"], strict=True)
+        ]
+    return {name: spread(values)._asdict() for name, values in shares.items()}
 
 
 def results_of(study: Study) -> dict[str, Any]:
@@ -168,11 +206,24 @@ def results_of(study: Study) -> dict[str, Any]:
                 m: spread([_compared(m, one[m], other[m]) for one, other in paired])._asdict()
                 for m in MEASURES
             },
+            "seconds_to_target": spread(
+                [run["seconds_to_target"] for run in own.values()]
+            )._asdict(),
+            "reached_target": sum(math.isfinite(run["seconds_to_target"]) for run in own.values()),
+            "without": method.without,
+            "saved": saved(
+                [
+                    (own[run["seed"]], run)
+                    for run in runs
+                    if run["method"] == method.without and run["seed"] in own
+                ]
+            ),
             "paper": method.paper and method.paper.model_dump(),
         }
     return {
         "recipe": study.recipe,
         "baseline": study.baseline,
+        "target": study.target,
         "settings": study.settings,
         "machine": {
             "cores": len(os.sched_getaffinity(0)),

@@ -67,11 +67,54 @@ def markdown(results: dict[str, Any]) -> str:
             _table(heads, rows),
             f"Against {methods[base]['title']}, paired by seed:",
             _table(["method", *(head for head, _ in _AGAINST.values())], against),
+            *_time(results),
             *_paper(paper),
             f"{machine['cores']} cores, {machine['processor']}; {versions}.",
             *([f"Not done: {', '.join(results['missing'])}"] if results["missing"] else []),
         ]
     )
+
+
+def _time(results: dict[str, Any]) -> list[str]:
+    """How long to the target, and how much of the tokens saved is time saved."""
+    methods, target, parts = results["methods"], results["target"], []
+    if target is not None:
+        rows = [
+            [
+                method["title"],
+                f"{method['reached_target']} of {len(method['seeds'])}",
+                _cell(method["seconds_to_target"], "{:.0f} s".format),
+                _cell(method["step_seconds"], _DECIMAL),
+            ]
+            for method in methods.values()
+        ]
+        heads = ["method", "seeds that reach it", "seconds of training until then", "s/step"]
+        parts += [f"Time to a held-out accuracy of {target:.0%}:", _table(heads, rows)]
+    if rows := [
+        [
+            method["title"],
+            *(_cell(method["saved"][n], _PERCENT) for n in ("tokens", "rollout_seconds")),
+            _cell(method["saved"]["rollout_seconds_per_token"], _DECIMAL),
+            _cell(method["saved"]["step_seconds"], _PERCENT),
+            _cell(method["saved"]["step_seconds_per_token"], _DECIMAL),
+        ]
+        for method in methods.values()
+        if method["without"] in methods
+    ]:
+        heads = [
+            "method",
+            "tokens saved",
+            "of the wait for rollouts",
+            "ratio",
+            "of a step",
+            "ratio",
+        ]
+        parts += [
+            "Saved against the same method without stopping, paired by seed; ratio: time saved to "
+            "tokens saved:",
+            _table(heads, rows),
+        ]
+    return parts
 
 
 def _paper(rows: list[list[str]]) -> list[str]:

@@ -290,6 +290,38 @@ def test_results_are_compared_seed_by_seed(done: Study) -> None:
     assert results["missing"] == [str(done.output / "ppo" / "seed-2")]
 
 
+def test_time_to_a_target_and_time_saved_by_tokens_saved(done: Study) -> None:
+    """Steps take a second and a hundredth of their tokens; accuracy goes from 0.5 up in two."""
+    methods = {**METHODS, "espo": {**METHODS["espo"], "without": "ppo"}}
+    results = results_of(study_of(done.output, methods=methods, target=0.6))
+    ppo, espo = results["methods"]["ppo"], results["methods"]["espo"]
+    [first] = [run for run in results["runs"] if run["method"] == "ppo" and run["seed"] == 0]
+    assert first["seconds_to_target"] == pytest.approx(22.0 * (0.6 - 0.5) / (0.8 - 0.5))
+    assert (ppo["reached_target"], len(ppo["seeds"])) == (2, 2)
+    assert espo["saved"]["tokens"]["mean"] == pytest.approx(0.3, abs=1e-3)
+    assert espo["saved"]["rollout_seconds_per_token"]["mean"] == pytest.approx(1.0)
+    assert espo["saved"]["step_seconds_per_token"]["mean"] == pytest.approx(10 / 11, abs=1e-3)
+    told = markdown(results)
+    assert "Time to a held-out accuracy of 60%:" in told
+    assert "| ESPO | 30.0%" in told
+    for never in (0.9, None):
+        runs = results_of(study_of(done.output, target=never))["runs"]
+        assert all(math.isnan(run["seconds_to_target"]) for run in runs)
+    assert "Time to" not in markdown(results_of(done))
+
+
+def test_what_a_method_is_without_must_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"methods\.espo\.without = 'grpo' is none"):
+        study_of(tmp_path, methods={**METHODS, "espo": {"title": "E", "without": "grpo"}})
+
+
+def test_a_part_keeps_what_it_is_compared_with(tmp_path: Path) -> None:
+    study = load_study(STUDIES / "schedule.toml", output=tmp_path)
+    assert [*study.only(["stop-refill"]).methods] == [
+        *("plain-batch", "plain-refill", "stop-refill"),
+    ]
+
+
 def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
     told = markdown(results_of(done))
     assert "| ESPO | 2 | 80.5% [" in told
