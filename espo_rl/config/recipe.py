@@ -21,6 +21,7 @@ from espo_rl.config.sections import (
     Servers,
     Stopping,
     TaskSection,
+    with_schedule,
 )
 
 #: of importance weights, where tokens are of older weights
@@ -65,16 +66,14 @@ class Recipe(Section):
     @classmethod
     def _corrected(cls, given: Any) -> Any:
         """Tokens of older weights are weighted, where it is known how likely they were."""
-        names = ("rollout", "ppo", "servers")
-        parts = [given.get(name, {}) for name in names] if isinstance(given, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts):
+        if not isinstance(given, dict):
             return given
-        rollout, ppo, servers = parts
-        refill = RolloutSection.implied(rollout).get("schedule") == "refill"
-        known = rollout.get("temperature", 1.0) == 1.0 or (
-            servers.get("logprobs_mode") == "processed_logprobs"
-        )
-        if not (refill and known):
+        rollout, ppo, servers = (given.get(name, {}) for name in ("rollout", "ppo", "servers"))
+        if not all(isinstance(part, dict) for part in (rollout, ppo, servers)):
+            return given
+        processed = servers.get("logprobs_mode") == "processed_logprobs"
+        known = processed or rollout.get("temperature", 1.0) == 1.0
+        if not known or with_schedule(rollout).get("schedule") != "refill":
             return given
         return {**given, "ppo": {"importance_cap": USUAL_CAP} | ppo}
 

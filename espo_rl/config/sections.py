@@ -154,6 +154,13 @@ class TaskSection(Section):
         return self
 
 
+def with_schedule(given: dict[str, Any]) -> dict[str, Any]:
+    """A rollout section as it is given, with what schedule and max_staleness say of each other."""
+    if given.get("schedule") == "refill":
+        return {"max_staleness": 1} | given
+    return ({"schedule": "refill"} if given.get("max_staleness") else {}) | given
+
+
 class RolloutSection(Section):
     """How completions are sampled."""
 
@@ -180,13 +187,8 @@ class RolloutSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def implied(cls, given: Any) -> Any:
-        """What is given, with what one of the two says about the other."""
-        if isinstance(given, dict) and given.get("schedule") == "refill":
-            return {"max_staleness": 1} | given
-        if isinstance(given, dict) and given.get("max_staleness"):
-            return {"schedule": "refill"} | given
-        return given
+    def _implied(cls, given: Any) -> Any:
+        return with_schedule(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _schedule(self) -> RolloutSection:

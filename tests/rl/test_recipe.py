@@ -303,6 +303,53 @@ def test_a_critic_is_trained_where_something_reads_it(overrides: list[str], need
     assert load_recipe("arithmetic", overrides).needs_critic is needed
 
 
+@pytest.mark.parametrize(
+    ("overrides", "schedule", "ahead", "cap"),
+    [
+        ([], "batch", 0, None),
+        (["rollout.schedule=refill"], "refill", 1, 2.0),
+        (["rollout.max_staleness=1"], "refill", 1, 2.0),  # as it was said before
+        (["rollout.schedule=refill", "rollout.max_staleness=3"], "refill", 3, 2.0),
+        (["rollout.max_staleness=2", "ppo.importance_cap=1.5"], "refill", 2, 1.5),
+        (["rollout.max_staleness=2", "rollout.schedule=batch"], "batch", 0, None),
+        (["rollout.schedule=refill", "rollout.temperature=0.8"], "refill", 1, None),
+        (
+            [
+                "rollout.schedule=refill",
+                "rollout.temperature=0.8",
+                "servers.logprobs_mode=processed_logprobs",
+            ],
+            "refill",
+            1,
+            2.0,
+        ),
+    ],
+)
+def test_what_a_schedule_implies(
+    overrides: list[str], schedule: str, ahead: int, cap: float | None
+) -> None:
+    recipe = load_recipe("arithmetic", ["rollout.temperature=1.0", *overrides])
+    assert (recipe.rollout.schedule, recipe.rollout.ahead) == (schedule, ahead)
+    assert recipe.ppo.importance_cap == cap
+    # What is written down says it all, and reads as the same.
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.schedule=refill", "rollout.max_staleness=0"], "set max_staleness to 1 or more"),
+        (["rollout.schedule=batch", "rollout.max_staleness=1"], "rollout.max_staleness = 1 has no"),
+        (["rollout.schedule=refil"], "'batch' or 'refill'"),
+        (["rollout.max_staleness=-1"], "rollout.max_staleness"),
+        (["rollout.max_staleness=many"], "rollout.max_staleness"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("arithmetic", overrides)
+
+
 def test_a_missing_recipe_lists_those_that_ship() -> None:
     with pytest.raises(RecipeError, match="arithmetic"):
         load_recipe("no-such-recipe")

@@ -22,7 +22,7 @@ from study.runner import Stopped, check, run_study, stop_share
 from study.table import markdown
 
 STUDIES = Path(reproduce.__file__).parent / "studies"
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "ppo": {"title": "PPO", "seeds": 3, "settings": ["stopping.rule=none"]},
     "espo": {"title": "ESPO", "paper": {"accuracy": 46.28, "length": 3278}},
     "random": {"title": "random", "settings": ["stopping.rule=random"], "rate_of": "espo"},

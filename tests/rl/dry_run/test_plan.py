@@ -65,6 +65,15 @@ def test_a_whole_recipe(recipe_with: Callable[..., Recipe], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()  # it only looked
 
 
+def test_stale_tokens_that_cannot_be_weighted_are_warned_of(
+    recipe_with: Callable[..., Recipe],
+) -> None:
+    (warning,) = make_plan(recipe_with("rollout.schedule=refill"), LAPTOP).warnings
+    assert "servers.logprobs_mode = processed_logprobs" in warning
+    for known in ("servers.logprobs_mode=processed_logprobs", "rollout.temperature=1.0"):
+        assert make_plan(recipe_with("rollout.schedule=refill", known), LAPTOP).warnings == []
+
+
 def test_all_that_is_wrong_is_said_at_once(
     recipe_with: Callable[..., Recipe], tmp_path: Path
 ) -> None:

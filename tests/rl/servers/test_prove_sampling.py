@@ -147,3 +147,36 @@ async def test_a_server_that_cannot_be_asked_is_a_fault() -> None:
     async with served(Fleet("http://127.0.0.1:9"), []) as models:
         with pytest.raises(ServerError, match="cannot be asked"):
             await models.prove_sampling(PROBLEMS, PROMPTER)
+
+
+async def test_what_is_under_way_is_given_up_before_a_server_is_started_anew() -> None:
+    """Else it would be asked again of a server with the weights that it starts with."""
+    happened: list[str] = []
+    down = [SimpleNamespace(name="policy server")]
+
+    async def restart(server: Any, say: Any) -> None:
+        happened.append("restart")
+
+    async def fallen() -> list[Any]:
+        return down
+
+    async def on_fall() -> None:
+        happened.append("fall")
+
+    fleet: Any = SimpleNamespace(policy_urls=[], critic=None, down=fallen, restart=restart)
+    trainer: Any = Trainer()
+    models = ServedModels(
+        Recipe.model_validate({"model": {"path": "x"}}),
+        fleet,
+        trainer,
+        asyncio.Lock(),
+        [],
+        say=lambda text: None,
+        on_restart=lambda: happened.append("restarted"),
+        on_fall=on_fall,
+    )
+    assert await models.heal("it died")
+    assert happened == ["fall", "restart", "restarted"]
+    down.clear()
+    assert not await models.heal("nothing has")
+    assert len(happened) == 3
