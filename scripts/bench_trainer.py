@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -30,12 +29,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from espo_rl.record.output import OutputError, check_own, json_with
 from trainer_benchmark.cases import CASES, SHAPES, make_checkpoint
 from trainer_benchmark.turns import Side, SideError
+
+from espo_rl.record.output import OutputError, check_own, json_with
 
 #: the numbers of a side; medians over the turns, but of memory the most
 NUMBERS = ("update_s", "step_s", "peak_memory_mb", "update_processor_s", "rollout_s", "sync_s")
@@ -64,6 +63,7 @@ def parse() -> argparse.Namespace:
     names = [name for name in CASES if not name.startswith("quick")]
     parser.add_argument("--only", metavar="A,B", help="of " + ", ".join(names))
     parser.add_argument("--turns", type=int, default=5, help="of each side (default: 5)")
+    parser.add_argument("--rollouts", type=int, help="in a batch, a multiple of 16: a quicker look")
     parser.add_argument("--model", help="of the 135m cases, in place of a random one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     parser.add_argument("--no-servers", action="store_true", help="ours: the update alone")
@@ -81,15 +81,17 @@ def parse() -> argparse.Namespace:
 def measure(name: str, arguments: argparse.Namespace, *, peer: bool) -> dict[str, Any]:
     """One case, shown as soon as it is known."""
     case = CASES[name]
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         model = arguments.model if case.shape == "135m" else None
         model = model or str(make_checkpoint(SHAPES[case.shape], folder / "model"))
         serve = "alone" if arguments.no_servers else "serve"
-        sides = {"ours": stack.enter_context(Side("ours", [name, model, serve], folder / "ours"))}
+        batch = str(arguments.rollouts or SHAPES[case.shape].rollouts)
+        sides = {
+            "ours": stack.enter_context(Side("ours", [name, model, batch, serve], folder / "ours"))
+        }
         if peer:
-            sides["trl"] = stack.enter_context(Side("peer", [name, model], folder / "trl"))
+            sides["trl"] = stack.enter_context(Side("peer", [name, model, batch], folder / "trl"))
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         # The first turn of each is a warm-up and not counted.
         for turn in range(-1, arguments.turns):

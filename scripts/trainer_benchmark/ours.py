@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,10 @@ def made_up(
     ]
 
 
-async def main(name: str, model: str, *, serves: bool) -> None:
+async def main(name: str, model: str, rollouts: int, *, serves: bool) -> None:
     turns, meter = Turns(), Meter()
-    case, shape = CASES[name], SHAPES[CASES[name].shape]
+    case = CASES[name]
+    shape = replace(SHAPES[case.shape], rollouts=rollouts)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     problems = [Problem(str(i), PROMPT.format(10 + i), "") for i in range(shape.rollouts // GROUP)]
     recipe = recipe_of(case, shape, model, len(tokenizer.encode(problems[0].prompt)))
@@ -154,4 +156,4 @@ async def main(name: str, model: str, *, serves: bool) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], serves=sys.argv[3] == "serve"))
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), serves=sys.argv[4] == "serve"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -60,9 +62,9 @@ class Turn(TrainerCallback):
         return control
 
 
-def main(name: str, model: str) -> None:
+def main(name: str, model: str, rollouts: int) -> None:
     turns = Turns()
-    case, shape = CASES[name], SHAPES[CASES[name].shape]
+    shape = replace(SHAPES[CASES[name].shape], rollouts=rollouts)
     turn = Turn(turns)
     prompts = [{"prompt": PROMPT.format(10 + i)} for i in range(shape.rollouts // GROUP)]
     with tempfile.TemporaryDirectory() as folder:
@@ -73,8 +75,8 @@ def main(name: str, model: str) -> None:
             ],
             args=GRPOConfig(
                 output_dir=folder,
-                per_device_train_batch_size=shape.rows,
-                gradient_accumulation_steps=shape.rollouts // shape.rows,
+                per_device_train_batch_size=min(shape.rows, rollouts),
+                gradient_accumulation_steps=max(1, rollouts // shape.rows),
                 num_generations=GROUP,
                 max_completion_length=shape.tokens,
                 # The same work for both sides: nothing ends before its time.
@@ -84,6 +86,7 @@ def main(name: str, model: str) -> None:
                 temperature=1.0,
                 beta=0.0,
                 # As here: with float32 weights for the optimizer
+                use_cpu=not torch.cuda.is_available(),
                 bf16=shape.dtype == "bfloat16",
                 model_init_kwargs={"dtype": "float32"},
                 gradient_checkpointing=False,
@@ -101,4 +104,4 @@ def main(name: str, model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+SCRIPTS = Path(__file__).resolve().parents[1]
+
 
 class SideError(RuntimeError):
     """A side has ended before its time; the message says how its log ends."""
@@ -30,7 +32,11 @@ class Side:
         command = [sys.executable, "-m", f"trainer_benchmark.{module}", *arguments]
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=os.environ | {"PYTHONPATH": f"{SCRIPTS.parent}:{SCRIPTS}"},
             )
         self.hello = self._read()
 
