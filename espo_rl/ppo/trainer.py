@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from espo_rl.config import Recipe
 from espo_rl.ppo.critic import Critic, load_classifier
-from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
+from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed, one_arena
 from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
 from espo_rl.ppo.losses import (
     Statistics,
@@ -70,6 +70,7 @@ class PpoTrainer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        one_arena()
         import_deepspeed()
         from transformers import AutoModelForCausalLM
 
@@ -229,15 +230,10 @@ class PpoTrainer:
             if self.reference is not None:
                 asked = self._policies["reference"](self.reference, batch)
                 flat["reference"] = asked.logprobs
-            values = None
             if self.critic is not None:
-                values = self.critic(batch.tokens).cpu()
-            for row, (index, parts) in enumerate(self._by_sample(samples, batch, flat)):
+                flat["values"] = self._values(batch)
+            for index, parts in self._by_sample(samples, batch, flat):
                 mine[index] = ModelOutputs(**parts)
-                if values is not None:
-                    sample = samples[index]
-                    states = slice(sample.prompt - 1, len(sample.tokens) - 1)
-                    mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
     def _ask_actor(self, batch: MicroBatch, *, entropy: bool) -> Statistics:
@@ -317,12 +313,18 @@ class PpoTrainer:
             if ppo.importance_cap is not None:
                 served, cap = columns["served_logprobs"], ppo.importance_cap
                 columns["importance"], _ = importance_weights(old, served, cap)
-        return actor_loss(asked, batch.targets, columns, ppo)
+        return actor_loss(asked, columns, ppo)
+
+    def _values(self, batch: MicroBatch, *, after: bool = False) -> Tensor:
+        """V of the state before each kept token, or of the one after it, [kept tokens]."""
+        assert self.critic is not None
+        view = batch.view(packs=self.critic.module.packs)
+        values: Tensor = self.critic(**view.inputs)
+        return values.flatten().index_select(0, view.kept if after else view.before)
 
     def _critic_loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The same of the critic."""
-        assert self.critic is not None
-        values = self.critic(batch.tokens)[:, :-1][batch.response]
+        values = self._values(batch)
         old, returns = batch.columns["old_values"], batch.columns["returns"]
         loss = value_loss(values, old, returns, self._ppo.value_clip)
         return loss, {"critic_loss": loss}
@@ -412,13 +414,11 @@ class PpoTrainer:
     @collective
     @torch.no_grad()
     def _critic_values(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
-        assert self.critic is not None
         mine: dict[int, NDArray[np.float64]] = {}
         for batch in self._batches(samples):
-            values = self.critic(batch.tokens).double().cpu().numpy()
-            for row, index in enumerate(batch.indices):
-                sample = samples[index]
-                mine[index] = values[row, sample.prompt : len(sample.tokens)].copy()
+            flat = {"values": self._values(batch, after=True).double()}
+            for index, parts in self._by_sample(samples, batch, flat):
+                mine[index] = parts["values"].numpy()
         return self._everyones(mine)
 
     @collective
