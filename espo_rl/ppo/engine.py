@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from espo_rl.config import Recipe
+from espo_rl.ppo.parameters import trained
 
 #: of glibc's malloc.h
 M_ARENA_MAX = -8
@@ -31,7 +32,9 @@ class Engine:
         self._rate, self._ppo = learning_rate, recipe.ppo
         self._scheduled = "scheduler" in config  # by deepspeed.extra
         # A group with its own rate, as the config's is the actor's.
-        group = {"params": list(model.parameters()), "lr": learning_rate}
+        group = {"params": trained(model), "lr": learning_rate}
+        # What is not trained comes from where the recipe says, and is in no checkpoint.
+        self._partly = len(group["params"]) < len(list(model.parameters()))
         deepspeed = import_deepspeed()
         self._engine = deepspeed.initialize(model=model, model_parameters=[group], config=config)[0]
         self.grad_norm = 0.0  # of the last step, before clipping
@@ -44,7 +47,7 @@ class Engine:
 
     def _clip(self, optimizer: Any, *_: object) -> None:
         """Runs once the ranks' gradients are averaged, right before the optimizer."""
-        parameters = list(self.module.parameters())
+        parameters = trained(self.module)
         self._norm = nn.utils.clip_grad_norm_(parameters, self._ppo.max_grad_norm)
         # As DeepSpeed's own optimizers do, and by the attribute that it reads off them.
         optimizer.overflow = not bool(self._norm.isfinite())
@@ -97,7 +100,9 @@ class Engine:
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer and `state` in DeepSpeed's format."""
-        self._engine.save_checkpoint(str(folder), tag="state", client_state=state)
+        self._engine.save_checkpoint(
+            str(folder), tag="state", client_state=state, exclude_frozen_parameters=self._partly
+        )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote; returns its `state`.
@@ -106,7 +111,9 @@ class Engine:
             FileNotFoundError: there is no state: DeepSpeed itself goes on, or trips over it later.
         """
         if (folder / "state").is_dir():
-            path, state = self._engine.load_checkpoint(str(folder), tag="state")
+            path, state = self._engine.load_checkpoint(
+                str(folder), tag="state", load_module_strict=not self._partly
+            )
             if path is not None:
                 return dict(state)
         raise FileNotFoundError(f"no DeepSpeed state in {folder / 'state'}")

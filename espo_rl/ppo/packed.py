@@ -78,7 +78,9 @@ def takes_packed(model: Any) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or getattr(config, "attention_chunk_size", None):
+    if config._attn_implementation not in ("sdpa", ATTENTION):
+        return False
+    if getattr(config, "attention_chunk_size", None):
         return False
     texts = [torch.tensor(text) for text in ([1, 2, 3, 4, 5], [1, 2, 3, 6], [3, 2])]
     packed = Packed.of(texts, [3, 3, 1]).to(model.device)

@@ -144,8 +144,8 @@ class _Sliced(torch.autograd.Function):
         hidden, weight, bias, lse, spread = ctx.saved_tensors
         asked, (of_logprob, of_entropy, _) = ctx.asked, gradients
         by_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        by_weight = torch.empty_like(weight)
-        by_bias = None if bias is None else torch.empty_like(bias)
+        by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        by_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         for start, logits in _slices(hidden, weight, bias):
             inside, places = _within(asked.targets, start, logits)
             # log π is known, so π is; its gradient takes its place.
@@ -160,7 +160,8 @@ class _Sliced(torch.autograd.Function):
             slope = slope.div_(asked.temperature).to(weight.dtype)
             end = start + slope.shape[1]
             by_hidden += slope @ weight[start:end]
-            torch.mm(slope.T, hidden, out=by_weight[start:end])
+            if by_weight is not None:
+                torch.mm(slope.T, hidden, out=by_weight[start:end])
             if by_bias is not None:
                 by_bias[start:end] = slope.sum(0)
         return by_hidden.to(hidden.dtype), by_weight, by_bias, None

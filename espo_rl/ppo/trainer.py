@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,9 +19,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from espo_rl.config import Recipe
+from espo_rl.ppo.adapters import adapt, save_adapter, without_adapters
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed, one_arena
 from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
@@ -32,7 +34,7 @@ from espo_rl.ppo.losses import (
     token_logprobs,
     value_loss,
 )
-from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.ppo.parameters import TensorSpec, adapters, gathered, tensor_specs
 from espo_rl.ppo.policy import Policy
 from espo_rl.ppo.ranks import Ranks, collective
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
@@ -88,6 +90,7 @@ class PpoTrainer:
             actor.gradient_checkpointing_enable()
         temperature = recipe.rollout.temperature
         self._policies = {"actor": Policy(actor, temperature)}
+        adapt(actor, model)
         self.actor = Engine(recipe, actor, rate)
 
         self.critic: Engine | None = None
@@ -97,11 +100,14 @@ class PpoTrainer:
             )
             if model.gradient_checkpointing:
                 classifier.gradient_checkpointing_enable()
+            adapt(classifier, model)
             rate = self._ppo.critic_learning_rate or rate
             self.critic = Engine(recipe, Critic(classifier), rate)
 
         self.reference: Any = None
-        if self._ppo.kl_coefficient:
+        if self._ppo.kl_coefficient and model.lora_rank is not None and model.reference is None:
+            self.reference, self._policies["reference"] = self.actor, self._policies["actor"]
+        elif self._ppo.kl_coefficient:
             reference = AutoModelForCausalLM.from_pretrained(
                 model.reference or model.path, dtype=dtype
             )
@@ -228,7 +234,9 @@ class PpoTrainer:
         for batch in self._batches(samples):
             flat = self._said(self._ask_actor(batch, entropy=True)) if actor else {}
             if self.reference is not None:
-                asked = self._policies["reference"](self.reference, batch)
+                adapted = self.reference is self.actor
+                with without_adapters(self.actor.module) if adapted else nullcontext():
+                    asked = self._policies["reference"](self.reference, batch)
                 flat["reference"] = asked.logprobs
             if self.critic is not None:
                 flat["values"] = self._values(batch)
@@ -423,18 +431,19 @@ class PpoTrainer:
 
     @collective
     def save_models(self, folder: Path) -> None:
-        """Write actor and critic as Hugging Face checkpoints."""
+        """Write actor and critic as Hugging Face checkpoints, and adapters by themselves too."""
         for name in self._engines:
             model = self.module(name)
-            weights = self._whole(model)
+            weights = self._whole(gathered(model))
             if self.ranks.rank == 0:
                 model.save_pretrained(folder / name, state_dict=weights)
+            factors = self._whole(adapters(model))
+            if factors:
+                save_adapter(folder / name / "adapter", factors, self._recipe.model)
 
-    def _whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """Copies of all parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""
-        return {
-            name: tensor.cpu().clone() for name, tensor in gathered(model) if self.ranks.rank == 0
-        }
+    def _whole(self, parameters: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copies of parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""
+        return {name: tensor.cpu().clone() for name, tensor in parameters if self.ranks.rank == 0}
 
     @collective
     def save(self, folder: Path) -> None:

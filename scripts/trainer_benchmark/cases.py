@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,12 +47,12 @@ SINGLE = {"epochs": 1, "minibatches": 1}
 
 @dataclass(frozen=True)
 class Case:
-    """ppo: this project's settings; lora: the rank of both sides' adapters."""
+    """ppo: this project's settings. lora: the rank of both sides' adapters, if there are any."""
 
     shape: str
     ppo: dict[str, Any]
     what: str
-    model: dict[str, Any] = field(default_factory=dict)
+    lora: int | None = None
 
 
 CASES = {
@@ -62,8 +62,9 @@ CASES = {
     "135m-group": Case("135m", {"advantage": "group", **SINGLE}, "like for like"),
     "135m-default": Case("135m", {"advantage": "group"}, "two minibatches"),
     "135m-ppo": Case("135m", SINGLE, "with a critic, which TRL has not"),
+    "135m-lora": Case("135m", {"advantage": "group", **SINGLE}, "adapters of rank 16", 16),
     "quick-group": Case("quick", {"advantage": "group", **SINGLE}, "of the tests"),
-    "quick-ppo": Case("quick", SINGLE, "of the tests, with a critic"),
+    "quick-lora": Case("quick", SINGLE, "of the tests, with a critic and adapters", 2),
 }
 
 

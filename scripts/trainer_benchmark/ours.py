@@ -30,7 +30,7 @@ from trainer_benchmark.turns import Meter, Turns
 def recipe_of(case: Case, shape: Shape, model: str, prompt: int) -> Recipe:
     return Recipe.model_validate(
         {
-            "model": {"path": model, "dtype": shape.dtype, **case.model},
+            "model": {"path": model, "dtype": shape.dtype, "lora_rank": case.lora},
             "task": {"chat": False},
             "rollout": {
                 "prompts_per_step": shape.rollouts // GROUP,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -64,7 +65,8 @@ class Turn(TrainerCallback):
 
 def main(name: str, model: str, rollouts: int) -> None:
     turns = Turns()
-    shape = replace(SHAPES[CASES[name].shape], rollouts=rollouts)
+    case = CASES[name]
+    shape = replace(SHAPES[case.shape], rollouts=rollouts)
     turn = Turn(turns)
     prompts = [{"prompt": PROMPT.format(10 + i)} for i in range(shape.rollouts // GROUP)]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +101,8 @@ def main(name: str, model: str, rollouts: int) -> None:
             train_dataset=Dataset.from_list(prompts),
             processing_class=AutoTokenizer.from_pretrained(model),
             callbacks=[turn],
+            peft_config=case.lora
+            and LoraConfig(r=case.lora, lora_alpha=2 * case.lora, target_modules="all-linear"),
         )
         turn.trainer.train()
 
