@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trainer_benchmark.cases import CASES, SHAPES, make_checkpoint
 from trainer_benchmark.turns import Side, SideError
 
-from espo_rl.record.output import OutputError, check_own, json_with
+from espo_rl.record.output import OutputError, check_own
 
 #: the numbers of a side; medians over the turns, but of memory the most
 NUMBERS = ("update_s", "step_s", "peak_memory_mb", "update_processor_s", "rollout_s", "sync_s")
@@ -47,13 +47,18 @@ def main() -> None:
         print("TRL is not installed (pip install trl): only this project is measured")
     try:
         if arguments.json:
-            own = json_with("quick-group")
-            check_own(arguments.json, "--json", "report of this benchmark", own)
+            check_own(arguments.json, "--json", "report of this benchmark", json_of_cases)
         report = {name: measure(name, arguments, peer=peer) for name in arguments.names}
     except (OutputError, SideError) as error:
         sys.exit(f"bench_trainer: {error}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def json_of_cases(file: Path) -> bool:
+    """Whether it is a report of this benchmark."""
+    content = json.loads(file.read_bytes())
+    return isinstance(content, dict) and bool(content) and content.keys() <= CASES.keys()
 
 
 def parse() -> argparse.Namespace:

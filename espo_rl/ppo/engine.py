@@ -24,6 +24,9 @@ class Engine:
 
     def __init__(self, recipe: Recipe, model: nn.Module, learning_rate: float) -> None:
         config = merged(training_config(recipe), recipe.deepspeed.extra)
+        if config["optimizer"]["params"].get("torch_adam"):
+            # One pass over weights and states, and no copies of them in between
+            config["optimizer"]["params"].setdefault("fused", True)
         # Without ZeRO, DeepSpeed clips float32 gradients but forgets their norm: clip here then.
         clips_here = config["zero_optimization"]["stage"] == 0 and not config["bf16"]["enabled"]
         if clips_here:

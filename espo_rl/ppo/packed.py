@@ -20,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "espo_sdpa"
 #: a share of the tokens; where less of them is padding or said before, rows are as good
 LEAST = 0.05
+#: tokens of rows up to which a CPU attends faster in float32: its kernel for bfloat16 is slow there
+SHORT = 256
 #: how far logits may be from those of rows, in their standard deviations: rounding
 CLOSE = {torch.float32: 1e-3}
 CLOSE_ROUGHLY = 0.1
@@ -150,9 +152,11 @@ def _attention(
         places = torch.arange(shape[1], device=query.device)
         behind = places[:, None] - places
         mask = ((behind >= 0) & (behind < window))[None, None]
-    rows = (in_rows(one) for one in (query, key, value))
+    rows = [in_rows(one) for one in (query, key, value)]
+    if query.device.type == "cpu" and query.dtype is torch.bfloat16 and shape[1] <= SHORT:
+        rows = [one.float() for one in rows]
     said, _ = sdpa_attention_forward(module, *rows, mask, **settings)
-    return said.flatten(0, 1).index_select(0, back)[None], None
+    return said.flatten(0, 1).index_select(0, back).to(query.dtype)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
