@@ -35,9 +35,10 @@ class Engine:
         self._rate, self._ppo = learning_rate, recipe.ppo
         self._scheduled = "scheduler" in config  # by deepspeed.extra
         # A group with its own rate, as the config's is the actor's.
-        group = {"params": trained(model), "lr": learning_rate}
+        moved = trained(model)
+        group = {"params": moved, "lr": learning_rate}
         # What is not trained comes from where the recipe says, and is in no checkpoint.
-        self._partly = len(group["params"]) < len(list(model.parameters()))
+        self._partly = len(moved) < len(list(model.parameters()))
         deepspeed = import_deepspeed()
         self._engine = deepspeed.initialize(model=model, model_parameters=[group], config=config)[0]
         self.grad_norm = 0.0  # of the last step, before clipping

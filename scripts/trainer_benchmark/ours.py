@@ -86,10 +86,10 @@ def made_up(
     ]
 
 
-async def main(name: str, model: str, rollouts: int, *, serves: bool) -> None:
+async def main(name: str, model: str, count: int, *, serves: bool) -> None:
     turns, meter = Turns(), Meter()
     case = CASES[name]
-    shape = replace(SHAPES[case.shape], rollouts=rollouts)
+    shape = replace(SHAPES[case.shape], rollouts=count)
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     problems = [Problem(str(i), PROMPT.format(10 + i), "") for i in range(shape.rollouts // GROUP)]
     recipe = recipe_of(case, shape, model, len(tokenizer.encode(problems[0].prompt)))

@@ -101,8 +101,9 @@ def main(name: str, model: str, rollouts: int) -> None:
             train_dataset=Dataset.from_list(prompts),
             processing_class=AutoTokenizer.from_pretrained(model),
             callbacks=[turn],
-            peft_config=case.lora
-            and LoraConfig(r=case.lora, lora_alpha=2 * case.lora, target_modules="all-linear"),
+            peft_config=None
+            if case.lora is None
+            else LoraConfig(r=case.lora, lora_alpha=2 * case.lora, target_modules="all-linear"),
         )
         turn.trainer.train()
 
