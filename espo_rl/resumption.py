@@ -29,6 +29,10 @@ FIXED = {
     "model.path": "the weights are the checkpoint's",
     "model.critic": "the weights are the checkpoint's",
     "model.dtype": "the optimizer's state is of that type",
+    **{
+        f"model.{key}": "the adapters are the checkpoint's"
+        for key in ("lora_rank", "lora_alpha", "lora_targets")
+    },
     "task": "it decides which problem comes next",
     "stopping.audit_share": "the run's audits are counted by it",
     "deepspeed": "the optimizer's state is laid out by it",

@@ -83,6 +83,12 @@ IDLE = (
         "ppo.kl_coefficient above 0",
     ),
     Idle(
+        "model.lora_alpha model.lora_targets",
+        "model.lora_rank",
+        lambda recipe: recipe.model.lora_rank is None,
+        "model.lora_rank",
+    ),
+    Idle(
         "model.critic ppo.critic_learning_rate ppo.value_clip",
         "ppo.advantage ppo.baseline stopping.rule stopping.value",
         lambda recipe: not recipe.needs_critic,

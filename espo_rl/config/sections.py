@@ -73,6 +73,13 @@ class Model(Section):
         "float32"  # of weights, in the trainer and in the servers
     )
     gradient_checkpointing: bool = False  # less memory in the update, for a third more time
+    # LoRA: the policy's weights stay as they are, adapters of this rank beside its linear layers
+    # learn. A critic is a head on frozen layers then, and without model.reference the KL term
+    # compares with the policy without its adapters
+    lora_rank: Annotated[int, Field(ge=1, le=4096)] | None = None
+    lora_alpha: Positive | None = None  # adapters count alpha / rank; None: twice the rank
+    # Names of layers, such as ["q_proj", "v_proj"]; None: all linear ones but the head
+    lora_targets: Annotated[list[Tag], Field(min_length=1)] | None = None
 
 
 class TaskSection(Section):

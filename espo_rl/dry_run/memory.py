@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from espo_rl.config import Recipe
+from espo_rl.ppo.parameters import trained
 
 #: numbers in a slice of a micro-batch's logits on a GPU (`ppo/policy.py`), and float32 copies of it
 #: alive at once, at most; models with soft caps or scales have whole ones
@@ -35,6 +36,7 @@ class Shape:
     key_values: int  # numbers kept a token and layer for keys, as many again for values
     vocabulary: int
     positions: int  # longest text it knows
+    trained: int  # of the parameters
 
     @classmethod
     def of(cls, model: Any) -> Shape:
@@ -44,6 +46,7 @@ class Shape:
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            trained=sum(parameter.numel() for parameter in trained(model)),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -73,14 +76,15 @@ def width(recipe: Recipe) -> int:
 
 
 def training_parts(recipe: Recipe, name: str, shape: Shape, ranks: int) -> list[Part]:
-    """A model in training: weights, gradients, Adam's states (device: of each rank)."""
+    """A model in training: weights, and gradients and Adam's states of what is trained of them
+    (device: of each rank)."""
     stage, offload = recipe.deepspeed.zero_stage, recipe.deepspeed.offload
-    size, count = width(recipe), shape.parameters
+    size, count = width(recipe), shape.trained
     split = ranks if stage >= 1 else 1
     # Plain float32 training has no copy of the weights for the optimizer.
     master = 0 if stage == 0 and size == 4 else 4
     states = (master + 8) * count / split
-    weights = size * count / (ranks if stage == 3 else 1)
+    weights = size * shape.parameters / (ranks if stage == 3 else 1)
     gradients = size * count / (ranks if stage >= 2 else 1)
     if stage == 0 and size == 2:
         gradients += 4 * count  # the optimizer takes them in float32
@@ -104,7 +108,7 @@ def training_parts(recipe: Recipe, name: str, shape: Shape, ranks: int) -> list[
         zero = recipe.deepspeed.extra.get("zero_optimization", {})
         bucket = zero.get("reduce_bucket_size", BUCKET)
         live = zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)
-        whole = min(live, count) if stage == 3 else 0
+        whole = min(live, shape.parameters) if stage == 3 else 0
         bucket = bucket if stage == 3 else min(bucket, count)
         parts.append(Part(f"{name}: DeepSpeed's buffers", size * (bucket + whole), sure=False))
     return parts
@@ -156,14 +160,15 @@ def cache_bytes(recipe: Recipe, shape: Shape, tokens: int) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe, models: Sequence[Shape]) -> int:
-    """One checkpoint, of all ranks together: weights, the optimizer's copy of them, Adam's states.
+    """One checkpoint, of all ranks together: weights, the optimizer's copy of them, Adam's states;
+    of what is trained.
 
     Under ZeRO-3 the copy alone is written.
     """
     stage, size = recipe.deepspeed.zero_stage, width(recipe)
     weights = 0 if stage == 3 else size
     master = 0 if stage == 0 and size == 4 else 4
-    return (weights + master + 8) * sum(shape.parameters for shape in models)
+    return (weights + master + 8) * sum(shape.trained for shape in models)
 
 
 def rollout_bytes(recipe: Recipe, longest: int) -> float:

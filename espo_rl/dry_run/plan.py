@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from espo_gateway.vllm_plugin.__main__ import last_value
-from espo_rl.config import Recipe, RecipeError
+from espo_rl.config import Model, Recipe, RecipeError
 from espo_rl.dry_run import memory
 from espo_rl.dry_run.footprint import Footprint, Machine, tensor_parallel
 from espo_rl.dry_run.memory import Shape
+from espo_rl.ppo.adapters import AdapterError, adapt
 from espo_rl.rollouts.collector import Prompter
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
@@ -134,12 +135,13 @@ def _models(plan: RunPlan) -> None:
     wanted = {"actor": ("model.path", model.path)}
     if plan.recipe.needs_critic:
         wanted["critic"] = ("model.critic", model.critic) if model.critic else wanted["actor"]
-    if plan.recipe.ppo.kl_coefficient:
+    if plan.recipe.ppo.kl_coefficient and (model.lora_rank is None or model.reference):
         given = ("model.reference", model.reference) if model.reference else wanted["actor"]
         wanted["reference"] = given
     for name, (key, path) in wanted.items():
         with _collected(plan):
-            plan.shapes[name] = load_shape(key, path, classifier=name == "critic")
+            lora = None if name == "reference" else model
+            plan.shapes[name] = load_shape(key, path, classifier=name == "critic", lora=lora)
     plan.errors = list(dict.fromkeys(plan.errors))  # the critic may be the actor's folder
 
 
@@ -157,8 +159,13 @@ def check_model_folder(key: str, name: str) -> None:
         )
 
 
-def load_shape(key: str, name: str, *, classifier: bool = False) -> Shape:
+def load_shape(
+    key: str, name: str, *, classifier: bool = False, lora: Model | None = None
+) -> Shape:
     """The shape of a checkpoint, from its configuration alone.
+
+    Args:
+        lora: of a model in training: what it says of adapters.
 
     Raises:
         RecipeError: there is none, it cannot be reached, or transformers does not know its kind.
@@ -179,7 +186,11 @@ def load_shape(key: str, name: str, *, classifier: bool = False) -> Shape:
         if classifier:
             config.num_labels = 1
         with torch.device("meta"):
-            return Shape.of(kind.from_config(config))
+            model = kind.from_config(config)
+            adapt(model, lora)
+            return Shape.of(model)
+    except AdapterError as error:
+        raise RecipeError(str(error)) from error
     except Exception as error:  # transformers and the hub's client raise nearly anything
         if folder.is_dir():
             raise RecipeError(f"{key}: {folder} is no model that can be used: {error}") from error

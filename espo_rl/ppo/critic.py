@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espo_rl.ppo.packed import takes_packed
+
 
 class Critic(nn.Module):
     """A sequence classifier with one label, read at each position.
@@ -18,15 +20,24 @@ class Critic(nn.Module):
     def __init__(self, classifier: Any) -> None:
         super().__init__()
         self.classifier = classifier
+        self.packs = takes_packed(self._body)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Values of the state after each token, [batch, time] -> [batch, time]."""
-        return self.classifier.score(self.states(tokens)).squeeze(-1).float()
+    @property
+    def _body(self) -> Any:
+        return getattr(self.classifier, self.classifier.base_model_prefix)
 
-    def states(self, tokens: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
+        """Values of the state after each token, [batch, time] -> [batch, time].
+
+        layout: of packed tokens, see `MicroBatch.view`.
+        """
+        return self.classifier.score(self.states(input_ids, **layout)).squeeze(-1).float()
+
+    def states(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
         """What the head reads, [batch, time] -> [batch, time, hidden]."""
-        body = getattr(self.classifier, self.classifier.base_model_prefix)
-        hidden: Tensor = body(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden: Tensor = self._body(
+            input_ids=input_ids, use_cache=False, **layout
+        ).last_hidden_state
         return hidden
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ import torch
 from torch import nn
 
 from espo_rl.config import Recipe
+from espo_rl.ppo.parameters import trained
+
+#: of glibc's malloc.h
+M_ARENA_MAX = -8
 
 
 class Engine:
@@ -19,6 +24,9 @@ class Engine:
 
     def __init__(self, recipe: Recipe, model: nn.Module, learning_rate: float) -> None:
         config = merged(training_config(recipe), recipe.deepspeed.extra)
+        if config["optimizer"]["params"].get("torch_adam"):
+            # One pass over weights and states, and no copies of them in between
+            config["optimizer"]["params"].setdefault("fused", True)
         # Without ZeRO, DeepSpeed clips float32 gradients but forgets their norm: clip here then.
         clips_here = config["zero_optimization"]["stage"] == 0 and not config["bf16"]["enabled"]
         if clips_here:
@@ -27,7 +35,10 @@ class Engine:
         self._rate, self._ppo = learning_rate, recipe.ppo
         self._scheduled = "scheduler" in config  # by deepspeed.extra
         # A group with its own rate, as the config's is the actor's.
-        group = {"params": list(model.parameters()), "lr": learning_rate}
+        moved = trained(model)
+        group = {"params": moved, "lr": learning_rate}
+        # What is not trained comes from where the recipe says, and is in no checkpoint.
+        self._partly = len(moved) < len(list(model.parameters()))
         deepspeed = import_deepspeed()
         self._engine = deepspeed.initialize(model=model, model_parameters=[group], config=config)[0]
         self.grad_norm = 0.0  # of the last step, before clipping
@@ -40,7 +51,7 @@ class Engine:
 
     def _clip(self, optimizer: Any, *_: object) -> None:
         """Runs once the ranks' gradients are averaged, right before the optimizer."""
-        parameters = list(self.module.parameters())
+        parameters = trained(self.module)
         self._norm = nn.utils.clip_grad_norm_(parameters, self._ppo.max_grad_norm)
         # As DeepSpeed's own optimizers do, and by the attribute that it reads off them.
         optimizer.overflow = not bool(self._norm.isfinite())
@@ -93,7 +104,9 @@ class Engine:
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer and `state` in DeepSpeed's format."""
-        self._engine.save_checkpoint(str(folder), tag="state", client_state=state)
+        self._engine.save_checkpoint(
+            str(folder), tag="state", client_state=state, exclude_frozen_parameters=self._partly
+        )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Read what `save` wrote; returns its `state`.
@@ -102,7 +115,9 @@ class Engine:
             FileNotFoundError: there is no state: DeepSpeed itself goes on, or trips over it later.
         """
         if (folder / "state").is_dir():
-            path, state = self._engine.load_checkpoint(str(folder), tag="state")
+            path, state = self._engine.load_checkpoint(
+                str(folder), tag="state", load_module_strict=not self._partly
+            )
             if path is not None:
                 return dict(state)
         raise FileNotFoundError(f"no DeepSpeed state in {folder / 'state'}")
@@ -180,6 +195,17 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             value = merged(old, value)
         result[key] = value
     return result
+
+
+def one_arena() -> None:
+    """Have all threads take memory from one place.
+
+    By default glibc gives each thread an arena of its own and keeps there what is freed, so that
+    updates in one thread after the other would each keep an update's memory.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if set_option is not None:
+        set_option(M_ARENA_MAX, 1)
 
 
 def import_deepspeed() -> Any:

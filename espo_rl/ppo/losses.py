@@ -105,22 +105,18 @@ def kl_estimate(sampled: Tensor, other: Tensor, kind: Literal["k1", "k2", "k3"])
 
 
 def actor_loss(
-    policy: Tensor | Statistics, tokens: Tensor, columns: Mapping[str, Tensor], ppo: Ppo
+    policy: Statistics, columns: Mapping[str, Tensor], ppo: Ppo
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What the actor minimises, per token, and what to report.
 
     Args:
-        policy: logits at the sampling temperature, [tokens, vocabulary], or what they say; of its
-            entropy only where there is a bonus.
-        tokens: the ones sampled, [tokens].
+        policy: at the sampling temperature; its entropy only where there is a bonus.
         columns: each [tokens]: `old_logprobs`, `advantages`; `importance`, the weights against the
             server's policy, where there are any; `reference_logprobs`, where a KL is in the loss.
 
     Returns:
         the loss [tokens], and the metrics' per-token values, each [tokens].
     """
-    if isinstance(policy, Tensor):
-        policy = Statistics(token_logprobs(policy, tokens), entropy(policy))
     logprobs = policy.logprobs
     surrogate = policy_loss(
         logprobs,

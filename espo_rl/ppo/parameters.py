@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+#: in the names of peft's own parameters
+ADAPTER = ".lora_"
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ def tensor_specs(model: torch.nn.Module, dtype: torch.dtype | None = None) -> li
     """Specs of a model's parameters, in their order; a tied LM head is the embedding, listed once.
 
     Args:
-        model: Hugging Face model, sharded by ZeRO-3 or not.
+        model: Hugging Face model, sharded by ZeRO-3 or not, with adapters or without.
         dtype: what to send; each parameter's own when not given.
     """
     return [
         TensorSpec(name, dtype or parameter.dtype, full_shape(parameter))
-        for name, parameter in model.named_parameters()
+        for name, parameter, _ in _plain(model)
     ]
 
 
@@ -44,13 +49,54 @@ def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's parameters one by one, each whole only while it is used.
 
-    Under ZeRO-3 gathering is a collective: every rank must go through the whole iterator.
+    What adapters add to one is in it: a copy, the parameter itself stays as it is. Under ZeRO-3
+    gathering is a collective: every rank must go through the whole iterator.
     """
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([parameter]):
+    for name, parameter, layer in _plain(model):
+        if layer is None:
+            with whole(parameter):
                 yield name, parameter.detach()
-        else:
-            yield name, parameter.detach()
+            continue
+        first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with whole(parameter, first, second), torch.no_grad():
+            added = layer.scaling["default"] * (second.float() @ first.float())
+            if layer.fan_in_fan_out:
+                added = added.T
+            yield name, (parameter.float() + added).to(parameter.dtype)
+
+
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The adapters' own parameters, in the same way."""
+    for name, parameter in model.named_parameters():
+        if ADAPTER in name:
+            with whole(parameter):
+                yield name, parameter.detach()
+
+
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that an optimizer moves."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _plain(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:
+    """Parameters of the model without adapters, by its own names; with the layer, if adapted."""
+    adapted = {
+        f"{name}.base_layer.weight": layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "base_layer")
+    }
+    for name, parameter in model.named_parameters():
+        if ADAPTER not in name:
+            yield name.replace(".base_layer.", "."), parameter, adapted.get(name)
+
+
+@contextmanager
+def whole(*parameters: torch.nn.Parameter) -> Iterator[None]:
+    """Under ZeRO-3 a collective: parameters of any rank are whole meanwhile."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters)):
+        yield

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from espo_rl.ppo.losses import Statistics, entropy, token_logprobs
+from espo_rl.ppo.packed import takes_packed
 from espo_rl.ppo.samples import MicroBatch
 
 #: numbers in a slice's logits: on a CPU few enough for its cache, on a GPU enough to keep it busy
@@ -34,6 +35,7 @@ class Policy:
         self._temperature = temperature
         linear = model.get_output_embeddings()
         self._head = Head(linear) if _says_all(model, linear) else None
+        self._packs = takes_packed(model)
 
     def __call__(
         self, model: Any, batch: MicroBatch, *, entropy: bool = False, raw: bool = False
@@ -44,15 +46,14 @@ class Policy:
             entropy: wanted, too.
             raw: log π before temperature is wanted, too; it has no gradient.
         """
-        targets = batch.targets
+        targets, view = batch.targets, batch.view(packs=self._packs)
         if self._head is None:
-            logits = model(input_ids=batch.tokens, use_cache=False).logits
-            return _whole(
-                logits[:, :-1][batch.response].float(), targets, self._temperature, entropy, raw
-            )
-        self._head.question = Question(batch.response, targets, self._temperature, entropy, raw)
+            logits = model(**view.inputs, use_cache=False).logits.flatten(0, 1)
+            kept = logits.index_select(0, view.before).float()
+            return _whole(kept, targets, self._temperature, entropy, raw)
+        self._head.question = Question(view.before, targets, self._temperature, entropy, raw)
         try:
-            answer = model(input_ids=batch.tokens, use_cache=False).logits
+            answer = model(**view.inputs, use_cache=False).logits
         finally:
             self._head.question = None
         logprobs, spread, before = answer.unbind()
@@ -63,7 +64,7 @@ class Policy:
 class Question:
     """At which positions what is asked of the head; see Policy."""
 
-    response: Tensor  # where the next token is a kept one, bool [rows, time - 1]
+    places: Tensor  # of the states before the kept tokens, [tokens]
     targets: Tensor  # [tokens]
     temperature: float
     entropy: bool
@@ -86,7 +87,7 @@ class Head:
         asked = self.question
         if asked is None:
             return self._plain(hidden)
-        kept = hidden[:, :-1][asked.response]
+        kept = hidden.flatten(0, 1).index_select(0, asked.places)
         return torch.stack(_Sliced.apply(kept, self._linear.weight, self._linear.bias, asked))
 
 
@@ -143,8 +144,8 @@ class _Sliced(torch.autograd.Function):
         hidden, weight, bias, lse, spread = ctx.saved_tensors
         asked, (of_logprob, of_entropy, _) = ctx.asked, gradients
         by_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        by_weight = torch.empty_like(weight)
-        by_bias = None if bias is None else torch.empty_like(bias)
+        by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        by_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         for start, logits in _slices(hidden, weight, bias):
             inside, places = _within(asked.targets, start, logits)
             # log π is known, so π is; its gradient takes its place.
@@ -159,7 +160,8 @@ class _Sliced(torch.autograd.Function):
             slope = slope.div_(asked.temperature).to(weight.dtype)
             end = start + slope.shape[1]
             by_hidden += slope @ weight[start:end]
-            torch.mm(slope.T, hidden, out=by_weight[start:end])
+            if by_weight is not None:
+                torch.mm(slope.T, hidden, out=by_weight[start:end])
             if by_bias is not None:
                 by_bias[start:end] = slope.sum(0)
         return by_hidden.to(hidden.dtype), by_weight, by_bias, None

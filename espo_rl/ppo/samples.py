@@ -1,6 +1,7 @@
-"""From rollouts to training samples, and on to padded micro-batches shared out over the ranks.
+"""From rollouts to training samples, and on to micro-batches shared out over the ranks.
 
-Padding is on the right and needs no attention mask in a causal model: no real token sees it.
+Rows are padded on the right, which needs no attention mask in a causal model: no real token sees
+it. For models that can, the same tokens come without padding, too (`packed.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from espo_gateway.stop.regret import MISSING_LOGPROB
+from espo_rl.ppo.packed import Packed, inputs
 from espo_rl.types import Rollout
 
 
@@ -62,11 +64,32 @@ class MicroBatch:
     tokens: Tensor  # [rows, time]
     response: Tensor  # where the next token is a kept one, bool [rows, time - 1]
     columns: dict[str, Tensor]  # each [kept tokens of all rows], row after row
+    packed: Packed | None = None  # the same tokens without padding, where that is worthwhile
 
     @property
     def targets(self) -> Tensor:
         """The kept tokens, row after row."""
         return self.tokens[:, 1:][self.response]
+
+    def view(self, *, packs: bool) -> View:
+        """What a model is called with; packs: it takes packed tokens."""
+        rows = nn.functional.pad(self.response, (0, 1)).flatten().nonzero().squeeze(1)
+        if self.packed is None or not packs:
+            return View({"input_ids": self.tokens}, rows, rows + 1)
+        line = self.packed.layout[0, 0].flatten()
+        return View(inputs(self.packed), line[rows], line[rows + 1])
+
+
+@dataclass(frozen=True)
+class View:
+    """A micro-batch as a model sees it.
+
+    before, kept: where, in its answers in a line, that before each kept token is, and that at it.
+    """
+
+    inputs: dict[str, Tensor]
+    before: Tensor
+    kept: Tensor
 
 
 def micro_batches(
@@ -80,24 +103,49 @@ def micro_batches(
     Args:
         budget: padded tokens of one micro-batch; a longer sample is alone in one.
     """
-    for indices in share([len(sample.tokens) for sample in samples], budget, rank, ranks):
+    lengths = [len(sample.tokens) for sample in samples]
+    groups = [sample.group for sample in samples]
+    for indices in share(lengths, budget, rank, ranks, groups):
         yield _collate(samples, indices, device)
 
 
-def share(lengths: Sequence[int], budget: int, rank: int, ranks: int) -> list[list[int]]:
-    """Indices of the samples in each micro-batch of one rank; rows of like length together."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares = [_cut(order[start::ranks], lengths, budget) for start in range(ranks)]
+def share(
+    lengths: Sequence[int],
+    budget: int,
+    rank: int,
+    ranks: int,
+    groups: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Indices of the samples in each micro-batch of one rank.
+
+    Rows of like length are together; those of a group instead, as they share a prompt, where that
+    makes no more micro-batches.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest: dict[int, int] = {}
+    for i in by_length:
+        longest.setdefault(groups[i] if groups else i, lengths[i])
+    orders = [by_length]
+    if groups:
+        by_group = sorted(by_length, key=lambda i: (-longest[groups[i]], groups[i]))
+        orders.insert(0, by_group)
+    ways = [
+        [_cut(order[start::ranks], lengths, budget) for start in range(ranks)] for order in orders
+    ]
+    shares = min(ways, key=lambda of: max(map(len, of)))
     dummies = max(map(len, shares)) - len(shares[rank])
     return shares[rank] + [[]] * dummies
 
 
 def _cut(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    cuts = []
-    while order:
-        rows = max(1, budget // lengths[order[0]])
-        cuts.append(order[:rows])
-        order = order[rows:]
+    cuts: list[list[int]] = []
+    longest = 0
+    for i in order:
+        longest = max(longest, lengths[i])
+        if not cuts or (len(cuts[-1]) + 1) * longest > budget:
+            cuts.append([])
+            longest = lengths[i]
+        cuts[-1].append(i)
     return cuts
 
 
@@ -107,6 +155,7 @@ def _collate(
     rows = [samples[i] for i in indices]
     # A dummy is the shortest text that has a next token.
     texts = [row.tokens for row in rows] or [samples[0].tokens[:2]]
+    packed = Packed.of(texts, [row.prompt for row in rows] or [0])
     tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     response = torch.zeros_like(tokens[:, 1:], dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -115,4 +164,10 @@ def _collate(
         name: torch.cat([row.columns[name] for row in rows] or [torch.zeros(0)]).to(device)
         for name in samples[0].columns
     }
-    return MicroBatch(indices, tokens.to(device), response.to(device), columns)
+    return MicroBatch(
+        indices,
+        tokens.to(device),
+        response.to(device),
+        columns,
+        packed.to(device) if packed.worthwhile else None,
+    )

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,11 +19,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from espo_rl.config import Recipe
+from espo_rl.ppo.adapters import adapt, save_adapter, without_adapters
 from espo_rl.ppo.critic import Critic, load_classifier
-from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
+from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed, one_arena
 from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
 from espo_rl.ppo.losses import (
     Statistics,
@@ -32,7 +34,7 @@ from espo_rl.ppo.losses import (
     token_logprobs,
     value_loss,
 )
-from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.ppo.parameters import TensorSpec, adapters, gathered, tensor_specs
 from espo_rl.ppo.policy import Policy
 from espo_rl.ppo.ranks import Ranks, collective
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
@@ -70,6 +72,7 @@ class PpoTrainer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        one_arena()
         import_deepspeed()
         from transformers import AutoModelForCausalLM
 
@@ -87,6 +90,7 @@ class PpoTrainer:
             actor.gradient_checkpointing_enable()
         temperature = recipe.rollout.temperature
         self._policies = {"actor": Policy(actor, temperature)}
+        adapt(actor, model)
         self.actor = Engine(recipe, actor, rate)
 
         self.critic: Engine | None = None
@@ -96,11 +100,14 @@ class PpoTrainer:
             )
             if model.gradient_checkpointing:
                 classifier.gradient_checkpointing_enable()
+            adapt(classifier, model)
             rate = self._ppo.critic_learning_rate or rate
             self.critic = Engine(recipe, Critic(classifier), rate)
 
         self.reference: Any = None
-        if self._ppo.kl_coefficient:
+        if self._ppo.kl_coefficient and model.lora_rank is not None and model.reference is None:
+            self.reference, self._policies["reference"] = self.actor, self._policies["actor"]
+        elif self._ppo.kl_coefficient:
             reference = AutoModelForCausalLM.from_pretrained(
                 model.reference or model.path, dtype=dtype
             )
@@ -227,17 +234,14 @@ class PpoTrainer:
         for batch in self._batches(samples):
             flat = self._said(self._ask_actor(batch, entropy=True)) if actor else {}
             if self.reference is not None:
-                asked = self._policies["reference"](self.reference, batch)
+                adapted = self.reference is self.actor
+                with without_adapters(self.actor.module) if adapted else nullcontext():
+                    asked = self._policies["reference"](self.reference, batch)
                 flat["reference"] = asked.logprobs
-            values = None
             if self.critic is not None:
-                values = self.critic(batch.tokens).cpu()
-            for row, (index, parts) in enumerate(self._by_sample(samples, batch, flat)):
+                flat["values"] = self._values(batch)
+            for index, parts in self._by_sample(samples, batch, flat):
                 mine[index] = ModelOutputs(**parts)
-                if values is not None:
-                    sample = samples[index]
-                    states = slice(sample.prompt - 1, len(sample.tokens) - 1)
-                    mine[index].values = values[row, states].clone()
         return self._everyones(mine)
 
     def _ask_actor(self, batch: MicroBatch, *, entropy: bool) -> Statistics:
@@ -317,12 +321,18 @@ class PpoTrainer:
             if ppo.importance_cap is not None:
                 served, cap = columns["served_logprobs"], ppo.importance_cap
                 columns["importance"], _ = importance_weights(old, served, cap)
-        return actor_loss(asked, batch.targets, columns, ppo)
+        return actor_loss(asked, columns, ppo)
+
+    def _values(self, batch: MicroBatch, *, after: bool = False) -> Tensor:
+        """V of the state before each kept token, or of the one after it, [kept tokens]."""
+        assert self.critic is not None
+        view = batch.view(packs=self.critic.module.packs)
+        values: Tensor = self.critic(**view.inputs)
+        return values.flatten().index_select(0, view.kept if after else view.before)
 
     def _critic_loss(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The same of the critic."""
-        assert self.critic is not None
-        values = self.critic(batch.tokens)[:, :-1][batch.response]
+        values = self._values(batch)
         old, returns = batch.columns["old_values"], batch.columns["returns"]
         loss = value_loss(values, old, returns, self._ppo.value_clip)
         return loss, {"critic_loss": loss}
@@ -412,29 +422,28 @@ class PpoTrainer:
     @collective
     @torch.no_grad()
     def _critic_values(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
-        assert self.critic is not None
         mine: dict[int, NDArray[np.float64]] = {}
         for batch in self._batches(samples):
-            values = self.critic(batch.tokens).double().cpu().numpy()
-            for row, index in enumerate(batch.indices):
-                sample = samples[index]
-                mine[index] = values[row, sample.prompt : len(sample.tokens)].copy()
+            flat = {"values": self._values(batch, after=True).double()}
+            for index, parts in self._by_sample(samples, batch, flat):
+                mine[index] = parts["values"].numpy()
         return self._everyones(mine)
 
     @collective
     def save_models(self, folder: Path) -> None:
-        """Write actor and critic as Hugging Face checkpoints."""
+        """Write actor and critic as Hugging Face checkpoints, and adapters by themselves too."""
         for name in self._engines:
             model = self.module(name)
-            weights = self._whole(model)
+            weights = self._whole(gathered(model))
             if self.ranks.rank == 0:
                 model.save_pretrained(folder / name, state_dict=weights)
+            factors = self._whole(adapters(model))
+            if factors:
+                save_adapter(folder / name / "adapter", factors, self._recipe.model)
 
-    def _whole(self, model: nn.Module) -> dict[str, Tensor]:
-        """Copies of all parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""
-        return {
-            name: tensor.cpu().clone() for name, tensor in gathered(model) if self.ranks.rank == 0
-        }
+    def _whole(self, parameters: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copies of parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""
+        return {name: tensor.cpu().clone() for name, tensor in parameters if self.ranks.rank == 0}
 
     @collective
     def save(self, folder: Path) -> None:

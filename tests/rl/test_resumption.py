@@ -197,6 +197,9 @@ OTHER = {
     "model.path": "other",
     "model.critic": "other",
     "model.dtype": "bfloat16",
+    "model.lora_rank": "4",
+    "model.lora_alpha": "2.0",
+    "model.lora_targets": '["q_proj"]',
     "stopping.audit_share": "0.2",
     "deepspeed.zero_stage": "1",
     "deepspeed.extra": "{wall_clock_breakdown = true}",
@@ -225,7 +228,9 @@ def test_every_key_of_the_table_is_a_recipes() -> None:
 @pytest.mark.parametrize("key", OTHER)
 def test_what_must_not_change_is_refused_by_name(tmp_path: Path, key: str) -> None:
     run_there(tmp_path, steps=6, checkpoints=(5,))
-    changed = recipe_with(tmp_path, f"{key}={OTHER[key]}")
+    # What else is said of adapters needs some.
+    rank = ["model.lora_rank=4"] if key.startswith("model.lora") else []
+    changed = recipe_with(tmp_path, *rank, f"{key}={OTHER[key]}")
     with pytest.raises(RecipeError) as error:
         starting_point(changed, "auto", overwrite=False)
     assert f"  {key} = " in str(error.value)

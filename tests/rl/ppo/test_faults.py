@@ -202,9 +202,9 @@ def test_what_is_not_finite_before_the_update_is_named(
 
 
 def test_a_log_ratio_of_90_is_survived(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    def far(logits: Any, tokens: Any, columns: Any, ppo: Any) -> Any:
+    def far(policy: Any, columns: Any, ppo: Any) -> Any:
         columns = {**columns, "old_logprobs": columns["old_logprobs"] - 90.0}
-        return actor_loss(logits, tokens, columns, ppo)
+        return actor_loss(policy, columns, ppo)
 
     monkeypatch.setattr(ppo_trainer, "actor_loss", far)
     ours = trainer(paths, dual_clip=3.0)

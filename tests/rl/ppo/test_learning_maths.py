@@ -18,6 +18,7 @@ from espo_rl.config import Ppo
 from espo_rl.ppo.advantages import gae, group_advantages, whiten
 from espo_rl.ppo.experience import ModelOutputs, mismatch, prepare
 from espo_rl.ppo.losses import (
+    Statistics,
     actor_loss,
     aggregation_weights,
     entropy,
@@ -451,7 +452,9 @@ def test_a_step_equals_one_in_numpy(settings: dict[str, Any]) -> None:
     per_rollout = aggregation_weights(list(NumpyStep.KEPT), ppo.aggregation)
     weights = torch.tensor(np.repeat(per_rollout, NumpyStep.KEPT))
 
-    losses, _ = actor_loss(states @ policy, torch.tensor(expected.tokens), columns, ppo)
+    logits = states @ policy
+    said = Statistics(token_logprobs(logits, torch.tensor(expected.tokens)), entropy(logits))
+    losses, _ = actor_loss(said, columns, ppo)
     loss = (losses * weights).sum()
     loss.backward()
     expected_loss, expected_gradient = expected.actor()

@@ -1,6 +1,7 @@
 """Micro-batches: nothing lost, nothing twice, the same number on every rank."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -26,6 +27,23 @@ def test_every_sample_is_in_one_micro_batch_of_one_rank(
     # No rank is idle while another has rows to spare.
     rows = [sum(map(len, one)) for one in shares]
     assert max(rows) - min(rows) <= 1
+
+
+@given(lengths, st.integers(1, 200), st.integers(1, 4), st.data())
+def test_groups_stay_together_where_that_makes_no_more_micro_batches(
+    lengths: list[int], budget: int, ranks: int, data: st.DataObject
+) -> None:
+    same = st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths))
+    groups = data.draw(same)
+    shares = [share(lengths, budget, rank, ranks, groups) for rank in range(ranks)]
+    assert sorted(i for one in shares for batch in one for i in batch) == list(range(len(lengths)))
+    for batch in (batch for one in shares for batch in one if len(batch) > 1):
+        assert len(batch) * max(lengths[i] for i in batch) <= budget
+    plain = share(lengths, budget, 0, ranks)
+    assert len(shares[0]) <= len(plain)
+    if len(set(lengths)) == 1 and ranks == 1:
+        in_order = [groups[i] for batch in shares[0] for i in batch]
+        assert len([1 for a, b in pairwise(in_order) if a != b]) == len(set(groups)) - 1
 
 
 def sample(prompt: int, kept: int) -> Sample:
