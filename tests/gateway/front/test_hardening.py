@@ -50,6 +50,8 @@ class Everything(Fake):
 
 @asynccontextmanager
 async def everything(**settings: Any) -> AsyncIterator[tuple[Everything, Gateway]]:
+    # Else the gateway asks the server who decides, and what is seen is not the client's alone.
+    settings = {"decide": "gateway", **settings}
     async with Everything() as server, gateway_for(server, **settings) as gateway:
         server.seen.clear()
         yield server, gateway
