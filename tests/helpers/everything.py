@@ -12,9 +12,7 @@ from aiohttp import web
 
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import Fake
-from tests.helpers.gateway import (
-    gateway_for,
-)
+from tests.helpers.gateway import gateway_for
 
 
 class Everything(Fake):
@@ -38,6 +36,8 @@ class Everything(Fake):
 
 @asynccontextmanager
 async def everything(**settings: Any) -> AsyncIterator[tuple[Everything, Gateway]]:
+    # Else the gateway asks the server who decides, and what is seen is not the client's alone.
+    settings = {"decide": "gateway", **settings}
     async with Everything() as server, gateway_for(server, **settings) as gateway:
         server.seen.clear()
         yield server, gateway

@@ -111,6 +111,8 @@ class Lenient(FakeServer):
 
 @asynccontextmanager
 async def lenient(**settings: Any) -> AsyncIterator[tuple[Lenient, Gateway]]:
+    # Else the gateway asks the server who decides, and what is seen is not the client's alone.
+    settings = {"decide": "gateway", **settings}
     async with Lenient() as server, gateway_for(server, **settings) as gateway:
         yield server, gateway
 
