@@ -198,7 +198,7 @@ def area(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimat
     return Estimate.of(float(of(weights[None])[0]), np.concatenate(drawn))
 
 
-def _ties(*keys: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _ties(*keys: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Of sorted rows, where the run of those that are alike begins for each, and where it ends."""
     count = len(keys[0])
     new = np.zeros(count, dtype=bool)
@@ -222,7 +222,7 @@ def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> 
 
 
 def pairs_within(
-    prompts: NDArray[np.int64], correct: NDArray[np.bool_], weights: Array, levels: Array
+    prompts: NDArray[np.int64], correct: NDArray[np.bool_], weights: Array, levels: NDArray[Any]
 ) -> tuple[Array, Array]:
     """Of each prompt's pairs of a right and a wrong rollout, those told apart, and all.
 
@@ -243,11 +243,11 @@ def pairs_within(
     first, after = _ties(prompts, levels)
     lower = sums[first] - before
     ties = sums[after] - before - lower
-    won = np.bincount(prompts, weights * right * (lower + 0.5 * ties), count)
-    pairs = np.bincount(prompts, weights * right, count) * np.bincount(
-        prompts, weights * ~right, count
+    mine, theirs, won = (
+        np.bincount(prompts, each, count).astype(float)
+        for each in (weights * right, weights * ~right, weights * right * (lower + 0.5 * ties))
     )
-    return won, pairs
+    return won, mine * theirs
 
 
 def _resampled(prompts: int, draws: int, seed: int) -> Iterator[Array]:
