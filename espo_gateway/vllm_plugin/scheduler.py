@@ -26,7 +26,7 @@ from espo_gateway.errors import InvalidRequest, said
 from espo_gateway.vllm_plugin.admission import check_order, is_tested, not_tested
 from espo_gateway.vllm_plugin.batch import Batch
 from espo_gateway.vllm_plugin.monitor import Monitor
-from espo_gateway.vllm_plugin.wire import order_of
+from espo_gateway.vllm_plugin.wire import STOPPED, order_of
 
 log = logging.getLogger(f"vllm.{__name__}")
 
@@ -37,6 +37,8 @@ class Monitored:
     def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, *arguments, **named)  # type: ignore[call-arg]
+        # Looked up once: it is called for every token.
+        self._vllms_update = super()._update_request_with_output  # type: ignore[misc]
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
@@ -132,8 +134,7 @@ class Monitored:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        update = super()._update_request_with_output  # type: ignore[misc]
-        name = request.request_id
+        update, name = self._vllms_update, request.request_id
         if name in self._settled:
             kept, stopped = update(request, new_token_ids, is_stale)
             if stopped:
@@ -161,7 +162,7 @@ class Monitored:
                 last = stopped and request.status != capped
                 if monitor.push(self._row(name, place, monitor.alternatives), last=last):
                     # Not "stopped": of a token that stops a text vLLM shows nothing.
-                    request.status = capped
+                    request.status, request.stop_reason = capped, STOPPED
                     stopped = True
                 self._batch.resume(name, monitor.watch)
         except Exception as error:
