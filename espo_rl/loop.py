@@ -262,7 +262,7 @@ class Loop:
     @asynccontextmanager
     async def sampled_meanwhile(self) -> AsyncIterator[None]:
         """Let rollouts of the next steps come, if any are wanted by now."""
-        if not self.queue.batches:
+        if not any(self.queue.wanted(())):
             yield
             return
         over = asyncio.Event()
@@ -306,10 +306,11 @@ class Loop:
                     return not left
 
                 await self.sample(over, clock)
+            new = batch.unscored
             with self.summary.timed("score"), self.log.phase("grading"):
-                new = batch.unscored
-                await score(new, self.grader, self.recipe)
-                batch.scored.update(rollout.seed for rollout in new)
+                async with self.sampled_meanwhile():
+                    await score(new, self.grader, self.recipe)
+            batch.scored.update(rollout.seed for rollout in new)
             batch.ask_failed_again(RESAMPLES)
             batch.tokens = await self.count_tokens(batch)
             if not batch.waiting:

@@ -145,15 +145,16 @@ class Gateway:
 
         Raises InvalidRequest when it names one that is not known.
         """
-        if control.gate is None:
+        if control.gate is None or control.gate == self.gate.version:
             return self.gate
-        if control.gate not in self.pushed:
+        pushed = self.pushed.get(control.gate)
+        if pushed is None:
             raise InvalidRequest(
                 f"espo.gate: no gate of version {control.gate} was pushed, or {GATES} others were "
                 "since then: push it again, or leave it out",
                 param="espo.gate",
             )
-        return replace(self.pushed[control.gate], weights_version=self.gate.weights_version)
+        return replace(pushed, weights_version=self.gate.weights_version)
 
     def reload(self) -> None:
         """Read the key files again, and the gate's; all of it or, when it raises, nothing.

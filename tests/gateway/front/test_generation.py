@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from espo_gateway.front.gateway import GATES
 from espo_gateway.testing import FakeServer, Script, Token
 from tests.helpers.gateway import (
     BAD,
@@ -357,6 +358,39 @@ async def test_a_request_keeps_the_gate_it_started_with() -> None:
         records = [(await task)[1]["choices"][0]["espo"] for task in (before, after)]
     assert [record["gate_version"] for record in records] == [3, 4]
     assert [record["cut"] for record in records] == [8, None]
+
+
+async def test_a_request_may_name_a_gate_that_was_pushed() -> None:
+    """The one in force too, pushed or not; of those pushed only the last are kept."""
+    async with FakeServer(FAILING) as server, gateway_for(server) as gateway:
+        url = gateway.url + COMPLETIONS
+
+        def push(version: int, beta: float) -> None:
+            gate = {**json.loads(GATE), "version": version, "beta": beta}
+            gateway.push_gate(json.dumps(gate).encode())
+
+        async def named(version: int) -> tuple[int, Any]:
+            return await post(url, completion_body(espo={"gate": version}))
+
+        async def record(version: int) -> Any:
+            status, answer = await named(version)
+            assert status == 200, answer
+            return answer["choices"][0]["espo"]
+
+        assert (await record(3))["cut"] == 8
+        push(4, beta=50.0)
+        push(5, beta=1.0)
+        assert ((await record(4))["cut"], (await record(4))["gate_version"]) == (None, 4)
+        assert ((await record(5))["cut"], (await record(5))["gate_version"]) == (8, 5)
+        push(4, beta=1.0)  # a version that is pushed again is the new one
+        assert (await record(4))["cut"] == 8
+        for version in range(6, 6 + GATES - 1):
+            push(version, beta=1.0)
+        assert (await record(4))["gate_version"] == 4
+        status, answer = await named(5)
+    assert status == 400
+    assert answer["error"]["param"] == "espo.gate"
+    assert "no gate of version 5" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
