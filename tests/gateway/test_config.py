@@ -39,6 +39,14 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         (["--finish-reason", "v1=stop"], {}, "", "and not 'v1=stop'"),
         (["--finish-reason", "length,"], {}, "", "finish_reason: must be a word"),
         (["--log-level", "x"], {}, "", "--log-level: invalid choice"),
+        (["--record-ids", "sessions"], {}, "", "record_ids: needs record"),
+        (
+            ["--carry-over", "session", "--target-share", "0.1"],
+            {},
+            "",
+            "carry_over: not with target_share",
+        ),
+        (["--session-idle", "0"], {}, "", "--session-idle: .*greater than 0"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_source(

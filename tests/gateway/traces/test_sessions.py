@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,10 @@ async def test_token_ids_are_recorded_where_that_is_wanted(
 ) -> None:
     wanted, plain = tmp_path / "ids.jsonl", tmp_path / "plain.jsonl"
     answers = []
-    settings: dict[str, Any]
-    for file, settings in ((wanted, {"record_ids": "sessions"}), (plain, {})):
+    for file, wish in ((wanted, "sessions"), (plain, "none")):
         async with (
             FakeServer(FAILING) as server,
-            gateway_for(server, record=file, **settings) as gateway,
+            gateway_for(server, record=file, record_ids=wish) as gateway,
         ):
             for session in ("a", None):
                 fields = {"return_token_ids": True} if asked else {}
@@ -121,6 +121,26 @@ async def test_token_ids_are_recorded_where_that_is_wanted(
     assert not [line for line in (other, *lines(plain)) if "token_ids" in line]
     # The client gets what it would get without.
     assert ["token_ids" in answer["choices"][0] for answer in answers] == [asked] * 4
+
+
+@pytest.mark.parametrize("told", [["1"], [None], [1.5], [2**70], [[1]], [True], None], ids=str)
+async def test_ids_that_are_none_cost_no_answer(tmp_path: Path, told: object) -> None:
+    def rewrite(chunk: dict[str, Any]) -> dict[str, Any]:
+        for choice in chunk["choices"]:
+            choice["token_ids"] = choice["prompt_token_ids"] = told
+        return chunk
+
+    path = tmp_path / "t.jsonl"
+    script = dataclasses.replace(WORSE, rewrite=rewrite)
+    async with (
+        FakeServer(script) as server,
+        gateway_for(server, record=path, record_ids="sessions") as gateway,
+    ):
+        answer = await ask(gateway.url, "a")
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    [line] = lines(path)
+    assert len(line["logprobs"]) == 7
+    assert all(type(token) is int for token in line["token_ids"] + line["prompt_token_ids"])
 
 
 @pytest.mark.parametrize("name", ["x" * 129, "x" * 8000, "with space", "\xe9\xff", '"}', "\t|"])
