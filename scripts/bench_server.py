@@ -265,13 +265,15 @@ async def delivered_past_the_cut(url: str) -> int:
 
 
 def processor_seconds(running: dict[str, servers.Proxy]) -> dict[str, float]:
-    """User and system time so far of every process, vLLM's engine apart from its server."""
+    """User and system time so far of every process, vLLM's engine with its workers apart from
+    its server.
+    """
     found: dict[str, float] = {}
     for name, proxy in running.items():
         for process in psutil.Process(proxy.process.pid).children(recursive=True):
             label = name
             if name == "vllm":
-                engine = "EngineCor" in process.name()
+                engine = any(word in process.name() for word in ("EngineCor", "Worker"))
                 label = "vllm engine" if engine else "vllm server"
             times = process.cpu_times()
             found[label] = found.get(label, 0.0) + times.user + times.system

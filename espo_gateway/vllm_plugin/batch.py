@@ -35,9 +35,10 @@ class Batch:
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._table = np.zeros((_FLOOR + 1, 0))
-        #: the last step's names, as long as they mean the same slots; and those
+        #: the last step's names, as long as they mean the same slots; those, and what they have
         self._names: Sequence[str] = ()
         self._known: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
+        self._own = self._table
 
     def add(self, name: str, gate: Gate) -> None:
         """Take a request that has no token yet, under a gate that `looks_at_z_alone`."""
@@ -78,17 +79,18 @@ class Batch:
             slots = self._slots
             self._known = np.array([slots.get(name, -1) for name in names], dtype=np.intp)
             self._names = list(names)
-        known = self._known
-        table = self._table[:, known]
-        z, mean, deviations = table[_Z], table[_MEAN], table[_DEVIATIONS]
-        logprobs, tops = rows[:, 0].astype(np.float64), rows[:, 1].astype(np.float64)
-        # Where the largest is less than the sampled, or no number, the watch looks closer.
-        usual = (logprobs > MISSING_LOGPROB) & (logprobs <= tops) & (tops < math.inf)
-        clip = table[_CLIP]
+            self._own = self._table[:, self._known]
+            self._own[_FLOOR, self._known < 0] = -math.inf
+        known, own = self._known, self._own
+        logprobs, tops = rows[:, :2].T.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
-            steps = np.clip(((tops - logprobs) - mean) * deviations, -clip, clip)
-            moved = table[_KEEP] * z + table[_MOVE] * steps
-        taken = usual & (moved <= table[_FLOOR]) & (known >= 0)
+            steps = ((tops - logprobs) - own[_MEAN]) * own[_DEVIATIONS]
+            np.minimum(steps, own[_CLIP], out=steps)
+            np.maximum(steps, -own[_CLIP], out=steps)
+            moved = own[_KEEP] * self._table[_Z, known] + own[_MOVE] * steps
+        taken = moved <= own[_FLOOR]
+        # Where the largest is less than the sampled, or no number, the watch looks closer.
+        taken &= (logprobs > MISSING_LOGPROB) & (logprobs <= tops) & (tops < math.inf)
         if counts.count(1) != len(counts):
             taken &= np.array(counts) == 1
         self._table[_Z, known[taken]] = moved[taken]

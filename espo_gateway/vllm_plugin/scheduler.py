@@ -37,6 +37,8 @@ class Monitored:
     def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, *arguments, **named)  # type: ignore[call-arg]
+        # Looked up once: it is called for every token.
+        self._vllms_update = super()._update_request_with_output  # type: ignore[misc]
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
@@ -132,8 +134,7 @@ class Monitored:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        update = super()._update_request_with_output  # type: ignore[misc]
-        name = request.request_id
+        update, name = self._vllms_update, request.request_id
         if name in self._settled:
             kept, stopped = update(request, new_token_ids, is_stale)
             if stopped:
