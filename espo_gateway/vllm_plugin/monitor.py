@@ -89,9 +89,9 @@ class Monitor:
         return self._stopped
 
     def stop_reason(self, own: int | str | None) -> int | str | None:
-        """Of the request, which has ended; own: what vLLM says."""
+        """Of the request, which has ended; own: what vLLM says where it is not stopped."""
         if self._order.record:
-            return stop_reason_of(self._told(own))
+            return stop_reason_of(self._told(None if self._stopped else own))
         return STOPPED if self._stopped else own
 
     def _told(self, own: int | str | None) -> Told:

@@ -26,7 +26,7 @@ from espo_gateway.errors import InvalidRequest, said
 from espo_gateway.vllm_plugin.admission import check_order, is_tested, not_tested
 from espo_gateway.vllm_plugin.batch import Batch
 from espo_gateway.vllm_plugin.monitor import Monitor
-from espo_gateway.vllm_plugin.wire import order_of
+from espo_gateway.vllm_plugin.wire import STOPPED, order_of
 
 log = logging.getLogger(f"vllm.{__name__}")
 
@@ -162,7 +162,7 @@ class Monitored:
                 last = stopped and request.status != capped
                 if monitor.push(self._row(name, place, monitor.alternatives), last=last):
                     # Not "stopped": of a token that stops a text vLLM shows nothing.
-                    request.status = capped
+                    request.status, request.stop_reason = capped, STOPPED
                     stopped = True
                 self._batch.resume(name, monitor.watch)
         except Exception as error:
