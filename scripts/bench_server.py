@@ -339,6 +339,7 @@ def show(model: str, found: Found, overshoot: int) -> None:
             )
         table.add_section()
     console = Console()
+    console.width = max(console.width, 110)
     console.print(table)
     for name, target in TARGETS.items():
         if name in found and "plain" in found:
