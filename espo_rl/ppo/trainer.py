@@ -79,8 +79,8 @@ class PpoTrainer:
         self._recipe, self._ppo = recipe, recipe.ppo
         self.ranks = Ranks()
         self._rng = np.random.default_rng(recipe.run.seed)
-        # What is large happens in one thread: each keeps to itself what it has freed, so that updates
-        # in one after the other would take the memory of all of them.
+        # What is large happens in one thread: each keeps to itself what it has freed, so updates in
+        # one after the other would take the memory of all of them.
         self._worker = ThreadPoolExecutor(1, initializer=self._use_device)
         self.updates = 0  # done so far; the weights' version
         self._faulty = 0  # updates in a row with a step that was not taken
