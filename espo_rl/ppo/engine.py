@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 from collections.abc import Mapping
@@ -14,9 +13,6 @@ from torch import nn
 
 from espo_rl.config import Recipe
 from espo_rl.ppo.parameters import trained
-
-#: of glibc's malloc.h
-M_ARENA_MAX = -8
 
 
 class Engine:
@@ -195,17 +191,6 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             value = merged(old, value)
         result[key] = value
     return result
-
-
-def one_arena() -> None:
-    """Have all threads take memory from one place.
-
-    By default glibc gives each thread an arena of its own and keeps there what is freed, so that
-    updates in one thread after the other would each keep an update's memory.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if set_option is not None:
-        set_option(M_ARENA_MAX, 1)
 
 
 def import_deepspeed() -> Any:

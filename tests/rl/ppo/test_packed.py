@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,29 +244,3 @@ def test_an_update_is_the_same_with_and_without(
     assert_same_update(weights_of(ours), weights_of(rows))
     for one, other in zip(values, rows.critic_values(of_two_prompts()), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-ARENAS = """
-import ctypes, threading, torch
-from espo_rl.ppo.engine import one_arena
-
-one_arena()
-kept = []
-for _ in range(4):
-    thread = threading.Thread(target=lambda: kept.append(torch.ones(1000)))
-    thread.start()
-    thread.join()
-libc = ctypes.CDLL(None)
-libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
-libc.fflush(None)
-"""
-
-
-@pytest.mark.slow
-def test_no_thread_keeps_memory_of_its_own() -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", ARENAS], capture_output=True, text=True, check=True
-    ).stdout
-    assert said.count("<heap nr=") == 1
