@@ -205,7 +205,7 @@ def give_back_what_is_freed() -> None:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, 1 << 22)
+        set_option(M_MMAP_THRESHOLD, 1 << 24)
 
 
 def import_deepspeed() -> Any:
