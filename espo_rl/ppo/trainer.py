@@ -11,7 +11,6 @@ import logging
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from espo_rl.config import Recipe
 from espo_rl.ppo.adapters import adapt, save_adapter, without_adapters
 from espo_rl.ppo.critic import Critic, load_classifier
-from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
+from espo_rl.ppo.engine import Engine, frozen_engine, give_back_what_is_freed, import_deepspeed
 from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
 from espo_rl.ppo.losses import (
     Statistics,
@@ -73,15 +72,13 @@ class PpoTrainer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        give_back_what_is_freed()
         import_deepspeed()
         from transformers import AutoModelForCausalLM
 
         self._recipe, self._ppo = recipe, recipe.ppo
         self.ranks = Ranks()
         self._rng = np.random.default_rng(recipe.run.seed)
-        # What is large happens in one thread: each keeps to itself what it has freed, so updates in
-        # one after the other would take the memory of all of them.
-        self._worker = ThreadPoolExecutor(1, initializer=self._use_device)
         self.updates = 0  # done so far; the weights' version
         self._faulty = 0  # updates in a row with a step that was not taken
         model, rate = recipe.model, recipe.ppo.learning_rate
@@ -160,7 +157,7 @@ class PpoTrainer:
             )
         version = f"step-{self.updates}"
         samples = [Sample.of(one, valued.get(id(one)), version) for one in usable]
-        metrics = self._worker.submit(self._update, samples).result()
+        metrics = self._update(samples)
         metrics["dropped_rewards"] = dropped
         worst = max(metrics["mismatch_kl"], metrics["mismatch_k3"])
         if worst > MISMATCH_WARNING:
@@ -422,7 +419,7 @@ class PpoTrainer:
         """What the critic's server says now: V after each token, past a cut too, each [tokens]."""
         full = [replace(rollout, kept=len(rollout.token_ids)) for rollout in rollouts]
         samples = [Sample.of(rollout) for rollout in full]
-        return self._worker.submit(self._critic_values, samples).result()
+        return self._critic_values(samples)
 
     @collective
     @torch.no_grad()
@@ -472,8 +469,3 @@ class PpoTrainer:
     def close(self) -> None:
         """Let the other ranks go."""
         self.ranks.stop()
-        self._worker.shutdown(wait=False)
-
-    def _use_device(self) -> None:
-        if self.actor.device.type == "cuda":
-            torch.cuda.set_device(self.actor.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -308,23 +307,6 @@ async def test_an_update_in_another_thread_is_the_same(paths: Paths, reference: 
     assert (await update)["critic_loss"] > 0
     assert turns > 10
     assert_same_update(weights_of(ours), reference.weights())
-
-
-async def test_what_is_large_happens_in_one_thread(
-    paths: Paths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each thread keeps to itself what it has freed, and so would each update's memory."""
-    ours = trainer(paths)
-    seen: set[int] = set()
-    ours.actor.module.register_forward_pre_hook(lambda *_: seen.add(threading.get_ident()))
-    assert ours.critic is not None
-    ours.critic.module.register_forward_pre_hook(lambda *_: seen.add(threading.get_ident()))
-    for _ in range(2):
-        thread = threading.Thread(target=ours.update, args=(make_rollouts(),))
-        thread.start()
-        await asyncio.to_thread(thread.join)
-        await asyncio.to_thread(ours.critic_values, make_rollouts())
-    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("budget", [1, 40, 70])
