@@ -13,11 +13,12 @@ import dataclasses
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from transformers import AutoTokenizer
 
@@ -49,6 +50,7 @@ from espo_rl.tasks.reward import score
 from espo_rl.tasks.task import Task
 from espo_rl.types import first_seed
 
+T = TypeVar("T")
 #: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
 DYNAMIC_ROUNDS = 3
 #: times that a failed rollout is asked for again
@@ -102,6 +104,8 @@ class Loop:
         self.stepping = False
         self.interrupted = asyncio.Event()
         self.trainer_free = asyncio.Lock()
+        # One, as each keeps to itself the memory that it has freed.
+        self.thread = ThreadPoolExecutor(1, "trainer")
 
     # -- a run ---------------------------------------------------------------------------------
 
@@ -387,11 +391,11 @@ class Loop:
                 values = None
                 if self.stopping.needs_values:  # as they were said, so before the update
                     known = with_outcome(batch.usable)
-                    values = await asyncio.to_thread(self.trainer.critic_values, known)
+                    values = await self.in_thread(self.trainer.critic_values, known)
                 baselines = None
                 if self.recipe.ppo.baseline == "probe":
                     baselines = self.stopping.baselines(rollouts)
-                update = await asyncio.to_thread(self.trainer.update, rollouts, baselines)
+                update = await self.in_thread(self.trainer.update, rollouts, baselines)
             self.step += 1
         self.stopping.observe(
             batch.usable,
@@ -401,6 +405,10 @@ class Loop:
             gated=batch.gate.rule != "none",
         )
         return update, len(rollouts)
+
+    async def in_thread(self, step: Callable[..., T], *arguments: Any) -> T:
+        """What a step of the trainer gives while the loop goes on; always in the same thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, step, *arguments)
 
     async def count_tokens(self, batch: Batch) -> int:
         """Add what the servers have sampled since last asked to the batch's tokens.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 from collections.abc import Mapping
@@ -14,9 +13,6 @@ from torch import nn
 
 from espo_rl.config import Recipe
 from espo_rl.ppo.parameters import trained
-
-#: of glibc's malloc.h
-M_MMAP_THRESHOLD = -3
 
 
 class Engine:
@@ -195,17 +191,6 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             value = merged(old, value)
         result[key] = value
     return result
-
-
-def give_back_what_is_freed() -> None:
-    """Have the system take large tensors back at once.
-
-    By default each thread keeps to itself what it has freed, so that updates in one thread after
-    the other would take the memory of all of them.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, 1 << 24)
 
 
 def import_deepspeed() -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor
 from espo_rl.config import Recipe
 from espo_rl.ppo.adapters import adapt, save_adapter, without_adapters
 from espo_rl.ppo.critic import Critic, load_classifier
-from espo_rl.ppo.engine import Engine, frozen_engine, give_back_what_is_freed, import_deepspeed
+from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
 from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
 from espo_rl.ppo.losses import (
     Statistics,
@@ -72,7 +72,6 @@ class PpoTrainer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        give_back_what_is_freed()
         import_deepspeed()
         from transformers import AutoModelForCausalLM
 
