@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         "end": pa.string(),
         "kept": pa.int32(),
         "audited": pa.bool_(),
+        "audited_right": pa.string(),  # what it is should its audit find it right
         "overshoot": pa.int32(),
         "correct": pa.bool_(),  # null: stopped and not audited
         "reward": pa.float64(),
@@ -57,7 +58,9 @@ SCHEMA = pa.schema(
     }
 )
 #: what files of before lack; all of it has defaults
-_LATER = {"weights_changes", "history", "probes", "opened", "grader_timed_out"}
+_LATER = {
+    *("audited_right", "weights_changes", "history", "probes", "opened", "grader_timed_out"),
+}
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 

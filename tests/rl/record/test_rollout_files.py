@@ -44,6 +44,7 @@ def rollouts(draw: Any) -> Rollout:
         end=draw(st.sampled_from(EndReason)),
         kept=draw(st.integers(0, len(token_ids))),
         audited=draw(st.booleans()),
+        audited_right=draw(st.sampled_from(["whole", "cut", "failed"])),
         overshoot=draw(st.integers(0, 9)),
         gate_version=draw(st.integers(0, 10**6)),
         weights_version=draw(text),
