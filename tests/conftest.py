@@ -38,6 +38,15 @@ def _no_command_left() -> Iterator[None]:
                 os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(autouse=True)
+def _no_ranks_left() -> Iterator[None]:
+    """What accelerate says of this process, where it is loaded, is not for children of later tests:
+    they would wait for other ranks."""
+    yield
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
     """Whoever wants it is marked `in_browser`."""

@@ -107,16 +107,16 @@ class WeightPublisher:
             return f"not sent: {named(stale)} left the trainer with other numbers than it has now"
         said = []
         for client in self._clients:
-            # A layer may be packed or put together with others there, and then has another name.
+            # Some layers are packed, padded or put together there, so not all can be compared.
             held = {key.rpartition(":")[2]: one for key, one in (await client.checksums()).items()}
             shared = digests.keys() & held.keys()
-            other = sorted(name for name in shared if held[name] != digests[name])
+            equal = [name for name in shared if held[name] == digests[name]]
             if not shared:
                 reason = "none of its parameters has the name of one of the trainer's"
-            elif other:
-                reason = f"not loaded: it holds other numbers in {named(other)}"
+            elif not equal:
+                reason = f"not loaded: none of {named(sorted(shared))} is there as it was sent"
             else:
-                reason = f"loaded ({len(shared)} compared) but not used"
+                reason = f"loaded ({len(equal)} of {len(shared)} compared) but not used"
             said.append(f"{client.url}: {reason}")
         return "; ".join(said)
 

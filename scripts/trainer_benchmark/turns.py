@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from espo_rl.servers.fleet import OF_RANKS
+
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
@@ -36,7 +38,13 @@ class Side:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=os.environ | {"PYTHONPATH": f"{SCRIPTS.parent}:{SCRIPTS}"},
+                # Neither side is one of several ranks, whoever starts this.
+                env={
+                    name: value
+                    for name, value in os.environ.items()
+                    if not OF_RANKS.fullmatch(name)
+                }
+                | {"PYTHONPATH": f"{SCRIPTS.parent}:{SCRIPTS}"},
             )
         self.hello = self._read()
 

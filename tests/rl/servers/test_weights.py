@@ -323,11 +323,16 @@ async def test_what_is_not_proven_is_explained(recorder: Recorder) -> None:
     async with WeightPublisher([recorder.url]) as publisher:
         await publisher.publish(tensor_specs(model), gathered(model), version="1")
         recorder.checksums = packed
+        whole = f"loaded ({len(parameters)} of {len(parameters)} compared)"
         used = await publisher.explain(gathered(model))
-        assert used == f"{recorder.url}: loaded ({len(parameters)} compared) but not used"
-        recorder.checksums = packed | {"dp0:pp0:pcp0:tp0:model.norm.weight": "old"}
+        assert used == f"{recorder.url}: {whole} but not used"
+        recorder.checksums = packed | {"dp0:pp0:pcp0:tp0:model.norm.weight": "padded"}
         said = await publisher.explain(gathered(model))
-        assert said.endswith("not loaded: it holds other numbers in model.norm.weight")
+        assert f"loaded ({len(parameters) - 1} of {len(parameters)} compared)" in said
+        recorder.checksums = dict.fromkeys(held, "old")
+        assert "not loaded: none of model.embed_tokens.weight, " in await publisher.explain(
+            gathered(model)
+        )
         recorder.checksums = {"model.qkv": "1"}
         assert "none of its parameters" in await publisher.explain(gathered(model))
         with torch.no_grad():
