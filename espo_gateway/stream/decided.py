@@ -62,6 +62,9 @@ class DecidedSession(Session):
             body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
         return body
 
+    def weights_are(self, version: str) -> None:
+        """Nobody here sees from which token on; its record tells those that it began with."""
+
     # -- what the server sends -----------------------------------------------------------------
 
     def receive(self, data: bytes) -> None:

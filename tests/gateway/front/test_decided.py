@@ -6,10 +6,12 @@ import asyncio
 import json
 import random
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import RULES
 from espo_gateway.testing import Body, FakeServer, Script, Token
 from espo_gateway.testing.critic import FakeCritic
@@ -412,3 +414,21 @@ async def test_the_route_is_not_the_gateways_own() -> None:
     ):
         assert not outer.pool.decides
         assert ROUTE not in inner.url
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_weights_that_come_meanwhile_are_not_those_that_it_began_with(stream: bool) -> None:
+    async with (
+        FakeServer(FAILING, gated=True, decides=True) as server,
+        gateway_for(server, gate=GATE, decide="engine") as gateway,
+    ):
+        body = completion_body(stream=stream)
+        asked = asyncio.ensure_future(answered(gateway.url, COMPLETIONS, body))
+        await until_running(server, 1)
+        [session] = gateway.sessions
+        began = gateway.gate.weights_version
+        gateway.push_gate(gate_to_json(replace(gateway.gate, weights_version="newer")))
+        server.release(1000)
+        await asked
+        record = session.record
+    assert (record.weights_version, record.weights_changes) == (began, None)
