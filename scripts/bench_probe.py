@@ -26,6 +26,7 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Schedule
 from espo_rl.config import Model, Recipe, RolloutSection, Servers, Stopping, TaskSection
 from espo_rl.evaluate.arguments import read_problems
+from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.progress import progress_bar
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.servers.fleet import open_fleet
@@ -126,6 +127,12 @@ def prices(rows: list[dict[str, Any]]) -> list[float]:
 
 def main() -> None:
     options = parse()
+    if options.json:
+        try:
+            own = json_with("price", "rounds")
+            check_own(options.json, "--json", "report of this benchmark", own)
+        except OutputError as error:
+            raise SystemExit(f"bench_probe: {error}") from error
     rows = asyncio.run(measure(options))
     found = prices(rows)
     table = Table("", "seconds", "tokens", "tokens/s", "questions")

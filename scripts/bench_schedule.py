@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from espo_rl.config import RecipeError, load_recipe
 from espo_rl.loop import Loop
 from espo_rl.record.json_files import nulls
+from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.run_folder import read_run
 from espo_rl.rollouts.batch import Batch
 
@@ -64,6 +65,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps <= FIRST + LAST:
         parser.error(f"--steps must be above {FIRST + LAST}, which are not counted")
+    if options.json is not None:
+        try:
+            own = json_with("runs")
+            check_own(options.json, "--json", "report of this benchmark", own)
+        except OutputError as error:
+            print(f"bench_schedule: {error}", file=sys.stderr)
+            return 2
     transformers.utils.logging.set_verbosity_error()
     found: dict[str, list[dict[str, float]]] = {}
     for seed, schedule, stops in product(range(options.seeds), ("batch", "refill"), (False, True)):

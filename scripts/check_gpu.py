@@ -31,6 +31,7 @@ from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.vllm_plugin.client import WeightClient
 from espo_rl.config import Servers
 from espo_rl.ppo.parameters import gathered, tensor_specs
+from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.servers.weights import WeightPublisher, transfer_of
 
 WAYS = ("shared-memory", "file", "ipc", "nccl")
@@ -222,6 +223,12 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 async def run(options: argparse.Namespace) -> int:
+    if options.json:
+        try:
+            check_own(options.json, "--json", "report of this script", json_with("device", "ways"))
+        except OutputError as error:
+            print(f"check_gpu: {error}", file=sys.stderr)
+            return 2
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="check-gpu-") as folder:
         if options.model is None:
