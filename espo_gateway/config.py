@@ -85,7 +85,7 @@ class Config:
     decide: Literal["auto", "gateway", "engine"] = _setting(
         "auto",
         "who decides where a choice ends: 'engine', servers that do so by themselves (started with "
-        "`python -m espo_gateway.vllm_plugin`), at no cost; the gateway, token by token; or auto: "
+        "`python -m espo_gateway.vllm_plugin`); the gateway, token by token; or auto: "
         "the servers, if all say that they do. A critic, a probe, tuning and recording need the "
         "gateway, which then decides",
     )

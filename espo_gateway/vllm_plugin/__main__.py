@@ -212,6 +212,7 @@ def help_text() -> str:
     """What the command does, and the defaults that differ from vLLM's."""
     flags = {
         "every server": FLAGS,
+        "without --critic and --no-decide": DECIDING_FLAGS | {"--middleware": ENGINE_ROUTE},
         "--critic": CRITIC_FLAGS,
         "on a CPU": CPU_FLAGS,
     }

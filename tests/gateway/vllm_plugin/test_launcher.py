@@ -206,5 +206,6 @@ def test_command_line_help_needs_no_vllm() -> None:
     assert result.returncode == 0
     assert result.stdout.startswith("usage: espo-vllm MODEL [--critic | --no-decide]")
     assert "espo_gateway.vllm_plugin MODEL [--critic | --no-decide]" in result.stdout
-    for default in ("--max-logprobs 20", "--enforce-eager", "VLLM_SERVER_DEV_MODE=1"):
+    scheduler = f"--scheduler-cls {SCHEDULER}"
+    for default in ("--max-logprobs 20", scheduler, "--enforce-eager", "VLLM_SERVER_DEV_MODE=1"):
         assert f"  {default}\n" in result.stdout
