@@ -101,12 +101,15 @@ class Rollout:
         return self.opened + self.text
 
     @property
+    def versions(self) -> list[tuple[str, int]]:
+        """Of the weights that sampled it, in order, and how many tokens are of each."""
+        starts = [(0, self.weights_version), *self.weights_changes, (len(self.token_ids), "")]
+        return [(version, end - start) for (start, version), (end, _) in pairwise(starts)]
+
+    @property
     def token_versions(self) -> list[str]:
         """The version of the weights that sampled each token, [tokens]."""
-        starts = [(0, self.weights_version), *self.weights_changes, (len(self.token_ids), "")]
-        return [
-            version for (start, version), (end, _) in pairwise(starts) for _ in range(start, end)
-        ]
+        return [version for version, tokens in self.versions for _ in range(tokens)]
 
     @property
     def stopped(self) -> bool:

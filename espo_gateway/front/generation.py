@@ -23,10 +23,9 @@ from espo_gateway.stream.request import CHAT, TOKENS, Body, Plan, Single, choice
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
 from espo_gateway.telemetry.logs import current
+from espo_gateway.upstream.affinity import SESSION_ID
 
 _encode = msgspec.json.Encoder().encode
-#: What requests of one session have in common.
-SESSION_ID = "X-Session-ID"
 
 
 async def generate(gateway: Gateway, request: web.Request, path: str) -> web.StreamResponse:

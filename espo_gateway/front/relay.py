@@ -27,7 +27,7 @@ from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import BOM, SSEParser
 from espo_gateway.stream.templates import Output
 from espo_gateway.stream.tokens import upstream_tokens_body
-from espo_gateway.upstream.affinity import affinity_key
+from espo_gateway.upstream.affinity import SESSION_ID, affinity_key
 from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
@@ -35,7 +35,7 @@ _encode = msgspec.json.Encoder().encode
 #: What tells the choices of one prompt apart.
 _OWN = ("seed", "request_id", "sampling_params", "vllm_xargs")
 #: Of a client's request, those that a question about it needs.
-_OWN_HEADERS = frozenset({"authorization", "accept-encoding", "x-session-id"})
+_OWN_HEADERS = frozenset({"authorization", "accept-encoding", SESSION_ID})
 
 
 class OutputSink(Protocol):

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 Affinity = Literal["none", "session", "prefix"]
+#: The header that requests of one session have in common, in lower case.
+SESSION_ID = "x-session-id"
 
 #: How much of a prompt is its prefix: characters, or token ids.
 PREFIX_CHARACTERS, PREFIX_TOKENS = 1024, 256
@@ -44,7 +46,7 @@ def affinity_key(
     """
     if kind == "session":
         common: object = next(
-            (value for name, value in headers.items() if name.lower() == "x-session-id"), None
+            (value for name, value in headers.items() if name.lower() == SESSION_ID), None
         )
         # OpenAI's own field for this, and the older one that it took over from.
         common = common or body.get("prompt_cache_key") or body.get("user")

@@ -53,6 +53,7 @@ def check_order(order: Order, params: Any, model_config: Any) -> None:
         )
 
 
+@functools.cache
 def check_requests() -> None:
     """Have vLLM's input processor check orders, in whatever process it is; once."""
     import vllm
@@ -64,8 +65,6 @@ def check_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     validate = InputProcessor._validate_params
-    if hasattr(validate, "espo"):
-        return
 
     @functools.wraps(validate)
     def checked(self: Any, params: Any, *arguments: Any, **named: Any) -> Any:
@@ -85,7 +84,6 @@ def check_requests() -> None:
                 raise VLLMValidationError(error.message, parameter=field) from error
         return validate(self, params, *arguments, **named)
 
-    checked.espo = True  # type: ignore[attr-defined]
     InputProcessor._validate_params = checked
 
 

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, with the monitor in it: a request ends at its decision token, at no cost.
+"""vLLM's scheduler, with the monitor in it: a request ends at its decision token.
 
     vllm serve MODEL --scheduler-cls espo_gateway.vllm_plugin.scheduler.EspoScheduler
 
@@ -31,14 +31,14 @@ from espo_gateway.vllm_plugin.wire import STOPPED, order_of
 log = logging.getLogger(f"vllm.{__name__}")
 
 
-class Monitored:
-    """Beside one of vLLM's schedulers, before it in the order of classes."""
+class Monitored(Scheduler):
+    """What is ours, before either of vLLM's schedulers in the order of classes."""
 
     def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         check_engine(vllm_config)
-        super().__init__(vllm_config, *arguments, **named)  # type: ignore[call-arg]
+        super().__init__(vllm_config, *arguments, **named)
         # Looked up once: it is called for every token.
-        self._vllms_update = super()._update_request_with_output  # type: ignore[misc]
+        self._vllms_update = super()._update_request_with_output
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
@@ -66,15 +66,15 @@ class Monitored:
                 refused = True
             except Exception as error:
                 self._fault(request.request_id, error)
-        super().add_request(request)  # type: ignore[misc]
+        super().add_request(request)
         if refused:
             # Ends with the next step, in an error: vLLM's way for what it finds out too late.
-            self.grammar_compile_error_reqs.add(request.request_id)  # type: ignore[attr-defined]
+            self.grammar_compile_error_reqs.add(request.request_id)
 
     def _begin(self, request: Request) -> None:
         params = request.sampling_params
         order = order_of(params.extra_args)
-        if order is None or request.request_id in self.requests:  # type: ignore[attr-defined]
+        if order is None or request.request_id in self.requests:
             return
         check_order(order, params, self._model_config)
         if request.resumable:
@@ -94,7 +94,7 @@ class Monitored:
             self._batch.add(request.request_id, order.gate)
 
     def schedule(self, *arguments: Any, **named: Any) -> Any:
-        scheduled = super().schedule(*arguments, **named)  # type: ignore[misc]
+        scheduled = super().schedule(*arguments, **named)
         # The worker alone: what this side does not ask for it does not hand on.
         for new in scheduled.scheduled_new_reqs:
             new.sampling_params = self._worker_params.get(new.req_id, new.sampling_params)
@@ -108,14 +108,12 @@ class Monitored:
             except Exception as error:
                 for request_id in self._monitors:
                     self._fault(request_id, error)
-        return super().update_from_output(  # type: ignore[misc]
-            scheduler_output, model_runner_output
-        )
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def _read(self, output: Any) -> None:
         self._logprobs, self._first_rows = output.logprobs, output.req_id_to_index
         if self._stale:
-            requests = self.requests.values()  # type: ignore[attr-defined]
+            requests = self.requests.values()
             self._stale = any(request.num_stale_output_tokens for request in requests)
         # Only where every token of the step is one, and goes to its request.
         if not (
@@ -129,7 +127,7 @@ class Monitored:
 
     def _preempt_request(self, *arguments: Any, **named: Any) -> Any:
         self._stale = True
-        return super()._preempt_request(*arguments, **named)  # type: ignore[misc]
+        return super()._preempt_request(*arguments, **named)
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
@@ -202,10 +200,10 @@ class Monitored:
         self._monitors.pop(request.request_id, None)
         self._batch.remove(request.request_id)
         self._worker_params.pop(request.request_id, None)
-        return super()._free_request(request, *arguments, **named)  # type: ignore[misc]
+        return super()._free_request(request, *arguments, **named)
 
 
-class EspoPlainScheduler(Monitored, Scheduler):
+class EspoPlainScheduler(Monitored):
     """Where vLLM does not schedule asynchronously."""
 
 

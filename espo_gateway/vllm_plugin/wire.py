@@ -140,7 +140,7 @@ def _checked(given: Mapping[str, Any], name: str, default: Any, good: Any) -> An
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
 
 
 @lru_cache(maxsize=256)

@@ -62,6 +62,13 @@ class Recipe(Section):
         gae = self.ppo.advantage == "gae" and self.ppo.baseline == "critic"
         return gae or self.asks_critic
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a model is loaded for the KL: with LoRA, unless another is given, the policy
+        without its adapters is there already."""
+        own = self.model.lora_rank is not None and self.model.reference is None
+        return bool(self.ppo.kl_coefficient) and not own
+
     @model_validator(mode="before")
     @classmethod
     def _corrected(cls, given: Any) -> Any:

@@ -135,7 +135,7 @@ def _models(plan: RunPlan) -> None:
     wanted = {"actor": ("model.path", model.path)}
     if plan.recipe.needs_critic:
         wanted["critic"] = ("model.critic", model.critic) if model.critic else wanted["actor"]
-    if plan.recipe.ppo.kl_coefficient and (model.lora_rank is None or model.reference):
+    if plan.recipe.needs_reference:
         given = ("model.reference", model.reference) if model.reference else wanted["actor"]
         wanted["reference"] = given
     for name, (key, path) in wanted.items():

@@ -104,14 +104,14 @@ class PpoTrainer:
             self.critic = Engine(recipe, Critic(classifier), rate)
 
         self.reference: Any = None
-        if self._ppo.kl_coefficient and model.lora_rank is not None and model.reference is None:
-            self.reference, self._policies["reference"] = self.actor, self._policies["actor"]
-        elif self._ppo.kl_coefficient:
+        if recipe.needs_reference:
             reference = AutoModelForCausalLM.from_pretrained(
                 model.reference or model.path, dtype=dtype
             )
             self._policies["reference"] = Policy(reference, temperature)
             self.reference = frozen_engine(recipe, reference, self.actor.device)
+        elif self._ppo.kl_coefficient:
+            self.reference, self._policies["reference"] = self.actor, self._policies["actor"]
 
     # -- one step ------------------------------------------------------------------------------
 
@@ -417,8 +417,7 @@ class PpoTrainer:
     def critic_values(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
         """What the critic's server says now: V after each token, past a cut too, each [tokens]."""
         full = [replace(rollout, kept=len(rollout.token_ids)) for rollout in rollouts]
-        samples = [Sample.of(rollout) for rollout in full]
-        return self._critic_values(samples)
+        return self._critic_values([Sample.of(rollout) for rollout in full])
 
     @collective
     @torch.no_grad()

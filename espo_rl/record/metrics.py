@@ -149,8 +149,9 @@ def rollout_metrics(
     without, _ = totals.tokens_without_stopping()
     versions = [rollout.weights_version for rollout in usable]
     now = _step(weights_version)
+    # Of each rollout, by the weights of its tokens: their age, and how many there are.
     ages = [
-        [now - _step(version) for version in rollout.token_versions or [rollout.weights_version]]
+        [(now - _step(version), tokens) for version, tokens in rollout.versions]
         for rollout in usable
     ]
     shares, lengths = {}, {}
@@ -186,8 +187,8 @@ def rollout_metrics(
         "errors": len(rollouts) - len(usable),
         "grader_timeouts": sum(rollout.grader_timed_out for rollout in usable),
         "weights_version": Counter(versions).most_common(1)[0][0] if versions else "",
-        "staleness": _mean([_mean(age) for age in ages]),
-        "staleness_max": max(map(max, ages), default=math.nan),
+        "staleness": _mean([_age(spans) for spans in ages]),
+        "staleness_max": max((age for spans in ages for age, _ in spans), default=math.nan),
         "partial": _mean([bool(rollout.weights_changes) for rollout in usable]),
     }
 
@@ -220,6 +221,12 @@ def _largest_regret(rollout: Rollout) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
+
+
+def _age(spans: Sequence[tuple[float, int]]) -> float:
+    """Mean over tokens; of one without any, that of the weights that it was asked of."""
+    ages, tokens = zip(*spans, strict=True)
+    return float(np.average(ages, weights=tokens)) if any(tokens) else ages[0]
 
 
 def _ratio(part: float, whole: float) -> float:
