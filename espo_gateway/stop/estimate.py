@@ -36,6 +36,32 @@ FEATURES = (
 )
 _FAST, _SLOW = 0.9, 0.99
 
+#: What is kept of a stream: first what is a recurrence, state ← decay · state + added, in which a
+#: sum keeps all that was, then the largest ones and the position.
+STATE = (
+    *("regret_ema_fast", "regret_ema_slow", "regret_sum", "count_regret_above_1"),
+    *("count_regret_above_3", "surprise_ema_fast", "surprise_ema_slow", "surprise_sum"),
+    *("regret_max", "surprise_max", "position"),
+)
+DECAYS = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])
+
+
+def added(regrets: Array, surprises: Array, out: Array) -> None:
+    """What tokens add to the recurrences of `STATE`.
+
+    Args:
+        regrets, surprises: g and -log π, [..., rollouts].
+        out: is written, [..., len(DECAYS), rollouts].
+    """
+    out[..., 0, :] = (1.0 - _FAST) * regrets
+    out[..., 1, :] = (1.0 - _SLOW) * regrets
+    out[..., 2, :] = regrets
+    out[..., 3, :] = regrets > 1.0
+    out[..., 4, :] = regrets > 3.0
+    out[..., 5, :] = (1.0 - _FAST) * surprises
+    out[..., 6, :] = (1.0 - _SLOW) * surprises
+    out[..., 7, :] = surprises
+
 
 class StreamStatistics:
     """Running statistics of one live stream: the inputs of a `SuccessEstimator`."""
@@ -80,6 +106,23 @@ class StreamStatistics:
         self._surprise_sum += surprise
         if surprise > self._surprise_max:
             self._surprise_max = surprise
+
+    @property
+    def state(self) -> tuple[float, ...]:
+        """The numbers named in `STATE`; with the prompt's length, all that is to know."""
+        return (
+            *(self._regret_fast, self._regret_slow, self._regret_sum),
+            *(self._above_1, self._above_3),
+            *(self._surprise_fast, self._surprise_slow, self._surprise_sum),
+            *(self._regret_max, self._surprise_max, self._position),
+        )
+
+    @state.setter
+    def state(self, state: Sequence[float]) -> None:
+        self._regret_fast, self._regret_slow, self._regret_sum = state[:3]
+        self._above_1, self._above_3 = map(int, state[3:5])
+        self._surprise_fast, self._surprise_slow, self._surprise_sum = state[5:8]
+        self._regret_max, self._surprise_max, self._position = *state[8:10], int(state[10])
 
     def features(self) -> tuple[float, ...]:
         """The numbers named in `FEATURES`, after the last pushed token."""
@@ -126,10 +169,8 @@ def feature_blocks(
     Args:
         to_the_end: else they may be anything after the last token that is known.
     """
-    # Averages and sums are the same recurrence: a sum keeps all that was.
-    decays = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])[:, None]
-    state, largest = np.zeros((len(decays), len(regrets))), np.zeros((2, len(regrets)))
-    decays = np.repeat(decays, len(regrets), axis=1)
+    decays = np.repeat(DECAYS[:, None], len(regrets), axis=1)
+    state, largest = np.zeros(decays.shape), np.zeros((2, len(regrets)))
     unknown = np.isnan(regrets) | np.isnan(logprobs)
     # Only what is missing between others must leave all as it was, and that is rare.
     gaps = to_the_end or bool((unknown[:, :-1] & ~unknown[:, 1:]).any())
@@ -138,14 +179,7 @@ def feature_blocks(
         missing = unknown[:, tokens].T
         regret, surprise = (np.where(missing, 0.0, x) for x in (regret, surprise))
         moved = np.empty((len(regret), *state.shape))
-        moved[:, 0] = (1.0 - _FAST) * regret
-        moved[:, 1] = (1.0 - _SLOW) * regret
-        moved[:, 2] = regret
-        moved[:, 3] = regret > 1.0
-        moved[:, 4] = regret > 3.0
-        moved[:, 5] = (1.0 - _FAST) * surprise
-        moved[:, 6] = (1.0 - _SLOW) * surprise
-        moved[:, 7] = surprise
+        added(regret, surprise, moved)
         keep = np.where(missing[:, None], 1.0, decays) if gaps else repeat(decays)
         state = recurrence(keep, moved, state)
         out = np.empty((len(FEATURES), *regret.shape))

@@ -66,7 +66,6 @@ class Watch:
         "_move",
         "_rule",
         "_source",
-        "_statistics",
         "_threshold",
         "_told",
         "_track",
@@ -75,6 +74,7 @@ class Watch:
         "gate",
         "missing",
         "regret",
+        "statistics",
         "threshold",
         "tokens",
         "value",
@@ -127,7 +127,7 @@ class Watch:
         self._limit = 0.0 if threshold is None else threshold.of(gate)
         if earlier is not None:
             prompt_tokens = earlier.prompt_tokens
-        self._statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
+        self.statistics = StreamStatistics(prompt_tokens) if self._source == "stream" else None
         self._track = rule.track(gate)
         self._history: Answers = {} if history is None else {"history": (history,)}
         self._asks_estimate = gate.asks_estimate
@@ -136,7 +136,7 @@ class Watch:
         self._told = told_features(self._alone.sources, self._history, 0) if self._alone else []
         #: the next token of the schedule
         self._due = gate.schedule.after(0) if asks and decides else 0
-        self._follows = bool(self._statistics or self._track or self._due)
+        self._follows = bool(self.statistics or self._track or self._due)
         #: tokens of earlier turns
         self._before = 0
         if earlier is not None:
@@ -182,8 +182,8 @@ class Watch:
         ):
             self.missing += 1
             self.regret = None
-            if self._statistics is not None:
-                self._statistics.push(None, None)
+            if self.statistics is not None:
+                self.statistics.push(None, None)
             if token == self._due:
                 self._due = self._next_due(token)
             return _GO
@@ -215,8 +215,8 @@ class Watch:
     ) -> Verdict:
         """For the rules that look at more than z."""
         v: float = self._before + token
-        if self._statistics is not None:
-            self._statistics.push(regret, -logprob)
+        if self.statistics is not None:
+            self.statistics.push(regret, -logprob)
         if self._track is not None:
             v = self._track.push(logprob, confidence)
         due = token == self._due
@@ -247,8 +247,8 @@ class Watch:
                 free = self._alone_value()
                 if not free < self.gate.schedule.below:
                     return self._compare(token, z, free, free)
-            assert self._statistics is not None
-            self._unsettled[token] = z, self._statistics.features()
+            assert self.statistics is not None
+            self._unsettled[token] = z, self.statistics.features()
             return Verdict.ASK
         if source != "critic":
             value = self._known_value()
@@ -324,6 +324,6 @@ class Watch:
 
     def _alone_value(self) -> float:
         """V by what costs nothing."""
-        assert self._statistics is not None
+        assert self.statistics is not None
         assert self._alone is not None
-        return sigmoid(self._alone.logit(self._statistics.features(), self._told))
+        return sigmoid(self._alone.logit(self.statistics.features(), self._told))

@@ -28,7 +28,7 @@ def decided(script: Script, body: Body) -> Script:
             break
     if script.stop_reason in (body.get("stop") or ()):
         return replace(script, tokens=tokens)  # found outside the engine
-    stop_reason = monitor.stop_reason(script.stop_reason)
+    stop_reason = monitor.stop_reason(script.stop_reason, len(tokens))
     return replace(script, tokens=tokens, finish_reason=finish_reason, stop_reason=stop_reason)
 
 

@@ -60,6 +60,21 @@ CPU_FLAGS: dict[str, str | None] = {
     "--no-enable-chunked-prefill": None,
 }
 
+#: the model in the engine's own process: with a worker beside it, each spins on a core while it
+#: waits for the other, which halves what two cores can do
+CPU_WHOLE_FLAGS: dict[str, str | None] = {
+    "--distributed-executor-backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+}
+#: that split a model, or copy it; vLLM's own workers then
+SPLITTING = frozenset(
+    f"{dashes}{name}"
+    for long, short in (
+        *(("tensor-parallel-size", "tp"), ("pipeline-parallel-size", "pp")),
+        *(("data-parallel-size", "dp"), ("prefill-context-parallel-size", "pcp")),
+    )
+    for dashes, name in (("--", long), ("-", short))
+)
+
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     # Nothing is reported to anyone, and no start waits for a network.
@@ -70,7 +85,6 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the memory
     # vLLM binds to fixed cores, and a second server, the critic, to the same ones.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1)),
     # Threads that wait sleep: spinning ones would take the cores from the trainer beside them.
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "0",
@@ -78,6 +92,10 @@ CPU_ENVIRONMENT = {
 }
 #: eager mode leaves one function compiled: the first request for logprobs waits 15 s for it
 EAGER_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
+
+
+#: bytes of weights under which a model is done sooner with its step than its tokens are delivered
+SMALL = 100e6
 
 
 class LaunchError(RuntimeError):
@@ -113,11 +131,15 @@ def server_command(
         given[:0] = ["--middleware", ENGINE_ROUTE]
 
     chosen = {name_of(flag) for flag in given if flag.startswith("-")}
+    if cpu and not chosen & SPLITTING:
+        defaults |= CPU_WHOLE_FLAGS
     flags: list[str] = []
     for name, value in defaults.items():
         if not chosen & {name, name.replace("--", "--no-", 1)}:
             flags += [name] if value is None else [name, value]
-    ours = ENVIRONMENT | (CPU_ENVIRONMENT if cpu else {})
+    ours = ENVIRONMENT
+    if cpu:
+        ours = ours | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads_for(model))}
     if cpu and "--no-enforce-eager" not in chosen:
         ours |= EAGER_ENVIRONMENT
     environment = ours | dict(environment)
@@ -155,6 +177,15 @@ def check_model(model: str) -> None:
         raise LaunchError(f"the model folder {model} does not exist")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LaunchError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+
+
+def threads_for(model: str) -> int:
+    """Of the cores, those that a model on a CPU computes with: all, but for a small one, which
+    leaves one to who delivers its tokens."""
+    cores = os.cpu_count() or 2
+    weights = [*Path(model).expanduser().glob("*.safetensors")]
+    small = weights and sum(file.stat().st_size for file in weights) < SMALL
+    return max(1, cores - 1) if small else cores
 
 
 def check_critic(model: str, given: Sequence[str]) -> None:
@@ -215,6 +246,7 @@ def help_text() -> str:
         "without --critic and --no-decide": DECIDING_FLAGS | {"--middleware": ENGINE_ROUTE},
         "--critic": CRITIC_FLAGS,
         "on a CPU": CPU_FLAGS,
+        "on a CPU, without -tp, -pp, -dp, -pcp": CPU_WHOLE_FLAGS,
     }
     variables = {"every server": ENVIRONMENT, "on a CPU": CPU_ENVIRONMENT | EAGER_ENVIRONMENT}
     usage = "MODEL [--critic | --no-decide] [any flag of vllm serve]"
@@ -228,6 +260,7 @@ def help_text() -> str:
         lines += [f"flags, {when}:", *(f"  {one}" for one in said)]
     for when, values in variables.items():
         lines += [f"environment, {when}:", *(f"  {name}={v}" for name, v in values.items())]
+    lines.append(f"  OMP_NUM_THREADS: all cores, one less for a model under {SMALL / 1e6:.0f} MB")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""z of all requests of a step at once, for gates whose rule looks at nothing else. Pure.
+"""All requests of a step at once, for gates that look at z and at the stream's statistics. Pure.
 
-Nearly every token of such a request changes z and decides nothing. A `Watch` takes longer over each
-than vLLM's scheduler should be held up; here the numbers of all are moved together, equal to the
-last bit, and only the tokens that might stop are shown to their watch.
+Nearly every token of such a request moves some numbers and decides nothing. A `Watch` takes longer
+over each than vLLM's scheduler should be held up; here the numbers of all are moved together, equal
+to the last bit, and only the tokens that might stop are shown to their watch.
 """
 
 from __future__ import annotations
@@ -13,103 +13,175 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from espo_gateway.stop.estimate import DECAYS, FEATURES, STATE, added
 from espo_gateway.stop.regret import MISSING_LOGPROB
 from espo_gateway.stop.rules import RULES, Gate
+from espo_gateway.stop.told import Answers, told_features
 from espo_gateway.stop.watch import Watch
 
-#: Rows of the table: what moves, and what the gate has.
-_Z, _MEAN, _DEVIATIONS, _CLIP, _KEEP, _MOVE, _FLOOR = range(7)
+# Rows that move with each token: z, then `STATE`.
+_SUMS = slice(1, 1 + len(DECAYS))
+_LARGEST = slice(_SUMS.stop, _SUMS.stop + 2)
+_POSITION = len(STATE)
+_MOVING = 1 + len(STATE)
+# Rows that stand: what moves z, the z above which and the log odds of success below which a token
+# may stop, and what makes those odds of `STATE`.
+_MEAN, _DEVIATIONS, _CLIP, _KEEP, _MOVE, _FLOOR, _ODDS, _BIAS = range(8)
+_WEIGHTS = slice(_BIAS + 1, _BIAS + 1 + len(STATE))
+_STANDING = _WEIGHTS.stop
+_DECAYS = DECAYS[:, None]
+#: A feature is a number of `STATE`, or the root of it.
+_ROOTED = np.array([f"sqrt_{name}" in FEATURES for name in STATE])
+_FEATURES = [
+    FEATURES.index(f"sqrt_{name}" if rooted else name)
+    for name, rooted in zip(STATE, _ROOTED, strict=True)
+]
+_ROOTS = np.flatnonzero(_ROOTED)
+#: Nearer to the threshold than this, in log odds, the watch looks closer.
+_CLOSE = 1e-6
 
 
-def looks_at_z_alone(gate: Gate) -> bool:
-    """Whether no token decides that leaves z at or below a floor, and nothing else is followed."""
+def can_be_batched(gate: Gate) -> bool:
+    """Whether z and the stream's statistics alone tell that a token does not decide."""
     rule = RULES[gate.rule]
-    follows = gate.needs_estimator or rule.track(gate) is not None
-    return not follows and rule.floor(gate) > -math.inf
+    if rule.track(gate) is not None or gate.asks_estimate:
+        return False
+    return rule.floor(gate) > -math.inf or gate.source == "stream"
 
 
 class Batch:
-    """The watches of requests by name; each knows its own z only after `settle`."""
+    """The watches of requests by name; each knows its own numbers only after `settle`."""
 
     def __init__(self) -> None:
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
-        self._table = np.zeros((_FLOOR + 1, 0))
-        #: the last step's names, as long as they mean the same slots; those, and what they have
+        # [rows, slots]
+        self._moving = np.zeros((_MOVING, 0))
+        self._standing = np.zeros((_STANDING, 0))
+        #: those whose statistics are followed
+        self._estimated: set[str] = set()
+        #: the last step's names, as long as they mean the same slots; those, and what stands
         self._names: Sequence[str] = ()
         self._known: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
-        self._own = self._table
+        self._own = self._standing
 
-    def add(self, name: str, gate: Gate) -> None:
-        """Take a request that has no token yet, under a gate that `looks_at_z_alone`."""
+    def __contains__(self, name: str) -> bool:
+        return name in self._slots
+
+    def add(self, name: str, gate: Gate, prompt_tokens: int, history: float | None = None) -> None:
+        """Take a request that has no token yet, under a gate that `can_be_batched`."""
         if not self._free:
-            size = self._table.shape[1]
-            more = np.zeros((_FLOOR + 1, max(size, 64)))
-            self._table = np.concatenate([self._table, more], axis=1)
-            self._free = [*range(size, self._table.shape[1])]
+            size = self._moving.shape[1]
+            more = max(size, 64)
+            self._moving = np.pad(self._moving, ((0, 0), (0, more)))
+            self._standing = np.pad(self._standing, ((0, 0), (0, more)))
+            self._free = [*range(size, size + more)]
         slot = self._slots[name] = self._free.pop()
-        keep = gate.monitor.smoothing
-        self._table[:, slot] = (
-            *(0.0, gate.statistics.mean),
-            1.0 / math.sqrt(gate.statistics.variance + gate.monitor.delta),
-            *(gate.monitor.clip, keep, 1.0 - keep, RULES[gate.rule].floor(gate)),
-        )
+        self._moving[:, slot] = 0.0
+        column = self._standing[:, slot]
+        column[_MEAN] = gate.statistics.mean
+        column[_DEVIATIONS] = 1.0 / math.sqrt(gate.statistics.variance + gate.monitor.delta)
+        column[_CLIP] = gate.monitor.clip
+        column[_KEEP] = keep = gate.monitor.smoothing
+        column[_MOVE] = 1.0 - keep
+        column[_FLOOR], column[_ODDS] = RULES[gate.rule].floor(gate), math.inf
+        estimator = gate.estimator if gate.needs_estimator else None
+        if estimator is not None:
+            self._estimated.add(name)
+            answers: Answers = {} if history is None else {"history": (history,)}
+            told = told_features(estimator.sources, answers, 0)
+            weights = estimator.weights
+            column[_WEIGHTS] = np.array(weights)[_FEATURES]
+            column[_BIAS] = estimator.logit(
+                [math.sqrt(prompt_tokens), *[0.0] * (len(FEATURES) - 1)], told
+            )
+            if column[_FLOOR] == -math.inf:  # the estimate is all that is compared
+                column[_ODDS] = math.log(gate.p_star) - math.log1p(-gate.p_star) + _CLOSE
         self._names = ()
 
     def remove(self, name: str) -> None:
         """Forget a request, if it is there."""
         slot = self._slots.pop(name, None)
         if slot is not None:
+            self._estimated.discard(name)
             self._free.append(slot)
             self._names = ()
 
     def push(
         self, names: Sequence[str], counts: Sequence[int], rows: NDArray[np.floating]
-    ) -> set[str]:
-        """Take a step's tokens. Returns the requests whose one token decides nothing: it is taken.
-
-        The others are as before: `settle` them, show their tokens to their watch, and `resume`.
+    ) -> list[str]:
+        """Take a step's tokens. Returns the requests of the batch that are as before, as their
+        tokens may decide: `settle` them, show the tokens to their watch, and `resume`.
 
         counts: tokens of each request. rows: the sampled token's logprob and the largest, of shape
         [requests, 2 or more].
         """
         if not self._slots:
-            return set()
+            return []
         if names != self._names:
             slots = self._slots
             self._known = np.array([slots.get(name, -1) for name in names], dtype=np.intp)
             self._names = list(names)
-            self._own = self._table[:, self._known]
-            self._own[_FLOOR, self._known < 0] = -math.inf
+            self._own = self._standing[:, self._known]
         known, own = self._known, self._own
         logprobs, tops = rows[:, :2].T.astype(np.float64)
+        moving = self._moving if self._estimated else self._moving[:1]
+        moved = moving.take(known, axis=1)
         with np.errstate(invalid="ignore", over="ignore"):
-            steps = ((tops - logprobs) - own[_MEAN]) * own[_DEVIATIONS]
-            np.minimum(steps, own[_CLIP], out=steps)
-            np.maximum(steps, -own[_CLIP], out=steps)
-            moved = own[_KEEP] * self._table[_Z, known] + own[_MOVE] * steps
-        taken = moved <= own[_FLOOR]
+            regrets = tops - logprobs
+            taken = self._moved(moved, own, regrets, -logprobs)
         # Where the largest is less than the sampled, or no number, the watch looks closer.
         taken &= (logprobs > MISSING_LOGPROB) & (logprobs <= tops) & (tops < math.inf)
+        taken &= known >= 0
         if counts.count(1) != len(counts):
             taken &= np.array(counts) == 1
-        self._table[_Z, known[taken]] = moved[taken]
         if taken.all():
-            return set(names)
-        return {names[place] for place in np.flatnonzero(taken)}
+            moving[:, known] = moved
+            return []
+        moving[:, known[taken]] = moved[:, taken]
+        return [names[place] for place in np.flatnonzero(~taken & (known >= 0))]
+
+    def _moved(
+        self,
+        moved: NDArray[np.float64],
+        own: NDArray[np.float64],
+        regrets: NDArray[np.float64],
+        surprises: NDArray[np.float64],
+    ) -> NDArray[np.bool_]:
+        """Move the rows that move, in their place; which of the tokens decide nothing."""
+        steps = (regrets - own[_MEAN]) * own[_DEVIATIONS]
+        clip = own[_CLIP]
+        np.minimum(steps, clip, out=steps)
+        np.maximum(steps, -clip, out=steps)
+        z = moved[0]
+        np.add(own[_KEEP] * z, own[_MOVE] * steps, out=z)
+        idle: NDArray[np.bool_] = z <= own[_FLOOR]
+        if self._estimated:
+            sums, adding = moved[_SUMS], np.empty((len(DECAYS), len(regrets)))
+            added(regrets, surprises, adding)
+            np.add(_DECAYS * sums, adding, out=sums)
+            largest = moved[_LARGEST]
+            np.maximum(largest, (regrets, surprises), out=largest)
+            moved[_POSITION] += 1.0
+            features = moved[1:].copy()
+            features[_ROOTS] = np.sqrt(features[_ROOTS])
+            odds = (own[_WEIGHTS] * features).sum(axis=0) + own[_BIAS]
+            idle |= odds > own[_ODDS]
+        return idle
 
     def settle(self, name: str, watch: Watch, tokens: int) -> None:
         """Bring a request's watch up to date. tokens: taken so far."""
         slot = self._slots.get(name)
-        if slot is not None and watch.cut is None:
-            watch.z, watch.tokens = float(self._table[_Z, slot]), tokens
+        if slot is not None:
+            watch.z, watch.tokens = float(self._moving[0, slot]), tokens
+            if watch.statistics is not None:
+                watch.statistics.state = self._moving[1:, slot].tolist()
 
     def resume(self, name: str, watch: Watch) -> None:
         """Take up what a watch has seen of its own."""
         slot = self._slots.get(name)
         if slot is None:
             return
-        if watch.cut is None:
-            self._table[_Z, slot] = watch.z
-        else:
-            self.remove(name)  # z is no longer followed
+        self._moving[0, slot] = watch.z
+        if watch.statistics is not None:
+            self._moving[1:, slot] = watch.statistics.state

@@ -4,7 +4,7 @@
     for row in rows:  # the sampled token's logprob, then the largest ones at its position
         if monitor.push(row, last=False):
             break  # the request ends with this token
-    request.stop_reason = monitor.stop_reason(None)
+    request.stop_reason = monitor.stop_reason(None, tokens)
 
 It is the gateway's decision: the same watch with the same numbers, so the same cut.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from espo_gateway.stop.regret import MISSING_LOGPROB
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Verdict, Watch
-from espo_gateway.vllm_plugin.batch import looks_at_z_alone
+from espo_gateway.vllm_plugin.batch import can_be_batched
 from espo_gateway.vllm_plugin.wire import STOPPED, Order, Told, stop_reason_of
 
 _STOP = Verdict.STOP
@@ -50,7 +50,7 @@ class Monitor:
         self._order = order
         gate = order.gate
         self.alternatives = gate.top_logprobs
-        self.batched = looks_at_z_alone(gate) and not order.trace
+        self.batched = can_be_batched(gate) and not order.trace
         self._confident = self.alternatives > 1
         self._audited = order.audit > 0.0 and random.random() < order.audit
         self._enforces = order.mode == "enforce" and not self._audited
@@ -88,19 +88,27 @@ class Monitor:
             self._stopped = True
         return self._stopped
 
-    def stop_reason(self, own: int | str | None) -> int | str | None:
-        """Of the request, which has ended; own: what vLLM says where it is not stopped."""
+    @property
+    def done(self) -> bool:
+        """Whether no further token changes what it says."""
+        return self.watch.cut is not None and self._traced is None
+
+    def stop_reason(self, own: int | str | None, tokens: int) -> int | str | None:
+        """Of the request, which has ended.
+
+        own: what vLLM says where it is not stopped. tokens: of the answer.
+        """
         if self._order.record:
-            return stop_reason_of(self._told(None if self._stopped else own))
+            return stop_reason_of(self._told(None if self._stopped else own, tokens))
         return STOPPED if self._stopped else own
 
-    def _told(self, own: int | str | None) -> Told:
+    def _told(self, own: int | str | None, tokens: int) -> Told:
         watch = self.watch
         return Told(
-            tokens=watch.tokens,
+            tokens=tokens,
             mode="shadow" if self._audited else self._order.mode,
             cut=watch.cut,
-            z=watch.z if watch.tokens and self.fault is None else None,
+            z=watch.z if tokens and self.fault is None else None,
             threshold=watch.threshold,
             value=watch.value,
             missing=watch.missing,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Set
 from typing import Any
 
 import vllm
@@ -37,21 +38,21 @@ class Monitored(Scheduler):
     def __init__(self, vllm_config: Any, *arguments: Any, **named: Any) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, *arguments, **named)
-        # Looked up once: it is called for every token.
         self._vllms_update = super()._update_request_with_output
         self._model_config = vllm_config.model_config
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
         self._worker_params: dict[str, Any] = {}
-        #: those of them that are followed together
+        #: those that are followed together, and those that are by themselves
         self._batch = Batch()
+        self._alone: set[str] = set()
         #: whether what comes may be of a step before a preemption, and be dropped
         self._stale = False
         # Of the step whose output is being read: logprobs by row, each request's first row, and
-        # the requests that the batch has seen to.
+        # the requests whose tokens their monitor must see.
         self._logprobs: Any = None
         self._first_rows: dict[str, int] = {}
-        self._settled: set[str] = set()
+        self._open: Set[str] = set()
         self._tested = is_tested(vllm.__version__)
         if not self._tested:
             log.error("%s; this engine decides nothing", not_tested(vllm.__version__))
@@ -91,7 +92,10 @@ class Monitored(Scheduler):
             self._worker_params[request.request_id] = params
         self._monitors[request.request_id] = monitor
         if monitor.batched:
-            self._batch.add(request.request_id, order.gate)
+            prompt_tokens = request.num_prompt_tokens
+            self._batch.add(request.request_id, order.gate, prompt_tokens, order.history)
+        else:
+            self._alone.add(request.request_id)
 
     def schedule(self, *arguments: Any, **named: Any) -> Any:
         scheduled = super().schedule(*arguments, **named)
@@ -101,46 +105,47 @@ class Monitored(Scheduler):
         return scheduled
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self._settled = set()
+        self._open = set()
         if self._monitors:
             try:
-                self._read(model_runner_output)
+                self._open = self._read(model_runner_output)
             except Exception as error:
                 for request_id in self._monitors:
                     self._fault(request_id, error)
+        # Nearly every step decides nothing, and is vLLM's own, call for call.
+        update = self._watched if self._open else self._vllms_update
+        self._update_request_with_output = update
         return super().update_from_output(scheduler_output, model_runner_output)
 
-    def _read(self, output: Any) -> None:
+    def _read(self, output: Any) -> Set[str]:
+        """Which requests' tokens must be looked at."""
         self._logprobs, self._first_rows = output.logprobs, output.req_id_to_index
         if self._stale:
             requests = self.requests.values()
             self._stale = any(request.num_stale_output_tokens for request in requests)
         # Only where every token of the step is one, and goes to its request.
-        if not (
+        if (
             output.logprobs is None
             or output.logprobs.cu_num_generated_tokens is not None
             or output.kv_connector_output is not None
             or self._stale
         ):
-            counts = [*map(len, output.sampled_token_ids)]
-            self._settled = self._batch.push(output.req_ids, counts, output.logprobs.logprobs)
+            return self._monitors.keys()
+        counts = [*map(len, output.sampled_token_ids)]
+        return self._alone.union(self._batch.push(output.req_ids, counts, output.logprobs.logprobs))
 
     def _preempt_request(self, *arguments: Any, **named: Any) -> Any:
         self._stale = True
         return super()._preempt_request(*arguments, **named)
 
-    def _update_request_with_output(
+    def _watched(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
+        """`_update_request_with_output`, of a step in which a token may decide."""
         update, name = self._vllms_update, request.request_id
-        if name in self._settled:
-            kept, stopped = update(request, new_token_ids, is_stale)
-            if stopped:
-                self._conclude(request)
-            return kept, stopped
-        monitor = self._monitors.get(name)
-        if monitor is None:
+        if name not in self._open:
             return update(request, new_token_ids, is_stale)
+        monitor = self._monitors[name]
         kept, stopped = [], False
         # Of several tokens of a step each is added by itself: what follows a stop never was.
         for place, token in enumerate(new_token_ids):
@@ -163,10 +168,10 @@ class Monitored(Scheduler):
                     request.status, request.stop_reason = capped, STOPPED
                     stopped = True
                 self._batch.resume(name, monitor.watch)
+                if monitor.done:
+                    self._forget(name)
         except Exception as error:
             self._fault(name, error)
-        if stopped:
-            self._conclude(request)
         return stopped
 
     def _row(self, name: str, place: int, alternatives: int) -> list[float] | None:
@@ -178,14 +183,17 @@ class Monitored(Scheduler):
         found: list[float] = self._logprobs.logprobs[row, : alternatives + 1].tolist()
         return found
 
-    def _conclude(self, request: Request) -> None:
-        """The request has ended."""
-        try:
-            monitor = self._monitors[request.request_id]
-            self._batch.settle(request.request_id, monitor.watch, request.num_output_tokens)
-            request.stop_reason = monitor.stop_reason(request.stop_reason)
-        except Exception as error:
-            self._fault(request.request_id, error)
+    def _handle_stopped_request(self, request: Request) -> Any:
+        name = request.request_id
+        monitor = self._monitors.get(name)
+        if monitor is not None:
+            try:
+                tokens = request.num_output_tokens
+                self._batch.settle(name, monitor.watch, tokens)
+                request.stop_reason = monitor.stop_reason(request.stop_reason, tokens)
+            except Exception as error:
+                self._fault(name, error)
+        return super()._handle_stopped_request(request)
 
     def _fault(self, request_id: str, error: Exception) -> None:
         """Go on without the monitor of a request."""
@@ -194,11 +202,16 @@ class Monitored(Scheduler):
             log.error("request %s is not watched: %s", request_id, said(error), exc_info=error)
         if monitor is not None:
             monitor.fault = f"a fault in the engine's monitor: {said(error)}"
-            self._batch.remove(request_id)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        """Follow a request no further."""
+        self._batch.remove(request_id)
+        self._alone.discard(request_id)
 
     def _free_request(self, request: Request, *arguments: Any, **named: Any) -> Any:
         self._monitors.pop(request.request_id, None)
-        self._batch.remove(request.request_id)
+        self._forget(request.request_id)
         self._worker_params.pop(request.request_id, None)
         return super()._free_request(request, *arguments, **named)
 

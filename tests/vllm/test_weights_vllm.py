@@ -179,6 +179,37 @@ async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(vllm_server: Vll
     await verify(vllm_server, new, version="new")
 
 
+async def test_twenty_reloads_under_sixty_four_requests(vllm_server: VllmServer) -> None:
+    """None fails, versions only rise, and each time what serves is what was sent."""
+    over = asyncio.Event()
+    body = {
+        **{"model": vllm_server.model, "prompt": PROBE, "max_tokens": 300, "ignore_eos": True},
+        **{"logprobs": 1, "return_token_ids": True},
+    }
+
+    async def keep_asking(seed: int) -> int:
+        asked = 0
+        while not over.is_set():
+            answer = await post(vllm_server, "/v1/completions", body | {"seed": seed + 64 * asked})
+            [choice] = answer["choices"]
+            assert choice["finish_reason"] == "length"
+            assert len(choice["token_ids"]) == len(choice["logprobs"]["token_logprobs"]) == 300
+            asked += 1
+        return asked
+
+    async with asyncio.TaskGroup() as group, WeightClient(vllm_server.url) as client:
+        streams = [group.create_task(keep_asking(seed)) for seed in range(64)]
+        try:
+            for reload in range(20):
+                model = random_model(40 + reload)
+                await publish(vllm_server, model, version=f"reload-{reload}")
+                assert await client.weight_version() == f"reload-{reload}"
+                await verify(vllm_server, model, version=f"reload-{reload}")
+        finally:
+            over.set()
+    assert all(stream.result() >= 1 for stream in streams)
+
+
 async def test_the_gateway_knows_at_which_token_the_weights_changed(
     vllm_server: VllmServer,
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.watch import Watch
-from espo_gateway.vllm_plugin.batch import Batch, looks_at_z_alone
+from espo_gateway.vllm_plugin.batch import Batch, can_be_batched
 
 _finite = st.floats(-20.0, 0.0, width=32)
 _logprobs = st.one_of(
@@ -20,17 +20,31 @@ _logprobs = st.one_of(
     st.sampled_from([0.0, -math.inf, math.inf, math.nan, -9999.0, -1e30]),
 )
 _gates = st.builds(
-    lambda rule, beta, mean, variance, smoothing, clip, least: gate_from_json(
-        json.dumps(
-            {
-                **{"rule": rule, "beta": beta, "min_tokens": least},
-                "statistics": {"mean": mean, "variance": variance},
-                "monitor": {"smoothing": smoothing, "clip": clip},
-            }
-        ).encode(),
-        has_critic=False,
+    lambda rule, value, p_star, estimator, beta, mean, variance, smoothing, clip, least: (
+        gate_from_json(
+            json.dumps(
+                {
+                    **{"rule": rule, "beta": beta, "min_tokens": least},
+                    **{"value": value, "p_star": p_star, "estimator": estimator},
+                    "statistics": {"mean": mean, "variance": variance},
+                    "monitor": {"smoothing": smoothing, "clip": clip},
+                }
+            ).encode(),
+            has_critic=False,
+        )
     ),
-    st.sampled_from(["none", "regret-only", "value-gated"]),
+    st.sampled_from(["none", "regret-only", "value-gated", "success-probability", "value-only"]),
+    st.just("stream"),
+    st.floats(0.01, 0.5),
+    st.builds(
+        lambda weights, bias, more: {
+            **{"weights": [*weights, *([] if more is None else [more])], "bias": bias},
+            "sources": [] if more is None else ["history"],
+        },
+        st.lists(st.floats(-1.0, 1.0), min_size=12, max_size=12),
+        st.floats(-3.0, 3.0),
+        st.none() | st.floats(-1.0, 1.0),
+    ),
     st.floats(0.05, 5.0),
     st.floats(0.0, 2.0),
     st.floats(0.01, 4.0),
@@ -51,12 +65,14 @@ _gates = st.builds(
         max_size=40,
     ),
     leaves=st.sets(st.integers(0, 39)),
+    history=st.none() | st.floats(-3.0, 3.0),
 )
 @settings(max_examples=200)
 def test_a_batch_is_its_watches(
     gates: list[Gate],
     steps: list[list[tuple[int, int, float, float]]],
     leaves: set[int],
+    history: float | None,
 ) -> None:
     batch = Batch()
     watches: dict[int, Watch] = {}
@@ -64,9 +80,11 @@ def test_a_batch_is_its_watches(
 
     def join(number: int) -> None:
         gate = gates[number % len(gates)]
-        assert looks_at_z_alone(gate)
-        watches[number], references[number] = Watch(gate, 3), Watch(gate, 3)
-        batch.add(str(number), gate)
+        assert can_be_batched(gate)
+        watches[number], references[number] = (
+            Watch(gate, 3 + number, history=history, asks=False) for _ in range(2)
+        )
+        batch.add(str(number), gate, 3 + number, history)
 
     for number in range(6):
         join(number)
@@ -74,22 +92,29 @@ def test_a_batch_is_its_watches(
         names = [str(number) for number, *_ in step] + ["a stranger"]
         counts = [count for _, count, *_ in step] + [1]
         rows = np.array([(x, top) for *_, x, top in step] + [(-1.0, -1.0)], dtype=np.float32)
-        taken = batch.push(names, counts, rows)
-        assert "a stranger" not in taken
+        opened = batch.push(names, counts, rows)
+        assert set(opened) <= {name for name in names if name in batch}
         for (number, count, *_), row in zip(step, rows.tolist(), strict=False):
             name, watch, reference = str(number), watches[number], references[number]
-            assert count == 1 or name not in taken
+            followed = name in batch
+            assert count == 1 or name in opened or not followed
             for _ in range(count):
                 logprob, top = row
                 largest = top if logprob <= top else (logprob if top > -9999.0 else None)
-                if name not in taken:
+                if name in opened:
                     batch.settle(name, watch, reference.tokens)
                     watch.push(logprob, largest)
                     batch.resume(name, watch)
+                elif not followed:
+                    watch.push(logprob, largest)
                 reference.push(logprob, largest)
             batch.settle(name, watch, reference.tokens)
-            for what in ("tokens", "cut", "z", "missing", "threshold"):
+            for what in ("tokens", "cut", "z", "missing", "threshold", "value"):
                 assert getattr(watch, what) == getattr(reference, what)
+            if watch.statistics is not None and reference.statistics is not None:
+                assert watch.statistics.state == reference.statistics.state
+            if watch.cut is not None:
+                batch.remove(name)
         if position in leaves:
             batch.remove(str(position % 6))
             join(position % 6)
@@ -97,6 +122,6 @@ def test_a_batch_is_its_watches(
 
 def test_what_follows_more_is_left_to_its_watch() -> None:
     for rule in ("surprise", "random", "length", "confidence"):
-        assert not looks_at_z_alone(Gate(rule=rule))
-    assert not looks_at_z_alone(Gate(rule="value-only"))
-    assert looks_at_z_alone(Gate(rule="regret-only"))
+        assert not can_be_batched(Gate(rule=rule))
+    assert not can_be_batched(Gate(rule="value-only"))
+    assert can_be_batched(Gate(rule="regret-only"))

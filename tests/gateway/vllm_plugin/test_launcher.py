@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -73,6 +74,39 @@ def test_compiling_can_be_asked_for() -> None:
     command, environment = build("--no-enforce-eager")
     assert "--enforce-eager" not in command
     assert "TORCH_COMPILE_DISABLE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("flags", "alone"),
+    [
+        ((), True),
+        (("--max-num-seqs", "4"), True),
+        (("-tp", "2"), False),
+        (("--tensor_parallel_size=2",), False),
+        (("--data-parallel-size", "2"), False),
+        (("-pp=2",), False),
+        (("--distributed-executor-backend", "mp"), False),
+    ],
+)
+def test_on_a_cpu_the_model_is_in_the_engines_process(flags: tuple[str, ...], alone: bool) -> None:
+    command, _ = build(*flags)
+    backend = last_value(command, "--distributed-executor-backend")
+    assert backend.endswith(".UniProcExecutor") is alone
+    assert not last_value(build(cpu=False)[0], "--distributed-executor-backend")
+
+
+def test_a_small_model_leaves_a_core_to_delivery(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    for size, left in ((10**6, 1), (10**9, 0)):
+        os.truncate(weights, size)
+        _, environment = server_command(
+            [str(tmp_path), "--port", str(free_port())], cpu=True, environment={}
+        )
+        assert int(environment["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 2) - left)
+    _, environment = build(OMP_NUM_THREADS="7")
+    assert environment["OMP_NUM_THREADS"] == "7"
 
 
 def test_gpu_keeps_vllms_own_choices() -> None:
