@@ -73,6 +73,7 @@ class Model(Section):
         "float32"  # of weights, in the trainer and in the servers
     )
     gradient_checkpointing: bool = False  # less memory in the update, for a third more time
+    liger: bool = False  # Liger's fused kernels in the update, on a GPU
     # LoRA: the policy's weights stay as they are, adapters of this rank beside its linear layers
     # learn. A critic is a head on frozen layers then, and without model.reference the KL term
     # compares with the policy without its adapters

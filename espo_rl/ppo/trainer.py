@@ -26,6 +26,7 @@ from espo_rl.ppo.adapters import adapt, save_adapter, without_adapters
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.ppo.engine import Engine, frozen_engine, import_deepspeed
 from espo_rl.ppo.experience import Metrics, ModelOutputs, compare, prepare, unusable
+from espo_rl.ppo.kernels import fuse
 from espo_rl.ppo.losses import (
     Statistics,
     actor_loss,
@@ -89,6 +90,7 @@ class PpoTrainer:
             actor.gradient_checkpointing_enable()
         temperature = recipe.rollout.temperature
         self._policies = {"actor": Policy(actor, temperature)}
+        models = [actor]
         adapt(actor, model)
         self.actor = Engine(recipe, actor, rate)
 
@@ -100,6 +102,7 @@ class PpoTrainer:
             if model.gradient_checkpointing:
                 classifier.gradient_checkpointing_enable()
             adapt(classifier, model)
+            models.append(classifier)
             rate = self._ppo.critic_learning_rate or rate
             self.critic = Engine(recipe, Critic(classifier), rate)
 
@@ -109,9 +112,13 @@ class PpoTrainer:
                 model.reference or model.path, dtype=dtype
             )
             self._policies["reference"] = Policy(reference, temperature)
+            models.append(reference)
             self.reference = frozen_engine(recipe, reference, self.actor.device)
         elif self._ppo.kl_coefficient:
             self.reference, self._policies["reference"] = self.actor, self._policies["actor"]
+        # Once all are where they train: some of it holds for every model of a kind.
+        for one in models:
+            fuse(one, model)
 
     # -- one step ------------------------------------------------------------------------------
 
