@@ -15,6 +15,7 @@ from espo_gateway.supervisor import ServerStartError
 from espo_gateway.vllm_plugin.client import WeightSyncError
 from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.dry_run.hours import Speed
 from espo_rl.dry_run.plan import make_plan
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.loop import Interrupted, Loop
@@ -53,7 +54,7 @@ def train(options: argparse.Namespace) -> int:
         except (RecipeError, CheckpointError) as error:
             plan.errors.append(str(error))
         if options.dry_run:
-            print(plan.text(), end="")
+            print(plan.text(Speed.here(recipe)), end="")
             return 2 if plan.errors else 0
         plan.check()
         loop = Loop(recipe)

@@ -27,8 +27,10 @@ from espo_gateway.vllm_plugin.__main__ import last_value
 from espo_rl.config import Model, Recipe, RecipeError
 from espo_rl.dry_run import memory
 from espo_rl.dry_run.footprint import Footprint, Machine, tensor_parallel
+from espo_rl.dry_run.hours import Hours, Speed
 from espo_rl.dry_run.memory import Shape
 from espo_rl.ppo.adapters import AdapterError, adapt
+from espo_rl.ppo.kernels import KernelError, check_liger
 from espo_rl.rollouts.collector import Prompter
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
@@ -62,8 +64,8 @@ class RunPlan:
         if self.errors:
             raise RecipeError("\n".join(self.errors))
 
-    def text(self) -> str:
-        """All of it for a person."""
+    def text(self, speed: Speed | None = None) -> str:
+        """All of it for a person. speed: of the machine's devices, to say how long it takes."""
         console = Console(file=io.StringIO(), width=100, highlight=False, markup=False)
         recipe, rollouts = self.recipe, self.recipe.rollout.prompts_per_step * self.recipe.rollout.n
         facts = Table(box=None, show_header=False, pad_edge=False)
@@ -88,6 +90,14 @@ class RunPlan:
             "the run", f"{recipe.run.steps:,} steps, at most {at_most * recipe.run.steps:,} tokens"
         )
         facts.add_row("machine", f"{self.machine}; {self.ranks} trainer rank(s)")
+        if speed is not None and "actor" in self.shapes:
+            hours = Hours.of(recipe, self.shapes, self.longest_prompt, self.ranks, speed)
+            facts.add_row(
+                "hours",
+                f"roughly {hours.sampling + hours.updates:,.1f} at most: {hours.sampling:,.1f} "
+                f"sampling, {hours.updates:,.1f} updates, if no rollout ended before its limit "
+                f"({speed.flops / 1e12:,.2g} TFLOP/s, {speed.bandwidth / 1e9:,.0f} GB/s measured)",
+            )
         console.print(facts, "", sep="\n")
         if self.footprint is not None:
             console.print(_memory_table(self.footprint), "", sep="\n")
@@ -123,7 +133,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
 def _collected(plan: RunPlan) -> Iterator[None]:
     try:
         yield
-    except (RecipeError, TaskError) as error:
+    except (KernelError, RecipeError, TaskError) as error:
         plan.errors.append(str(error))
 
 
@@ -132,6 +142,8 @@ def _collected(plan: RunPlan) -> Iterator[None]:
 
 def _models(plan: RunPlan) -> None:
     model = plan.recipe.model
+    with _collected(plan):
+        check_liger(model, on_gpu=bool(plan.machine.gpus))
     wanted = {"actor": ("model.path", model.path)}
     if plan.recipe.needs_critic:
         wanted["critic"] = ("model.critic", model.critic) if model.critic else wanted["actor"]

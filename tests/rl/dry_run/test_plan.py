@@ -20,6 +20,7 @@ from espo_gateway.testing import FakeServer, Script
 from espo_rl.base_model.train import make_model, make_tokenizer, save_checkpoint
 from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
 from espo_rl.dry_run.footprint import Machine
+from espo_rl.dry_run.hours import Hours, Speed
 from espo_rl.dry_run.memory import Part, activation_parts, checkpoint_bytes, training_parts
 from espo_rl.dry_run.plan import RunPlan, load_shape, make_plan
 from espo_rl.types import EndReason, Problem, Rollout
@@ -234,7 +235,16 @@ def test_parameters_are_exact(tmp_path: Path, tied: bool) -> None:
     assert (shape.heads, shape.key_values) == (4, 64)
 
 
-QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-1.5B and -7B, config.json
+QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-0.5B, -1.5B and -7B, config.json
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
     "1.5b": {
         "hidden_size": 1536,
         "intermediate_size": 8960,
@@ -257,7 +267,7 @@ QWEN = {  # https://huggingface.co/Qwen/Qwen2.5-1.5B and -7B, config.json
 def qwen(folder: Path, size: str, **changes: Any) -> Path:
     """A checkpoint's folder without its weights: nothing can read any."""
     config = Qwen2Config(
-        **QWEN[size] | changes, num_hidden_layers=28, max_position_embeddings=131_072
+        **{"num_hidden_layers": 28, "max_position_embeddings": 131_072, **QWEN[size], **changes}
     )
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(folder)
@@ -266,7 +276,7 @@ def qwen(folder: Path, size: str, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("size", "millions"), [("1.5b", 1543.7), ("7b", 7615.6)])
+@pytest.mark.parametrize(("size", "millions"), [("0.5b", 494.0), ("1.5b", 1543.7), ("7b", 7615.6)])
 def test_parameters_of_known_models(tmp_path: Path, size: str, millions: float) -> None:
     shape = load_shape("model.path", str(qwen(tmp_path, size)))
     assert shape.parameters / 1e6 == pytest.approx(millions, abs=0.1)
@@ -514,3 +524,89 @@ def test_the_ablations_load_and_differ(name: str) -> None:
     for recipe in recipes:
         assert recipe.model_dump() != load_recipe(name).model_dump()
         assert sum(recipe == other for other in recipes) == 1
+
+
+# -- recipes for one GPU, and for none -------------------------------------------------------------
+
+
+def one_gpu_plan(tmp_path: Path, size: str, *overrides: str) -> RunPlan:
+    """Of the recipe for GSM8K, whose problems are on the hub."""
+    folder = qwen(tmp_path / size, size)
+    given = [f"model.path={folder}", f"run.output={tmp_path}", "task.kind=arithmetic"]
+    recipe = load_recipe(f"qwen2.5-{size}-gsm8k", [*given, *overrides])
+    return make_plan(recipe, Machine(cpus=16, ram=64e9, gpus=(24e9,)), 1)
+
+
+@pytest.mark.usefixtures("large_disk")
+@pytest.mark.parametrize("size", ["0.5b", "1.5b"])
+def test_a_gpu_of_24_gb_is_enough(tmp_path: Path, size: str) -> None:
+    plan = one_gpu_plan(tmp_path, size)
+    assert (plan.errors, plan.warnings) == ([], [])
+
+
+@pytest.mark.usefixtures("large_disk")
+def test_all_weights_of_the_larger_one_need_more(tmp_path: Path) -> None:
+    recipe = load_recipe("qwen2.5-1.5b-gsm8k").model_dump()
+    assert recipe["model"]["lora_rank"]
+    text = (RECIPES / "qwen2.5-1.5b-gsm8k.toml").read_text()
+    whole = re.sub(r"^lora_rank.*$", "", text, flags=re.MULTILINE)
+    path = tmp_path / "whole.toml"
+    path.write_text(whole)
+    folder = qwen(tmp_path / "1.5b", "1.5b")
+    given = [f"model.path={folder}", f"run.output={tmp_path}", "task.kind=arithmetic"]
+    for memory, fits in ((24e9, False), (80e9, True)):
+        machine = Machine(cpus=16, ram=64e9, gpus=(memory,))
+        plan = make_plan(load_recipe(str(path), given), machine, 1)
+        assert (not plan.errors and not plan.warnings) is fits
+
+
+def test_the_recipe_for_a_cpu_is_whole() -> None:
+    recipe = load_recipe("smollm2-135m")
+    assert (recipe.task.name, recipe.stopping.sources) == ("leg_counting", ["probe"])
+
+
+# -- hours -----------------------------------------------------------------------------------------
+
+
+def hours(plan: RunPlan, speed: Speed = Speed(flops=1e14, bandwidth=1e12)) -> Hours:  # noqa: B008
+    return Hours.of(plan.recipe, plan.shapes, plan.longest_prompt, plan.ranks, speed)
+
+
+def test_hours_are_those_of_the_arithmetic(tmp_path: Path) -> None:
+    plan = one_gpu_plan(tmp_path, "0.5b", "model.gradient_checkpointing=false")
+    found, parameters = hours(plan), plan.shapes["actor"].parameters
+    # 200 steps of 128 rollouts at once: 512 decoding steps, by the matrix products.
+    assert found.sampling == pytest.approx(
+        200 * 512 * (0.005 + 2 * parameters * 128 / 0.3e14) / 3600
+    )
+    tokens = 200 * (128 * 512 + 16 * plan.longest_prompt)
+    # Forward, backward twice as much, and a forward for the old logprobs.
+    assert found.updates == pytest.approx(tokens * 8 * parameters / 0.3e14 / 3600)
+    # Decoding one at a time is bound by the bandwidth.
+    alone = one_gpu_plan(tmp_path, "0.5b", "rollout.concurrency=1")
+    assert hours(alone).sampling == pytest.approx(
+        200 * 512 * 128 * (0.005 + 2 * parameters / 1e12) / 3600
+    )
+
+
+def test_what_costs_hours(tmp_path: Path) -> None:
+    plan = one_gpu_plan(tmp_path, "0.5b")
+    for override, more in (
+        ("model.lora_rank=8", False),
+        ("model.gradient_checkpointing=false", False),
+        ("ppo.minibatches=1", False),
+        ("ppo.epochs=2", True),
+        ("ppo.advantage=gae", True),
+        ("ppo.kl_coefficient=0.1", True),
+    ):
+        other = one_gpu_plan(tmp_path, "0.5b", override)
+        assert (hours(other).updates > hours(plan).updates) is more
+        assert hours(other).sampling == pytest.approx(hours(plan).sampling, rel=0.01)
+    assert "hours" in plan.text(Speed(1e14, 1e12))
+    assert "hours" not in plan.text()
+
+
+def test_the_speed_of_this_machine_is_measured() -> None:
+    speed = Speed.here(load_recipe("arithmetic"))
+    assert 1e9 < speed.flops < 1e16
+    assert 1e8 < speed.bandwidth < 1e14
