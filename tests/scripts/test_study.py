@@ -91,7 +91,7 @@ def test_a_run_of_somebody_else_is_none_of_the_studys(tmp_path: Path) -> None:
         run_study(study_of(tmp_path))
 
 
-@pytest.mark.parametrize("path", STUDIES.glob("*.toml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES.rglob("*.toml"), ids=lambda path: path.stem)
 def test_the_studies_that_ship_hold(tmp_path: Path, path: Path) -> None:
     check(load_study(path, output=tmp_path))
 
