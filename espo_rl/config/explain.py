@@ -35,8 +35,9 @@ def overview() -> str:
     """The recipes of the package and the sections of any, a line each."""
     recipes = {path.stem: _first_sentence(path) for path in sorted(RECIPES.glob("*.toml"))}
     sections = {name: _about(cls).partition("\n")[0] for name, cls in _sections().items()}
+    width = max(map(len, recipes | sections)) + 2
     return "\n\n".join(
-        f"{title}:\n" + "\n".join(f"  {name:18}{text}" for name, text in lines.items())
+        f"{title}:\n" + "\n".join(f"  {name:{width}}{text}" for name, text in lines.items())
         for title, lines in (("recipes", recipes), ("sections of a recipe", sections))
     )
 
