@@ -35,6 +35,7 @@ from trainer_benchmark.cases import CASES, SHAPES, make_checkpoint
 from trainer_benchmark.turns import Side, SideError
 
 from espo_rl.record.output import OutputError, check_own
+from espo_rl.record.progress import progress_bar
 
 #: the numbers of a side; medians over the turns, but of memory the most
 NUMBERS = ("update_s", "step_s", "peak_memory_mb", "update_processor_s", "rollout_s", "sync_s")
@@ -98,11 +99,14 @@ def measure(name: str, arguments: argparse.Namespace, *, peer: bool) -> dict[str
         if peer:
             sides["trl"] = stack.enter_context(Side("peer", [name, model, batch], folder / "trl"))
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        bar = stack.enter_context(progress_bar())
+        task = bar.add_task(name, total=(arguments.turns + 1) * len(sides))
         # The first turn of each is a warm-up and not counted.
         for turn in range(-1, arguments.turns):
             order = list(sides) if turn % 2 else list(reversed(sides))
             for side in order:
                 answer = sides[side].turn()
+                bar.advance(task)
                 if turn >= 0:
                     found[side].append(answer)
     report = {side: summary(turns) for side, turns in found.items()}
