@@ -12,7 +12,7 @@ import pytest
 import worked_examples
 from transformers import AutoModelForCausalLM
 
-from espo_rl.config import TaskSection
+from espo_rl.config import load_recipe
 from espo_rl.tasks.graders import make_grader
 from espo_rl.tasks.gym import GymTask
 from tests.helpers.models import random_checkpoint
@@ -20,7 +20,7 @@ from tests.helpers.models import random_checkpoint
 
 @pytest.mark.parametrize("task", list(worked_examples.WORKED))
 def test_worked_examples_are_right_and_of_no_held_out_problem(task: str) -> None:
-    section = TaskSection(kind="reasoning-gym", name=task, grader="math")
+    section = worked_examples.section(task)
     right, held_out = make_grader(section), GymTask(section).held_out(300)
     asked = {problem.prompt for problem in held_out}
     problems = islice(GymTask(section).training(0), 200)
@@ -51,3 +51,7 @@ def test_the_sft_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(SystemExit):
         worked_examples.main()  # not over what is there
+
+
+def test_the_recipe_asks_for_what_the_examples_show() -> None:
+    assert load_recipe("smollm2-135m").task == worked_examples.section("leg_counting")
