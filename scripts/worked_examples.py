@@ -22,6 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from espo_gateway.files import written_whole
+from espo_gateway.optional import needed
 from espo_rl.config import TaskSection
 from espo_rl.record.output import OutputError, check_empty
 from espo_rl.tasks.gym import GymTask
@@ -98,12 +100,15 @@ def main() -> None:
     options = parser.parse_args()
     try:
         check_empty(options.out, "--out")
-    except OutputError as error:
+        needed("trl", "dev")
+        with written_whole(options.out) as folder:
+            train(options, folder)
+    except (ImportError, OSError, OutputError) as error:
         parser.error(str(error))
-    train(options)
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace, out: Path) -> None:
+    """Write the checkpoint. Raises OSError: the model cannot be loaded; transformers' message."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,7 +122,7 @@ def train(options: argparse.Namespace) -> None:
         processing_class=AutoTokenizer.from_pretrained(options.model),
         train_dataset=Dataset.from_list(rows),
         args=SFTConfig(
-            output_dir=str(options.out / "trainer"),
+            output_dir=str(out),
             num_train_epochs=1,
             per_device_train_batch_size=8,
             learning_rate=options.learning_rate,
@@ -136,8 +141,8 @@ def train(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - begin
-    trainer.model.to(torch.bfloat16).save_pretrained(options.out)
-    trainer.processing_class.save_pretrained(options.out)
+    trainer.model.to(torch.bfloat16).save_pretrained(out)
+    trainer.processing_class.save_pretrained(out)
     history = trainer.state.log_history
     said = {
         **{"model": options.model, "tasks": options.tasks, "examples_each": options.examples},
@@ -146,7 +151,7 @@ def train(options: argparse.Namespace) -> None:
         "seconds": round(seconds, 1),
         "losses": [row["loss"] for row in history if "loss" in row],
     }
-    (options.out / "worked.json").write_text(json.dumps(said, indent=1) + "\n")
+    (out / "worked.json").write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class DecidedSession(Session):
         return body
 
     def weights_are(self, version: str) -> None:
-        """Nobody here sees from which token on; its record tells those that it began with."""
+        """Nobody here sees from which token on; the server's record tells."""
 
     # -- what the server sends -----------------------------------------------------------------
 
@@ -126,6 +126,8 @@ class DecidedSession(Session):
             return
         choice["stop_reason"] = told.stop_reason
         watch.tokens, watch.missing = told.tokens, told.missing
+        if told.weights and self.gate.weights_version:  # else nobody has named any
+            self._weights = told.weights
         if told.fault is not None:
             self.give_up(told.fault)
             return

@@ -22,7 +22,8 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    resolve_obj_by_qualname("espo_gateway.vllm_plugin.admission.check_requests")()
+    for hook in ("check_requests", "tell_weights"):
+        resolve_obj_by_qualname(f"espo_gateway.vllm_plugin.admission.{hook}")()
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(

@@ -1,8 +1,9 @@
-"""The API server's part: orders are checked before the engine sees them, and a route tells of it.
+"""The API server's part: what it does with orders and records; and a route that tells of it.
 
-`check_requests` makes vLLM refuse a wrong order with a 400 that names the field. `EngineRoute` is
-middleware (`--middleware espo_gateway.vllm_plugin.admission.EngineRoute`) that answers
-`GET /espo/engine`: whether this server decides by itself, which a gateway asks.
+`check_requests` makes vLLM refuse a wrong order with a 400 that names the field; `tell_weights`
+adds to a record what the engine's core does not know. `EngineRoute` is middleware (`--middleware
+espo_gateway.vllm_plugin.admission.EngineRoute`) that answers `GET /espo/engine`: whether this
+server decides by itself, which a gateway asks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.vllm_plugin import SCHEDULER
-from espo_gateway.vllm_plugin.wire import ROUTE, Order, order_of
+from espo_gateway.vllm_plugin.wire import ROUTE, Order, order_of, stop_reason_of, told_by
 
 #: The vLLM whose scheduler was read, and tried.
 TESTED = "0.32"
@@ -85,6 +86,31 @@ def check_requests() -> None:
         return validate(self, params, *arguments, **named)
 
     InputProcessor._validate_params = checked
+
+
+@functools.cache
+def tell_weights() -> None:
+    """Have vLLM's output processor say in a record whose weights its tokens are of; once.
+
+    It keeps account of them, and tells on its route for tokens alone.
+    """
+    import vllm
+
+    if not is_tested(vllm.__version__):
+        return
+    from vllm.v1.engine.output_processor import RequestState
+
+    finished = RequestState._new_completion_output
+
+    @functools.wraps(finished)
+    def told(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = finished(self, *arguments, **named)
+        if output.weight_versions and (record := told_by(output.stop_reason)) is not None:
+            record.weights = [(span.start, span.version) for span in output.weight_versions]
+            output.stop_reason = stop_reason_of(record)
+        return output
+
+    RequestState._new_completion_output = told
 
 
 class EngineRoute:

@@ -65,7 +65,8 @@ class Told(msgspec.Struct, omit_defaults=True, kw_only=True, gc=False):
     """What the engine tells of a choice; the fields of a `Record` that it alone knows.
 
     stop_reason: vLLM's own. fault: why it was not watched to its end.
-    trace: g, z, threshold and value of every token.
+    trace: g, z, threshold and value of every token. weights: from which token on of which version,
+    as vLLM's API server knows, which adds it (`admission.tell_weights`).
     """
 
     tokens: int
@@ -79,6 +80,7 @@ class Told(msgspec.Struct, omit_defaults=True, kw_only=True, gc=False):
     stop_reason: int | str | None = None
     fault: str | None = None
     trace: list[tuple[float | None, float, float | None, float | None]] | None = None
+    weights: list[tuple[int, str]] | None = None
 
 
 def decides_alone(gate: Gate) -> bool:

@@ -288,9 +288,6 @@ def make_fleet(
             *("--unmonitored", "refuse"),
             *(argument for policy in policies for argument in ("--upstream", policy.url)),
             *(("--critic", critic.url) if critic else ()),
-            # Which weights sampled a token can tell who sees it come, which an engine's own
-            # decision spares the gateway.
-            *(("--decide", "gateway") if recipe.rollout.ahead else ()),
             # A run that ends wants no rollout any more, and has given its last one up.
             *("--drain-timeout", "0"),
         ],

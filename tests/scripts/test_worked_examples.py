@@ -53,5 +53,17 @@ def test_the_sft_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
         worked_examples.main()  # not over what is there
 
 
+def test_what_was_broken_off_does_not_keep_it_from_beginning_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["worked_examples.py", "--model", str(tmp_path / "none"), "--out"]
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "out")])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            worked_examples.main()
+        assert str(tmp_path / "none") in capsys.readouterr().err
+        assert not [*tmp_path.iterdir()]
+
+
 def test_the_recipe_asks_for_what_the_examples_show() -> None:
     assert load_recipe("smollm2-135m").task == worked_examples.section("leg_counting")

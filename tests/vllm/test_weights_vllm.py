@@ -23,7 +23,7 @@ from espo_rl.servers.weights import WeightParityError, WeightPublisher
 from espo_rl.types import Problem, Request
 from tests.helpers.gateway import gateway_for
 from tests.helpers.models import PROBE, logprobs, random_model
-from tests.helpers.vllm import BASE_SEED, VllmServer, publish
+from tests.helpers.vllm import BASE_SEED, VllmServer, generated, publish
 
 pytestmark = pytest.mark.vllm
 
@@ -210,15 +210,16 @@ async def test_twenty_reloads_under_sixty_four_requests(vllm_server: VllmServer)
     assert all(stream.result() >= 1 for stream in streams)
 
 
-async def test_the_gateway_knows_at_which_token_the_weights_changed(
-    vllm_server: VllmServer,
+@pytest.mark.parametrize("decide", ["gateway", "engine"])
+async def test_it_is_known_at_which_token_the_weights_changed(
+    vllm_server: VllmServer, decide: str
 ) -> None:
-    """Told while the server samples nothing; of 32 streams none is a token off."""
+    """The gateway is told while the server samples nothing, and a server that decides tells itself;
+    of 32 streams none is a token off."""
     old, new = random_model(27), random_model(28)
     await publish(vllm_server, old, version="old")
 
-    # As a run has it: an engine that decides spares the gateway the tokens.
-    async with gateway_for(vllm_server, gate=None, decide="gateway") as gateway:
+    async with gateway_for(vllm_server, gate=None, decide=decide) as gateway:
 
         async def changed() -> None:
             gateway.push_gate(gate_to_json(Gate(weights_version="new")))
@@ -232,8 +233,9 @@ async def test_the_gateway_knows_at_which_token_the_weights_changed(
         ):
             problem = Problem("p", "358c", "")
             requests = [Request(problem, seed=seed) for seed in range(32)]
+            before = await generated(vllm_server)
             asked = asyncio.create_task(collector.collect(requests, temperature=1.0))
-            while sum(one.tokens >= 10 for one in gateway.sessions) < 5:  # noqa: ASYNC110 (no event)
+            while await generated(vllm_server) < before + 320:  # noqa: ASYNC110 (no event)
                 await asyncio.sleep(0.01)
             await publisher.publish(tensor_specs(new), gathered(new), version="new", loaded=changed)
             rollouts = await asked

@@ -15,7 +15,8 @@ from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import RULES
 from espo_gateway.testing import Body, FakeServer, Script, Token
 from espo_gateway.testing.critic import FakeCritic
-from espo_gateway.vllm_plugin.wire import FIELDS, ROUTE
+from espo_gateway.vllm_plugin.monitor import Monitor
+from espo_gateway.vllm_plugin.wire import FIELDS, ROUTE, stop_reason_of, told_by
 from tests.helpers.gateway import (
     BAD,
     CHAT,
@@ -432,3 +433,33 @@ async def test_weights_that_come_meanwhile_are_not_those_that_it_began_with(stre
         await asked
         record = session.record
     assert (record.weights_version, record.weights_changes) == (began, None)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_server_says_whose_weights_the_tokens_are_of(
+    stream: bool, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where weights have names: a server that nobody has given any calls them "default"."""
+    unaware = Monitor.stop_reason
+
+    def aware(self: Monitor, own: int | str | None, tokens: int) -> int | str | None:
+        told = told_by(unaware(self, own, tokens))
+        assert told is not None
+        told.weights = [(0, "old"), (2, "new")]
+        return stop_reason_of(told)
+
+    monkeypatch.setattr(Monitor, "stop_reason", aware)
+    gate = json.loads(GATE) | {"weights_version": "newest" if named else ""}
+    async with (
+        FakeServer(FAILING, decides=True) as server,
+        gateway_for(server, gate=json.dumps(gate).encode(), decide="engine") as gateway,
+    ):
+        answer = await answered(gateway.url, COMPLETIONS, completion_body(stream=stream))
+    [choice] = answer["choices"]
+    record = choice["espo"]
+    if named:
+        assert (record["weights_version"], record["weights_changes"]) == ("old", [[2, "new"]])
+    else:
+        assert record["weights_version"] == ""
+        assert "weights_changes" not in record

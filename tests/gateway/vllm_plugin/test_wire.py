@@ -57,6 +57,7 @@ def test_a_wrong_number_is_named(value: object) -> None:
         Told(tokens=3),
         Told(tokens=9, mode="shadow", cut=8, z=0.1 + 0.2, threshold=1e-9, value=0.5, missing=1),
         Told(tokens=1, stop_reason=77, fault="a", trace=[(None, 0.0, None, None)]),
+        Told(tokens=4, weights=[(0, "a"), (3, "b")]),
     ],
 )
 def test_a_record_arrives(told: Told) -> None:

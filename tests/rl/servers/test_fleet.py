@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -256,11 +255,3 @@ def test_servers_are_started_as_their_weights_come(
     assert [
         one for one in command if "weight" in one or "sleep" in one or "backend" in one
     ] == flags
-
-
-@pytest.mark.parametrize(("schedule", "decides"), [("batch", []), ("refill", ["gateway"])])
-def test_who_decides_under_a_schedule(schedule: str, decides: list[str], tmp_path: Path) -> None:
-    overrides = ["model.path=m", f"rollout.schedule={schedule}"]
-    made = make_fleet(load_recipe("arithmetic", overrides), "m", tmp_path, None)
-    command = made.gateway.command
-    assert [after for flag, after in pairwise(command) if flag == "--decide"] == decides
