@@ -577,11 +577,11 @@ def test_hours_are_those_of_the_arithmetic(tmp_path: Path) -> None:
     found, parameters = hours(plan), plan.shapes["actor"].parameters
     # 200 steps of 128 rollouts at once: 512 decoding steps, by the matrix products.
     assert found.sampling == pytest.approx(
-        200 * 512 * (0.005 + 2 * parameters * 128 / 0.3e14) / 3600
+        200 * 512 * (0.005 + 2 * parameters * 128 / 0.4e14) / 3600
     )
     tokens = 200 * (128 * 512 + 16 * plan.longest_prompt)
     # Forward, backward twice as much, and a forward for the old logprobs.
-    assert found.updates == pytest.approx(tokens * 8 * parameters / 0.3e14 / 3600)
+    assert found.updates == pytest.approx(tokens * 8 * parameters / 0.4e14 / 3600)
     # Decoding one at a time is bound by the bandwidth.
     alone = one_gpu_plan(tmp_path, "0.5b", "rollout.concurrency=1")
     assert hours(alone).sampling == pytest.approx(
