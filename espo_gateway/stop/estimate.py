@@ -43,7 +43,8 @@ STATE = (
     *("count_regret_above_3", "surprise_ema_fast", "surprise_ema_slow", "surprise_sum"),
     *("regret_max", "surprise_max", "position"),
 )
-DECAYS = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])
+#: of each recurrence, [recurrences, 1]
+DECAYS = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])[:, None]
 
 
 def added(regrets: Array, surprises: Array, out: Array) -> None:
@@ -169,7 +170,7 @@ def feature_blocks(
     Args:
         to_the_end: else they may be anything after the last token that is known.
     """
-    decays = np.repeat(DECAYS[:, None], len(regrets), axis=1)
+    decays = np.repeat(DECAYS, len(regrets), axis=1)
     state, largest = np.zeros(decays.shape), np.zeros((2, len(regrets)))
     unknown = np.isnan(regrets) | np.isnan(logprobs)
     # Only what is missing between others must leave all as it was, and that is rare.

@@ -67,7 +67,6 @@ class Watch:
         "_rule",
         "_source",
         "_threshold",
-        "_told",
         "_track",
         "_unsettled",
         "cut",
@@ -77,6 +76,7 @@ class Watch:
         "statistics",
         "threshold",
         "tokens",
+        "told",
         "value",
         "z",
     )
@@ -133,7 +133,7 @@ class Watch:
         self._asks_estimate = gate.asks_estimate
         #: the estimate that asks nobody, and what it is told, which is known from the start
         self._alone = gate.free if self._asks_estimate else gate.estimator
-        self._told = told_features(self._alone.sources, self._history, 0) if self._alone else []
+        self.told = told_features(self._alone.sources, self._history, 0) if self._alone else []
         #: the next token of the schedule
         self._due = gate.schedule.after(0) if asks and decides else 0
         self._follows = bool(self.statistics or self._track or self._due)
@@ -326,4 +326,4 @@ class Watch:
         """V by what costs nothing."""
         assert self.statistics is not None
         assert self._alone is not None
-        return sigmoid(self._alone.logit(self.statistics.features(), self._told))
+        return sigmoid(self._alone.logit(self.statistics.features(), self.told))

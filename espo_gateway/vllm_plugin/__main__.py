@@ -66,14 +66,10 @@ CPU_WHOLE_FLAGS: dict[str, str | None] = {
     "--distributed-executor-backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 }
 #: that split a model, or copy it; vLLM's own workers then
-SPLITTING = frozenset(
-    f"{dashes}{name}"
-    for long, short in (
-        *(("tensor-parallel-size", "tp"), ("pipeline-parallel-size", "pp")),
-        *(("data-parallel-size", "dp"), ("prefill-context-parallel-size", "pcp")),
-    )
-    for dashes, name in (("--", long), ("-", short))
-)
+SPLITTING = {
+    *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
+    *("--data-parallel-size", "-dp", "--prefill-context-parallel-size", "-pcp"),
+}
 
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from espo_gateway.stop.estimate import DECAYS, FEATURES, STATE, added
 from espo_gateway.stop.regret import MISSING_LOGPROB
 from espo_gateway.stop.rules import RULES, Gate
-from espo_gateway.stop.told import Answers, told_features
 from espo_gateway.stop.watch import Watch
 
 # Rows that move with each token: z, then `STATE`.
@@ -29,7 +28,6 @@ _MOVING = 1 + len(STATE)
 _MEAN, _DEVIATIONS, _CLIP, _KEEP, _MOVE, _FLOOR, _ODDS, _BIAS = range(8)
 _WEIGHTS = slice(_BIAS + 1, _BIAS + 1 + len(STATE))
 _STANDING = _WEIGHTS.stop
-_DECAYS = DECAYS[:, None]
 #: A feature is a number of `STATE`, or the root of it.
 _ROOTED = np.array([f"sqrt_{name}" in FEATURES for name in STATE])
 _FEATURES = [
@@ -68,8 +66,9 @@ class Batch:
     def __contains__(self, name: str) -> bool:
         return name in self._slots
 
-    def add(self, name: str, gate: Gate, prompt_tokens: int, history: float | None = None) -> None:
+    def add(self, name: str, watch: Watch) -> None:
         """Take a request that has no token yet, under a gate that `can_be_batched`."""
+        gate = watch.gate
         if not self._free:
             size = self._moving.shape[1]
             more = max(size, 64)
@@ -85,16 +84,11 @@ class Batch:
         column[_KEEP] = keep = gate.monitor.smoothing
         column[_MOVE] = 1.0 - keep
         column[_FLOOR], column[_ODDS] = RULES[gate.rule].floor(gate), math.inf
-        estimator = gate.estimator if gate.needs_estimator else None
-        if estimator is not None:
+        if watch.statistics is not None and gate.estimator is not None:
             self._estimated.add(name)
-            answers: Answers = {} if history is None else {"history": (history,)}
-            told = told_features(estimator.sources, answers, 0)
-            weights = estimator.weights
-            column[_WEIGHTS] = np.array(weights)[_FEATURES]
-            column[_BIAS] = estimator.logit(
-                [math.sqrt(prompt_tokens), *[0.0] * (len(FEATURES) - 1)], told
-            )
+            column[_WEIGHTS] = np.array(gate.estimator.weights)[_FEATURES]
+            # Of no token: what the prompt alone makes of it.
+            column[_BIAS] = gate.estimator.logit(watch.statistics.features(), watch.told)
             if column[_FLOOR] == -math.inf:  # the estimate is all that is compared
                 column[_ODDS] = math.log(gate.p_star) - math.log1p(-gate.p_star) + _CLOSE
         self._names = ()
@@ -159,7 +153,7 @@ class Batch:
         if self._estimated:
             sums, adding = moved[_SUMS], np.empty((len(DECAYS), len(regrets)))
             added(regrets, surprises, adding)
-            np.add(_DECAYS * sums, adding, out=sums)
+            np.add(DECAYS * sums, adding, out=sums)
             largest = moved[_LARGEST]
             np.maximum(largest, (regrets, surprises), out=largest)
             moved[_POSITION] += 1.0

@@ -92,8 +92,7 @@ class Monitored(Scheduler):
             self._worker_params[request.request_id] = params
         self._monitors[request.request_id] = monitor
         if monitor.batched:
-            prompt_tokens = request.num_prompt_tokens
-            self._batch.add(request.request_id, order.gate, prompt_tokens, order.history)
+            self._batch.add(request.request_id, monitor.watch)
         else:
             self._alone.add(request.request_id)
 

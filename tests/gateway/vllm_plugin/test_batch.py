@@ -84,7 +84,7 @@ def test_a_batch_is_its_watches(
         watches[number], references[number] = (
             Watch(gate, 3 + number, history=history, asks=False) for _ in range(2)
         )
-        batch.add(str(number), gate, 3 + number, history)
+        batch.add(str(number), watches[number])
 
     for number in range(6):
         join(number)
