@@ -171,11 +171,12 @@ async def running(
             affinity=config.affinity,
             headers=keys.upstream_headers,
             asks_who_decides=config.decide == "auto",
+            needs_values=config.critic_in_engine,
         )
         await stack.enter_async_context(pool)
         await pool.ask_who_decides(_PATIENCE)
         metrics = Metrics()
-        if critic is None and config.critic is not None:
+        if critic is None and config.critic is not None and not config.critic_in_engine:
             options: dict[str, Any] = {
                 "timeout": config.critic_timeout,
                 "registry": metrics.registry,

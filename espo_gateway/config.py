@@ -79,7 +79,8 @@ class Config:
     critic: str | None = _setting(
         None,
         "for gates with value 'critic': a vLLM server of the critic (start it with `python -m "
-        "espo_gateway.vllm_plugin MODEL --critic`), or your own class, as package.module:Class",
+        "espo_gateway.vllm_plugin MODEL --critic`); your own class, as package.module:Class; or "
+        "`engine`, servers that tell V themselves (started with --value-head), and decide",
         metavar="URL",
     )
     decide: Literal["auto", "gateway", "engine"] = _setting(
@@ -208,6 +209,11 @@ class Config:
             if url is not None and urlsplit(url).username is not None:
                 # It would stand in every log line and in /ready.
                 raise ValueError(f"{name}: no key in the URL, please; use upstream_key_file")
+        if self.critic_in_engine and (self.decide == "gateway" or self.target_share is not None):
+            word = "decide" if self.decide == "gateway" else "target_share"
+            raise ValueError(
+                f"{word}: not with critic 'engine', as the gateway, which decides then, knows no V"
+            )
         _ = self.finish_reasons  # a bad one is known at once
         if self.target_share is None and self.state is not None:
             raise ValueError("state: needs target_share, as only tuning has a state")
@@ -245,7 +251,12 @@ class Config:
     @property
     def critic_url(self) -> str | None:
         """The critic when it is a server."""
-        return None if self.critic_class else self.critic
+        return None if self.critic_class or self.critic_in_engine else self.critic
+
+    @property
+    def critic_in_engine(self) -> bool:
+        """Whether the servers themselves know V."""
+        return self.critic == "engine"
 
     @property
     def loopback(self) -> bool:

@@ -73,10 +73,11 @@ class Gateway:
         #: told of every choice that has ended
         self.followers: list[Callable[[Session], None]] = []
         self._gate_read = config.read_gate()
+        self._has_critic = critic is not None or config.critic_in_engine
         if self._gate_read is not None:
-            self.gate = gate_from_json(self._gate_read, has_critic=critic is not None)
+            self.gate = gate_from_json(self._gate_read, has_critic=self._has_critic)
         #: tuning and recording
-        self.observers = Observers(config, self.gate, has_critic=critic is not None)
+        self.observers = Observers(config, self.gate, has_critic=self._has_critic)
         if self.observers.tuning is not None:
             self.gate = self.observers.tuning.gate
 
@@ -106,7 +107,7 @@ class Gateway:
         by_server = (
             not followers
             and (self.config.decide == "engine" or self.pool.decides)
-            and can_decide(gate, planned)
+            and can_decide(gate, planned, has_values=self.config.critic_in_engine)
         )
         return (DecidedSession if by_server else Session)(
             gate,
@@ -132,7 +133,7 @@ class Gateway:
                 "this gateway finds its gate by itself (--target-share); start it without that to "
                 "push one, or with --gate to choose the rule and its constants"
             )
-        gate = self.gate = gate_from_json(data, has_critic=self.critic is not None)
+        gate = self.gate = gate_from_json(data, has_critic=self._has_critic)
         self.pushed.pop(gate.version, None)
         self.pushed[gate.version] = gate
         if len(self.pushed) > GATES:

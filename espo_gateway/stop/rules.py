@@ -20,7 +20,7 @@ import numpy as np
 from espo_gateway.stop.estimate import SuccessEstimator, sigmoid
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics, moving_average
-from espo_gateway.stop.told import Schedule
+from espo_gateway.stop.told import ASKED, Schedule, SourceName
 from espo_gateway.stop.tracks import (
     MeanSurprise,
     StreamChance,
@@ -399,13 +399,21 @@ class Gate:
     @property
     def asks_estimate(self) -> bool:
         """Whether V is an estimate that is known only where its sources were asked."""
-        return self.needs_estimator and self.estimator is not None and self.estimator.asks
+        return self.needs_estimator and bool(self.asks)
+
+    @property
+    def asks(self) -> frozenset[SourceName]:
+        """The sources that a decision asks while the stream goes on."""
+        if self.source == "critic":
+            return frozenset({"critic"})
+        if self.needs_estimator and self.estimator is not None:
+            return ASKED.intersection(self.estimator.sources)
+        return frozenset()
 
     @property
     def needs_critic(self) -> bool:
-        """Whether a critic server is asked, who reads token ids."""
-        reads = self.needs_estimator and self.estimator and "critic" in self.estimator.sources
-        return self.source == "critic" or bool(reads)
+        """Whether a critic is asked."""
+        return "critic" in self.asks
 
     def success(self, said: Any) -> Any:
         """V of what a critic says, a number or an array; it may leave [0, 1] as V does."""

@@ -259,8 +259,12 @@ class Watch:
         self._unsettled[token] = z, ()
         return Verdict.ASK
 
-    def estimated(self, token: int, answers: Answers) -> float | None:
+    def valued(self, token: int, answers: Answers) -> float | None:
         """V at a token that was asked about, of what the sources have answered; None: unknown."""
+        if self._source == "critic" and "critic" in answers:
+            [said] = answers["critic"]
+            value: float = self.gate.success(said)
+            return value
         unsettled, estimator = self._unsettled[token], self.gate.estimator
         if unsettled is None or not unsettled[1] or estimator is None:
             return None

@@ -26,10 +26,13 @@ from espo_gateway.vllm_plugin.wire import STOPPED, decides_alone, order_fields, 
 _OUTSIDE = ("abort", "error")
 
 
-def can_decide(gate: Gate, planned: Plan) -> bool:
-    """Whether a server that decides can be left to it, and its record is the gateway's."""
+def can_decide(gate: Gate, planned: Plan, *, has_values: bool) -> bool:
+    """Whether a server that decides can be left to it, and its record is the gateway's.
+
+    has_values: it knows a critic's V.
+    """
     control: Control = planned.control
-    if control.probe is not None or not decides_alone(gate):
+    if control.probe is not None or not decides_alone(gate, has_values=has_values):
         return False  # what is asked, and of whom, only the gateway knows
     # vLLM finds stop strings outside its engine, and what that knows of such an answer is lost.
     told = control.mode == "shadow" or control.audit or control.trace

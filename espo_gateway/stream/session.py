@@ -321,11 +321,7 @@ class Session:
         assert self.watch is not None
         if "probe" in answers:
             self.probed[token] = answers["probe"]
-        if self.gate.source == "critic" and "critic" in answers:
-            [output] = answers["critic"]
-            value = self.gate.success(output)
-        else:
-            value = self.watch.estimated(token, answers)
+        value = self.watch.valued(token, answers)
         self._unanswered.discard(token)
         self._answered = self._answered if value is None else value
         self.watch.settle(token, value)

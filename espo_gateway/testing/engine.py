@@ -23,7 +23,8 @@ def decided(script: Script, body: Body) -> Script:
     finish_reason = "length" if len(tokens) == most else script.finish_reason
     for count, token in enumerate(tokens, 1):
         last = count == len(tokens) and finish_reason != "length"
-        if monitor.push(_row(token), last=last):
+        value = script.values[count - 1] if script.values else None
+        if monitor.push(_row(token), last=last, value=value):
             tokens, finish_reason = tokens[:count], "length"
             break
     if script.stop_reason in (body.get("stop") or ()):

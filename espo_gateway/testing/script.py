@@ -29,6 +29,7 @@ class Token(NamedTuple):
 class Script:
     """What the server answers to one generation.
 
+    values: V of the state that each token is sampled in, of a server that tells it.
     tokens: may be endless; `max_tokens` of the request ends them, else finish_reason does.
     per_chunk: tokens merged into one chunk. split: bytes per write, None for whole events.
     logprobs, token_ids: False never sends any, though asked.
@@ -51,6 +52,7 @@ class Script:
     finish_reason: str = "stop"
     stop_reason: int | str | None = None
     prompt_token_ids: tuple[int, ...] = (1, 2, 3)
+    values: tuple[float, ...] = ()
     per_chunk: int = 1
     split: int | None = None
     logprobs: bool = True

@@ -34,7 +34,8 @@ class FakeServer(Fake):
 
     script: a Script, or a function from a request's body to one.
     gated: tokens are sent only as `release` allows.
-    decides: it is a vLLM that decides by itself, and says so; may be changed.
+    decides: it is a vLLM that decides by itself, and says so; values: that it knows V, which its
+        scripts have. Both may be changed.
 
     Attributes:
         bodies: the generations' request bodies; headers: their headers.
@@ -50,11 +51,12 @@ class FakeServer(Fake):
         *,
         gated: bool = False,
         decides: bool = False,
+        values: bool = False,
         port: int = 0,
     ) -> None:
         super().__init__(gated=gated, port=port)
         self.script = script
-        self.decides = decides
+        self.decides, self.values = decides, values
         self.queue: deque[Script] = deque()
         self.bodies: list[Body] = []
         self.headers: list[dict[str, str]] = []
@@ -74,7 +76,7 @@ class FakeServer(Fake):
     async def _engine(self, request: web.Request) -> web.Response:
         if not self.decides:
             raise web.HTTPNotFound
-        return web.json_response({"decides": True})
+        return web.json_response({"decides": True, "values": self.values})
 
     async def _echo(self, request: web.Request) -> web.Response:
         return web.Response(body=await request.read(), content_type="application/json")

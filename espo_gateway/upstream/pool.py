@@ -66,6 +66,7 @@ class UpstreamPool:
         clock: the breakers', in seconds, monotonic.
         headers: of the pool's own requests; may be changed while it runs.
         asks_who_decides: whether servers are asked if they decide by themselves.
+        needs_values: only such that know a critic's V count as deciding.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class UpstreamPool:
         clock: Callable[[], float] = time.monotonic,
         headers: Mapping[str, str] | None = None,
         asks_who_decides: bool = False,
+        needs_values: bool = False,
     ) -> None:
         self._headers = dict(headers or {})
         self.servers = [
@@ -91,6 +93,7 @@ class UpstreamPool:
         self._limits = limits
         self._attempts = attempts
         self._asks_who_decides = asks_who_decides
+        self._needs_values = needs_values
         self._health_interval = health_interval
         # By then a server that is back has been noticed.
         self._retry_after = str(max(1, math.ceil(health_interval or breaker_timeout)))
@@ -264,7 +267,7 @@ class UpstreamPool:
     async def _ask_who_decides(self, server: Upstream) -> None:
         assert self._session is not None, "enter the pool first"
         if self._asks_who_decides:
-            server.learnt(await decides(self._session, server))
+            server.learnt(await decides(self._session, server, values=self._needs_values))
 
     async def _passed(self, server: Upstream) -> None:
         await self._ask_who_decides(server)

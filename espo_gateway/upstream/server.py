@@ -144,12 +144,16 @@ async def probe(session: aiohttp.ClientSession, server: Upstream) -> bool:
         return False
 
 
-async def decides(session: aiohttp.ClientSession, server: Upstream) -> bool:
-    """Whether the server says that it decides by itself where a request ends."""
+async def decides(session: aiohttp.ClientSession, server: Upstream, *, values: bool) -> bool:
+    """Whether the server says that it decides by itself where a request ends.
+
+    values: and that it knows a critic's V.
+    """
     try:
         async with session.get(server.url + ROUTE, timeout=_PROBE) as response:
             told = await response.json(content_type=None)
-        return response.status == 200 and told["decides"] is True
+        needed = ("decides", "values") if values else ("decides",)
+        return response.status == 200 and all(told[name] is True for name in needed)
     except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 #: name of our backend in `--weight-transfer-config '{"backend": "espo"}'`
 BACKEND = "espo"
 #: name of our scheduler in `--scheduler-cls`, and of the `--middleware` that tells of it
 SCHEDULER = "espo_gateway.vllm_plugin.scheduler.EspoScheduler"
 ENGINE_ROUTE = "espo_gateway.vllm_plugin.admission.EngineRoute"
+#: name of our worker in `--worker-cls`, which tells V; in `--additional-config` the folder of the
+#: head that it tells it by, and on vLLM's output of a step V by request
+VALUE_WORKER = "espo_gateway.vllm_plugin.value_head.ValueWorker"
+VALUE_HEAD = "espo_value_head"
+VALUES = "espo_values"
+
+
+def head_folder(additional_config: object) -> Path | None:
+    """The folder that `VALUE_HEAD` names in vLLM's setting of that name, if it does."""
+    named = isinstance(additional_config, Mapping) and additional_config.get(VALUE_HEAD)
+    return Path(named) if isinstance(named, str) else None
 
 
 def register() -> None:

@@ -6,7 +6,8 @@
 
 The server decides by itself where a request that carries a gate ends (`scheduler.py`); with
 `--no-decide` it leaves that to a gateway. `--critic` serves a sequence classifier with one label,
-whose score of a prefix is V: what the gateway's `--critic URL` asks. Owns the defaults only, and
+whose score of a prefix is V: what the gateway's `--critic URL` asks. `--value-head FOLDER` has the
+policy tell V itself, by a head on its hidden states (`value_head.py`). Owns the defaults only, and
 becomes vLLM (exec): same process, same signals, same exit code. A flag or variable that is given
 wins over ours.
 
@@ -28,8 +29,15 @@ from pathlib import Path
 
 from espo_gateway.addresses import is_loopback
 from espo_gateway.supervisor import PortInUseError, check_port_free
-from espo_gateway.vllm_plugin import BACKEND, ENGINE_ROUTE, SCHEDULER
+from espo_gateway.vllm_plugin import (
+    BACKEND,
+    ENGINE_ROUTE,
+    SCHEDULER,
+    VALUE_HEAD,
+    VALUE_WORKER,
+)
 
+USAGE = "MODEL [--critic | --no-decide | --value-head FOLDER] [any flag of vllm serve]"
 SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 
 #: flags for every server; a value of None is a flag without one
@@ -86,6 +94,8 @@ CPU_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "0",
     "KMP_BLOCKTIME": "0",
 }
+#: the runner whose hidden states a head of V is known to read
+VALUE_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 #: eager mode leaves one function compiled: the first request for logprobs waits 15 s for it
 EAGER_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1"}
 
@@ -108,12 +118,15 @@ def server_command(
             the port is busy, or the host would show the development routes to others.
     """
     if not arguments or arguments[0].startswith("-"):
-        raise LaunchError(
-            "usage: espo-vllm MODEL [--critic | --no-decide] [any flag of vllm serve]"
-        )
+        raise LaunchError(f"usage: espo-vllm {USAGE}")
     model, *given = arguments
     check_model(model)
     defaults = FLAGS | (CPU_FLAGS if cpu else {}) | {"--served-model-name": model}
+    head = taken_out(given, "--value-head")
+    if head and (other := {"--critic", "--no-decide"} & {*given}):
+        raise LaunchError(
+            f"--value-head: not with {other.pop()}, as the engine's decisions read it"
+        )
     decides = "--no-decide" not in given
     if not decides:
         given.remove("--no-decide")
@@ -125,6 +138,13 @@ def server_command(
         defaults |= DECIDING_FLAGS
         # Of these there may be several: it stands beside those that are given.
         given[:0] = ["--middleware", ENGINE_ROUTE]
+        if head:
+            check_model(head)
+            defaults |= {
+                "--worker-cls": VALUE_WORKER,
+                "--additional-config": json.dumps({VALUE_HEAD: head}),
+            }
+            environment = VALUE_ENVIRONMENT | dict(environment)
 
     chosen = {name_of(flag) for flag in given if flag.startswith("-")}
     if cpu and not chosen & SPLITTING:
@@ -148,6 +168,23 @@ def server_command(
     except (PortInUseError, ValueError) as error:
         raise LaunchError(str(error)) from error
     return command, environment
+
+
+def taken_out(given: list[str], name: str) -> str:
+    """The value of a flag of ours, which is taken out of what vLLM gets; "" where it is not given.
+
+    Raises LaunchError: it has none.
+    """
+    for position, word in enumerate(given):
+        flag, equals, value = word.partition("=")
+        if flag == name:
+            if not equals:
+                value = (*given, "")[position + 1]
+            if not value or value.startswith("-"):
+                raise LaunchError(f"{name}: give a folder")
+            del given[position : position + (1 if equals else 2)]
+            return value
+    return ""
 
 
 def name_of(flag: str) -> str:
@@ -244,11 +281,14 @@ def help_text() -> str:
         "on a CPU": CPU_FLAGS,
         "on a CPU, without -tp, -pp, -dp, -pcp": CPU_WHOLE_FLAGS,
     }
-    variables = {"every server": ENVIRONMENT, "on a CPU": CPU_ENVIRONMENT | EAGER_ENVIRONMENT}
-    usage = "MODEL [--critic | --no-decide] [any flag of vllm serve]"
+    variables = {
+        "every server": ENVIRONMENT,
+        "on a CPU": CPU_ENVIRONMENT | EAGER_ENVIRONMENT,
+        "--value-head": VALUE_ENVIRONMENT,
+    }
     lines = [
-        f"usage: espo-vllm {usage}",
-        f"       python -m espo_gateway.vllm_plugin {usage}",
+        f"usage: espo-vllm {USAGE}",
+        f"       python -m espo_gateway.vllm_plugin {USAGE}",
         f"\n{__doc__}",
     ]
     for when, defaults in flags.items():

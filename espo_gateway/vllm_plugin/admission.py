@@ -15,8 +15,15 @@ from importlib import metadata
 from typing import Any
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.vllm_plugin import SCHEDULER
-from espo_gateway.vllm_plugin.wire import ROUTE, Order, order_of, stop_reason_of, told_by
+from espo_gateway.vllm_plugin import SCHEDULER, head_folder
+from espo_gateway.vllm_plugin.wire import (
+    ROUTE,
+    Order,
+    decides_alone,
+    order_of,
+    stop_reason_of,
+    told_by,
+)
 
 #: The vLLM whose scheduler was read, and tried.
 TESTED = "0.32"
@@ -32,11 +39,18 @@ def not_tested(version: str) -> str:
     return f"vLLM {version} is not the {TESTED} that this scheduler was tested with"
 
 
-def check_order(order: Order, params: Any, model_config: Any) -> None:
+def check_order(order: Order, params: Any, model_config: Any, *, has_values: bool) -> None:
     """Raise InvalidRequest where the engine cannot give the rule what it reads.
 
-    params: vLLM's SamplingParams.
+    params: vLLM's SamplingParams. has_values: the engine knows a critic's V.
     """
+    if not decides_alone(order.gate, has_values=has_values):
+        raise InvalidRequest(
+            f"espo_gate: value: it asks {' and '.join(sorted(order.gate.asks))}, which answers "
+            "beside the engine: send the request to a gateway, which decides then, or start this "
+            "server with --value-head",
+            param="espo_gate",
+        )
     if params.logprob_token_ids:
         raise InvalidRequest(
             "espo_gate: logprob_token_ids puts listed tokens' logprobs in the place of the "
@@ -79,7 +93,8 @@ def check_requests() -> None:
                             f"--scheduler-cls {SCHEDULER}",
                             param="espo_gate",
                         )
-                    check_order(order, params, self.model_config)
+                    has_values = head_folder(self.vllm_config.additional_config) is not None
+                    check_order(order, params, self.model_config, has_values=has_values)
             except InvalidRequest as error:
                 field = f"vllm_xargs.{error.param}" if error.param else "vllm_xargs"
                 raise VLLMValidationError(error.message, parameter=field) from error
@@ -137,7 +152,8 @@ def _told(arguments: Any) -> dict[str, Any]:
         return {"decides": False, "reason": f"--scheduler-cls is {scheduler}, not {SCHEDULER}"}
     if not is_tested(version):
         return {"decides": False, "reason": not_tested(version)}
-    return {"decides": True, "vllm": version}
+    options = getattr(arguments, "additional_config", None)
+    return {"decides": True, "values": head_folder(options) is not None, "vllm": version}
 
 
 def _version(distribution: str) -> str | None:

@@ -15,12 +15,13 @@ import random
 from collections.abc import Sequence
 
 from espo_gateway.stop.regret import MISSING_LOGPROB
+from espo_gateway.stop.rules import RULES
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.vllm_plugin.batch import can_be_batched
 from espo_gateway.vllm_plugin.wire import STOPPED, Order, Told, stop_reason_of
 
-_STOP = Verdict.STOP
+_STOP, _ASK = Verdict.STOP, Verdict.ASK
 
 
 class Monitor:
@@ -56,7 +57,7 @@ class Monitor:
         self._enforces = order.mode == "enforce" and not self._audited
         self._stopped = False
         self.fault: str | None = None
-        self.watch = Watch(gate, prompt_tokens, history=order.history, asks=False)
+        self.watch = Watch(gate, prompt_tokens, history=order.history, asks=gate.needs_critic)
         self._push = self.watch.push
         # Past the cut the watch that decides follows no more.
         self._traced = (
@@ -66,11 +67,11 @@ class Monitor:
         )
         self._trace: list[tuple[float | None, float, float | None, float | None]] = []
 
-    def push(self, row: Sequence[float] | None, *, last: bool) -> bool:
+    def push(self, row: Sequence[float] | None, *, last: bool, value: float | None = None) -> bool:
         """Take the next token's logprobs. Returns whether the request is to end with it.
 
         row: the sampled token's, then the largest ones, falling; None when there are none.
-        last: the token completes the answer.
+        last: the token completes the answer. value: what the engine says of V, if it does.
         """
         logprob = top = confidence = None
         if row is not None and len(row) > self.alternatives:
@@ -84,9 +85,20 @@ class Monitor:
         if self._traced is not None:
             self._traced.push(logprob, top, confidence=confidence)
             self._trace.append(self._traced.look())
+        if verdict is _ASK:
+            verdict = self._answer(value)
         if verdict is _STOP and self._enforces:
             self._stopped = True
         return self._stopped
+
+    def _answer(self, value: float | None) -> Verdict:
+        """What the watch asks of the last token is known at once, or not at all."""
+        watch, gate = self.watch, self._order.gate
+        v = watch.valued(watch.tokens, {} if value is None else {"critic": (value,)})
+        if self._trace and v is not None:
+            regret, z, _, _ = self._trace[-1]
+            self._trace[-1] = regret, z, RULES[gate.rule].bound(gate, v), v
+        return watch.settle(watch.tokens, v)
 
     @property
     def done(self) -> bool:

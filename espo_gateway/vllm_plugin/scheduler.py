@@ -24,6 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from espo_gateway.errors import InvalidRequest, said
+from espo_gateway.vllm_plugin import VALUE_WORKER, VALUES, head_folder
 from espo_gateway.vllm_plugin.admission import check_order, is_tested, not_tested
 from espo_gateway.vllm_plugin.batch import Batch
 from espo_gateway.vllm_plugin.monitor import Monitor
@@ -40,6 +41,7 @@ class Monitored(Scheduler):
         super().__init__(vllm_config, *arguments, **named)
         self._vllms_update = super()._update_request_with_output
         self._model_config = vllm_config.model_config
+        self._has_values = head_folder(vllm_config.additional_config) is not None
         self._monitors: dict[str, Monitor] = {}
         #: by request, what the worker is asked in the place of what the client has asked
         self._worker_params: dict[str, Any] = {}
@@ -48,9 +50,10 @@ class Monitored(Scheduler):
         self._alone: set[str] = set()
         #: whether what comes may be of a step before a preemption, and be dropped
         self._stale = False
-        # Of the step whose output is being read: logprobs by row, each request's first row, and
-        # the requests whose tokens their monitor must see.
+        # Of the step whose output is being read: logprobs by row, V by row, each request's first
+        # row, and the requests whose tokens their monitor must see.
         self._logprobs: Any = None
+        self._values: Any = None
         self._first_rows: dict[str, int] = {}
         self._open: Set[str] = set()
         self._tested = is_tested(vllm.__version__)
@@ -77,7 +80,7 @@ class Monitored(Scheduler):
         order = order_of(params.extra_args)
         if order is None or request.request_id in self.requests:
             return
-        check_order(order, params, self._model_config)
+        check_order(order, params, self._model_config, has_values=self._has_values)
         if request.resumable:
             raise InvalidRequest(
                 "espo_gate: input that is streamed has several answers, and one decision cannot "
@@ -119,6 +122,7 @@ class Monitored(Scheduler):
     def _read(self, output: Any) -> Set[str]:
         """Which requests' tokens must be looked at."""
         self._logprobs, self._first_rows = output.logprobs, output.req_id_to_index
+        self._values = getattr(output, VALUES, None)
         if self._stale:
             requests = self.requests.values()
             self._stale = any(request.num_stale_output_tokens for request in requests)
@@ -162,7 +166,8 @@ class Monitored(Scheduler):
             if monitor.fault is None:
                 self._batch.settle(name, monitor.watch, request.num_output_tokens - 1)
                 last = stopped and request.status != capped
-                if monitor.push(self._row(name, place, monitor.alternatives), last=last):
+                row = self._row(name, place, monitor.alternatives)
+                if monitor.push(row, last=last, value=self._value(name)):
                     # Not "stopped": of a token that stops a text vLLM shows nothing.
                     request.status, request.stop_reason = capped, STOPPED
                     stopped = True
@@ -181,6 +186,11 @@ class Monitored(Scheduler):
         row = (first if starts is None else starts[first]) + place
         found: list[float] = self._logprobs.logprobs[row, : alternatives + 1].tolist()
         return found
+
+    def _value(self, name: str) -> float | None:
+        """V of the state that a request's token of this step was sampled in."""
+        values = self._values
+        return None if values is None else float(values[self._first_rows[name]])
 
     def _handle_stopped_request(self, request: Request) -> Any:
         name = request.request_id
@@ -231,6 +241,8 @@ class EspoScheduler(Monitored, AsyncScheduler):
 def check_engine(vllm_config: Any) -> None:
     """Raise ValueError where decisions could not be right."""
     model = vllm_config.model_config
+    if head_folder(vllm_config.additional_config) is not None:
+        check_values(vllm_config)
     if model.is_diffusion:
         raise ValueError(
             "EspoScheduler follows tokens in their order, and this is a diffusion model: start "
@@ -241,3 +253,19 @@ def check_engine(vllm_config: Any) -> None:
             f"EspoScheduler reads logprobs, and --logprobs-mode {model.logprobs_mode} gives "
             "logits: use raw_logprobs or processed_logprobs"
         )
+
+
+def check_values(vllm_config: Any) -> None:
+    """Raise ValueError where V by a head could not be told of every token."""
+    told = (
+        (vllm_config.speculative_config is not None, "not with speculative decoding"),
+        (vllm_config.parallel_config.pipeline_parallel_size > 1, "not with pipeline stages"),
+        (vllm_config.use_v2_model_runner, "not by vLLM's V2 runner (VLLM_USE_V2_MODEL_RUNNER=0)"),
+        (
+            vllm_config.parallel_config.worker_cls != VALUE_WORKER,
+            f"by --worker-cls {VALUE_WORKER} alone",
+        ),
+    )
+    for wrong, when in told:
+        if wrong:
+            raise ValueError(f"--value-head: V is told {when}")

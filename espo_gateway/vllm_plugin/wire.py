@@ -83,9 +83,9 @@ class Told(msgspec.Struct, omit_defaults=True, kw_only=True, gc=False):
     weights: list[tuple[int, str]] | None = None
 
 
-def decides_alone(gate: Gate) -> bool:
-    """Whether a gate asks nobody beside the engine: neither a critic nor a probe."""
-    return not (gate.needs_critic or gate.asks_estimate)
+def decides_alone(gate: Gate, *, has_values: bool) -> bool:
+    """Whether a gate asks nobody beside the engine. has_values: the engine knows a critic's V."""
+    return gate.asks <= ({"critic"} if has_values else set())
 
 
 def order_fields(gate: Gate, *, mode: Mode, history: float | None, trace: bool) -> Fields:
@@ -151,12 +151,6 @@ def _gate(text: str) -> Gate:
         gate = gate_from_json(text.encode(), has_critic=True)
     except (InvalidRequest, UnicodeEncodeError) as error:
         raise InvalidRequest(f"espo_gate: {error}", param="espo_gate") from error
-    if not decides_alone(gate):
-        raise InvalidRequest(
-            "espo_gate: value: a critic or a probe answers beside the engine; send the request to "
-            "the gateway, which decides then",
-            param="espo_gate",
-        )
     return gate
 
 

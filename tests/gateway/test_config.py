@@ -46,6 +46,8 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
             "",
             "carry_over: not with target_share",
         ),
+        (["--critic", "engine", "--decide", "gateway"], {}, "", "decide: not with critic 'engine'"),
+        (["--critic", "engine", "--target-share", "0.1"], {}, "", "target_share: not with critic"),
         (["--session-idle", "0"], {}, "", "--session-idle: .*greater than 0"),
     ],
 )

@@ -126,3 +126,14 @@ async def test_a_bad_key_file_ends_the_start(tmp_path: Path) -> None:
     last = stderr.decode().splitlines()[-1]
     assert "admin_key_file: cannot read" in last
     assert "No such file" in last
+
+
+async def test_a_server_that_should_know_v_and_does_not(found: Found) -> None:
+    async with FakeServer(FINE, decides=True, values=True) as server:
+        await found(server, critic="engine")
+        server.values = False
+        with pytest.raises(UpstreamError, match=r"tells no V; .* --value-head"):
+            await found(server, critic="engine")
+    async with FakeServer(FINE) as plain:
+        with pytest.raises(UpstreamError, match="tells no V"):
+            await found(plain, critic="engine")

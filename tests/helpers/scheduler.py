@@ -22,6 +22,7 @@ from vllm.v1.outputs import DraftTokenIds, LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from espo_gateway.vllm_plugin import VALUE_HEAD, VALUE_WORKER, VALUES
 from espo_gateway.vllm_plugin.scheduler import EspoScheduler
 from tests.helpers.models import random_checkpoint
 
@@ -31,7 +32,9 @@ _hashed = get_request_block_hasher(BLOCK, sha256)
 
 
 @lru_cache
-def vllm_config(*, asynchronous: bool, drafts: int = 0, **options: Any) -> Any:
+def vllm_config(
+    *, asynchronous: bool, drafts: int = 0, values: bool = False, **options: Any
+) -> Any:
     """Of a tiny model on a CPU."""
     path = random_checkpoint(Path(mkdtemp()) / "checkpoint", 0)
     speculative = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2}
@@ -45,6 +48,9 @@ def vllm_config(*, asynchronous: bool, drafts: int = 0, **options: Any) -> Any:
         },
     ).create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous
+    if values:
+        config.additional_config = {VALUE_HEAD: str(path)}
+        config.parallel_config.worker_cls = VALUE_WORKER
     return config
 
 
@@ -53,10 +59,12 @@ class Rollout:
     """What the table has for one request.
 
     rows: the sampled token's logprob and the largest, falling, of each token.
+    values: V of the state that each was sampled in.
     """
 
     tokens: list[int]
     rows: list[list[float]]
+    values: list[float]
 
 
 def rollout(seed: int, length: int, *, top: int = TOP, ends: bool = False) -> Rollout:
@@ -72,7 +80,8 @@ def rollout(seed: int, length: int, *, top: int = TOP, ends: bool = False) -> Ro
         tokens.append(chance.randrange(10, 60))
     if ends:
         tokens[-1] = EOS
-    return Rollout(tokens, rows)
+    values = np.random.default_rng(seed).random(length, dtype=np.float32)
+    return Rollout(tokens, rows, values.tolist())
 
 
 @dataclass
@@ -88,14 +97,20 @@ class Answer:
 class Engine:
     """The engine core's loop around a scheduler.
 
-    blocks: of the KV cache. deep: steps under way at a time.
+    blocks: of the KV cache. values: the worker tells V. deep: steps under way at a time.
     sampled: tokens that the worker has sampled, by request. worker_params: what it is asked.
     """
 
     def __init__(
-        self, *, asynchronous: bool = True, blocks: int = 1000, drafts: int = 0, **options: Any
+        self,
+        *,
+        asynchronous: bool = True,
+        blocks: int = 1000,
+        drafts: int = 0,
+        values: bool = False,
+        **options: Any,
     ) -> None:
-        config = vllm_config(asynchronous=asynchronous, drafts=drafts, **options)
+        config = vllm_config(asynchronous=asynchronous, drafts=drafts, values=values, **options)
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         self.scheduler: Any = EspoScheduler(
@@ -114,7 +129,7 @@ class Engine:
         self.worker_params: dict[str, SamplingParams] = {}
         self.preempted = 0
         self._deep = 2 if asynchronous else 1
-        self._drafts = drafts
+        self._drafts, self._values = drafts, values
         self._table: dict[str, Rollout] = {}
         self._flying: deque[tuple[Any, ModelRunnerOutput]] = deque()
 
@@ -182,6 +197,7 @@ class Engine:
         self.preempted += len(scheduled.preempted_req_ids or ())
         tokens: list[list[int]] = []
         rows: list[list[float]] = []
+        values: list[float] = []
         starts = [0]
         for name in names:
             request, table = self.scheduler.requests[name], self._table[name]
@@ -196,12 +212,13 @@ class Engine:
             # Asynchronously the worker samples on past what it does not know to be the end.
             tokens.append([table.tokens[i % len(table.tokens)] for i in some])
             rows += [table.rows[i % len(table.rows)] for i in some]
+            values += [table.values[i % len(table.values)] for i in some] or [0.0]
             if not some and not self._drafts:
                 rows.append([0.0] * (TOP + 1))  # of a prompt's first part: a row of no meaning
             starts.append(len(rows))
             self.sampled[name] += len(some)
         logprobs = np.array(rows, dtype=np.float32).reshape(-1, TOP + 1)
-        return ModelRunnerOutput(
+        output = ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=tokens,
@@ -212,3 +229,6 @@ class Engine:
                 starts if self._drafts else None,
             ),
         )
+        if self._values:
+            setattr(output, VALUES, torch.tensor(values))
+        return output

@@ -355,6 +355,42 @@ async def test_what_only_the_gateway_can_do_it_does(
     assert not any(ordered(body) for body in server.bodies)
 
 
+VALUED = replace(FAILING, values=(3.0,) * 9 + (0.0,) * 7)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+async def test_v_of_the_engine_is_a_critics(path: str, stream: bool) -> None:
+    async with (
+        FakeServer(VALUED, decides=True, values=True) as server,
+        gateway_for(server, gate=CRITIC_GATE, critic="engine") as gateway,
+    ):
+        body = body_of(path, stream=stream)
+        if stream and path != TOKENS:
+            *_, answer = await post_stream(gateway.url + path, body)
+        else:
+            _, answer = await post(gateway.url + path, {**body, "stream": False})
+    [choice] = answer["choices"]
+    # z passes beta times epsilon, 1, at the 8th token; where V is 3 it would have to pass 6.
+    assert (choice["espo"]["cut"], choice["espo"]["value"]) == (10, 0.0)
+    assert all(ordered(body) for body in server.bodies)
+
+
+async def test_of_servers_one_of_which_knows_no_v_none_decides() -> None:
+    async with (
+        FakeServer(VALUED, decides=True, values=True) as one,
+        FakeServer(VALUED, decides=True) as other,
+        gateway_for(one, other, gate=CRITIC_GATE, critic="engine") as gateway,
+    ):
+        answers = [await post(gateway.url + COMPLETIONS, completion_body()) for _ in range(4)]
+        # Without V nothing stops; nobody's request fails.
+        assert [answer["choices"][0]["espo"]["cut"] for _, answer in answers] == [None] * 4
+        other.values = True
+        await gateway.pool.ask_who_decides(10.0)
+        _, answer = await post(gateway.url + COMPLETIONS, completion_body())
+        assert answer["choices"][0]["espo"]["cut"] == 10
+
+
 async def test_a_share_is_recorded_and_the_gateway_decides_of_that(tmp_path: Any) -> None:
     path = tmp_path / "traces.jsonl"
     async with FakeServer(FAILING, decides=True) as server:

@@ -47,7 +47,7 @@ def live(gate: Gate, row: Row, history: float, critic: Any, probes: Any) -> tupl
                 for source, answer in answers.items()
                 if not any(map(math.isnan, answer))
             }
-            watch.settle(t + 1, watch.estimated(t + 1, told))
+            watch.settle(t + 1, watch.valued(t + 1, told))
     return watch.cut or 0, asked
 
 
@@ -102,7 +102,7 @@ def test_a_stream_is_asked_about_though_no_rule_stops_it_yet() -> None:
     verdicts = [watch.push(None if t == 3 else -0.1, -0.1) for t in range(12)]
     # Without its logprobs a token is no state that anyone could judge; the next ones are.
     assert [t + 1 for t, verdict in enumerate(verdicts) if verdict is Verdict.ASK] == [8, 12]
-    assert watch.estimated(8, {"probe": (-1.0, -2.0, -0.1)}) is None
+    assert watch.valued(8, {"probe": (-1.0, -2.0, -0.1)}) is None
     assert watch.settle(8, None) is Verdict.GO
 
 

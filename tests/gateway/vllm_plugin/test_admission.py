@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from espo_gateway.errors import InvalidRequest
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.rules import Gate
-from espo_gateway.vllm_plugin import SCHEDULER, admission
+from espo_gateway.stop.told import TOLD, Schedule, SourceName, in_order
+from espo_gateway.vllm_plugin import SCHEDULER, VALUE_HEAD, admission
 from espo_gateway.vllm_plugin.admission import EngineRoute, check_order, is_tested
 from espo_gateway.vllm_plugin.wire import ROUTE, Order
 
@@ -39,7 +41,11 @@ async def asked(path: str, **arguments: Any) -> Any:
 
 async def test_the_server_says_whether_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_version", lambda name: "0.32.1" if name == "vllm" else None)
-    assert await asked(ROUTE, scheduler_cls=SCHEDULER) == {"decides": True, "vllm": "0.32.1"}
+    told = {"decides": True, "values": False, "vllm": "0.32.1"}
+    assert await asked(ROUTE, scheduler_cls=SCHEDULER) == told
+    for options, values in (({}, False), ({VALUE_HEAD: "folder"}, True), (None, False)):
+        told = await asked(ROUTE, scheduler_cls=SCHEDULER, additional_config=options)
+        assert told["values"] is values
     for other in (None, "a.B"):
         told = await asked(ROUTE, scheduler_cls=other)
         assert told["decides"] is False
@@ -81,8 +87,24 @@ def test_what_the_engine_cannot_give(
     params = SimpleNamespace(logprob_token_ids=listed)
     model = SimpleNamespace(max_logprobs=most, get_vocab_size=lambda: vocabulary)
     if said is None:
-        check_order(order, params, model)
+        check_order(order, params, model, has_values=False)
         return
     with pytest.raises(InvalidRequest, match=said) as caught:
-        check_order(order, params, model)
+        check_order(order, params, model, has_values=False)
     assert caught.value.param == "espo_gate"
+
+
+@pytest.mark.parametrize("sources", [[], ["history"], ["critic"], ["probe"], ["critic", "probe"]])
+@pytest.mark.parametrize("has_values", [False, True])
+def test_who_is_asked_must_be_in_the_engine(sources: list[SourceName], has_values: bool) -> None:
+    weights = (0.0,) * (len(FEATURES) + sum(len(TOLD[name]) for name in sources))
+    estimator = SuccessEstimator(weights, 0.0, in_order(sources))
+    schedule = Schedule(every=8 if {"critic", "probe"} & {*sources} else 0)
+    gate = Gate(rule="success-probability", estimator=estimator, schedule=schedule)
+    params = SimpleNamespace(logprob_token_ids=None)
+    model = SimpleNamespace(max_logprobs=20, get_vocab_size=lambda: 100)
+    if "probe" in sources or ("critic" in sources and not has_values):
+        with pytest.raises(InvalidRequest, match=f"{sources[-1]}, which answers beside"):
+            check_order(Order(gate), params, model, has_values=has_values)
+    else:
+        check_order(Order(gate), params, model, has_values=has_values)

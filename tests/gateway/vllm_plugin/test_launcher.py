@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from espo_gateway.supervisor import free_port
-from espo_gateway.vllm_plugin import ENGINE_ROUTE, SCHEDULER
-from espo_gateway.vllm_plugin.__main__ import LaunchError, last_value, server_command
+from espo_gateway.vllm_plugin import ENGINE_ROUTE, SCHEDULER, VALUE_HEAD, VALUE_WORKER
+from espo_gateway.vllm_plugin.__main__ import USAGE, LaunchError, last_value, server_command
 from espo_rl.base_model.train import make_tokenizer
 from tests.helpers.models import random_critic
 
@@ -68,6 +68,27 @@ def test_the_server_decides_unless_told_not_to() -> None:
         assert not {"--scheduler-cls", "--middleware", "--no-decide"} & set(command)
     command, _ = build("--scheduler-cls", "x.Y")
     assert command.count("--scheduler-cls") == 1
+
+
+@pytest.mark.parametrize("flag", [("--value-head", "{}"), ("--value-head={}",)])
+def test_a_head_makes_the_engine_tell_v(flag: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    given = [word.format(tmp_path) for word in flag]
+    command, environment = build(*given, "--max-num-seqs", "4")
+    assert last_value(command, "--worker-cls") == VALUE_WORKER
+    assert json.loads(last_value(command, "--additional-config")) == {VALUE_HEAD: str(tmp_path)}
+    assert command[-2:] == ["--max-num-seqs", "4"]
+    assert not {*given} & {*command} - {str(tmp_path)}
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    for other in ("--critic", "--no-decide"):
+        with pytest.raises(LaunchError, match=f"--value-head: not with {other}"):
+            build(*given, other)
+
+
+@pytest.mark.parametrize("given", [[], ["--port"], ["/nowhere/at/all"]])
+def test_a_head_that_is_none_is_refused(given: list[str]) -> None:
+    with pytest.raises(LaunchError, match=r"--value-head: give a folder|does not exist"):
+        server_command([HUB_MODEL, "--value-head", *given], cpu=True, environment={})
 
 
 def test_compiling_can_be_asked_for() -> None:
@@ -238,8 +259,8 @@ def test_command_line_without_a_model() -> None:
 def test_command_line_help_needs_no_vllm() -> None:
     result = run("--help")
     assert result.returncode == 0
-    assert result.stdout.startswith("usage: espo-vllm MODEL [--critic | --no-decide]")
-    assert "espo_gateway.vllm_plugin MODEL [--critic | --no-decide]" in result.stdout
+    assert result.stdout.startswith(f"usage: espo-vllm {USAGE}")
+    assert f"espo_gateway.vllm_plugin {USAGE}" in result.stdout
     scheduler = f"--scheduler-cls {SCHEDULER}"
     for default in ("--max-logprobs 20", scheduler, "--enforce-eager", "VLLM_SERVER_DEV_MODE=1"):
         assert f"  {default}\n" in result.stdout

@@ -12,8 +12,9 @@ from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import RULES
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Verdict, Watch
+from espo_gateway.vllm_plugin.scheduler import check_engine
 from espo_gateway.vllm_plugin.wire import told_by
-from tests.helpers.scheduler import EOS, Answer, Engine, Rollout, rollout
+from tests.helpers.scheduler import EOS, Answer, Engine, Rollout, rollout, vllm_config
 
 pytestmark = [pytest.mark.slow]
 
@@ -138,6 +139,78 @@ def test_several_tokens_a_step_are_each_checked(asynchronous: bool, rule: str) -
     engine.run()
     cuts = check(engine, table, gate)
     assert len(set(cuts)) > 3
+
+
+VALUED: dict[str, dict[str, Any]] = {
+    "value-gated": {"rule": "value-gated", "beta": 1.2, "value": "critic", "epsilon": 0.1},
+    "value-only": {"rule": "value-only", "value": "critic", "p_star": 0.03},
+    "estimate": {
+        "rule": "success-probability",
+        "estimator": {"weights": [0.0] * 12 + [6.0], "bias": -2.0, "sources": ["critic"]},
+        "free": ESTIMATOR,
+        "schedule": {"every": 4, "below": 0.8},
+        "p_star": 0.2,
+    },
+}
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("name", VALUED)
+def test_v_that_the_engine_knows_decides(name: str, asynchronous: bool) -> None:
+    text = json.dumps(VALUED[name])
+    gate = gate_from_json(text.encode(), has_critic=True)
+    table = {f"r{n}": rollout(400 + n, 60, ends=n % 2 == 0) for n in range(24)}
+    engine = Engine(asynchronous=asynchronous, values=True, blocks=30)
+    for one, told in table.items():
+        engine.add(one, told, fields(text, record=1, trace=1, audit=0.0))
+    engine.run()
+    assert engine.preempted > 3
+    cuts = set()
+    for one, told in table.items():
+        watch = Watch(gate, 16)
+        asked = {}
+        for token, (row, value) in enumerate(zip(told.rows, told.values, strict=True), 1):
+            ends = told.tokens[token - 1] == EOS
+            verdict = watch.push(row[0], max(row[:2]), last=ends)
+            if verdict is Verdict.ASK:
+                asked[token] = watch.valued(token, {"critic": (value,)})
+                verdict = watch.settle(token, asked[token])
+            if verdict is Verdict.STOP:
+                break
+        record = told_by(engine.answers[one].stop_reason)
+        assert record is not None
+        assert record.trace is not None
+        assert record.cut == watch.cut == (len(record.trace) if watch.cut else None)
+        assert {t: record.trace[t - 1][3] for t in asked} == asked
+        assert (record.value, record.threshold) == (watch.value, watch.threshold)
+        cuts.add(watch.cut)
+    assert len(cuts) > 3
+
+
+def test_without_v_a_gate_that_asks_for_it_stops_nothing() -> None:
+    """As where a critic server is silent."""
+    text = json.dumps({**VALUED["value-only"], "p_star": 0.99})
+    engine = Engine(values=True)
+    engine._values = False  # the worker has fallen silent
+    engine.add("r", told := rollout(1, 12), fields(text))
+    assert engine.run()["r"].tokens == told.tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"drafts": 3}, "not with speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "not with pipeline stages"),
+        ({"worker_cls": "a.B"}, "by --worker-cls espo_gateway"),
+    ],
+)
+def test_where_v_cannot_be_told_of_every_token(change: dict[str, Any], said: str) -> None:
+    config = vllm_config(asynchronous=True, values=True, drafts=change.pop("drafts", 0))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in change.items():
+            patch.setattr(config.parallel_config, name, value)
+        with pytest.raises(ValueError, match=said):
+            check_engine(config)
 
 
 @pytest.mark.parametrize("asked", [None, 0, 1, -1])

@@ -1,0 +1,162 @@
+"""A real vLLM that tells V by a head on its policy's hidden states."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, Qwen2ForSequenceClassification
+
+from espo_gateway.vllm_plugin.wire import ROUTE, Told, told_by
+from tests.helpers.gateway import COMPLETIONS, gateway_for, get_text, post
+from tests.helpers.models import random_critic, random_model, values
+from tests.helpers.vllm import BASE_SEED, VllmServer, body_for, publish, serve
+
+pytestmark = pytest.mark.vllm
+
+LAYERS = 1
+#: Of V, whose numbers are of the size of units.
+TOLERANCE = 1e-3
+LATE = 4
+
+
+def headed(policy: PreTrainedModel, layers: int = LAYERS) -> Qwen2ForSequenceClassification:
+    """A random head on a policy's first layers, as `pretrain_critic --head-only` leaves it."""
+    critic = random_critic(BASE_SEED)
+    critic.model.load_state_dict(policy.model.state_dict())
+    critic.model.layers = nn.ModuleList(list(critic.model.layers)[:layers])
+    critic.config.num_hidden_layers = layers
+    critic.config.layer_types = critic.config.layer_types[:layers]
+    return critic
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
+    folder = tmp_path_factory.mktemp("headed")
+    headed(random_model(BASE_SEED)).save_pretrained(folder / "head")
+    server = await serve(folder, "--value-head", str(folder / "head"))
+    yield server
+    await server.process.stop()
+
+
+def gate(**fields: Any) -> str:
+    scale = {"critic_wrong": -20.0, "critic_right": 20.0}
+    return json.dumps({"rule": "value-only", "value": "critic", "min_tokens": 1, **scale, **fields})
+
+
+async def answers(server: VllmServer, count: int, **fields: Any) -> list[dict[str, Any]]:
+    """Choices of one prompt, each with its record and the prompt's ids."""
+    body = body_for(server, COMPLETIONS, max_tokens=40, temperature=1.0, ignore_eos=True)
+    orders = {"espo_record": 1, **fields}
+    asked = [
+        post(
+            server.url + COMPLETIONS,
+            {**body, "seed": seed, "return_token_ids": True, "vllm_xargs": orders},
+        )
+        for seed in range(count)
+    ]
+    return [answer["choices"][0] for _, answer in await asyncio.gather(*asked)]
+
+
+def record(choice: dict[str, Any]) -> Told:
+    told = told_by(choice["stop_reason"])
+    assert told is not None
+    assert told.fault is None
+    return told
+
+
+def expected(critic: PreTrainedModel, choice: dict[str, Any]) -> list[float]:
+    """V in [0, 1] of the state that each token of a choice was sampled in."""
+    ids = [*choice["prompt_token_ids"], *choice["token_ids"]]
+    told = values(critic, ids)[len(choice["prompt_token_ids"]) - 1 : -1]
+    return [(value + 20.0) / 40.0 for value in told]
+
+
+async def test_v_is_the_heads_on_the_policys_states(server: VllmServer) -> None:
+    assert json.loads(await get_text(server.url + ROUTE))["values"] is True
+    critic = headed(random_model(BASE_SEED))
+    for choice in await answers(server, 32, espo_gate=gate(p_star=1e-9), espo_trace=1):
+        trace = record(choice).trace
+        assert trace is not None
+        # Of the token that completes the answer nothing is asked.
+        said = [value for *_, value in trace]
+        assert said == pytest.approx(expected(critic, choice), abs=TOLERANCE)
+
+
+async def test_its_cut_is_where_v_falls_below(server: VllmServer) -> None:
+    critic = headed(random_model(BASE_SEED))
+    whole = await answers(server, 32, espo_gate=gate(p_star=1e-9))
+    # The first tokens are sampled in states that all share.
+    late = [value for one in whole for value in expected(critic, one)[LATE:]]
+    limit = sorted(late)[len(late) // 20]
+    cuts = await answers(server, 32, espo_gate=gate(p_star=limit, min_tokens=LATE + 1))
+    for one, cut in zip(whole, cuts, strict=True):
+        told = record(cut)
+        said = expected(critic, one)
+        assert cut["token_ids"] == one["token_ids"][: told.cut]
+        kept = len(cut["token_ids"]) - (told.cut is not None)
+        assert all(value > limit - TOLERANCE for value in said[LATE:kept])
+        if told.cut is not None:
+            assert said[told.cut - 1] < limit + TOLERANCE
+            assert told.value == pytest.approx(said[told.cut - 1], abs=TOLERANCE)
+    assert len({record(cut).cut for cut in cuts}) > 3
+
+
+async def test_through_the_gateway(server: VllmServer) -> None:
+    text = gate(p_star=0.5)
+    direct = await answers(server, 8, espo_gate=text)
+    async with gateway_for(server, gate=text.encode(), critic="engine") as gateway:
+        body = body_for(server, COMPLETIONS, max_tokens=40, temperature=1.0, ignore_eos=True)
+        for seed, one in enumerate(direct):
+            _, answer = await post(gateway.url + COMPLETIONS, {**body, "seed": seed})
+            espo, told = answer["choices"][0]["espo"], record(one)
+            assert (espo["cut"], espo["stopped"]) == (told.cut, told.cut is not None)
+            assert espo["value"] == pytest.approx(told.value, abs=TOLERANCE)
+
+
+async def test_it_follows_the_policys_weights(server: VllmServer) -> None:
+    policy = random_model(7)
+    await publish(server, policy, version="other")
+    head = headed(random_model(BASE_SEED)).score
+    critic = headed(policy)
+    critic.score = head
+    for choice in await answers(server, 4, espo_gate=gate(p_star=1e-9), espo_trace=1):
+        said = [value for *_, value in record(choice).trace or ()]
+        assert said == pytest.approx(expected(critic, choice), abs=TOLERANCE)
+    await publish(server, random_model(BASE_SEED), version="base")
+
+
+async def test_from_a_worker_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """And of the last layer, which is the state that the LM head reads."""
+    critic = headed(random_model(BASE_SEED), layers=2)
+    critic.save_pretrained(tmp_path / "head")
+    flags = ("--distributed-executor-backend", "mp", "--value-head", str(tmp_path / "head"))
+    server = await serve(tmp_path, *flags)
+    try:
+        for choice in await answers(server, 8, espo_gate=gate(p_star=1e-9), espo_trace=1):
+            said = [value for *_, value in record(choice).trace or ()]
+            assert said == pytest.approx(expected(critic, choice), abs=TOLERANCE)
+    finally:
+        await server.process.stop()
+
+
+@pytest.mark.parametrize("wrong", ["too many layers", "no head"])
+async def test_a_head_of_another_model_is_refused_at_the_start(tmp_path: Path, wrong: str) -> None:
+    critic = headed(random_model(BASE_SEED))
+    critic.config.save_pretrained(tmp_path / "head")
+    config = tmp_path / "head/config.json"
+    if wrong == "too many layers":
+        config.write_text(
+            config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 9')
+        )
+        save_file({"score.weight": critic.score.weight.data}, tmp_path / "head/model.safetensors")
+    said = "of 9 layers" if wrong == "too many layers" else "no head of V"
+    with pytest.raises(Exception, match=said):
+        await serve(tmp_path, "--value-head", str(tmp_path / "head"))
