@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.helpers.vllm import (
     body_for,
     generated,
     publish,
+    serve,
     settled,
 )
 
@@ -182,6 +184,37 @@ async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, ru
             assert one[name] == other[name]
         assert found["z"] == pytest.approx(expected["z"], abs=1e-3)
     assert same >= 0.97 * ROLLOUTS
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--data-parallel-size", "2"),
+        (
+            "--speculative-config",
+            json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}),
+        ),
+    ],
+    ids=["two engines", "speculative decoding"],
+)
+async def test_in_another_setup_of_the_engine(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    server = await serve(tmp_path, *flags)
+    try:
+        for rule in ("regret-only", "success-probability", "confidence"):
+            gate = json.dumps({"rule": rule, **GATES[rule]}).encode()
+            async with gateway_for(server, gate=gate) as gateway:
+                fields = {"max_tokens": 96, "temperature": 0.7, "n": 32, "logprobs": 8}
+                body = body_for(server, COMPLETIONS, return_token_ids=True, seed=5, **fields)
+                _, answer = await post(gateway.url + COMPLETIONS, body)
+                assert await metric(gateway, "espo_gateway_overshoot_tokens_total") == 0
+            # Of a completion's choices the first alone tells the prompt's ids.
+            ids = answer["choices"][0]["prompt_token_ids"]
+            cuts = [
+                check_cut({**choice, "prompt_token_ids": ids}, rule) for choice in answer["choices"]
+            ]
+            assert len(set(cuts)) > 3
+    finally:
+        await server.process.stop()
 
 
 def check_cut(choice: dict[str, Any], rule: str) -> int | None:
