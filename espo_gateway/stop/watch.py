@@ -259,6 +259,11 @@ class Watch:
         self._unsettled[token] = z, ()
         return Verdict.ASK
 
+    @property
+    def due(self) -> int:
+        """The next token that a source is to be asked about; 0: none."""
+        return self._due
+
     def valued(self, token: int, answers: Answers) -> float | None:
         """V at a token that was asked about, of what the sources have answered; None: unknown."""
         if self._source == "critic" and "critic" in answers:

@@ -24,8 +24,8 @@ _LARGEST = slice(_SUMS.stop, _SUMS.stop + 2)
 _POSITION = len(STATE)
 _MOVING = 1 + len(STATE)
 # Rows that stand: what moves z, the z above which and the log odds of success below which a token
-# may stop, and what makes those odds of `STATE`.
-_MEAN, _DEVIATIONS, _CLIP, _KEEP, _MOVE, _FLOOR, _ODDS, _BIAS = range(8)
+# may stop, the one that is to be asked about, and what makes those odds of `STATE`.
+_MEAN, _DEVIATIONS, _CLIP, _KEEP, _MOVE, _FLOOR, _ODDS, _DUE, _BIAS = range(9)
 _WEIGHTS = slice(_BIAS + 1, _BIAS + 1 + len(STATE))
 _STANDING = _WEIGHTS.stop
 #: A feature is a number of `STATE`, or the root of it.
@@ -40,9 +40,9 @@ _CLOSE = 1e-6
 
 
 def can_be_batched(gate: Gate) -> bool:
-    """Whether z and the stream's statistics alone tell that a token does not decide."""
+    """Whether z, the stream's statistics and the schedule tell that a token does not decide."""
     rule = RULES[gate.rule]
-    if rule.track(gate) is not None or gate.asks_estimate:
+    if rule.track(gate) is not None:
         return False
     return rule.floor(gate) > -math.inf or gate.source == "stream"
 
@@ -78,13 +78,17 @@ class Batch:
         slot = self._slots[name] = self._free.pop()
         self._moving[:, slot] = 0.0
         column = self._standing[:, slot]
+        column[:] = 0.0
         column[_MEAN] = gate.statistics.mean
         column[_DEVIATIONS] = 1.0 / math.sqrt(gate.statistics.variance + gate.monitor.delta)
         column[_CLIP] = gate.monitor.clip
         column[_KEEP] = keep = gate.monitor.smoothing
         column[_MOVE] = 1.0 - keep
         column[_FLOOR], column[_ODDS] = RULES[gate.rule].floor(gate), math.inf
-        if watch.statistics is not None and gate.estimator is not None:
+        if gate.asks_estimate:
+            self._estimated.add(name)
+            column[_ODDS], column[_DUE] = -math.inf, watch.due
+        elif watch.statistics is not None and gate.estimator is not None:
             self._estimated.add(name)
             column[_WEIGHTS] = np.array(gate.estimator.weights)[_FEATURES]
             # Of no token: what the prompt alone makes of it.
@@ -161,6 +165,7 @@ class Batch:
             features[_ROOTS] = np.sqrt(features[_ROOTS])
             odds = (own[_WEIGHTS] * features).sum(axis=0) + own[_BIAS]
             idle |= odds > own[_ODDS]
+            idle &= moved[_POSITION] != own[_DUE]
         return idle
 
     def settle(self, name: str, watch: Watch, tokens: int) -> None:
@@ -179,3 +184,6 @@ class Batch:
         self._moving[0, slot] = watch.z
         if watch.statistics is not None:
             self._moving[1:, slot] = watch.statistics.state
+            if self._standing[_DUE, slot] and self._standing[_DUE, slot] != watch.due:
+                self._standing[_DUE, slot] = watch.due
+                self._names = ()

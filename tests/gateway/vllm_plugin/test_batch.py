@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.watch import Watch
+from espo_gateway.stop.told import Answers, in_order
+from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.vllm_plugin.batch import Batch, can_be_batched
 
 _finite = st.floats(-20.0, 0.0, width=32)
@@ -26,24 +27,27 @@ _gates = st.builds(
                 {
                     **{"rule": rule, "beta": beta, "min_tokens": least},
                     **{"value": value, "p_star": p_star, "estimator": estimator},
+                    **({"schedule": {"every": 2}} if "critic" in estimator["sources"] else {}),
                     "statistics": {"mean": mean, "variance": variance},
                     "monitor": {"smoothing": smoothing, "clip": clip},
                 }
             ).encode(),
-            has_critic=False,
+            has_critic=True,
         )
     ),
     st.sampled_from(["none", "regret-only", "value-gated", "success-probability", "value-only"]),
     st.just("stream"),
     st.floats(0.01, 0.5),
     st.builds(
-        lambda weights, bias, more: {
-            **{"weights": [*weights, *([] if more is None else [more])], "bias": bias},
-            "sources": [] if more is None else ["history"],
+        lambda weights, bias, told: {
+            **{"weights": [*weights, *told.values()], "bias": bias},
+            "sources": [*in_order([*told])],
         },
         st.lists(st.floats(-1.0, 1.0), min_size=12, max_size=12),
         st.floats(-3.0, 3.0),
-        st.none() | st.floats(-1.0, 1.0),
+        st.fixed_dictionaries(
+            {}, optional={name: st.floats(-1.0, 1.0) for name in ("history", "critic")}
+        ),
     ),
     st.floats(0.05, 5.0),
     st.floats(0.0, 2.0),
@@ -52,6 +56,14 @@ _gates = st.builds(
     st.floats(0.5, 10.0),
     st.integers(1, 6),
 )
+
+
+def show(watch: Watch, logprob: float, largest: float | None) -> None:
+    """A token, and what is asked about it: some say yes, some no, and some nothing."""
+    if watch.push(logprob, largest) is Verdict.ASK:
+        token = watch.tokens
+        answers: Answers = {} if token % 3 == 0 else {"critic": (0.5 - token % 2,)}
+        watch.settle(token, watch.valued(token, answers))
 
 
 @given(
@@ -82,7 +94,7 @@ def test_a_batch_is_its_watches(
         gate = gates[number % len(gates)]
         assert can_be_batched(gate)
         watches[number], references[number] = (
-            Watch(gate, 3 + number, history=history, asks=False) for _ in range(2)
+            Watch(gate, 3 + number, history=history, asks=gate.needs_critic) for _ in range(2)
         )
         batch.add(str(number), watches[number])
 
@@ -103,11 +115,11 @@ def test_a_batch_is_its_watches(
                 largest = top if logprob <= top else (logprob if top > -9999.0 else None)
                 if name in opened:
                     batch.settle(name, watch, reference.tokens)
-                    watch.push(logprob, largest)
+                    show(watch, logprob, largest)
                     batch.resume(name, watch)
                 elif not followed:
-                    watch.push(logprob, largest)
-                reference.push(logprob, largest)
+                    show(watch, logprob, largest)
+                show(reference, logprob, largest)
             batch.settle(name, watch, reference.tokens)
             for what in ("tokens", "cut", "z", "missing", "threshold", "value"):
                 assert getattr(watch, what) == getattr(reference, what)
