@@ -46,7 +46,7 @@ _gates = st.builds(
         st.lists(st.floats(-1.0, 1.0), min_size=12, max_size=12),
         st.floats(-3.0, 3.0),
         st.fixed_dictionaries(
-            {}, optional={name: st.floats(-1.0, 1.0) for name in ("history", "critic")}
+            {}, optional={"history": st.floats(-1.0, 1.0), "critic": st.sampled_from([-1.0, 1.0])}
         ),
     ),
     st.floats(0.05, 5.0),
@@ -62,7 +62,7 @@ def show(watch: Watch, logprob: float, largest: float | None) -> None:
     """A token, and what is asked about it: some say yes, some no, and some nothing."""
     if watch.push(logprob, largest) is Verdict.ASK:
         token = watch.tokens
-        answers: Answers = {} if token % 3 == 0 else {"critic": (0.5 - token % 2,)}
+        answers: Answers = {} if token % 3 == 0 else {"critic": (8.0 * (0.5 - token % 2),)}
         watch.settle(token, watch.valued(token, answers))
 
 

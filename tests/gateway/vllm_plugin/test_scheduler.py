@@ -156,13 +156,14 @@ VALUED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("name", VALUED)
-def test_v_that_the_engine_knows_decides(name: str, asynchronous: bool) -> None:
+@pytest.mark.parametrize("trace", [0, 1])
+def test_v_that_the_engine_knows_decides(trace: int, name: str, asynchronous: bool) -> None:
     text = json.dumps(VALUED[name])
     gate = gate_from_json(text.encode(), has_critic=True)
     table = {f"r{n}": rollout(400 + n, 60, ends=n % 2 == 0) for n in range(24)}
     engine = Engine(asynchronous=asynchronous, values=True, blocks=30)
     for one, told in table.items():
-        engine.add(one, told, fields(text, record=1, trace=1, audit=0.0))
+        engine.add(one, told, fields(text, record=1, trace=trace))
     engine.run()
     assert engine.preempted > 3
     cuts = set()
@@ -179,9 +180,11 @@ def test_v_that_the_engine_knows_decides(name: str, asynchronous: bool) -> None:
                 break
         record = told_by(engine.answers[one].stop_reason)
         assert record is not None
-        assert record.trace is not None
-        assert record.cut == watch.cut == (len(record.trace) if watch.cut else None)
-        assert {t: record.trace[t - 1][3] for t in asked} == asked
+        assert record.cut == watch.cut
+        if trace:
+            assert record.trace is not None
+            assert watch.cut in (None, len(record.trace))
+            assert {t: record.trace[t - 1][3] for t in asked} == asked
         assert (record.value, record.threshold) == (watch.value, watch.threshold)
         cuts.add(watch.cut)
     assert len(cuts) > 3
