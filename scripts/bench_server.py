@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -44,29 +46,44 @@ from espo_rl.record.output import OutputError, check_own, json_with
 
 @dataclass(frozen=True)
 class Case:
-    """How a request is sent. server: to which one; streams: with logprobs, as the gateway asks."""
+    """How a request is sent. server: to which one; streams: with logprobs, as the gateway asks.
+    gate: that it carries, as JSON.
+    """
 
     letter: str
     what: str
     server: str = "vllm"
     streams: bool = False
-    order: bool = False
+    gate: str | None = None
 
+
+NEVER = json.dumps(servers.GATE)
+SOON = json.dumps({"rule": "length", "beta": 20.0})
+#: An estimate that never stops, of the stream's statistics and of V.
+VALUED = json.dumps(
+    {
+        "rule": "success-probability",
+        "p_star": 1e-9,
+        "estimator": {"weights": [0.0] * 13, "bias": 0.0, "sources": ["critic"]},
+        "schedule": {"every": 32},
+    }
+)
 
 CASES = {
     "plain": Case("a", "plain, unstreamed, no logprobs"),
     "streamed": Case("b", "streamed with logprobs", streams=True),
     "gateway": Case("c", "through the gateway, which decides", "gateway"),
-    "engine": Case("d", "the engine decides", order=True),
+    "engine": Case("d", "the engine decides", gate=NEVER),
     "engine_gateway": Case("e", "the engine decides, through the gateway", "relaying"),
     "engine_recorded": Case("f", "the same, 5 % recorded", "recording"),
+    "engine_valued": Case(
+        "g", "the engine decides, by V of the policy's state", "headed", gate=VALUED
+    ),
 }
 #: hidden size and layers
 MODELS = {"tiny": (128, 2), "larger": (768, 8)}
 #: Of the ratio to `plain` at the most streams, what is aimed at.
 TARGETS = {"engine": 0.97, "engine_gateway": 0.93}
-NEVER = json.dumps(servers.GATE)
-SOON = json.dumps({"rule": "length", "beta": 20.0})
 
 
 @dataclass
@@ -148,7 +165,11 @@ async def start(
     """The servers that the cases need; stopped with the stack."""
     vllm = await throughput.serve_vllm(stack, folder, hidden, layers)
     running = {"vllm": vllm}
-    flags = {
+    if any(CASES[name].server == "headed" for name in names):
+        place = folder / "headed"
+        flags = "--value-head", str(head(place / "head", hidden, layers))
+        running["headed"] = await throughput.serve_vllm(stack, place, hidden, layers, *flags)
+    gateways = {
         "gateway": ("--decide", "gateway"),
         "relaying": ("--decide", "engine"),
         "recording": (
@@ -156,12 +177,22 @@ async def start(
             *("--record", str(folder / "traces.jsonl")),
         ),
     }
-    for server in {CASES[name].server for name in names} & flags.keys():
+    for server in {CASES[name].server for name in names} & gateways.keys():
         place = folder / server
         place.mkdir()
-        running[server] = await servers.start_gateway(place, vllm.url, flags=flags[server])
+        running[server] = await servers.start_gateway(place, vllm.url, flags=gateways[server])
         stack.push_async_callback(running[server].process.stop)
     return running
+
+
+def head(folder: Path, hidden: int, layers: int) -> Path:
+    """Of V, on three quarters of the layers."""
+    folder.mkdir(parents=True)
+    config = {"num_hidden_layers": max(1, 3 * layers // 4)}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = np.random.default_rng(0).normal(size=(1, hidden)).astype(np.float32)
+    save_file({"score.weight": weights}, folder / "model.safetensors")
+    return folder
 
 
 async def rounds(running: dict[str, servers.Proxy], arguments: argparse.Namespace) -> Found:
@@ -223,8 +254,8 @@ async def round_of(
         if case.streams:
             body |= {"stream": True, "logprobs": 1, "stream_options": {"include_usage": True}}
             body["stream_options"]["continuous_usage_stats"] = True
-        if case.order:
-            body["vllm_xargs"] = {"espo_gate": NEVER}
+        if case.gate:
+            body["vllm_xargs"] = {"espo_gate": case.gate}
         began = time.perf_counter()
         async with session.post(url, json=body) as response:
             answer = await response.read()
@@ -272,7 +303,7 @@ def processor_seconds(running: dict[str, servers.Proxy]) -> dict[str, float]:
     for name, proxy in running.items():
         for process in psutil.Process(proxy.process.pid).children(recursive=True):
             label = name
-            if name == "vllm":
+            if name in ("vllm", "headed"):
                 engine = any(word in process.name() for word in ("EngineCor", "Worker"))
                 label = "vllm engine" if engine else "vllm server"
             times = process.cpu_times()

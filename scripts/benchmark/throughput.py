@@ -95,7 +95,7 @@ async def measure(
 
 
 async def serve_vllm(
-    stack: AsyncExitStack, folder: Path, hidden: int, layers: int
+    stack: AsyncExitStack, folder: Path, hidden: int, layers: int, *flags: str
 ) -> servers.Proxy:
     """vLLM with a random model, named "policy"; stopped with the stack."""
     sys.path.append(str(servers.HERE.parents[1]))
@@ -106,8 +106,8 @@ async def serve_vllm(
     command = [sys.executable, "-m", "espo_gateway.vllm_plugin", str(checkpoint)]
     limits = ["--dtype", "float32", "--max-model-len", "1024", "--served-model-name", "policy"]
     process = await ServerProcess.start(
-        [*command, "--port", str(port), *limits],
-        log_path=folder / "vllm.log",
+        [*command, "--port", str(port), *limits, *flags],
+        log_path=folder / f"vllm-{port}.log",
         ready_url=f"http://127.0.0.1:{port}/health",
         name="vLLM",
     )
