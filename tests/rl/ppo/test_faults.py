@@ -11,14 +11,9 @@ import torch
 from espo_rl.ppo import trainer as ppo_trainer
 from espo_rl.ppo.losses import actor_loss, value_loss
 from espo_rl.ppo.trainer import PpoTrainer, UpdateError
-from tests.helpers.trainer import Paths, make_models, make_rollouts, trainer, weights_of
+from tests.helpers.trainer import Paths, make_rollouts, trainer, weights_of
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:

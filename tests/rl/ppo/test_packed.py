@@ -39,7 +39,6 @@ from espo_rl.types import Rollout
 from tests.helpers.trainer import (
     Paths,
     assert_same_update,
-    make_models,
     make_rollouts,
     trainer,
     weights_of,
@@ -206,11 +205,6 @@ def test_each_row_can_be_read_off_the_line(rows: list[tuple[int, int]]) -> None:
 
 
 # -- the trainer -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def of_two_prompts() -> list[Rollout]:

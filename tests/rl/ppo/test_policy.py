@@ -36,7 +36,6 @@ from tests.helpers.trainer import (
     EXTRA,
     Paths,
     assert_same_update,
-    make_models,
     make_rollouts,
     trainer,
     weights_of,
@@ -238,11 +237,6 @@ def test_no_tensor_has_a_number_for_each_word_at_each_token(
 
 
 # -- a single pass ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def passes(ours: PpoTrainer) -> Iterator[int]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from espo_gateway.supervisor import free_port
 from espo_rl.ppo.trainer import ModelName, PpoTrainer
 from tests.helpers import ranks_job
-from tests.helpers.trainer import Paths, assert_same_update, make_models, make_rollouts, trainer
+from tests.helpers.trainer import Paths, assert_same_update, make_rollouts, trainer
 
 ROOT = Path(__file__).parents[3]
 
@@ -135,11 +135,6 @@ def test_nobody_waits_for_the_dead(
 
 
 # -- the trainer -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return make_models(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

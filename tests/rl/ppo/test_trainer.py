@@ -7,44 +7,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from espo_rl.checkpoints import CheckpointError, CheckpointStore
 from espo_rl.config import Ppo, Recipe
 from espo_rl.ppo import trainer as ppo_trainer
 from espo_rl.ppo.experience import Metrics, ModelOutputs, prepare
 from espo_rl.ppo.losses import actor_loss, aggregation_weights
-from espo_rl.ppo.parameters import gathered
 from espo_rl.ppo.samples import Sample
 from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.record.metrics import METRICS
-from espo_rl.servers.weight_files import write_safetensors
 from espo_rl.types import EndReason, Rollout
+from tests.helpers.reference import Reference, parameters
 from tests.helpers.trainer import (
     LEARNING_RATE,
     PPO,
     Paths,
     assert_same_update,
-    make_models,
     make_rollouts,
     trainer,
     weights_of,
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def experience(
@@ -62,142 +51,6 @@ def experience(
         ours.update(rollouts)
     (once,) = seen
     return once
-
-
-def parameters(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in gathered(engine.module)}
-
-
-# -- the reference ---------------------------------------------------------------------------------
-
-
-class Reference:
-    """One rollout at a time, no padding, no shared code: what PPO's equations say."""
-
-    def __init__(self, paths: Paths, **ppo: Any) -> None:
-        self.ppo = Ppo(**{**PPO, **ppo})
-        assert self.ppo.critic_learning_rate is not None
-        self.actor = AutoModelForCausalLM.from_pretrained(paths.actor, dtype=torch.float32)
-        self.critic = AutoModelForSequenceClassification.from_pretrained(
-            paths.critic, num_labels=1, dtype=torch.float32
-        )
-        self.frozen = AutoModelForCausalLM.from_pretrained(
-            paths.reference or paths.actor, dtype=torch.float32
-        )
-        self.optimizers = [
-            torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=self.ppo.weight_decay)
-            for model, rate in (
-                (self.actor, self.ppo.learning_rate),
-                (self.critic, self.ppo.critic_learning_rate),
-            )
-        ]
-        self.norms: dict[str, list[float]] = {"actor": [], "critic": []}
-
-    @staticmethod
-    def logprobs(model: Any, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the kept tokens at the sampling temperature, and the entropies there: [kept]."""
-        ids = torch.tensor([rollout.prompt_ids + rollout.token_ids[: rollout.kept]])
-        rows = model(ids, attention_mask=torch.ones_like(ids)).logits[0] / 0.7
-        table = rows.log_softmax(-1)[len(rollout.prompt_ids) - 1 : -1]
-        chosen = table[torch.arange(rollout.kept), ids[0, -rollout.kept :]]
-        return chosen, -(table.exp() * table).sum(-1)
-
-    def values(self, rollout: Rollout) -> torch.Tensor:
-        """V of the state before each kept token, and of the one after the last: [kept + 1].
-
-        Each from a forward pass over its own prefix, by the classifier as it is served.
-        """
-        ids = rollout.prompt_ids + rollout.token_ids[: rollout.kept]
-        return torch.stack(
-            [
-                self.critic(torch.tensor([ids[:end]])).logits[0, 0]
-                for end in range(len(rollout.prompt_ids), len(ids) + 1)
-            ]
-        )
-
-    def kl(self, logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        difference = logprobs - reference
-        if self.ppo.kl_estimator == "k1":
-            return difference
-        return (-difference).exp() - 1 + difference
-
-    def update(self, rollouts: Sequence[Rollout]) -> None:
-        ppo = self.ppo
-        old_logprobs, references, old_values, returns, advantages = [], [], [], [], []
-        with torch.no_grad():
-            for rollout in rollouts:
-                old_logprobs.append(self.logprobs(self.actor, rollout)[0])
-                references.append(self.logprobs(self.frozen, rollout)[0])
-                values = self.values(rollout).numpy()
-                following = np.append(values[1:-1], 0.0)
-                rewards = np.zeros(rollout.kept)
-                if ppo.kl_place == "reward":
-                    kl = self.kl(old_logprobs[-1], references[-1])
-                    rewards -= ppo.kl_coefficient * kl.numpy()
-                rewards[-1] += rollout.reward
-                deltas = rewards + ppo.gamma * following - values[:-1]
-
-                decay = ppo.gamma * ppo.lam
-                gae = np.array(
-                    [
-                        sum(decay**k * delta for k, delta in enumerate(deltas[t:]))
-                        for t in range(len(deltas))
-                    ]
-                )
-                advantages.append(gae)
-                old_values.append(torch.from_numpy(values[:-1]))
-                returns.append(torch.from_numpy(gae + values[:-1]))
-        flat = np.concatenate(advantages)
-        normal = [
-            torch.from_numpy((advantage - flat.mean()) / flat.std()) for advantage in advantages
-        ]
-        total = sum(rollout.kept for rollout in rollouts)
-        for _ in range(ppo.epochs):
-            loss = critic_loss = torch.zeros(())
-            for i, rollout in enumerate(rollouts):
-                logprobs, entropies = self.logprobs(self.actor, rollout)
-                ratio = (logprobs - old_logprobs[i]).exp()
-                clipped = ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high)
-                actor = -torch.minimum(ratio * normal[i], clipped * normal[i])
-                if ppo.importance_cap:
-                    served = torch.tensor(rollout.logprobs[: rollout.kept])
-                    actor = actor * (old_logprobs[i] - served).exp().clamp(max=ppo.importance_cap)
-                if ppo.kl_place == "loss":
-                    actor = actor + ppo.kl_coefficient * self.kl(logprobs, references[i])
-                actor = actor - ppo.entropy_bonus * entropies
-                now = self.values(rollout)[:-1]
-                assert ppo.value_clip is not None
-                near = old_values[i] + (now - old_values[i]).clamp(-ppo.value_clip, ppo.value_clip)
-                worse = torch.maximum((now - returns[i]) ** 2, (near - returns[i]) ** 2)
-                if ppo.aggregation == "token-mean":
-                    weight = 1 / total
-                else:
-                    weight = 1 / rollout.kept / len(rollouts)
-                loss = loss + weight * actor.sum()
-                critic_loss = critic_loss + 0.5 * weight * worse.sum()
-            for model, one, optimizer in zip(
-                (self.actor, self.critic), (loss, critic_loss), self.optimizers, strict=True
-            ):
-                optimizer.zero_grad()
-                one.backward()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), ppo.max_grad_norm)
-                self.norms["actor" if model is self.actor else "critic"].append(float(norm))
-                optimizer.step()
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{kind}.{name}": value.detach().clone()
-            for kind, model in (("actor", self.actor), ("critic", self.critic))
-            for name, value in model.named_parameters()
-        }
-
-
-@pytest.fixture(scope="module")
-def reference(paths: Paths) -> Reference:
-    """After one update."""
-    made = Reference(paths)
-    made.update(make_rollouts())
-    return made
 
 
 # -- one step --------------------------------------------------------------------------------------
@@ -452,106 +305,3 @@ def test_the_warm_up_counts_training_steps_from_its_first_share(paths: Paths) ->
     assert rates == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0, 1.0])
     critics = [one["critic_learning_rate"] / (2 * LEARNING_RATE) for one in metrics]
     assert critics == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 1.0])
-
-
-# -- saving ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_optimizers_survive_a_detour(paths: Paths, tmp_path: Path, zero_stage: int) -> None:
-    # With two minibatches the order in which rollouts are drawn must go on too.
-    straight = trainer(paths, zero_stage=zero_stage, minibatches=2)
-    straight.update(make_rollouts())
-    straight.save(tmp_path)
-    straight.update(make_rollouts())
-
-    resumed = trainer(paths, zero_stage=zero_stage, minibatches=2)
-    resumed.load(tmp_path)
-    resumed.update(make_rollouts())
-    expected = weights_of(straight)
-    for name, value in weights_of(resumed).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0, msg=name)
-
-
-def test_optimizer_state_matters(paths: Paths, tmp_path: Path) -> None:
-    """The test above can fail: weights alone, with a new optimizer, take another step."""
-    straight = trainer(paths)
-    straight.update(make_rollouts())
-    straight.save_models(tmp_path)
-    straight.update(make_rollouts())
-    fresh = trainer(Paths(tmp_path / "actor", tmp_path / "critic"))
-    fresh.update(make_rollouts())
-    found, expected = weights_of(fresh), weights_of(straight)
-    off = [float((found[n] - v).abs().max()) for n, v in expected.items()]
-    assert min(off) > 0.1 * LEARNING_RATE
-
-
-def test_a_missing_engine_state_is_an_error(paths: Paths, tmp_path: Path) -> None:
-    """DeepSpeed only warns: a run would go on from the base model."""
-    ours = trainer(paths)
-    store = CheckpointStore(tmp_path)
-    checkpoint = store.save(1, "state", ours.save)
-    for part in sorted((checkpoint / "critic").rglob("*"), reverse=True):
-        part.unlink() if part.is_file() else part.rmdir()
-    with pytest.raises(CheckpointError, match="critic"):
-        store.load(checkpoint, ours.load)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_saved_models_are_the_trained_ones(paths: Paths, tmp_path: Path, zero_stage: int) -> None:
-    ours = trainer(paths, zero_stage=zero_stage)
-    ours.update(make_rollouts())
-    ours.save_models(tmp_path)
-    loaded = Reference(Paths(tmp_path / "actor", tmp_path / "critic"))
-    found, expected = loaded.weights(), weights_of(ours)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-    rollout = make_rollouts()[0]
-    ids = rollout.prompt_ids + rollout.token_ids
-    logits = loaded.actor(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-    expected_logprobs = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-    assert ours.prompt_logprobs(ids) == pytest.approx(expected_logprobs, abs=1e-5)
-
-
-# -- ZeRO ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("zero_stage", "offload"),
-    [*((1, "none"), (2, "none"), (3, "none")), (1, "optimizer"), (2, "optimizer"), (3, "all")],
-)
-@pytest.mark.parametrize("budget", [40, 16384])
-def test_zero_stages_agree(
-    paths: Paths, reference: Reference, zero_stage: int, offload: str, budget: int
-) -> None:
-    ours = trainer(paths, zero_stage=zero_stage, offload=offload, micro_batch_tokens=budget)
-    metrics = ours.update(make_rollouts())
-    assert_same_update(weights_of(ours), reference.weights())
-    assert metrics["grad_norm"] == pytest.approx(np.mean(reference.norms["actor"]), rel=1e-3)
-
-
-def test_published_weights_are_whole_under_zero_3(paths: Paths, tmp_path: Path) -> None:
-    sharded, plain = trainer(paths, zero_stage=3), trainer(paths)
-    for ours in (sharded, plain):
-        ours.update(make_rollouts())
-    module = sharded.actor.module
-    # Sharded indeed: what a module holds between uses is not its weights.
-    assert any(value.numel() == 0 for value in module.parameters())
-    specs = sharded.specs("actor")
-    assert specs == plain.specs("actor")
-    with (tmp_path / "weights").open("wb") as file:
-        write_safetensors(file, specs, sharded.weights("actor"))
-    published = load_file(tmp_path / "weights")
-    expected = parameters(plain.actor)
-    assert published.keys() == expected.keys()
-    assert_same_update(published, expected)
-    assert any(value.numel() == 0 for value in module.parameters())  # and sharded again
-
-
-def test_the_reference_is_sharded_under_zero_3(paths: Paths) -> None:
-    sharded = trainer(paths, zero_stage=3, kl_coefficient=0.1)
-    plain = trainer(paths, kl_coefficient=0.1)
-    found, expected = (ours.update(make_rollouts()) for ours in (sharded, plain))
-    assert found["kl_reference"] == pytest.approx(expected["kl_reference"], rel=1e-4)
-    assert all(value.numel() == 0 for value in sharded.reference.module.parameters())

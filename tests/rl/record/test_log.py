@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import math
-import os
-import pty
-import re
-import struct
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from espo_gateway.stop.rules import Gate
-from espo_rl.config import Recipe, RecipeError, load_recipe
-from espo_rl.record import progress
-from espo_rl.record.log import RunLog, step_line
+from espo_rl.record.log import RunLog
 from espo_rl.record.log_errors import LogError
 from espo_rl.record.metrics import (
     METRICS,
@@ -34,9 +24,9 @@ from espo_rl.record.metrics import (
     table,
     undocumented,
 )
-from espo_rl.record.progress import progress_bar
 from espo_rl.record.sinks import JsonLines
 from espo_rl.types import EndReason, Problem, Rollout
+from tests.helpers.run_log import recipe_for, write_steps
 
 NOTHING = np.empty(0)
 
@@ -54,24 +44,9 @@ def rollout(kept: int, end: EndReason = EndReason.COMPLETED, **fields: Any) -> R
     )
 
 
-def recipe_for(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(
-        "arithmetic",
-        [f"run.output={folder}", "run.steps=4", "logs.tensorboard=false", *overrides],
-    )
-
-
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
-
-
-def write_steps(recipe: Recipe, *steps: int, start: int = 0, **metrics: float) -> None:
-    log = RunLog(recipe, Console(file=io.StringIO()))
-    log.start = start
-    with log:
-        for step in steps:
-            log.step(step, rollout={"tokens": 10 * step, **metrics}, stopping={}, ppo={"kl": 0.5})
 
 
 # -- the numbers of the rollouts -------------------------------------------------------------------
@@ -272,118 +247,6 @@ def test_tensorboard_can_be_turned_off(tmp_path: Path) -> None:
     assert not (tmp_path / "tensorboard").exists()
 
 
-# -- Weights & Biases ------------------------------------------------------------------------------
-
-
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """What a .wandb file holds: records in LevelDB's log format, after a header of 7 bytes."""
-    data, position, record = path.read_bytes(), 7, b""
-    while position < len(data):
-        if (left := 32_768 - position % 32_768) < 7:
-            position += left
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7].ljust(3, b"\0"))
-        if position + 7 + length > len(data):
-            return  # still being written
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield record
-            record = b""
-
-
-def wandb_runs(folder: Path) -> list[tuple[str, list[Any]]]:
-    """The offline runs in the order they were made: each one's id and records."""
-    paths = folder.glob("wandb/offline-run-*/run-*.wandb")
-    runs = [(path.stem.removeprefix("run-"), whole_wandb_run(path)) for path in paths]
-    return sorted(runs, key=lambda run: started(run[1]))
-
-
-def started(records: list[Any]) -> float:
-    """When a run began, since 1970."""
-    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
-    return run.start_time.ToNanoseconds()
-
-
-def whole_wandb_run(path: Path) -> list[Any]:
-    """Its records, once the last is there: W&B's own process may write after `finish` returns."""
-    from wandb.proto import wandb_internal_pb2
-
-    records: list[Any] = []
-    while not records or records[-1].WhichOneof("record_type") != "exit":
-        data = list(wandb_records(path))
-        if len(data) == len(records):
-            time.sleep(0.02)
-        records = list(map(wandb_internal_pb2.Record.FromString, data))
-    return records
-
-
-def history(records: list[Any]) -> list[dict[str, float]]:
-    """The rows that a run logged."""
-    return [
-        {
-            item.key or ".".join(item.nested_key): json.loads(item.value_json)
-            for item in record.history.item
-        }
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
-
-
-def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    recipe = recipe_for(tmp_path, "logs.wandb=espo-test")
-    write_steps(recipe, 1, 2, reward=math.nan)
-    run_id = (tmp_path / "wandb_run").read_text()
-    write_steps(recipe, 2, 3, start=1, reward=0.5)
-    (first, records), (resumed, more) = wandb_runs(tmp_path)
-    assert first == resumed == run_id
-    rows, later = history(records), history(more)
-    assert [(row["step"], row["rollout/tokens"]) for row in rows] == [(1, 10.0), (2, 20.0)]
-    # The repeated step is there again, not dropped as older than the last; `step` is the x axis.
-    axes = [record.metric for record in more if record.WhichOneof("record_type") == "metric"]
-    assert ("*", "step") in [(axis.glob_name, axis.step_metric) for axis in axes]
-    assert [(row["step"], row["rollout/reward"]) for row in later] == [(2, 0.5), (3, 0.5)]
-    assert all("rollout/reward" not in row for row in rows)
-    write_steps(recipe, 1)
-    assert wandb_runs(tmp_path)[-1][0] == (tmp_path / "wandb_run").read_text() != run_id
-
-
-def test_wandb_that_cannot_start_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    def refuse(**_: Any) -> None:
-        raise wandb.errors.UsageError("no API key configured")
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(LogError, match=r"logs\.wandb: no API key.*wandb login.*WANDB_MODE=offline"):
-        write_steps(recipe_for(tmp_path, "logs.wandb=espo-test"), 1)
-
-
-@pytest.mark.parametrize(
-    ("key", "package", "fix"),
-    [
-        ("logs.wandb", "wandb", r"pip install 'espo\[wandb\]'"),
-        (
-            "logs.tensorboard",
-            "tensorboard",
-            r"pip install 'espo\[train\]'.*logs\.tensorboard=false",
-        ),
-    ],
-)
-def test_a_missing_package_is_found_before_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, package: str, fix: str
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
-    recipe = recipe_for(tmp_path, f"{key}=true" if package == "tensorboard" else f"{key}=mine")
-    with pytest.raises(RecipeError, match=f"{re.escape(key)} needs {package}: {fix}"):
-        RunLog(recipe)
-    assert not list(tmp_path.iterdir())
-
-
 # -- failures to write -----------------------------------------------------------------------------
 
 
@@ -432,120 +295,3 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LogError, match=r"file.*change run\.output"):
         write_steps(recipe_for(tmp_path / "file"), 1)
-
-
-# -- the terminal ----------------------------------------------------------------------------------
-
-
-def test_a_change_of_stopping_is_said_once(tmp_path: Path) -> None:
-    said = io.StringIO()
-    log = RunLog(recipe_for(tmp_path), Console(file=said, soft_wrap=True))
-    with log:
-        for on, reason in [
-            (False, "warm-up: 1 of 2"),
-            (True, "2 of 2 batches"),
-            (True, "2 of 2 batches"),
-            (False, "false positives above the bound"),
-        ]:
-            log.stopping(on, reason)
-    assert said.getvalue().splitlines() == [
-        "stopping is on: 2 of 2 batches",
-        "stopping is off: false positives above the bound",
-    ]
-
-
-def test_the_line_of_a_step() -> None:
-    row: dict[str, float | str | bool | None] = {
-        "rollout/reward": 0.314,
-        "rollout/stop_share": 0.4,
-        "rollout/audited": 12,
-        "rollout/audited_correct": 1,
-        "stopping/bound_upper": 0.048,
-        "rollout/tokens": 7012,
-        "rollout/tokens_saved_share": math.nan,
-        "stopping/on": True,
-        "stopping/rule": "value-gated",
-        "stopping/threshold": 2.34567,
-    }
-    line = step_line(3, 40, row)
-    assert line.startswith(
-        "step 3/40  reward 0.31  accuracy –  stopped 40% (right 1 of 12 audited, bound ≤ 4.8%)"
-    )
-    assert "tokens 7,012 (– saved)" in line
-    assert line.endswith("[value-gated at 2.35]")
-    off = step_line(1, 40, {"stopping/on": False, "stopping/reason": "warm-up: 1 of 2"})
-    assert off.endswith("[off: warm-up: 1 of 2]")
-    assert "nan" not in (line + off).lower()
-
-
-@pytest.fixture
-def bars(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
-    """The bars of the logs made in a test."""
-    made: list[Progress] = []
-
-    def keep(**options: Any) -> Progress:
-        made.append(progress_bar(**options))
-        return made[-1]
-
-    monkeypatch.setattr(progress, "progress_bar", keep)
-    return made
-
-
-def watch(console: Console, recipe: Recipe, bars: list[Progress]) -> None:
-    """One step, as a run shows it."""
-    with RunLog(recipe, console) as log, log.phase("rollouts", total=2) as advance:
-        advance()
-        log.step(1, rollout={"tokens": 5}, stopping={})
-        bars[-1].refresh()  # not left to its thread's clock
-
-
-@pytest.fixture
-def terminal() -> Iterator[tuple[io.TextIOWrapper, int]]:
-    """What a program writes to, and where that is read."""
-    read, write = pty.openpty()
-    with builtins.open(write, "w") as file:
-        yield file, read
-    os.close(read)
-
-
-@pytest.mark.timeout(30)
-def test_a_terminal_has_bars(
-    tmp_path: Path,
-    terminal: tuple[io.TextIOWrapper, int],
-    monkeypatch: pytest.MonkeyPatch,
-    bars: list[Progress],
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    file, read = terminal
-    watch(Console(file=file, width=200), recipe_for(tmp_path), bars)
-    file.flush()
-    # A terminal hands on what was written piece by piece: what is missing here never comes.
-    seen = ""
-    wanted = ("steps (rollouts)", "  rollouts", "1/4 ", "1/2 ", "step 1/4  reward")
-    while not all(text in seen for text in wanted):
-        seen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(read, 1 << 16).decode())
-    assert seen.count("step 1/4") == 1
-
-
-def test_a_file_has_lines_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bars: list[Progress]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as CIs do
-    said = io.StringIO()
-    watch(Console(file=said, highlight=False, soft_wrap=True), recipe_for(tmp_path), bars)
-    (line,) = said.getvalue().splitlines()
-    assert line.startswith("step 1/4  reward")
-
-
-def test_phases_within_phases(tmp_path: Path, bars: list[Progress]) -> None:
-    log = RunLog(recipe_for(tmp_path), Console(file=io.StringIO()))
-
-    def shown() -> list[str]:
-        return [task.description for task in bars[-1].tasks]
-
-    with log:
-        with log.phase("evaluation"), log.phase("rollouts", total=2):
-            assert shown() == ["steps (rollouts)", "  rollouts"]
-        with log.phase("update"):
-            assert shown() == ["steps (update)"]
-        assert shown() == ["steps"]
