@@ -31,7 +31,8 @@ class Critic(nn.Module):
 
         layout: of packed tokens, see `MicroBatch.view`.
         """
-        return self.classifier.score(self.states(input_ids, **layout)).squeeze(-1).float()
+        states = self.states(input_ids, **layout).to(self.classifier.score.weight.dtype)
+        return self.classifier.score(states).squeeze(-1).float()
 
     def states(self, input_ids: Tensor, **layout: Tensor) -> Tensor:
         """What the head reads, [batch, time] -> [batch, time, hidden]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.table import Table
 from espo_gateway.files import written_whole
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.pretrain_critic.fit import (
+    Array,
     PretrainError,
     fit_critic,
     split,
@@ -52,8 +53,12 @@ def recorded_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def load_critic(model: str, *, seed: int) -> Critic:
+def load_critic(model: str, *, seed: int, head_only: bool = False) -> Critic:
     """As the trainer makes one: V is 0 at the start unless the checkpoint is a critic already.
+
+    Args:
+        head_only: the rest stays as it is, and so in the numbers that the checkpoint is in, which a
+            server of the policy computes in.
 
     Raises:
         PretrainError: the model cannot be loaded.
@@ -62,7 +67,9 @@ def load_critic(model: str, *, seed: int) -> Critic:
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         fresh = not any("SequenceClassification" in name for name in config.architectures or ())
-        classifier = load_classifier(model, fresh=fresh, dtype=torch.float32)
+        dtype = (config.dtype if head_only else None) or torch.float32
+        classifier = load_classifier(model, fresh=fresh, dtype=dtype)
+        classifier.score.float()
     except (OSError, ValueError, RuntimeError) as error:
         raise PretrainError(f"--model {model} cannot be loaded: {error}") from error
     return Critic(classifier).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,7 +106,7 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     files = recorded_files(options.rollouts)
     recorded = {file: read_rollouts(file)[0] for file in files}
     parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
-    critic = load_critic(options.model, seed=options.seed)
+    critic = load_critic(options.model, seed=options.seed, head_only=options.head_only)
     if options.layers is not None:
         keep_layers(critic, options.layers)
     tokenizer = load_tokenizer(options.model)
@@ -121,7 +128,8 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
         else:
             helped = fit_critic(critic, parts, settings, on_epoch=show)
 
-    found = _measured(critic, parts.held_out, settings)
+    values = values_of(critic, parts.held_out, settings)
+    found = _measured(values, parts.held_out, settings)
     about = {
         "model": options.model,
         "settings": asdict(settings),
@@ -135,7 +143,7 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     write_critic(output, critic, about, tokenizer)
     if options.values is not None:
         held_out = {one.problem.id for one in parts.held_out}
-        _write_values(options.values, recorded, held_out, critic, settings)
+        _write_values(options.values, recorded, held_out, iter(values))
     console.print(_table(f"V on {len(parts.held_out)} held-out rollouts", found))
     how = (
         "its head alone"
@@ -146,11 +154,11 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
 
 
 def _measured(
-    critic: Critic, rollouts: Sequence[Rollout], settings: Settings
+    values: Sequence[Array], rollouts: Sequence[Rollout], settings: Settings
 ) -> dict[str, Quality]:
-    values = [rows[:-1] for rows in values_of(critic, rollouts, settings)]
+    before = [rows[:-1] for rows in values]
     outcomes = [bool(rollout.correct) for rollout in rollouts]
-    return qualities(values, outcomes, right=settings.right, wrong=settings.wrong)
+    return qualities(before, outcomes, right=settings.right, wrong=settings.wrong)
 
 
 def write_critic(output: Path, critic: Critic, about: dict[str, Any], tokenizer: Any) -> None:
@@ -167,23 +175,19 @@ def _write_values(
     folder: Path,
     recorded: dict[Path, list[Rollout]],
     held_out: set[str],
-    critic: Critic,
-    settings: Settings,
+    known: Iterator[Array],
 ) -> None:
     """The held-out rows of each file with a column `values`: V after each token, [tokens].
 
-    Index t is what a gate knows when it decides at token t.
+    Index t is what a gate knows when it decides at token t. known: V of every state of the usable
+    ones, in the order of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (file, rollouts) in enumerate(recorded.items()):
         table = pq.read_table(file)
         rows = [i for i, one in enumerate(rollouts) if one.problem.id in held_out]
         full = [rollouts[i] for i in rows]
-        values: list[list[float]] = [[] for _ in full]
-        there = [i for i, one in enumerate(full) if usable([one])]
-        whole = usable(full)
-        for i, of in zip(there, values_of(critic, whole, settings), strict=True):
-            values[i] = of[1:].tolist()
+        values = [next(known)[1:].tolist() if usable([one]) else [] for one in full]
         table = table.take(pa.array(rows, pa.int64())).append_column(
             "values", pa.array(values, pa.list_(pa.float64()))
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import load_recipe
@@ -282,6 +283,25 @@ def test_a_head_is_written_as_a_critic(
     report = json.loads((out / "report.json").read_text())
     assert (report["head_only"], report["layers"]) == (True, 1)
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_a_frozen_trunk_is_read_in_the_numbers_it_is_served_in(base: Path, tmp_path: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    policy.save_pretrained(tmp_path)
+    critic = pretrain_critic.load_critic(str(tmp_path), seed=0, head_only=True)
+    kinds = {name: one.dtype for name, one in critic.classifier.named_parameters()}
+    assert kinds.pop("score.weight") is torch.float32
+    assert {*kinds.values()} == {torch.bfloat16}
+    parts = split(usable(make_rollouts(300)), 0.2)
+    fit_head(critic, parts, Settings())
+    whole = pretrain_critic.load_critic(str(tmp_path), seed=0)
+    whole.classifier.score.weight.data.copy_(critic.classifier.score.weight)
+    for one, other in zip(
+        values_of(critic, parts.validation, Settings()),
+        values_of(whole, parts.validation, Settings()),
+        strict=True,
+    ):
+        assert one == pytest.approx(other, abs=0.1)
 
 
 def test_fewer_layers_are_for_a_head_alone(capsys: pytest.CaptureFixture[str]) -> None:
