@@ -42,7 +42,7 @@ def make_rollouts(count: int, tokens: int, seed: int = 0) -> list[Rollout]:
         best = -rng.exponential(0.1, length)
         rollouts.append(
             Rollout(
-                problem=Problem(f"{seed}-{prompt}", "", ""),
+                problem=Problem(f"{seed}-{prompt}", f"{seed}-{prompt}", ""),
                 prompt_ids=[1] * 20,
                 token_ids=[1] * length,
                 logprobs=best - regrets,

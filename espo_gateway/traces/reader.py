@@ -25,7 +25,7 @@ from espo_gateway.stop.regret import Array
 #: Limits of what is read at once; with padding it may be twice as many numbers.
 _TRACES, _NUMBERS = 256, 2**20
 _COLUMNS = (
-    *("problem_id", "prompt_ids", "logprobs", "max_logprobs"),
+    *("prompt", "prompt_ids", "logprobs", "max_logprobs"),
     *("end", "kept", "audited", "correct"),
 )
 
@@ -268,7 +268,7 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
     numbers = {name: _lists(batch.column(name)) for name in names}
     prompts = batch.column("prompt_ids").value_lengths().to_pylist()
     beside = [name for name in ("history", "probes") if name in batch.schema.names]
-    told = batch.select(["problem_id", "end", "kept", "audited", outcome, *beside]).to_pylist()
+    told = batch.select(["prompt", "end", "kept", "audited", outcome, *beside]).to_pylist()
     for number, row in enumerate(told):
         if row["end"] == "error":
             continue
@@ -279,7 +279,8 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
         if len({*map(len, rows.values())}) > 1:
             raise TraceError(f"{where}: {' and '.join(rows)} differ in length in a row")
         yield Trace(
-            key=row["problem_id"],
+            # Not the problem's name: two recordings may name one problem differently, or two alike.
+            key=row["prompt"],
             confidences=None,
             prompt_tokens=prompts[number],
             completed=row["end"] != "length" and not cut,

@@ -142,7 +142,7 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     }
     write_critic(output, critic, about, tokenizer)
     if options.values is not None:
-        held_out = {one.problem.id for one in parts.held_out}
+        held_out = {one.problem.prompt for one in parts.held_out}
         _write_values(options.values, recorded, held_out, iter(values))
     console.print(_table(f"V on {len(parts.held_out)} held-out rollouts", found))
     how = (
@@ -185,7 +185,7 @@ def _write_values(
     folder.mkdir(parents=True, exist_ok=True)
     for number, (file, rollouts) in enumerate(recorded.items()):
         table = pq.read_table(file)
-        rows = [i for i, one in enumerate(rollouts) if one.problem.id in held_out]
+        rows = [i for i, one in enumerate(rollouts) if one.problem.prompt in held_out]
         full = [rollouts[i] for i in rows]
         values = [next(known)[1:].tolist() if usable([one]) else [] for one in full]
         table = table.take(pa.array(rows, pa.int64())).append_column(

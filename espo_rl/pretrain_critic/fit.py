@@ -59,14 +59,14 @@ def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
 def split(rollouts: Sequence[Rollout], share: float) -> Partition:
     """Hold out about this share of the problems, and an eighth of the rest for early stopping.
 
-    A problem is drawn by its name, so that it falls on the same side in every recording.
+    A problem is drawn by its text, so that it falls on the same side in every recording.
 
     Raises:
         PretrainError: a part is empty, or all outcomes in it are the same.
     """
     parts = Partition([], [], [])
     for rollout in rollouts:
-        digest = hashlib.sha256(rollout.problem.id.encode()).digest()
+        digest = hashlib.sha256(rollout.problem.prompt.encode()).digest()
         draw = int.from_bytes(digest[:8]) / 2.0**64
         if draw < share:
             parts.held_out.append(rollout)

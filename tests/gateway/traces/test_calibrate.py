@@ -23,7 +23,7 @@ from espo_gateway.traces import calibrate
 from espo_gateway.traces.reader import TraceError, read_outcomes, read_traces
 from espo_rl.config import load_recipe
 from espo_rl.record.rollout_files import RolloutFiles
-from espo_rl.types import EndReason, Rollout
+from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.gateway import BAD, GOOD, completion_body, gateway_for, post
 from tests.helpers.simulated import LENGTH, censored, cuts, simulate
 
@@ -275,7 +275,7 @@ def test_outcomes_may_come_from_a_file_of_their_own(tmp_path: Path) -> None:
 
 def test_a_dump_of_the_trainers_gives_the_same(tmp_path: Path) -> None:
     rollouts = [
-        dataclasses.replace(r, problem=dataclasses.replace(r.problem, id=f"r{number}"))
+        dataclasses.replace(r, problem=dataclasses.replace(r.problem, prompt=f"r{number}"))
         for number, r in enumerate(simulate(400, 0))
     ]
     rollouts.append(dataclasses.replace(rollouts[0], end=EndReason.ERROR))
@@ -283,6 +283,18 @@ def test_a_dump_of_the_trainers_gives_the_same(tmp_path: Path) -> None:
     RolloutFiles(load_recipe("arithmetic", overrides)).write(1, rollouts, Gate())
     [dump] = (tmp_path / "rollouts").glob("*.parquet")
     assert calibrated(tmp_path, dump) == calibrated(tmp_path, recorded(tmp_path, rollouts[:-1]))
+
+
+def test_of_two_recordings_a_problem_is_its_prompt_whatever_its_name(tmp_path: Path) -> None:
+    """Else a problem that both have would be judged by what was fitted on it."""
+    [rollout] = simulate(1, 0)
+    named = [("a:1", "1+1="), ("b:7", "1+1="), ("a:1", "2+2=")]
+    rollouts = [dataclasses.replace(rollout, problem=Problem(*one, "2")) for one in named]
+    overrides = [f"run.output={tmp_path}", "logs.rollouts=true"]
+    RolloutFiles(load_recipe("arithmetic", overrides)).write(1, rollouts, Gate())
+    [traces] = read_traces((tmp_path / "rollouts").glob("*"), outcome="correct", known=None)
+    one, same, other = traces.keys
+    assert one == same != other
 
 
 def test_a_cut_rollout_of_a_dump_ends_at_its_cut(tmp_path: Path) -> None:

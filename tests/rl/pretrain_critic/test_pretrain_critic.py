@@ -42,7 +42,7 @@ def make_rollouts(count: int) -> list[Rollout]:
             tokens[rng.integers(1, len(tokens) // 2)] = SLIP
         rollouts.append(
             Rollout(
-                problem=Problem(f"p{number // 2}", "p", "1"),
+                problem=Problem(f"p{number // 2}", f"problem {number // 2}", "1"),
                 prompt_ids=[2, 4 + number // 2 % 5, 3],
                 token_ids=tokens.tolist(),
                 logprobs=np.where(tokens == SLIP, -3.0, -0.1),
@@ -236,7 +236,7 @@ def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixtu
 def test_a_head_is_what_least_squares_say(base: Path) -> None:
     critic = pretrain_critic.load_critic(str(base), seed=0)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
-    parts = split(usable(make_rollouts(300)), 0.2)
+    parts = split(usable(make_rollouts(1200)), 0.2)
     read: list[int] = []
     loss = fit_head(critic, parts, Settings(), on_rollouts=read.append)
     assert sum(read) == len(parts.training) + len(parts.validation)
