@@ -19,7 +19,7 @@ from espo_gateway.admin.routes import admin_routes
 from espo_gateway.admin.scrape import GatewayCollector
 from espo_gateway.config import Config
 from espo_gateway.critic.custom import CustomCritic, load_critic
-from espo_gateway.critic.server import CriticServer, ValueServer
+from espo_gateway.critic.server import CriticServer, EngineCritic, ValueServer
 from espo_gateway.front.abort import abort
 from espo_gateway.front.auth import read_keys
 from espo_gateway.front.gateway import Gateway
@@ -176,7 +176,9 @@ async def running(
         await stack.enter_async_context(pool)
         await pool.ask_who_decides(_PATIENCE)
         metrics = Metrics()
-        if critic is None and config.critic is not None and not config.critic_in_engine:
+        if critic is None and config.critic_in_engine:
+            critic = EngineCritic()
+        elif critic is None and config.critic is not None:
             options: dict[str, Any] = {
                 "timeout": config.critic_timeout,
                 "registry": metrics.registry,

@@ -20,8 +20,7 @@ from espo_gateway.critic.server import CriticServer
 from espo_gateway.errors import UpstreamError, said
 from espo_gateway.front.auth import Keys
 from espo_gateway.stop.gate_json import gate_from_json
-from espo_gateway.upstream.server import base_url
-from espo_gateway.vllm_plugin.wire import ROUTE
+from espo_gateway.upstream.server import base_url, decides
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,11 @@ async def check_servers(config: Config, keys: Keys) -> None:
         )
         if config.critic_in_engine:
             for url in answering:
-                await _check_values(session, url, keys)
+                if not await decides(session, url, keys.upstream_headers, values=True):
+                    raise UpstreamError(
+                        f"--critic engine: {url} tells no V; start it with `python -m "
+                        "espo_gateway.vllm_plugin MODEL --value-head FOLDER`"
+                    )
     served = {url: sorted(_names(found[url])) for url in answering}
     if len({*map(tuple, served.values())} - {()}) > 1:
         what = "; ".join(f"{url}: {', '.join(names) or 'unknown'}" for url, names in served.items())
@@ -181,17 +184,6 @@ def _top_logprob(answer: Any) -> float | None:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
     return top if math.isfinite(top) else None
-
-
-async def _check_values(session: aiohttp.ClientSession, url: str, keys: Keys) -> None:
-    """Raises UpstreamError: the server knows no V."""
-    answer = await _ask(session, url + ROUTE, keys.upstream_headers)
-    told = answer.data if answer is not None and answer.status == 200 else None
-    if not (isinstance(told, dict) and told.get("values") is True):
-        raise UpstreamError(
-            f"--critic engine: {url} tells no V; start it with `python -m "
-            "espo_gateway.vllm_plugin MODEL --value-head FOLDER`"
-        )
 
 
 async def check_critic(url: str, timeout: float) -> None:  # noqa: ASYNC109 (of its requests)

@@ -42,6 +42,14 @@ class ValueServer(Protocol):
         """V after the prompt and these sampled tokens. Any exception means: no answer."""
 
 
+class EngineCritic:
+    """Of servers that know V themselves: what the gateway decides in their place goes without."""
+
+    async def value(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> float:
+        """Raises UpstreamError, always."""
+        raise UpstreamError("only the servers know V (critic 'engine')")
+
+
 class FailureLog:
     """Questions without a value, told to the log now and then. name: of the critic."""
 

@@ -73,11 +73,10 @@ class Gateway:
         #: told of every choice that has ended
         self.followers: list[Callable[[Session], None]] = []
         self._gate_read = config.read_gate()
-        self._has_critic = critic is not None or config.critic_in_engine
         if self._gate_read is not None:
-            self.gate = gate_from_json(self._gate_read, has_critic=self._has_critic)
+            self.gate = gate_from_json(self._gate_read, has_critic=critic is not None)
         #: tuning and recording
-        self.observers = Observers(config, self.gate, has_critic=self._has_critic)
+        self.observers = Observers(config, self.gate, has_critic=critic is not None)
         if self.observers.tuning is not None:
             self.gate = self.observers.tuning.gate
 
@@ -133,7 +132,7 @@ class Gateway:
                 "this gateway finds its gate by itself (--target-share); start it without that to "
                 "push one, or with --gate to choose the rule and its constants"
             )
-        gate = self.gate = gate_from_json(data, has_critic=self._has_critic)
+        gate = self.gate = gate_from_json(data, has_critic=self.critic is not None)
         self.pushed.pop(gate.version, None)
         self.pushed[gate.version] = gate
         if len(self.pushed) > GATES:

@@ -267,7 +267,7 @@ class UpstreamPool:
     async def _ask_who_decides(self, server: Upstream) -> None:
         assert self._session is not None, "enter the pool first"
         if self._asks_who_decides:
-            server.learnt(await decides(self._session, server, values=self._needs_values))
+            server.learnt(await decides(self._session, server.url, values=self._needs_values))
 
     async def _passed(self, server: Upstream) -> None:
         await self._ask_who_decides(server)

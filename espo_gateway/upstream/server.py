@@ -144,13 +144,19 @@ async def probe(session: aiohttp.ClientSession, server: Upstream) -> bool:
         return False
 
 
-async def decides(session: aiohttp.ClientSession, server: Upstream, *, values: bool) -> bool:
+async def decides(
+    session: aiohttp.ClientSession,
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    *,
+    values: bool,
+) -> bool:
     """Whether the server says that it decides by itself where a request ends.
 
-    values: and that it knows a critic's V.
+    headers: beside the session's. values: and that it knows a critic's V.
     """
     try:
-        async with session.get(server.url + ROUTE, timeout=_PROBE) as response:
+        async with session.get(url + ROUTE, timeout=_PROBE, headers=headers) as response:
             told = await response.json(content_type=None)
         needed = ("decides", "values") if values else ("decides",)
         return response.status == 200 and all(told[name] is True for name in needed)

@@ -94,7 +94,7 @@ class ValueHead:
         return host.copy_(values, non_blocking=True)
 
 
-class ValueWorker(Worker):  # type: ignore[misc, valid-type, unused-ignore]
+class ValueWorker(Worker):  # type: ignore[misc, valid-type, unused-ignore]  # the base is the platform's
     """vLLM's worker of the platform, whose outputs carry V."""
 
     def load_model(self, *arguments: Any, **named: Any) -> None:
