@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from espo_gateway.stop.gate_json import gate_to_json
@@ -389,6 +390,23 @@ async def test_of_servers_one_of_which_knows_no_v_none_decides() -> None:
         await gateway.pool.ask_who_decides(10.0)
         _, answer = await post(gateway.url + COMPLETIONS, completion_body())
         assert answer["choices"][0]["espo"]["cut"] == 10
+
+
+async def test_a_stream_without_the_engines_v_is_not_held_back() -> None:
+    async with (
+        FakeServer(VALUED, gated=True, decides=True) as server,
+        gateway_for(server, gate=CRITIC_GATE, critic="engine") as gateway,
+        aiohttp.ClientSession() as client,
+    ):
+        server.release(12)  # before the request: its status comes with the first token
+        url, body = gateway.url + COMPLETIONS, completion_body(stream=True)
+        async with asyncio.timeout(30), client.post(url, json=body) as response:
+            # The gate asks from the 8th token on, and nobody answers.
+            tokens = 0
+            while tokens < 10:
+                tokens += (await response.content.readline()).startswith(b"data: ")
+            server.release(4)
+            assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
 
 
 async def test_a_share_is_recorded_and_the_gateway_decides_of_that(tmp_path: Any) -> None:
