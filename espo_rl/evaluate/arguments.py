@@ -19,6 +19,7 @@ from espo_gateway.stop.rules import Gate
 from espo_rl.config import Model, Recipe, RolloutSection, Servers, TaskSection
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.tasks.dataset import Split
+from espo_rl.tasks.gym import GymTask
 from espo_rl.tasks.task import TaskError
 from espo_rl.types import Problem
 
@@ -51,7 +52,8 @@ def parse(
         "--data",
         required=True,
         nargs="+",
-        help="JSONL, JSON, Parquet or CSV files, folders, or names on the hub",
+        help="JSONL, JSON, Parquet or CSV files, folders, names on the hub, or reasoning-gym:NAME, "
+        "of which --limit says how many",
     )
     add("--out", type=Path, metavar="FOLDER", help="(default: runs/evaluate-MODEL)")
     add("--k", type=int, default=32, help="samples of each problem (default: %(default)s)")
@@ -85,7 +87,12 @@ def parse(
         help="what is asked; usual is '{problem}\\n\\nPlease reason step by step, and put your "
         "final answer within \\boxed{}.' (default: the problem alone)",
     )
-    add("--grader", default="math", help="math, exact, regex or package.module:function")
+    add(
+        "--grader",
+        default="math",
+        help="math, exact, regex, task (reasoning-gym's own, of one data set) or "
+        "package.module:function (default: %(default)s)",
+    )
     add("--pattern", help="regex: group 1 of its last match is the answer given")
     add("--problem-column", default=task.problem_column, help="(default: %(default)s)")
     add("--answer-column", default=task.answer_column, help="(default: %(default)s)")
@@ -173,11 +180,14 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
 
         trained_in = AutoConfig.from_pretrained(options.model).dtype
         dtype = "float32" if trained_in in (None, torch.float32) else "bfloat16"
+    [source, *others] = options.data
+    gym = None if others else gym_name(source)
     return Recipe(
         model=Model(path=options.model, dtype=dtype),
         task=TaskSection(
-            kind="dataset",
-            train=options.data[0],
+            kind="dataset" if gym is None else "reasoning-gym",
+            name=gym,
+            train=source,
             subset=options.subset,
             train_split=options.split,
             eval_split=options.split,
@@ -201,22 +211,37 @@ def explain(error: Any) -> str:
     return f"{where}{error['msg'].removeprefix('Value error, ')}"
 
 
+def gym_name(source: str) -> str | None:
+    """The data set of reasoning-gym that --data names; None: it is none of its."""
+    kind, colon, name = source.partition(":")
+    return name if colon and kind == "reasoning-gym" else None
+
+
 def read_problems(
     task: TaskSection, data: Sequence[str], limit: int | None
 ) -> dict[str, list[Problem]]:
     """The problems of each data set in its order, under the name that its results have.
 
     Raises:
-        EvaluationError: it cannot be read, lacks a column, or has the name of another.
+        EvaluationError: it cannot be read, lacks a column, has the name of another, or is endless.
     """
     problems: dict[str, list[Problem]] = {}
     for source in data:
-        name = Path(source).stem
+        gym = gym_name(source)
+        name = gym or Path(source).stem
         if name in problems:
             raise EvaluationError(f"--data: two data sets are called {name}; evaluate one by one")
         try:
-            split = Split.load(task.model_copy(update={"train": source, "eval": source}), "eval")
-            problems[name] = [split.problem(row) for row in list(split.distinct().values())[:limit]]
+            if gym is None:
+                names = {"kind": "dataset", "train": source, "eval": source}
+                split = Split.load(task.model_copy(update=names), "eval")
+                rows = list(split.distinct().values())[:limit]
+                problems[name] = [split.problem(row) for row in rows]
+            elif limit is None:
+                raise EvaluationError(f"--data {source} is endless: say how many with --limit")
+            else:
+                names = {"kind": "reasoning-gym", "name": gym}
+                problems[name] = list(GymTask(task.model_copy(update=names)).held_out(limit))
         except TaskError as error:
             raise EvaluationError(in_arguments(str(error))) from error
     return problems
@@ -227,6 +252,6 @@ def in_arguments(message: str) -> str:
 
     def argument(key: re.Match[str]) -> str:
         name = key.group(1).removeprefix("eval_")
-        return "--" + ("data" if name == "eval" else name.replace("_", "-"))
+        return "--" + ("data" if name in ("eval", "name") else name.replace("_", "-"))
 
     return re.sub(r"task\.(\w+)", argument, message)

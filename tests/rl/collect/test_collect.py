@@ -9,8 +9,10 @@ from typing import Any
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.collect.__main__ import DEFAULTS, probing
 from espo_rl.collect.command import CollectCommand
+from espo_rl.config import TaskSection
 from espo_rl.evaluate.arguments import parse
 from espo_rl.record.rollout_files import read_rollouts
+from espo_rl.tasks.gym import GymTask
 from tests.helpers.models import random_checkpoint
 
 
@@ -43,6 +45,29 @@ async def test_rollouts_are_graded_and_asked_once(tmp_path: Path) -> None:
         assert await collect(server)
         assert sum(body["max_tokens"] > 1 for body in server.bodies) == asked + 2
         assert files[1].exists()
+
+
+async def test_problems_of_reasoning_gym_graded_by_its_own_scorer(tmp_path: Path) -> None:
+    model = random_checkpoint(tmp_path / "model", 0)
+    arguments = ["--model", str(model), "--data", "reasoning-gym:chain_sum", "--limit", "3"]
+    arguments += ["--grader", "task", "--k", "2", "--plain", "--out", str(tmp_path / "out")]
+
+    problems = GymTask(TaskSection(kind="reasoning-gym", name="chain_sum")).held_out(3)
+
+    def answer(body: dict[str, Any]) -> Script:
+        index, number = divmod(body["seed"], 65_536)
+        return Script([Token(c, id=1) for c in str(int(problems[index].answer) + number)])
+
+    async with FakeServer(answer) as server:
+        for _ in range(2):  # the second asks nothing again: the problems are the same ones
+            options = parse([*arguments, "--url", server.url], defaults=DEFAULTS, more=probing)
+            assert await CollectCommand(options).run()
+        assert sum(body["max_tokens"] > 1 for body in server.bodies) == 6
+    files = sorted((tmp_path / "out" / "rollouts").iterdir())
+    assert [file.name for file in files] == [f"chain_sum-0000000{n}.parquet" for n in range(3)]
+    for file in files:
+        rollouts, _ = read_rollouts(file)
+        assert [rollout.correct for rollout in rollouts] == [True, False]
 
 
 async def test_probes_are_asked_along_and_kept(tmp_path: Path) -> None:

@@ -278,6 +278,9 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
         (["--pattern", "is (.*)"], "--pattern has no effect with --grader"),
         (["--audit", "0.5"], "--audit has no effect without --gate"),
         (["--url", "http://127.0.0.1:1", "--dtype", "float32"], "--dtype has no effect"),
+        (["--data", "reasoning-gym:leg_counting"], "say how many with --limit"),
+        (["--data", "reasoning-gym:leg_county", "--limit", "2"], "--data = 'leg_county': no such"),
+        (["--grader", "task"], 'grader = "task" is that of'),
     ],
 )
 def test_bad_arguments(
