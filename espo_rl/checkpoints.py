@@ -16,7 +16,7 @@ from typing import Any
 from espo_gateway.files import written_whole
 
 #: of loop.pkl; raised whenever a class that it holds moves or gets other fields
-FORMAT = 4
+FORMAT = 5
 
 
 class CheckpointError(RuntimeError):

@@ -39,6 +39,7 @@ from benchmark import servers, throughput
 from benchmark.load import BenchmarkError
 from benchmark.report import machine
 from espo_gateway import event_loop
+from espo_gateway.stop.estimate import FEATURES
 from espo_gateway.supervisor import ServerStartError
 from espo_gateway.vllm_plugin.wire import told_by
 from espo_rl.record.output import OutputError, check_own, json_with
@@ -64,7 +65,7 @@ VALUED = json.dumps(
     {
         "rule": "success-probability",
         "p_star": 1e-9,
-        "estimator": {"weights": [0.0] * 13, "bias": 0.0, "sources": ["critic"]},
+        "estimator": {"weights": [0.0] * (len(FEATURES) + 1), "bias": 0.0, "sources": ["critic"]},
         "schedule": {"every": 32},
     }
 )

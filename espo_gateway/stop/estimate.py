@@ -1,13 +1,13 @@
 """Where V(s_t), the estimated probability of success, comes from.
 
-A constant; or a logistic regression on a dozen numbers of the stream known at token t, which needs
+A constant; or a logistic regression on some numbers of the stream known at token t, which needs
 no forward pass, and on what sources tell beside (`told.py`). Pure; `fit.py` fits it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -33,7 +33,12 @@ FEATURES = (
     "surprise_ema_slow",
     "sqrt_surprise_sum",
     "surprise_max",
+    "confident_ema_fast",
+    "confident_ema_slow",
+    "position",
 )
+#: The last of them, which estimates of earlier versions did not know.
+_LATER = 3
 _FAST, _SLOW = 0.9, 0.99
 
 #: What is kept of a stream: first what is a recurrence, state ← decay · state + added, in which a
@@ -41,10 +46,14 @@ _FAST, _SLOW = 0.9, 0.99
 STATE = (
     *("regret_ema_fast", "regret_ema_slow", "regret_sum", "count_regret_above_1"),
     *("count_regret_above_3", "surprise_ema_fast", "surprise_ema_slow", "surprise_sum"),
+    *("confident_ema_fast", "confident_ema_slow"),
     *("regret_max", "surprise_max", "position"),
 )
 #: of each recurrence, [recurrences, 1]
-DECAYS = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0])[:, None]
+DECAYS = np.array([_FAST, _SLOW, 1.0, 1.0, 1.0, _FAST, _SLOW, 1.0, _FAST, _SLOW])[:, None]
+#: -log π below which a token counts as confident, of a probability above 0.99: a text that repeats
+#: itself consists of such, and regret does not see it (MiniMax-M1, arXiv 2506.13585, cuts there).
+CONFIDENT = 0.01
 
 
 def added(regrets: Array, surprises: Array, out: Array) -> None:
@@ -62,6 +71,8 @@ def added(regrets: Array, surprises: Array, out: Array) -> None:
     out[..., 5, :] = (1.0 - _FAST) * surprises
     out[..., 6, :] = (1.0 - _SLOW) * surprises
     out[..., 7, :] = surprises
+    out[..., 8, :] = (1.0 - _FAST) * (surprises < CONFIDENT)
+    out[..., 9, :] = (1.0 - _SLOW) * (surprises < CONFIDENT)
 
 
 class StreamStatistics:
@@ -70,6 +81,8 @@ class StreamStatistics:
     __slots__ = (
         "_above_1",
         "_above_3",
+        "_confident_fast",
+        "_confident_slow",
         "_position",
         "_prompt",
         "_regret_fast",
@@ -87,6 +100,7 @@ class StreamStatistics:
         self._position = self._above_1 = self._above_3 = 0
         self._regret_fast = self._regret_slow = self._regret_sum = self._regret_max = 0.0
         self._surprise_fast = self._surprise_slow = self._surprise_sum = self._surprise_max = 0.0
+        self._confident_fast = self._confident_slow = 0.0
 
     def push(self, regret: float | None, surprise: float | None) -> None:
         """Take the next token's g_t and -log π(a_t|s_t); a missing one moves only the position."""
@@ -107,6 +121,9 @@ class StreamStatistics:
         self._surprise_sum += surprise
         if surprise > self._surprise_max:
             self._surprise_max = surprise
+        confident = surprise < CONFIDENT
+        self._confident_fast = _FAST * self._confident_fast + (1.0 - _FAST) * confident
+        self._confident_slow = _SLOW * self._confident_slow + (1.0 - _SLOW) * confident
 
     @property
     def state(self) -> tuple[float, ...]:
@@ -115,6 +132,7 @@ class StreamStatistics:
             *(self._regret_fast, self._regret_slow, self._regret_sum),
             *(self._above_1, self._above_3),
             *(self._surprise_fast, self._surprise_slow, self._surprise_sum),
+            *(self._confident_fast, self._confident_slow),
             *(self._regret_max, self._surprise_max, self._position),
         )
 
@@ -123,7 +141,8 @@ class StreamStatistics:
         self._regret_fast, self._regret_slow, self._regret_sum = state[:3]
         self._above_1, self._above_3 = map(int, state[3:5])
         self._surprise_fast, self._surprise_slow, self._surprise_sum = state[5:8]
-        self._regret_max, self._surprise_max, self._position = *state[8:10], int(state[10])
+        self._confident_fast, self._confident_slow = state[8:10]
+        self._regret_max, self._surprise_max, self._position = *state[10:12], int(state[12])
 
     def features(self) -> tuple[float, ...]:
         """The numbers named in `FEATURES`, after the last pushed token."""
@@ -141,6 +160,9 @@ class StreamStatistics:
             self._surprise_slow,
             root(self._surprise_sum),
             self._surprise_max,
+            self._confident_fast,
+            self._confident_slow,
+            self._position,
         )
 
 
@@ -181,12 +203,17 @@ def feature_blocks(
         regret, surprise = (np.where(missing, 0.0, x) for x in (regret, surprise))
         moved = np.empty((len(regret), *state.shape))
         added(regret, surprise, moved)
-        keep = np.where(missing[:, None], 1.0, decays) if gaps else repeat(decays)
+        keep: Iterable[Array] = repeat(decays)
+        if gaps:
+            keep = np.where(missing[:, None], 1.0, decays)
+            moved[np.broadcast_to(missing[:, None], moved.shape)] = 0.0
         state = recurrence(keep, moved, state)
         out = np.empty((len(FEATURES), *regret.shape))
         out[0] = np.sqrt(prompt_tokens)
-        out[1] = np.sqrt(np.arange(tokens.start + 1.0, tokens.stop + 1.0))[:, None]
-        out[2], out[3], out[8], out[9] = (moved[:, k] for k in (0, 1, 5, 6))
+        out[14] = np.arange(tokens.start + 1.0, tokens.stop + 1.0)[:, None]
+        out[1] = np.sqrt(out[14])
+        for place, k in ((2, 0), (3, 1), (8, 5), (9, 6), (12, 8), (13, 9)):
+            out[place] = moved[:, k]
         for place, k in ((4, 2), (6, 3), (7, 4), (10, 7)):
             np.sqrt(moved[:, k], out[place])
         for place, numbers, most in ((5, regret, largest[0]), (11, surprise, largest[1])):
@@ -200,7 +227,8 @@ def feature_blocks(
 class SuccessEstimator:
     """P(success | s_t) = sigmoid(bias + weights · features).
 
-    weights: one for each of `FEATURES`, then for each of what the `sources` tell (`told.TOLD`).
+    weights: one for each of `FEATURES`, then for each of what the `sources` tell (`told.TOLD`). Of
+        an earlier version's, those that it did not know become 0.
     """
 
     weights: tuple[float, ...]
@@ -211,6 +239,10 @@ class SuccessEstimator:
         if self.sources != in_order(self.sources):
             raise ValueError(f"sources must be some of {tuple(TOLD)}, in this order")
         count = len(FEATURES) + sum(len(TOLD[source]) for source in self.sources)
+        if len(self.weights) == count - _LATER:
+            known = len(FEATURES) - _LATER
+            weights = (*self.weights[:known], *[0.0] * _LATER, *self.weights[known:])
+            object.__setattr__(self, "weights", weights)
         if len(self.weights) != count:
             raise ValueError(f"weights must have {count} entries, not {len(self.weights)}")
         if not all(map(math.isfinite, (self.bias, *self.weights))):
@@ -227,7 +259,8 @@ class SuccessEstimator:
         # Written out, as it is done for every token; added up in one order, that of `logits`.
         total = self.bias + w[0] * f[0] + w[1] * f[1] + w[2] * f[2] + w[3] * f[3] + w[4] * f[4]
         total = total + w[5] * f[5] + w[6] * f[6] + w[7] * f[7] + w[8] * f[8] + w[9] * f[9]
-        total = total + w[10] * f[10] + w[11] * f[11]
+        total = total + w[10] * f[10] + w[11] * f[11] + w[12] * f[12] + w[13] * f[13]
+        total = total + w[14] * f[14]
         for k, number in enumerate(told, len(FEATURES)):
             total = total + w[k] * number
         return total

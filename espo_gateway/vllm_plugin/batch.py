@@ -24,17 +24,13 @@ _LARGEST = slice(_SUMS.stop, _SUMS.stop + 2)
 _POSITION = len(STATE)
 _MOVING = 1 + len(STATE)
 # Rows that stand: what moves z, the z above which and the log odds of success below which a token
-# may stop, the one that is to be asked about, and what makes those odds of `STATE`.
+# may stop, the one that is to be asked about, and what makes those odds of `FEATURES`.
 _MEAN, _DEVIATIONS, _CLIP, _KEEP, _MOVE, _FLOOR, _ODDS, _DUE, _BIAS = range(9)
-_WEIGHTS = slice(_BIAS + 1, _BIAS + 1 + len(STATE))
+_WEIGHTS = slice(_BIAS + 1, _BIAS + len(FEATURES))
 _STANDING = _WEIGHTS.stop
-#: A feature is a number of `STATE`, or the root of it.
-_ROOTED = np.array([f"sqrt_{name}" in FEATURES for name in STATE])
-_FEATURES = [
-    FEATURES.index(f"sqrt_{name}" if rooted else name)
-    for name, rooted in zip(STATE, _ROOTED, strict=True)
-]
-_ROOTS = np.flatnonzero(_ROOTED)
+#: A feature is a row that moves, or the root of it; but for the first, of the prompt, which stands.
+_ROWS = [1 + STATE.index(name.removeprefix("sqrt_")) for name in FEATURES[1:]]
+_ROOTS = [place for place, name in enumerate(FEATURES[1:]) if name.startswith("sqrt_")]
 #: Nearer to the threshold than this, in log odds, the watch looks closer.
 _CLOSE = 1e-6
 
@@ -90,7 +86,7 @@ class Batch:
             column[_ODDS], column[_DUE] = -math.inf, watch.due
         elif watch.statistics is not None and gate.estimator is not None:
             self._estimated.add(name)
-            column[_WEIGHTS] = np.array(gate.estimator.weights)[_FEATURES]
+            column[_WEIGHTS] = gate.estimator.weights[1 : len(FEATURES)]
             # Of no token: what the prompt alone makes of it.
             column[_BIAS] = gate.estimator.logit(watch.statistics.features(), watch.told)
             if column[_FLOOR] == -math.inf:  # the estimate is all that is compared
@@ -161,7 +157,7 @@ class Batch:
             largest = moved[_LARGEST]
             np.maximum(largest, (regrets, surprises), out=largest)
             moved[_POSITION] += 1.0
-            features = moved[1:].copy()
+            features = moved[_ROWS]
             features[_ROOTS] = np.sqrt(features[_ROOTS])
             odds = (own[_WEIGHTS] * features).sum(axis=0) + own[_BIAS]
             idle |= odds > own[_ODDS]

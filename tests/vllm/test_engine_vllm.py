@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from espo_gateway.stop.estimate import FEATURES
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.tracks import token_confidence
 from espo_gateway.stop.watch import Watch
@@ -137,7 +138,7 @@ async def test_whatever_else_is_asked_for(
         assert (told.cut, told.tokens, choice["finish_reason"]) == (5, 5, "length")
 
 
-ESTIMATOR = {"weights": [0.0, -0.2, *[-0.1] * 10], "bias": 3.0}
+ESTIMATOR = {"weights": [0.0, -0.15, *[-0.1] * (len(FEATURES) - 3), -0.01], "bias": 3.0}
 GATES: dict[str, dict[str, Any]] = {
     "value-gated": {"beta": 1.8, "constant": 0.5},
     "regret-only": {"beta": 0.9},

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from espo_gateway.stop.estimate import FEATURES
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import RULES
 from espo_gateway.testing import Body, FakeServer, Script, Token
@@ -39,7 +40,7 @@ from tests.helpers.gateway import (
 
 TOKENS = "/inference/v1/generate"
 PATHS = [COMPLETIONS, CHAT, TOKENS]
-ESTIMATOR = {"weights": [0.0, -0.4, *[-0.2] * 10], "bias": 3.0}
+ESTIMATOR = {"weights": [0.0, -0.3, *[-0.2] * (len(FEATURES) - 3), -0.01], "bias": 3.0}
 GATES: dict[str, Body] = {
     "none": {},
     "value-gated": {"beta": 1.0},
@@ -55,7 +56,7 @@ GATES: dict[str, Body] = {
 
 ASKING = {
     "rule": "success-probability",
-    "estimator": {"weights": [0.0] * 13, "bias": 0.0, "sources": ["critic"]},
+    "estimator": {"weights": [0.0] * (len(FEATURES) + 1), "bias": 0.0, "sources": ["critic"]},
     "schedule": {"every": 4},
 }
 

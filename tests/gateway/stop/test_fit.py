@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from espo_gateway.stop import fit as estimator
-from espo_gateway.stop.estimate import SuccessEstimator, probabilities, sigmoid
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator, probabilities, sigmoid
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import SourceName
 from espo_rl.gate.outcomes import KnownRollouts, recorded_of
 from espo_rl.types import EndReason, Rollout
 from tests.helpers.simulated import LENGTH, SLIP, censored, simulate
@@ -123,12 +124,23 @@ def test_nothing_to_tell_apart_gives_no_estimator() -> None:
     for rollouts in (same, []):
         assert estimator.fit([KnownRollouts.of(rollouts, 1.0).examples()]) is None
     assert estimator.fit([]) is None
-    assert explained_variance(SuccessEstimator(weights=(0.0,) * 12, bias=0.0), same) is None
-    assert explained_variance(SuccessEstimator(weights=(0.0,) * 12, bias=0.0), []) is None
+    unfitted = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
+    assert explained_variance(unfitted, same) is None
+    assert explained_variance(unfitted, []) is None
 
 
 def test_an_estimator_must_be_finite_and_whole() -> None:
     with pytest.raises(ValueError, match="entries"):
         SuccessEstimator(weights=(1.0,), bias=0.0)
     with pytest.raises(ValueError, match="finite"):
-        SuccessEstimator(weights=(math.nan,) * 12, bias=0.0)
+        SuccessEstimator(weights=(math.nan,) * len(FEATURES), bias=0.0)
+
+
+@pytest.mark.parametrize("told", [(), (7.0,)])
+def test_an_earlier_versions_estimator_reads_what_it_knew(told: tuple[float, ...]) -> None:
+    weights = tuple(range(1, 13))
+    sources: tuple[SourceName, ...] = ("history",) if told else ()
+    estimate = SuccessEstimator((*weights, *([0.5] if told else [])), 2.0, sources)
+    features = tuple(range(1, 1 + len(FEATURES)))
+    known = sum(w * f for w, f in zip(weights, features, strict=False))
+    assert estimate.logit(features, told) == 2.0 + known + sum(0.5 * number for number in told)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from espo_gateway.stop.estimate import FEATURES
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.rules import RULES
 from espo_gateway.stop.tracks import token_confidence
@@ -18,7 +19,7 @@ from tests.helpers.scheduler import EOS, Answer, Engine, Rollout, rollout, vllm_
 
 pytestmark = [pytest.mark.slow]
 
-ESTIMATOR = {"weights": [0.0, -0.2, *[-0.2] * 10], "bias": 3.0}
+ESTIMATOR = {"weights": [0.0, -0.15, *[-0.2] * (len(FEATURES) - 3), -0.01], "bias": 3.0}
 GATES: dict[str, dict[str, Any]] = {
     "none": {},
     "value-gated": {"beta": 1.2, "value": "stream", "estimator": ESTIMATOR},
@@ -146,7 +147,11 @@ VALUED: dict[str, dict[str, Any]] = {
     "value-only": {"rule": "value-only", "value": "critic", "p_star": 0.03},
     "estimate": {
         "rule": "success-probability",
-        "estimator": {"weights": [0.0] * 12 + [6.0], "bias": -2.0, "sources": ["critic"]},
+        "estimator": {
+            "weights": [0.0] * len(FEATURES) + [6.0],
+            "bias": -2.0,
+            "sources": ["critic"],
+        },
         "free": ESTIMATOR,
         "schedule": {"every": 4, "below": 0.8},
         "p_star": 0.2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.stop.estimate import SuccessEstimator
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.rules import Gate
 from espo_gateway.vllm_plugin.wire import (
@@ -18,7 +18,8 @@ from espo_gateway.vllm_plugin.wire import (
 )
 
 ESTIMATED = Gate(
-    rule="success-probability", estimator=SuccessEstimator((0.1,) * 13, 0.3, ("history",))
+    rule="success-probability",
+    estimator=SuccessEstimator((0.1,) * (len(FEATURES) + 1), 0.3, ("history",)),
 )
 
 
