@@ -23,7 +23,7 @@ from espo_gateway.critic.metrics import ProbeMetrics
 from espo_gateway.critic.server import FailureLog
 from espo_gateway.errors import EXCERPT, UpstreamError, UpstreamProtocolError
 from espo_gateway.stop.told import Probe
-from espo_gateway.stream.request import COMPLETIONS
+from espo_gateway.stream.request import COMPLETIONS, WHOLE_POLICY
 from espo_gateway.upstream.pool import UpstreamPool
 
 #: Tokens of the answer that are asked for at most.
@@ -126,6 +126,8 @@ def probe_body(probe: Probe, model: object, prefix: Sequence[int]) -> dict[str, 
         "prompt": [*prefix, *probe.phrase],
         "max_tokens": len(answer),
         "temperature": 0.0,
+        "top_p": 1.0,
+        **WHOLE_POLICY,
         "logprobs": 1,
         "logprob_token_ids": sorted(set(answer)),
         "return_token_ids": True,

@@ -166,37 +166,26 @@ class StreamStatistics:
         )
 
 
-def stream_features(regrets: Array, surprises: Array, prompt_tokens: Array) -> Array:
-    """What `StreamStatistics` gives for many recorded rollouts, token for token.
-
-    Args:
-        regrets, surprises: g and -log π, [rollouts, tokens], NaN where missing or past the end.
-        prompt_tokens: shape [rollouts].
-
-    Returns:
-        shape [rollouts, tokens, len(FEATURES)].
-    """
-    out = np.empty((*regrets.shape, len(FEATURES)))
-    for tokens, features in feature_blocks(regrets, -surprises, prompt_tokens, to_the_end=True):
-        out[:, tokens] = features
-    return out
-
-
 def feature_blocks(
-    regrets: Array, logprobs: Array, prompt_tokens: Array, *, to_the_end: bool = False
+    regrets: Array, logprobs: Array, prompt_tokens: Array
 ) -> Iterator[tuple[slice, Array]]:
-    """`stream_features` in parts: which tokens, and theirs, [rollouts, tokens, len(FEATURES)].
+    """What `StreamStatistics` gives for many recorded rollouts, token for token, in parts.
 
     A part lies feature by feature in memory, and each of these by token.
 
     Args:
-        to_the_end: else they may be anything after the last token that is known.
+        regrets, logprobs: g and log π, [rollouts, tokens], NaN where missing or past the end.
+        prompt_tokens: [rollouts].
+
+    Yields:
+        which tokens, and theirs, [rollouts, tokens, len(FEATURES)]; after a rollout's last known
+        token they may be anything.
     """
     decays = np.repeat(DECAYS, len(regrets), axis=1)
     state, largest = np.zeros(decays.shape), np.zeros((2, len(regrets)))
     unknown = np.isnan(regrets) | np.isnan(logprobs)
     # Only what is missing between others must leave all as it was, and that is rare.
-    gaps = to_the_end or bool((unknown[:, :-1] & ~unknown[:, 1:]).any())
+    gaps = bool((unknown[:, :-1] & ~unknown[:, 1:]).any())
     for tokens in token_blocks(regrets.shape):
         regret, surprise = regrets[:, tokens].T, -logprobs[:, tokens].T
         missing = unknown[:, tokens].T

@@ -16,6 +16,9 @@ from espo_gateway.stop.told import TOLD, SourceName
 
 #: Neighbouring tokens say almost the same; this many a rollout are enough to fit on.
 TOKENS_PER_ROLLOUT = 48
+#: Added to each feature's variance: what moves by far less than a tenth, of a share or of the root
+#: of some nats, tells nothing, and rounding must not be scaled up to it.
+NOISE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def fit(batches: Iterable[Examples], sources: Sequence[SourceName] = ()) -> Succ
     values = np.concatenate([batch.features[:, :read] for batch in batches]).astype(np.float64)
     weight = np.concatenate([batch.weights for batch in batches])
     scaler = preprocessing.StandardScaler().fit(values)
-    # A scale of nearly 0 (a statistic that never moved) would blow up its weight.
+    scaler.scale_ = np.sqrt(scaler.var_ + NOISE)
     model = linear.LogisticRegression(max_iter=1000).fit(scaler.transform(values), outcomes, weight)
     unscaled = model.coef_[0] / scaler.scale_
     return SuccessEstimator(

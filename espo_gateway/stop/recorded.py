@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.estimate import FEATURES, feature_blocks, stream_features
+from espo_gateway.stop.estimate import FEATURES, feature_blocks
 from espo_gateway.stop.regret import (
     MISSING_LOGPROB,
     Array,
@@ -93,11 +93,6 @@ class Recorded:
         """Where g is a number."""
         return ~np.isnan(self.regrets)
 
-    @cached_property
-    def features(self) -> Array:
-        """The stream's statistics after each token, [rollouts, tokens, `estimate.FEATURES`]."""
-        return stream_features(self.regrets, -self.logprobs, self.prompt_tokens)
-
     @property
     def sources(self) -> tuple[SourceName, ...]:
         """Those that have told anything, but for critics, who have rules of their own."""
@@ -130,11 +125,14 @@ class Recorded:
         return told_arrays(sources, whole)
 
     def feature_blocks(self) -> Iterator[tuple[slice, Array]]:
-        """`features` in parts that need little memory; see `estimate.feature_blocks`."""
+        """The stream's statistics, in parts: whole they would be many times as large as all else.
+
+        See `estimate.feature_blocks`.
+        """
         return feature_blocks(self.regrets, self.logprobs, self.prompt_tokens)
 
     def features_where(self, chosen: NDArray[np.bool_]) -> Array:
-        """`features[chosen]`, [of those tokens, `estimate.FEATURES`]."""
+        """The stream's statistics after some tokens, [of those tokens, `estimate.FEATURES`]."""
         parts, rows = [np.empty((0, len(FEATURES)))], [np.empty(0, dtype=np.int64)]
         for tokens, features in self.feature_blocks():
             parts.append(features[chosen[:, tokens]])

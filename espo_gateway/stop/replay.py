@@ -180,7 +180,12 @@ def _decided(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
 
 def estimated(estimator: SuccessEstimator, recorded: Recorded) -> Array:
     """log P/(1-P) at each token, [rollouts, tokens]; NaN where a source has not answered."""
-    return estimator.logits(recorded.features, recorded.told(estimator.sources))
+    told = recorded.told(estimator.sources)
+    logits = np.empty(recorded.logprobs.shape, order="F")
+    for tokens, features in recorded.feature_blocks():
+        beside = None if told is None else told[:, tokens]
+        logits[:, tokens] = estimator.logits(features, beside)
+    return logits
 
 
 def gate_logits(gate: Gate, recorded: Recorded) -> Array:

@@ -17,6 +17,9 @@ Body = dict[str, Any]
 #: The routes that a monitor can follow: OpenAI's two, and vLLM's for trainers (`tokens.py`).
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TOKENS = "/inference/v1/generate"
+#: What samples from the whole policy: where a request does not say so, vLLM takes what the
+#: checkpoint's generation_config.json has.
+WHOLE_POLICY = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _BOOL: TypeAdapter[Any] = TypeAdapter(bool)
 _INT: TypeAdapter[Any] = TypeAdapter(int)
 _TRUTHS = frozenset({"true", "false", "1", "0"})

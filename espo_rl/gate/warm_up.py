@@ -51,7 +51,7 @@ class WarmUp:
         config, losses = self._config, self.critic_losses
         forced = config.warmup_share * self._total_steps
         self.done = True
-        if len(losses) == 3 and max(losses) < config.warmup_loss:
+        if len(losses) == 3 and all(loss < config.warmup_loss for loss in losses):
             self.reason = f"critic loss below {config.warmup_loss} three times"
         elif len(losses) >= 2 and abs(losses[-1] - losses[-2]) < config.warmup_change:
             self.reason = f"critic loss moved less than {config.warmup_change}"

@@ -57,7 +57,7 @@ def estimate(
         )
         of_all = zip(trajectories, advantages, strict=True)
         return [np.full_like(one.penalties, advantage) for one, advantage in of_all], targets
-    return whiten(rows) if ppo.whiten else rows, targets
+    return whiten(rows, targets) if ppo.whiten else rows, targets
 
 
 def gae(values: Array, rewards: Array, *, gamma: float, lam: float) -> Array:
@@ -93,9 +93,13 @@ def group_advantages(returns: Sequence[float], groups: Sequence[int]) -> NDArray
     return advantages
 
 
-def whiten(rows: list[Array]) -> list[Array]:
-    """Shift and scale all tokens of a batch to mean 0 and deviation 1, rollout by rollout."""
-    flat = _standardised(np.concatenate(rows).astype(np.float64)).astype(np.float32)
+def whiten(rows: list[Array], returns: list[Array] | None = None) -> list[Array]:
+    """Shift and scale all tokens of a batch to mean 0 and deviation 1, rollout by rollout.
+
+    returns: what they are the difference of to V; where both are large, so is their rounding.
+    """
+    of = None if returns is None else np.concatenate(returns).astype(np.float64)
+    flat = _standardised(np.concatenate(rows).astype(np.float64), of).astype(np.float32)
     return np.split(flat, np.cumsum([len(row) for row in rows])[:-1])
 
 
@@ -107,6 +111,9 @@ def noise_variance(values: NDArray[np.float64]) -> float:
     return 1e-8 * max(1.0, float(np.square(values).mean()))
 
 
-def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    centred = values - values.mean()
-    return centred / np.sqrt(values.var() + noise_variance(values))
+def _standardised(
+    values: NDArray[np.float64], of: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """of: the numbers whose rounding is noise; without them the values themselves."""
+    noise = noise_variance(values if of is None else of)
+    return (values - values.mean()) / np.sqrt(values.var() + noise)

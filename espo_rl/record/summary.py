@@ -48,8 +48,9 @@ class Summary:
         """
         self._staleness.append(staleness)
         self.totals.add(rollouts, tokens, gated=rule != "none")
-        if rule != "none" and stopping.explained_variance is not None:
-            self._explained.append(stopping.explained_variance)
+        explained = stopping.explained_variance
+        if rule != "none" and explained is not None and math.isfinite(explained):
+            self._explained.append(explained)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -26,12 +26,10 @@ from tenacity import (
 from espo_gateway.stop.gate_json import Mode
 from espo_gateway.stop.told import Probe
 from espo_gateway.stream.chunks import sampled_tokens
+from espo_gateway.stream.request import WHOLE_POLICY
 from espo_rl.config import RolloutSection, Stopping, TaskSection
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
-#: Tokens are sampled from the whole policy: where a request does not say so, vLLM takes what the
-#: checkpoint's generation_config.json has
-WHOLE_POLICY = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
 

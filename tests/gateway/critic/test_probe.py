@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from espo_gateway.critic.probe import FLOOR, LONGEST, Probed, read_probe
+from espo_gateway.critic.probe import FLOOR, LONGEST, Probed, probe_body, read_probe
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import PROBED, TOLD, Probe, Schedule
+from espo_gateway.stream.request import WHOLE_POLICY
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.testing.script import Body
 from tests.helpers.gateway import (
@@ -180,6 +181,11 @@ async def test_a_probe_that_makes_no_sense_names_the_field(espo: Any, field: str
         status, answer = await post(gateway.url + COMPLETIONS, completion_body(espo=espo))
     assert status == 400
     assert answer["error"]["param"] == field
+
+
+def test_a_probe_asks_the_policy_and_not_what_its_server_makes_of_it() -> None:
+    body = probe_body(Probe([1], [5]), "m", [2])
+    assert body.items() >= {"temperature": 0.0, "top_p": 1.0, **WHOLE_POLICY}.items()
 
 
 def test_the_answer_counts_up_to_where_the_policy_says_another_thing() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from espo_gateway.stop import fit as estimator
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator, probabilities, sigmoid
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array
+from espo_gateway.stop.replay import estimated
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import SourceName
 from espo_rl.gate.outcomes import KnownRollouts, recorded_of
@@ -28,7 +31,7 @@ def explained_variance(
     fitted: SuccessEstimator, rollouts: list[Rollout], audit_share: float = 1.0
 ) -> float | None:
     known = KnownRollouts.of(rollouts, audit_share)
-    return known.explained_variance(probabilities(fitted.logits(known.recorded.features)))
+    return known.explained_variance(probabilities(estimated(fitted, known.recorded)))
 
 
 def true_probabilities(rollouts: list[Rollout]) -> Array:
@@ -40,8 +43,8 @@ def true_probabilities(rollouts: list[Rollout]) -> Array:
 def calibration_error(fitted: SuccessEstimator, rollouts: list[Rollout]) -> float:
     """Mean |P - truth| over tokens."""
     recorded = recorded_of(rollouts)
-    estimated = np.vectorize(sigmoid)(fitted.logits(recorded.features))
-    return np.abs(estimated - true_probabilities(rollouts))[recorded.known].mean()
+    expected = np.vectorize(sigmoid)(estimated(fitted, recorded))
+    return np.abs(expected - true_probabilities(rollouts))[recorded.known].mean()
 
 
 def test_the_estimate_is_the_true_probability() -> None:
@@ -127,6 +130,30 @@ def test_nothing_to_tell_apart_gives_no_estimator() -> None:
     unfitted = SuccessEstimator(weights=(0.0,) * len(FEATURES), bias=0.0)
     assert explained_variance(unfitted, same) is None
     assert explained_variance(unfitted, []) is None
+
+
+def test_rounding_tells_nothing() -> None:
+    """Of a policy that is sure of every token, only rounding differs from rollout to rollout."""
+    rng = np.random.default_rng(0)
+    logprobs = -1.19e-7 * rng.integers(0, 2, (64, 40)).astype(np.float64)
+    of = Recorded(logprobs, np.zeros_like(logprobs), np.full(64, 9))
+    fitted = estimator.fit([estimator.examples(of, rng.random(64) < 0.5, np.ones(64))])
+    assert fitted is not None
+    ordinary: Array = np.full((1, 40), -0.05)
+    assert np.abs(estimated(fitted, Recorded(ordinary, ordinary, np.full(1, 9)))).max() < 3.0
+
+
+def test_one_runaway_costs_little_memory() -> None:
+    logprobs = np.full((128, 20_000), np.nan)
+    logprobs[:, :100] = logprobs[0] = -0.1
+    recorded = Recorded(logprobs, np.zeros_like(logprobs), np.full(128, 9))
+    assert recorded.known.any()
+    fitted = SuccessEstimator(weights=(0.1,) * len(FEATURES), bias=0.0)
+    tracemalloc.start()
+    estimated(fitted, recorded)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * logprobs.nbytes
 
 
 def test_an_estimator_must_be_finite_and_whole() -> None:

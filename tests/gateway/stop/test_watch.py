@@ -18,14 +18,14 @@ from espo_gateway.stop.estimate import (
     FEATURES,
     StreamStatistics,
     SuccessEstimator,
-    stream_features,
+    feature_blocks,
 )
 from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import (
     MonitorConfig,
     RegretStatistics,
 )
-from espo_gateway.stop.replay import crossings, first_stops, scores, stop_levels
+from espo_gateway.stop.replay import crossings, estimated, first_stops, scores, stop_levels
 from espo_gateway.stop.rules import (
     BETA,
     CONFIDENCE,
@@ -166,7 +166,7 @@ def test_all_limits_at_once_cut_where_each_alone_does(
         drawn = data.draw(st.lists(st.sampled_from(near), min_size=1, max_size=8))
         limits = np.array(sorted(set(drawn), reverse=threshold.above))
         limits = limits[(limits > 0.0) & (limits < 1.0)]
-        streams_v = estimator.logits(replayed.features) if gate.source == "stream" else None
+        streams_v = estimated(estimator, replayed) if gate.source == "stream" else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(regret, "BLOCK", block)
             again = replayed.where(np.arange(len(rows)))
@@ -176,22 +176,26 @@ def test_all_limits_at_once_cut_where_each_alone_does(
         assert found.levels == pytest.approx(stop_levels(gate, replayed), rel=1e-9, abs=1e-9)
 
 
-@given(streams, st.integers(1, 40))
-def test_blocks_change_nothing_of_what_is_kept_of_a_stream(rows: list[Row], block: int) -> None:
+@given(streams, st.integers(1, 40), estimators)
+def test_blocks_change_nothing_of_what_is_kept_of_a_stream(
+    rows: list[Row], block: int, estimator: SuccessEstimator
+) -> None:
     gate = Gate(rule="random", hazard=0.2, **CONSTANTS)
     whole = recorded(rows, prompt_tokens=9)
+    none = np.empty((len(rows), 0, len(FEATURES)))
+    features = np.concatenate([none, *(part for _, part in whole.feature_blocks())], axis=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(regret, "BLOCK", block)
         parts = recorded(rows, prompt_tokens=9)
         chosen = parts.known & (np.arange(parts.known.shape[1]) % 3 == 1)
         for of in (
             lambda one: one.regrets,
-            lambda one: one.features,
+            lambda one: estimated(estimator, one),
             lambda one: one.z(gate.statistics, gate.monitor),
             lambda one: RULES["random"].tracks(gate, one),
         ):
             np.testing.assert_array_equal(of(parts), of(whole))
-        np.testing.assert_array_equal(parts.features_where(chosen), whole.features[chosen])
+        np.testing.assert_array_equal(parts.features_where(chosen), features[chosen])
 
 
 @given(streams, estimators, st.booleans(), st.floats(0.001, 0.999), st.floats(-0.5, 1.5))
@@ -390,9 +394,12 @@ def test_stream_features_equal_the_live_statistics(rows: list[Row], prompt_token
             statistics.push(g, None if g is None else 2 * g)
             live[-1].append(statistics.features())
     matrix = pad([[math.nan if g is None else g for g in row] for row in regrets])
-    batch = stream_features(matrix, 2 * matrix, np.full(len(rows), prompt_tokens))
-    for expected, features in zip(live, batch, strict=True):
-        assert [tuple(at) for at in features[: len(expected)].tolist()] == expected
+    parts = feature_blocks(matrix, -2 * matrix, np.full(len(rows), prompt_tokens))
+    none = np.empty((len(rows), 0, len(FEATURES)))
+    batch = np.concatenate([none, *(part for _, part in parts)], axis=1)
+    for row, expected, features in zip(regrets, live, batch, strict=True):
+        known = max((n for n, g in enumerate(row, 1) if g is not None), default=0)
+        assert [tuple(at) for at in features[:known].tolist()] == expected[:known]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import pickle
 import random
 from collections.abc import Sequence
@@ -333,6 +334,7 @@ def test_without_a_warm_up_an_estimator_rule_starts_with_its_estimator() -> None
         ((9.0, 0.4, 0.2, 0.45), "below 0.5 three times"),
         ((9.0, 8.0, 7.0, 6.0), "forced on after 4 steps"),
         ((None, None, None, None), "forced on after 4 steps"),
+        ((0.1, math.nan, 0.3, math.nan), "forced on after 4 steps"),
     ],
 )
 def test_the_papers_warm_up_is_row_8(losses: Sequence[float | None], reason: str) -> None:

@@ -199,6 +199,15 @@ def test_values_that_are_right_up_to_rounding_leave_no_advantage() -> None:
             assert sample.columns["advantages"].abs().max() < 0.01
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+def test_whitening_tells_values_from_their_rounding(size: float) -> None:
+    noise = 1e-7 * np.random.default_rng(3).normal(0, 1, 300)
+    returns = np.full(300, size, np.float32)
+    values = (size * (1.0 + noise)).astype(np.float32)
+    [advantages] = whiten([returns - values], [returns])
+    assert np.abs(advantages).max() < 0.01
+
+
 def test_what_differs_is_scaled_as_verl_scales_it() -> None:
     rng = np.random.default_rng(2)
     values = rng.normal(0.3, 0.5, 40)

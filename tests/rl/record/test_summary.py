@@ -197,6 +197,14 @@ def strict(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
+def test_a_step_without_a_number_leaves_the_others() -> None:
+    summary = summary_of()
+    stopping = StopController(summary.recipe.stopping, 9, random.Random(0))
+    for stopping.explained_variance in (0.4, math.nan, None, 0.6):
+        summary.add([], 0, stopping, "success-probability")
+    assert summary.as_dict()["explained_variance"] == pytest.approx(0.5)
+
+
 def test_unknown_numbers_are_null(tmp_path: Path) -> None:
     written = strict(summary_of().write(tmp_path / "summary.json").read_text())
     unknown = ("accuracy_before", "accuracy_after", "stop_rate", "false_positive_rate")
