@@ -3,10 +3,11 @@
     python scripts/simulate_bound.py
 
 Rollouts are simulated: right ones and wrong ones have normal levels, as far apart as the rule's AUC
-says. A step has 8 of each of 16 prompts, which are solved more or less often (beta distributed);
-200 steps are played with each of eight seeds, and the threshold is `AuditThreshold`'s with the
-trainer's defaults. Audited is one rollout of each prompt, or each with a chance of 10 %: then a
-prompt whose rollouts were right may be left without any that is finished. Prints a Markdown table.
+says; half of what else moves a level goes with the prompt. A step has 8 of each of 16 prompts,
+which are solved more or less often (beta distributed); 200 steps are played with each of eight
+seeds, and the threshold is `AuditThreshold`'s with the trainer's defaults. Audited is one rollout
+of each prompt, or each with a chance of 10 %: then a prompt whose rollouts were right may be left
+without any that is finished. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from espo_rl.gate.audits import Audits
 PROMPTS, N, STEPS, AUDIT_SHARE, SEEDS = 16, 8, 200, 0.1, 8
 #: Of the beta distribution; the lower, the more prompts are solved always or never.
 SPREAD = 2.0
+#: Of a level's variance, what goes with the prompt.
+ALIKE = 0.5
 ACCURACIES = (0.02, 0.05, 0.12, 0.3, 0.5)
 AREAS = (0.7, 0.85, 0.95)
 
@@ -53,7 +56,9 @@ def play(
         solved = rng.beta(SPREAD * accuracy, SPREAD * (1.0 - accuracy), (PROMPTS, 1))
         right = (rng.random(shape) < solved).ravel()
         drawn = np.array(audits.draw(PROMPTS * N, chance))
-        levels = rng.normal(np.sqrt(2.0) * ndtri(area) * right).astype(np.float32)
+        of_prompt = np.repeat(rng.normal(size=PROMPTS), N)
+        noise = np.sqrt(ALIKE) * of_prompt + np.sqrt(1.0 - ALIKE) * rng.normal(size=right.size)
+        levels = (np.sqrt(2.0) * ndtri(area) * right + noise).astype(np.float32)
         level = controller.level
         stopped = levels < (-np.inf if level is None else level)
         audited = stopped & drawn
@@ -62,7 +67,8 @@ def play(
             levels[known],
             right[known],
             np.where(audited, 1.0 / audits.share, 1.0)[known].astype(np.float32),
-            audits.share if stopped.any() else 1.0,
+            1.0 if level is None else audits.share,
+            np.repeat(np.arange(PROMPTS), N)[known],
         )
         hopeful, finished = (np.any(of.reshape(shape), axis=1) for of in (right, known))
         promising += _count(hopeful)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,19 +70,67 @@ class Outcomes:
         estimator which flatters itself does so here as it does when it gates.
     weights: how many rollouts of the batch each stands for: one, and one over the audit share if
         it was stopped and audited.
-    known_share: of the rollouts that its gate stopped, the share whose outcome is known; 1 where
-        it stopped none.
+    known_share: of the rollouts that its gate stops, the share whose outcome gets known; 1 of a
+        batch without a gate. Not by what it happened to stop: else a batch would count for the
+        more, the less was stopped in it.
+    prompts: which rollouts are of one prompt, [rollouts]; None: each is of its own.
     """
 
     levels: NDArray[np.float32]
     correct: NDArray[np.bool_]
     weights: NDArray[np.float32]
     known_share: float = 1.0
+    prompts: NDArray[np.int64] | None = None
 
     @property
-    def right(self) -> float:
-        """Right rollouts that would show if they were stopped: those that audits pass by do not."""
-        return self.known_share * float(self.weights[self.correct].sum(dtype=np.float64))
+    def right(self) -> Array:
+        """How many right rollouts, that would show if they were stopped, each right one stands for.
+
+        Those that audits pass by do not show. Shape [right rollouts].
+        """
+        return self.known_share * self.weights[self.correct].astype(np.float64)
+
+
+def independent(batches: Sequence[Outcomes]) -> Array:
+    """How many independent right rollouts each right one stands for, [right rollouts of all].
+
+    Where levels go with the prompt, its right rollouts are lost together or not at all. So a prompt
+    with m of them counts for m/(1 + (m - 1)·ρ): the design effect of samples in clusters (Kish,
+    Survey Sampling, 1965), with ρ the `correlation` of levels within prompts.
+    """
+    clusters, before = [np.empty(0, dtype=np.int64)], 0
+    for batch in batches:
+        own = np.arange(batch.levels.size) if batch.prompts is None else batch.prompts
+        clusters.append(before + np.unique(own, return_inverse=True)[1][batch.correct])
+        before += batch.levels.size
+    prompts = np.concatenate(clusters)
+    right = np.concatenate([np.empty(0), *(batch.right for batch in batches)])
+    levels = np.concatenate([np.empty(0), *(batch.levels[batch.correct] for batch in batches)])
+    others = np.maximum(np.bincount(prompts, right)[prompts] - 1.0, 0.0)
+    return right / (1.0 + others * correlation(levels, prompts))
+
+
+def correlation(levels: NDArray[Any], prompts: NDArray[np.int64]) -> float:
+    """Intraclass correlation of the levels' ranks, in [0, 1]: how alike those of one prompt are.
+
+    1 where nothing tells: all are of one prompt, or all alike.
+
+    Args:
+        levels, prompts: [rollouts]; prompts are numbers.
+    """
+    ordered, count = np.sort(levels), levels.size
+    ranks = np.searchsorted(ordered, levels) + np.searchsorted(ordered, levels, "right") - count
+    sums, members = np.bincount(prompts, ranks), np.bincount(prompts)
+    # Mean products of two of one prompt, and of two of different ones; ranks have the mean 0.
+    pairs = float((members * (members - 1)).sum())
+    squares, rest = float((ranks**2).sum()), count * (count - 1) - pairs
+    if not pairs:
+        return 0.0
+    if not rest or not squares:
+        return 1.0
+    alike = float((sums**2).sum()) - squares
+    apart = (-squares - alike) / rest
+    return _clipped((alike / pairs - apart) / (squares / count - apart), 0.0, 1.0)
 
 
 def steered(
@@ -181,10 +230,10 @@ class AuditThreshold:
     of the stopped ones the audited. Each says by its level at which thresholds it would have been
     stopped. For each of a row of candidates the bound is Clopper and Pearson's (Biometrika 26,
     1934) for the effective number of outcomes in each batch: of stopped rollouts Kish's
-    (Σw)²/Σw², of right ones those that an audit would show if they were lost. The loosest
+    (Σw)²/Σw², of right ones the `independent` that audits would show if they were lost. The loosest
     candidate that holds is taken, and that on the last batch does not speak against the next
-    batch's gate. Rollouts are taken to be independent, and the last batches to speak for the
-    next: until, with the same confidence at each look, the audits of what was really stopped say
+    batch's gate. Prompts are taken to be independent, and the last batches to speak for the next:
+    until, with the same confidence at each look, the audits of what was really stopped say
     that the bound is broken. Then all that was known before is forgotten.
 
     Looser thresholds cost more where levels mean anything, so that candidates are nearly one test;
@@ -224,7 +273,8 @@ class AuditThreshold:
         """Take note of a finished batch; arguments as of `ShareThreshold.update`."""
         audited, false = audits
         lost = self.bound.of == "right-lost"
-        right = outcomes.right if outcomes is not None and stop_share is not None else 0.0
+        told = outcomes is not None and stop_share is not None
+        right = float(outcomes.right.sum()) if outcomes is not None and told else 0.0
         self._audits.append((right if lost else audited, false))
         refuted = self._refuted()
         if refuted:
@@ -233,7 +283,11 @@ class AuditThreshold:
         self._evidence.append(outcomes)
         batches = [batch for batch in self._evidence if batch is not None]
         candidates = self._candidates(batches)
-        bad, known = self._pooled(batches, candidates)
+        bad, known = (
+            _right(batches, independent(batches), candidates)
+            if lost
+            else _stopped(batches, candidates)
+        )
         upper = upper_bound(bad, known, self.bound.confidence)
         holds = upper <= self.bound.limit
         if rehearsal is not None:
@@ -281,9 +335,10 @@ class AuditThreshold:
         Evidence is of earlier estimators. The one to come may say of every rollout, right at its
         start, what an earlier one said of failures only.
         """
-        bad, known = self._pooled([rehearsal], candidates)
         if self.bound.of == "false-positives":
+            bad, known = _stopped([rehearsal], candidates)
             return bad <= self.bound.limit * known
+        bad, known = _right([rehearsal], rehearsal.right, candidates)
         # A batch may have a handful of right ones: one of them lost says nothing yet.
         return _lower_bound(bad, known, self.bound.confidence) <= self.bound.limit
 
@@ -298,29 +353,37 @@ class AuditThreshold:
         chosen = [_below(levels[rank]) for rank in ranks if rank < levels.size]
         return np.unique([*np.clip(chosen, low, high), high])
 
-    def _pooled(self, batches: list[Outcomes], candidates: Array) -> tuple[Array, Array]:
-        """Effective number of right rollouts that each candidate stops, and of all outcomes that
-        could be such, [candidates].
 
-        Weights compare rollouts of one batch. Batches are added by what they know, not by what they
-        stand for: else a few audited rollouts would outweigh a whole batch that was never stopped.
-        """
-        bad, known = np.zeros(len(candidates)), np.zeros(len(candidates))
-        for batch in batches:
-            order = np.argsort(batch.levels)
-            weights = batch.weights[order].astype(np.float64)
-            sums = np.cumsum([weights, weights**2, weights * batch.correct[order]], axis=1)
-            stopped = np.searchsorted(batch.levels[order], candidates, side="left")
-            total, squares, right = np.hstack([np.zeros((3, 1)), sums])[:, stopped]
-            if self.bound.of == "right-lost":
-                known += batch.right
-                bad += batch.known_share * right
-                continue
-            some = total > 0.0
-            effective = np.divide(total**2, squares, out=np.zeros_like(total), where=some)
-            known += effective
-            bad += effective * np.divide(right, total, out=np.zeros_like(total), where=some)
-        return bad, known
+def _right(batches: Sequence[Outcomes], worth: Array, candidates: Array) -> tuple[Array, Array]:
+    """Right rollouts that each candidate stops, and all of them, [candidates].
+
+    worth: how many each stands for, [right rollouts of all batches]. Batches are added by what they
+    know, not by what they stand for: else a few audited rollouts would outweigh a whole batch that
+    was never stopped.
+    """
+    levels = np.concatenate([np.empty(0), *(batch.levels[batch.correct] for batch in batches)])
+    order = np.argsort(levels)
+    sums = np.concatenate([[0.0], np.cumsum(worth[order])])
+    bad = sums[np.searchsorted(levels[order], candidates, side="left")]
+    return bad, np.full(len(candidates), sums[-1])
+
+
+def _stopped(batches: Sequence[Outcomes], candidates: Array) -> tuple[Array, Array]:
+    """Effective number of right ones among those that each candidate stops, and of these,
+    [candidates]; weights compare rollouts of one batch, and batches are added as in `_right`.
+    """
+    bad, known = np.zeros(len(candidates)), np.zeros(len(candidates))
+    for batch in batches:
+        order = np.argsort(batch.levels)
+        weights = batch.weights[order].astype(np.float64)
+        sums = np.cumsum([weights, weights**2, weights * batch.correct[order]], axis=1)
+        stopped = np.searchsorted(batch.levels[order], candidates, side="left")
+        total, squares, right = np.hstack([np.zeros((3, 1)), sums])[:, stopped]
+        some = total > 0.0
+        effective = np.divide(total**2, squares, out=np.zeros_like(total), where=some)
+        known += effective
+        bad += effective * np.divide(right, total, out=np.zeros_like(total), where=some)
+    return bad, known
 
 
 def upper_bound(bad: Any, known: Any, confidence: float) -> Array:

@@ -213,7 +213,7 @@ class StopController:
         if not usable:
             return
         was_on = self.on if gated is None else gated
-        known = KnownRollouts.of(usable, self.audits.share, values)
+        known = KnownRollouts.of(usable, self.audits.share, values, gated=was_on)
         recorded = recorded_of(usable)
         updated = self.statistics.updated(recorded.regrets)
         # The first batch had no statistics in force: its own stand in.
@@ -336,6 +336,7 @@ class StopController:
             correct=known.correct,
             weights=known.weights.astype(np.float32),
             known_share=known.known_share,
+            prompts=known.prompts,
         )
 
 

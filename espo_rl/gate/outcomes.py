@@ -59,7 +59,7 @@ class KnownRollouts:
     """The rollouts of one batch whose outcome is known.
 
     correct, weights, prompts (which rollouts are of one): [rollouts]. known_share: of those that
-        were stopped; 1 if none was.
+        its gate stops; 1 without one.
     """
 
     recorded: Recorded
@@ -74,15 +74,17 @@ class KnownRollouts:
         rollouts: Sequence[Rollout],
         audit_share: float,
         critic: Sequence[Sequence[float] | Array] | None = None,
+        *,
+        gated: bool = True,
     ) -> KnownRollouts:
-        """critic: as `recorded_of` takes it, of those `with_outcome`."""
+        """critic: as `recorded_of` takes it, of those `with_outcome`. gated: under a rule."""
         known = with_outcome(rollouts)
         return cls(
             recorded_of(known, critic),
             np.array([bool(rollout.correct) for rollout in known], dtype=np.bool_),
             weights(known, audit_share),
             np.unique([rollout.group for rollout in known], return_inverse=True)[1],
-            audit_share if any(rollout.stopped for rollout in rollouts) else 1.0,
+            audit_share if gated else 1.0,
         )
 
     def examples(self, sources: Sequence[SourceName] = ()) -> fit.Examples:

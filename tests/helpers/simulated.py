@@ -26,7 +26,7 @@ def simulate(count: int, seed: int, *, harmless: float = 0.0) -> list[Rollout]:
     """
     rng = np.random.default_rng(seed)
     rollouts = []
-    for _ in range(count):
+    for number in range(count):
         slips = rng.random(LENGTH) < SLIP
         logprobs = np.where(slips, -5.0, -0.05) - rng.exponential(0.1, LENGTH)
         fatal = slips & (rng.random(LENGTH) >= harmless)
@@ -41,6 +41,7 @@ def simulate(count: int, seed: int, *, harmless: float = 0.0) -> list[Rollout]:
                 end=EndReason.COMPLETED,
                 kept=LENGTH,
                 correct=not fatal.any(),
+                group=number,
             )
         )
     return rollouts
