@@ -267,7 +267,8 @@ def _users(name: str) -> Grader:
         score = function(completion, problem.answer, problem.extra)
         if inspect.isawaitable(score):
             score = runner.run(_awaited(score))
-        if score is None or not 0.0 <= float(score) <= 1.0:
+        # float() would read a text's number, too.
+        if score is None or isinstance(score, str | bytes) or not 0.0 <= float(score) <= 1.0:
             raise ValueError(f"it returned {score!r}; a bool or a number in [0, 1] is wanted")
         return float(score)
 
@@ -308,7 +309,7 @@ def _import(name: str) -> Callable[..., Any]:
         ) from error
     try:
         inspect.signature(function).bind("completion", "answer", {})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: nobody knows what a built-in takes
         raise RecipeError(
             f"task.grader = {name!r} must be a function of (completion: str, answer: str, extra: "
             f"Mapping): {error}"

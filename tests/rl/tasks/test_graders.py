@@ -385,9 +385,9 @@ def test_an_asynchronous_one_keeps_its_loop() -> None:
         assert given == [1.0, 0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("function", ["none", "two", "nan"])
+@pytest.mark.parametrize("function", ["none", "two", "nan", "one_as_text", "one_as_bytes"])
 def test_a_score_out_of_range_is_refused(function: str) -> None:
-    with pytest.raises(ValueError, match=r"returned (None|2|nan).*\[0, 1\]"):
+    with pytest.raises(ValueError, match=r"returned (None|2|nan|b?'1').*\[0, 1\]"):
         make_grader(TaskSection(grader=f"tests.helpers.user_graders:{function}"))("18", problem())
 
 
@@ -405,6 +405,7 @@ def test_a_score_out_of_range_is_refused(function: str) -> None:
             "tests.helpers.user_graders:A_CONSTANT",
             r"task\.grader .*completion: str, answer: str, extra",
         ),
+        ("builtins:max", r"task\.grader .*completion: str, answer: str, extra"),
     ],
 )
 def test_a_function_that_cannot_grade(name: str, message: str) -> None:
