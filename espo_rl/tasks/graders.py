@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from espo_rl.config import RecipeError, TaskSection
+from espo_rl.tags import read_tags
 from espo_rl.tasks.gym import gym_dataset
 from espo_rl.types import Problem
 
@@ -36,23 +37,18 @@ def final_text(completion: str, tags: TaskSection = USUAL) -> str:
     """The part of a completion that answers, as reasoning models write it.
 
     What follows the last thought, nothing where one is still open; of that what stands in the last
-    answer tags, where there are any.
+    answer tags, where there are any. A prompt may have opened either.
 
     >>> final_text("<think>5?</think> No: <answer>6</answer>")
     '6'
     """
-    ends = [
-        completion.rfind(close) + len(close)
-        for _, close in tags.thought_tags
-        if close in completion
-    ]
-    text = completion[max(ends, default=0) :]
-    if any(opening in text for opening, _ in tags.thought_tags):
+    opened, text = read_tags(completion, tags.thought_tags)
+    if opened:
         return ""
     for opening, close in tags.answer_tags:
-        before, tag, _ = text.rpartition(close)
-        if tag and opening in before:
-            text = before.rpartition(opening)[2]
+        *closed, _ = re.split(re.escape(close), text, flags=re.IGNORECASE)
+        if closed:
+            text = re.split(re.escape(opening), closed[-1], flags=re.IGNORECASE)[-1]
     return text
 
 

@@ -276,6 +276,14 @@ THOUGHTS = {
     "The answer is 6 <think>The answer is 5": None,
     "<think>5</think>": None,
     "<think>5</think> <think>The answer is 5": None,
+    "<THINK>5</Think> The answer is 6": "6",
+    "<THINK>5": None,
+    "<think>a <think>b</think> still thinking 5": None,
+    "<think>a <think>5</think> b</think> The answer is 6": "6",
+    # the prompt has opened it, and the model once more
+    "<think>\n<think>\n5</think> The answer is 6": "6",
+    "<think>5</think><ANSWER>6</Answer>": "6",
+    " 6</answer> not 5": "6",  # the prompt has opened it
 }
 
 
@@ -297,7 +305,9 @@ def test_thoughts_are_not_graded(
     text = in_words(grader, text)
     if tags is not None:
         task["thought_tags"] = [tags]
-        text = text.replace("<think>", tags[0]).replace("</think>", tags[1])
+        for usual, tag in zip(("<think>", "</think>"), tags, strict=True):
+            text = text.replace(usual, tag)
+            text = text.replace(usual.upper(), tag.upper()).replace(usual.title(), tag.title())
     grade = make_grader(TaskSection(**task))
     assert [grade(text, problem(answer)) for answer in "56"] == [given == "5", given == "6"]
     read = make_answer_reader(TaskSection(**task))
