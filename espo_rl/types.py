@@ -92,7 +92,7 @@ class Rollout:
     seed: int = 0
     error: str = ""
     audited_right: AuditedRight = "whole"  # what it would be
-    opened: str = ""  # the thought's tag with which the prompt ends, so that the text lacks it
+    opened: str = ""  # the tag of a thought that the prompt opens, so that the text lacks it
     grader_timed_out: bool = False
 
     @property

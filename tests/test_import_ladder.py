@@ -39,7 +39,7 @@ LADDERS = {
         ("ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),
         ("config",),
-        ("types", "unused"),
+        ("types", "tags", "unused"),
     ),
 }
 ASIDE = {"espo_gateway.testing"}

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,8 +29,11 @@ from espo_gateway.stop.told import Probe
 from espo_gateway.stream.chunks import sampled_tokens
 from espo_gateway.stream.request import WHOLE_POLICY
 from espo_rl.config import RolloutSection, Stopping, TaskSection
+from espo_rl.tags import read_tags
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
+#: stands for the problem in a template
+PROBLEM = "{problem}"
 _TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
 
@@ -38,8 +42,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
-    def decode(self, token_ids: list[int]) -> str: ...
-
     def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
 
 
@@ -47,36 +49,53 @@ class Tokenizer(Protocol):
 class Prompter:
     """Problem to prompt token ids, through the chat template or as plain text.
 
-    variables: of the chat template; opening: the tags that begin a thought.
+    variables: of the chat template; template: with which a problem's prompt was made.
     """
 
     tokenizer: Tokenizer
     chat: bool = True
     system: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
-    opening: Sequence[str] = ()
+    template: str = PROBLEM
+    thought_tags: Sequence[tuple[str, str]] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, task: TaskSection) -> Prompter:
         """As the recipe asks."""
-        opening = [tag for tag, _ in task.thought_tags]
-        return cls(tokenizer, task.chat, task.system, task.chat_template_kwargs, opening)
+        return cls(
+            tokenizer,
+            task.chat,
+            task.system,
+            task.chat_template_kwargs,
+            task.template,
+            task.thought_tags,
+        )
 
     def __call__(self, problem: Problem) -> list[int]:
         if not self.chat:
             return self.tokenizer.encode(problem.prompt)
+        # The template writes the special tokens itself; adding them again would double them.
+        return self.tokenizer.encode(self._chat(problem.prompt), add_special_tokens=False)
+
+    def opened(self, problem: Problem) -> str:
+        """The tag of a thought that a prompt opens, as DeepSeek-R1's do; mostly none."""
+        if self.chat or self._begun:
+            return read_tags(self._begun, self.thought_tags)[0]
+        # The data set wrote all of it: a tag before its end may be one that it only speaks of.
+        end = problem.prompt.rstrip().casefold()
+        return next((tag for tag, _ in self.thought_tags if end.endswith(tag.casefold())), "")
+
+    @cached_property
+    def _begun(self) -> str:
+        """How every answer begins: what follows the problem, which may itself speak of tags."""
+        return (self._chat(PROBLEM) if self.chat else self.template).rpartition(PROBLEM)[2]
+
+    def _chat(self, text: str) -> str:
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": problem.prompt})
-        text = self.tokenizer.apply_chat_template(
+        messages.append({"role": "user", "content": text})
+        return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.variables
         )
-        # The template writes the special tokens itself; adding them again would double them.
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def opened(self, prompt_ids: list[int]) -> str:
-        """The tag of a thought with which a prompt ends, as DeepSeek-R1's do; mostly none."""
-        end = self.tokenizer.decode(prompt_ids[-16:]).rstrip() if self.opening else ""
-        return next((tag for tag in self.opening if end.endswith(tag)), "")
 
 
 @dataclass(frozen=True)
@@ -198,7 +217,7 @@ class Collector:
             )
         rollout.group, rollout.seed = request.group, request.seed
         rollout.history = request.history
-        rollout.opened = self._prompter.opened(prompt_ids)
+        rollout.opened = self._prompter.opened(request.problem)
         return rollout
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from espo_rl.config import TaskSection
-from espo_rl.tasks.json_rows import JsonFile, JsonRows, Written
+from espo_rl.tasks.file_rows import FileRows, JsonFile, Written, csv_rows
 from espo_rl.tasks.task import TaskError, did_you_mean, fill_template, log
 from espo_rl.types import Problem
 
@@ -65,7 +68,7 @@ class Split:
 
     part: str  # of the recipe's task: "train" or "eval"
     name: str
-    rows: Any  # a datasets.Dataset, or JsonRows
+    rows: Any  # a datasets.Dataset, or FileRows
     columns: Mapping[str, str]  # by the key that names them: the problem's, then the answer's
     pattern: tuple[str, str | None]  # that finds the answer in its column, after its key
     template: str
@@ -79,7 +82,7 @@ class Split:
             keys = [f"eval_{key}" if getattr(config, f"eval_{key}") else key for key in keys]
             subset = config.eval_subset or (subset if source == config.train else None)
         *columns, pattern = ((key, getattr(config, key)) for key in keys)
-        rows = _load(part, source, split, subset, dict(columns))
+        rows = _load(part, source, split, subset)
         name = f"{Path(source).name}/{split}"
         return cls(part, name, rows, dict(columns), pattern, config.template)
 
@@ -97,7 +100,7 @@ class Split:
 
     def _needed(self) -> Any:
         """The rows, of a table only the columns that are read: the others may hold much."""
-        if isinstance(self.rows, JsonRows):
+        if isinstance(self.rows, FileRows):
             return self.rows
         there = self.rows.column_names
         tops = [c if c in there else c.partition(".")[0] for c in self.columns.values()]
@@ -136,24 +139,35 @@ class Split:
             value = next(
                 (t.get("content") for t in reversed(turns) if t.get("role") == "user"), None
             )
-        if not (text := _text(value)):
-            there = list(_names(row if isinstance(self.rows, JsonRows) else self.rows[number]))
+        if not (text := _text(value, self._type(column))):
+            there = list(_names(row if isinstance(self.rows, FileRows) else self.rows[number]))
             raise TaskError(
                 f"task.{key} = {column!r}: no text or number there in row {number + 1} of "
                 f"{self.name}; its columns are {', '.join(there)}{did_you_mean(column, there)}"
             )
         return text
 
+    def _type(self, column: str) -> str:
+        """Of a table's column: "float32", say."""
+        features: Any = {} if isinstance(self.rows, FileRows) else self.rows.features
+        for name in [column] if column in features else column.split("."):
+            features = features.get(name) if isinstance(features, Mapping) else None
+        return getattr(features, "dtype", "")
 
-def _text(value: Any) -> str:
+
+def _text(value: Any, of_type: str) -> str:
     """A text or number as it was written, as far as that is known; else nothing."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | Written):
         return str(value).strip()
-    if isinstance(value, Decimal | float) and isfinite(value):
-        # A table has made 15.0 of 15 where there was another that is not whole, or none.
-        return str(int(value)) if value == int(value) else str(value)
+    # A table has made 15.0 of 15 where there was another that is not whole, or none.
+    if isinstance(value, Decimal) and isfinite(value):
+        return str(int(value)) if value == int(value) else f"{value:f}"
+    if isinstance(value, float) and isfinite(value):
+        # Python would write digits of its wider type that the column has never held.
+        narrow = of_type if of_type in ("float16", "float32") else "float64"
+        return np.format_float_positional(np.dtype(narrow).type(value) + 0, trim="-")
     return ""
 
 
@@ -166,13 +180,17 @@ def _names(row: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield above + name
 
 
-def _json_rows(files: Mapping[str, Sequence[str]], split: str) -> JsonRows:
+def _file_rows(
+    files: Mapping[str, Sequence[str]],
+    split: str,
+    read: Callable[[str], Sequence[dict[str, Any]]],
+) -> FileRows:
     """Those of a split, which may be a sum of slices of several."""
     import datasets
 
     loader, files = datasets.DownloadManager(), {str(name): of for name, of in files.items()}
     found = {
-        name: [JsonFile(path) for path in loader.download_and_extract(list(paths))]
+        name: [read(path) for path in loader.download_and_extract(list(paths))]
         for name, paths in files.items()
         if re.search(rf"(^|\+)\s*{re.escape(name)}\s*($|\+|\[)", split)
     }
@@ -184,16 +202,14 @@ def _json_rows(files: Mapping[str, Sequence[str]], split: str) -> JsonRows:
             start, end = max(one.from_ - first, 0), min(one.to - first, len(file))
             parts.append((file, range(start, end)))
             first += len(file)
-    return JsonRows(parts)
+    return FileRows(parts)
 
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def _load(
-    part: str, source: str, split: str, subset: str | None, columns: Mapping[str, str]
-) -> Any:
-    """A split as a `datasets.Dataset` or JsonRows; files and folders without asking any network.
+def _load(part: str, source: str, split: str, subset: str | None) -> Any:
+    """A split as a `datasets.Dataset` or FileRows; files and folders without asking any network.
 
     Numbers, and what looks like one, stay as they are written, as far as a file says it.
     """
@@ -216,10 +232,10 @@ def _load(
     try:
         made = datasets.load_dataset_builder(name, **options)
         if made.name == "json" and not made.config.field:
-            return _json_rows(made.config.data_files, split)
+            return _file_rows(made.config.data_files, split, JsonFile)
         if made.name == "csv":  # no 7.0 for 007, no null for "NA"
-            options["converters"] = dict.fromkeys(columns.values(), str)
-            options["keep_default_na"] = False
+            csv_options = made.config.pd_read_csv_kwargs
+            return _file_rows(made.config.data_files, split, partial(csv_rows, options=csv_options))
         return datasets.load_dataset(name, split=split, **options)
     except Exception as error:  # of any library below; each names what is wrong
         key = part

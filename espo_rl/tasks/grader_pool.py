@@ -88,7 +88,8 @@ class GraderPool:
                 # Not to be sampled again, or a policy could learn to be spared by what hangs.
                 score, error = 0.0, f"took more than task.grader_timeout = {timeout:g} s"
             except ProcessExpired as expired:
-                score, error = None, f"ended its process with code {expired.exitcode}"
+                code = expired.exitcode if expired.exitcode != _Worker.ENDED else 0
+                score, error = None, f"ended its process with code {code}"
             except Exception as failed:  # of sending the problem's row to the worker
                 score, error = None, f"{type(failed).__name__}: {failed}"
             break
@@ -116,7 +117,14 @@ class _Worker(SpawnProcess):
     processes that its grader has started.
     """
 
+    ENDED = 256  # above the codes that there are
     _one_at_a_time = threading.Lock()
+
+    @property
+    def exitcode(self) -> int | None:
+        # pebble would wait for the answer of one that ended with 0, until it takes it for a hang.
+        code = super().exitcode
+        return self.ENDED if code == 0 else code
 
     def start(self) -> None:
         # By itself it would import the parent's main module, and with it torch: seconds and half a

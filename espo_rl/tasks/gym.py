@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from espo_rl.config import TaskSection
 from espo_rl.tasks.task import TaskError, did_you_mean, fill_template
 from espo_rl.types import Problem
+
+#: graders that know nothing but the reference answer
+COMPARING = ("exact", "math", "regex")
 
 
 class GymTask:
@@ -20,7 +23,8 @@ class GymTask:
     item i with seed + i, so streams of different seeds may well meet.
 
     Raises:
-        TaskError: reasoning-gym is not installed, has no such data set, or refuses its options.
+        TaskError: reasoning-gym is not installed, has no such data set, or refuses its options; the
+            recipe's grader compares with answers that are not there.
     """
 
     CHUNK = 1000
@@ -28,7 +32,7 @@ class GymTask:
 
     def __init__(self, config: TaskSection) -> None:
         self._config = config
-        gym_dataset(config)
+        self._answer(gym_dataset(config)[0])
         self._kept: dict[str, Problem] = {}
         self._keeping = self._stream("held-out", held_out=True)
 
@@ -64,9 +68,19 @@ class GymTask:
                 yield Problem(
                     id=f"{self._config.name}:{digest.hex()[:16]}",
                     prompt=fill_template(self._config.template, row["question"]),
-                    answer=str(row["answer"] or ""),  # some only have a scorer
+                    answer=self._answer(row),
                     extra=row,
                 )
+
+    def _answer(self, row: Mapping[str, Any]) -> str:
+        """The reference answer; some questions have none, only a scorer."""
+        config = self._config
+        if row["answer"] is None and config.grader in COMPARING:
+            raise TaskError(
+                f"task.grader = {config.grader!r} needs a reference answer, and {config.name} has "
+                'questions without one: set task.grader = "task", its own scorer'
+            )
+        return str(row["answer"] or "")
 
 
 def gym_dataset(config: TaskSection, *, seed: int = 0, size: int = 1) -> Any:

@@ -85,6 +85,14 @@ def two(completion: str, answer: str, extra: Row) -> int:
     return 2
 
 
+def one_as_text(completion: str, answer: str, extra: Row) -> str:
+    return "1"
+
+
+def one_as_bytes(completion: str, answer: str, extra: Row) -> bytes:
+    return b"1"
+
+
 def nan(completion: str, answer: str, extra: Row) -> float:
     return float("nan")
 
@@ -121,8 +129,8 @@ def as_told(completion: str, answer: str, extra: Row) -> bool:
             sys.exit("enough")
         case "interrupt":
             raise KeyboardInterrupt
-        case "die":
-            os._exit(7)
+        case "die":  # with this code
+            os._exit(int(completion.split(":")[1]))
         case "segfault":
             ctypes.string_at(0)
         case "say":

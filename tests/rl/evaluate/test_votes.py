@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from espo_rl.config import TaskSection
-from espo_rl.tasks.graders import make_answer_reader, math_answer
+from espo_rl.tasks.graders import make_answer_reader
+from espo_rl.tasks.math_grader import math_answer
 from espo_rl.types import Problem
 
 
@@ -37,6 +38,12 @@ def test_unequal_answers_are_not() -> None:
 def test_of_a_choice_the_letter_votes() -> None:
     assert read(r"3 of 4, so \boxed{(b)}", "A", grader="math") == "B"
     assert read("3 of 4, so the answer is C", "A", grader="math") == "C"
+    assert read(r"\boxed{\text{Option C}}", "(A) 12", grader="math") == "C"
+
+
+def test_of_a_truth_the_word_votes() -> None:
+    for text in (r"\boxed{\text{True}}", "TRUE", "So the answer is **true**."):
+        assert read(text, "false", grader="math") == "true"
 
 
 def test_no_answer() -> None:

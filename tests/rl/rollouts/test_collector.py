@@ -444,19 +444,54 @@ def test_reasoning_models_templates(
     tokenizer.add_tokens(["<think>", "</think>", "\n"])
     tokenizer.chat_template = "<user>{{ messages[-1]['content'] }}" + ENDS[name]
     prompter = Prompter.of(tokenizer, TaskSection(chat_template_kwargs=variables))
-    ids = prompter(PROBLEM)
-    assert tokenizer.decode(ids).replace(" ", "") == f"<user>358c{end}"
-    assert prompter.opened(ids) == opened
+    assert tokenizer.decode(prompter(PROBLEM)).replace(" ", "") == f"<user>358c{end}"
+    assert prompter.opened(PROBLEM) == opened
+
+
+@pytest.mark.parametrize(
+    ("begun", "opened"),
+    [
+        ("<assistant><think>Okay, let me see. I begin with the first of them: ", "<think>"),
+        ("<assistant><THINK>", "<THINK>"),
+        ("<assistant><think>a <think>b</think>", "<think>"),
+        ("<assistant><think></think><answer>", ""),
+        ("<assistant>", ""),
+    ],
+)
+def test_an_answers_beginning_may_open_a_thought(begun: str, opened: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "<user>{{ messages[-1]['content'] }}" + begun
+    asked = replace(PROBLEM, prompt="what is <think>?")
+    assert Prompter.of(tokenizer, TaskSection()).opened(asked) == opened
 
 
 def test_a_plain_prompt_may_open_a_thought() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<think>", "[THINK]"])
-    asked = replace(PROBLEM, prompt="358c[THINK]")
+    asked = replace(PROBLEM, prompt="<think> or [THINK]? 358c[THINK]")
     tags = [("<think>", "</think>"), ("[THINK]", "[/THINK]")]
     for wanted in (tags, tags[:1]):
-        prompter = Prompter.of(tokenizer, TaskSection(chat=False, thought_tags=wanted))
-        assert prompter.opened(prompter(asked)) == ("[THINK]" if wanted == tags else "")
+        prompter = Prompter.of(make_tokenizer(), TaskSection(chat=False, thought_tags=wanted))
+        assert prompter.opened(asked) == ("[THINK]" if wanted == tags else "")
+
+
+@pytest.mark.parametrize(
+    ("template", "opened"),
+    [
+        ("{problem}", ""),
+        ("Begin with <think>. {problem}", ""),
+        ("{problem} Assistant: <think>\nOkay, ", "<think>"),
+        ("<think> {problem} <think></think>", ""),
+    ],
+)
+def test_a_plain_prompts_template_may_open_a_thought(template: str, opened: str) -> None:
+    prompter = Prompter.of(make_tokenizer(), TaskSection(chat=False, template=template))
+    prompt = template.replace("{problem}", "what is <think>?")
+    assert prompter.opened(replace(PROBLEM, prompt=prompt)) == opened
+
+
+def test_a_long_tag_is_seen() -> None:
+    tags = ("<" + "reasoning " * 100 + ">", "</>")
+    task = TaskSection(chat=False, template="{problem}" + tags[0], thought_tags=[tags])
+    assert Prompter.of(make_tokenizer(), task).opened(PROBLEM) == tags[0]
 
 
 def test_the_system_prompt_comes_first() -> None:

@@ -125,8 +125,18 @@ def test_numbers_of_a_table(tmp_path: Path) -> None:
             ["1.50", "15", "1" + "0" * 20],
         ),
         "truth": ([True, False, True], ["true", "false", "true"]),
+        "small ones": ([1e-05, -0.0, 1e23], ["0.00001", "0", "1" + "0" * 23]),
+        "halves": (pa.array([0.1, 2.5, 15.0], pa.float16()), ["0.1", "2.5", "15"]),
+        "singles": (pa.array([0.1, 1e-05, 15.0], pa.float32()), ["0.1", "0.00001", "15"]),
+        "nested.singles": (None, ["0.1", "0.00001", "15"]),
+        "small decimals": (
+            [Decimal("0.0000001"), Decimal("0.1000000"), Decimal("2")],
+            ["0.0000001", "0.1000000", "2"],
+        ),
     }
-    table = pa.table({"problem": ["a", "b", "c"]} | {k: v for k, (v, _) in columns.items()})
+    cells = {name: given for name, (given, _) in columns.items() if given is not None}
+    cells["nested"] = pa.StructArray.from_arrays([cells["singles"]], ["singles"])
+    table = pa.table({"problem": ["a", "b", "c"], **cells})
     pq.write_table(table, tmp_path / "data.parquet")
     for name, (_, expected) in columns.items():
         problems = first(task_of(train=str(tmp_path / "data.parquet"), answer_column=name), 3)
@@ -147,6 +157,13 @@ def test_csv_cells_are_taken_as_they_stand(tmp_path: Path, cells: dict[str, str]
     (tmp_path / "data.csv").write_text("\n".join(lines))
     problems = first(task_of(train=str(tmp_path / "data.csv")), len(cells))
     assert {p.prompt: p.answer for p in problems} == cells
+
+
+def test_csv_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
+    lines = ["problem,answer,note", *(f"q{i},{i},00{i}" for i in range(10_001)), "last,1,a text"]
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    for problem in first(task_of(train=str(tmp_path / "data.csv")), 20):
+        assert problem.extra["note"] in ("a text", f"00{problem.answer}")
 
 
 def test_a_chat_prompt_and_a_nested_answer_as_in_dapo_math(tmp_path: Path) -> None:
@@ -321,6 +338,28 @@ def test_a_malformed_file_names_the_row_or_the_column(
     path.write_text(text)
     with pytest.raises(TaskError, match=message):
         task_of(train=str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("cut.json", '[{"problem": 1, "answer": 1},', "cut.json: JSON parse error in row 2"),
+        ("cut.json", '[{"problem": 1, "answer": 1}', "cut.json: JSON parse error after row 1"),
+        ("odd.json", '[{"problem": 1, "answer": 1} {}]', "odd.json: JSON parse error after row 1"),
+        ("odd.json", '[{"problem": 1, "answer": 1}] {}', "odd.json: JSON parse error after row 1"),
+        ("odd.json", "[ ]", "odd.json holds nothing"),
+        ("wide.csv", "problem,answer\nx,1,2\ny,1,2\n", "wide.csv: row 1 has more cells"),
+        ("wide.csv", "problem,answer\nx,1\ny,1,2\n", "wide.csv: .*Expected 2 .* line 3, saw 3"),
+        ("cut.csv", 'problem,answer\nx,"1\n', "cut.csv: .*EOF inside string"),
+        ("empty.csv", "problem,answer\n", "empty.csv holds nothing"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TaskError, match=rf"task\.train: .*{message}"):
+        task_of(train=str(tmp_path / name))
 
 
 def test_a_misspelt_column_is_set_right(tmp_path: Path) -> None:

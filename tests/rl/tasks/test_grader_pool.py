@@ -99,7 +99,8 @@ def test_a_grader_that_is_not_there_is_refused_at_once() -> None:
         ("raise local", "raised LocalError: cannot be pickled"),
         ("exit", "raised SystemExit: enough"),
         ("interrupt", "raised KeyboardInterrupt"),
-        ("die", "ended its process with code 7"),
+        ("die:7", "ended its process with code 7"),
+        ("die:0", "ended its process with code 0"),
         ("segfault", f"ended its process with code {-signal.SIGSEGV}"),
     ],
 )

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espo_rl.config import Recipe, RecipeError, TaskSection
-from espo_rl.tasks.graders import exact, make_answer_reader, make_grader, math, regex
+from espo_rl.tasks.graders import exact, make_answer_reader, make_grader, regex
 from espo_rl.tasks.kinds import make_task
+from espo_rl.tasks.math_grader import math
 from espo_rl.tasks.reward import reward
 from espo_rl.types import AuditedRight, EndReason, Problem, Rollout
 
@@ -52,6 +53,12 @@ def test_exact(completion: str, answer: str, right: bool) -> None:
         ("answer:  New   York\n", "new york", True),
         ("answer: -5", "5", False),
         ("answer: 0.5", ".50", True),
+        ("answer: −5", "-5", True),
+        ("answer: -$5", "-5", True),
+        (r"answer: -\$1,234.50", "-1234.5", True),
+        ("answer: **5.**", "5", True),
+        ("answer: 1 234", "1234", True),
+        ("answer: 5%", "5", False),
         ("18", "18", False),
         ("answer: ", "18", False),
         ("", "18", False),
@@ -122,10 +129,26 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         ("3.14", r"\pi", False),
         (r"\binom{5}{2}", "10", True),
         (r"1.5\times10^3", "1500", True),
-        limit("1e3", "1000", True, "e is Euler's number"),
+        ("1e3", "1000", True),
+        ("1.5e+3", "1500", True),
+        ("-1.5E3", "-1500", True),
+        ("1e-3", "0.001", True),
+        ("10^{-5}", "1e-05", True),
+        ("2e", "2e", True),
+        ("2e + 3", "2e+3", True),
+        ("6e", "2e3", False),
+        ("1 1/2", "3/2", True),
+        ("1 1/2", "1", False),
+        (r"-1\ 1/2", "-1.5", True),
+        ("1.5", "1 1/2", True),
         # Signs
         ("-5", "-5", True),
         ("−5", "-5", True),
+        ("–5", "-5", True),
+        ("−1,234", "-1234", True),
+        ("–1 234", "-1,234", True),
+        ("-5", "−5", True),
+        ("3–5", "-5", False),
         ("5", "-5", False),
         ("-5", "5", False),
         # Intervals, sets, tuples
@@ -168,6 +191,16 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         ("x<2", "x>2", False),
         ("4i+3", "3+4i", True),
         ("3:4", "4:3", False),
+        ("**5**", "5", True),
+        (r"\approx 5", "5", True),
+        (r"x \approx 5", "5", True),
+        (r"{\bf 5}", "5", True),
+        ("₹ 5", "5", True),
+        # No value is a part of what stands there.
+        (r"\ne 5", "5", False),
+        (r"\le 5", "5", False),
+        ("2023-01-05", "2023-01-05", True),
+        ("2017", "2023-01-05", False),
         # Choices and words
         ("B", "B", True),
         ("b", "B", True),
@@ -178,6 +211,21 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         ("A", "B", False),
         ("B + 1", "B", False),
         ("12", "B", False),
+        (r"\text{Option B}", "B", True),
+        (r"\textrm{B}", "B", True),
+        (r"\textit{B}", "B", True),
+        ("B = 12", "B", True),
+        ("A = 12", "B", False),
+        ("B", "(B) 12", True),
+        ("B", "B: 12", True),
+        ("B", "Option B", True),
+        ("A", "(B) 12", False),
+        ("b", "b", True),
+        (r"\text{True}", "true", True),
+        ("True", "true", True),
+        ("FALSE.", r"\text{False}", True),
+        (r"\textbf{Yes}", "yes", True),
+        ("true", "false", False),
         (r"\text{East}", "east", True),
         (r"\text{west}", r"\text{east}", False),
         ("no", "yes", False),
@@ -202,6 +250,26 @@ def test_math_in_a_box(box: str, answer: str, right: bool) -> None:
         (r"\boxed{18} is right and 17 is not", "18", True),
         (r"18 first, but then \boxed{17}", "18", False),
         (r"\fbox{18}", "18", True),
+        (r"\boxed {7}", "7", True),
+        (r"\fbox {7}", "7", True),
+        ("\\boxed\n{7}", "7", True),
+        (r"\boxed{}. The answer is 5", "5", False),
+        (r"\boxed{?} 5", "5", False),
+        (r"\boxed{...} $5$", "5", False),
+        ("The answer is −1,234", "-1234", True),
+        ("The answer is 1.5e3", "1500", True),
+        ("The answer is 1 1/2", "3/2", True),
+        ("The answer is 1 1/2", "1", False),
+        ("The answer is 2023-01-05", "2023-01-05", True),
+        ("True", "true", True),
+        ("The answer is **false**.", "false", True),
+        ("5 is false, so the answer is true", "true", True),
+        ("The answer is not true", "true", False),
+        ("The answer is option B", "B", True),
+        ("The correct option is B.", "B", True),
+        ("The answer is B. Option A is wrong.", "B", True),
+        (r"\(B\)", "B", True),
+        ("Option B", "(B) 12", True),
         (r"\boxed 5", "5", True),
         (r"\boxed{18", "18", False),
         (r"\boxed", "18", False),
@@ -259,6 +327,7 @@ def test_a_text_that_repeats_itself_is_read_in_its_time() -> None:
     assert math(r"\boxed{" * 3000 + r"\boxed{5}", "5")
     assert math(r"\boxed{4} and " * 3000 + r"so \boxed{5}", "5")
     assert not math(r"\boxed{5}" + " " * 5000 + r"\boxed{4}", "5")
+    assert not math(rf"\boxed{{{'1' * 5000} 1/2}}", "5")
 
 
 # -- reasoning models ------------------------------------------------------------------------------
@@ -276,6 +345,14 @@ THOUGHTS = {
     "The answer is 6 <think>The answer is 5": None,
     "<think>5</think>": None,
     "<think>5</think> <think>The answer is 5": None,
+    "<THINK>5</Think> The answer is 6": "6",
+    "<THINK>5": None,
+    "<think>a <think>b</think> still thinking 5": None,
+    "<think>a <think>5</think> b</think> The answer is 6": "6",
+    # the prompt has opened it, and the model once more
+    "<think>\n<think>\n5</think> The answer is 6": "6",
+    "<think>5</think><ANSWER>6</Answer>": "6",
+    " 6</answer> not 5": "6",  # the prompt has opened it
 }
 
 
@@ -297,7 +374,9 @@ def test_thoughts_are_not_graded(
     text = in_words(grader, text)
     if tags is not None:
         task["thought_tags"] = [tags]
-        text = text.replace("<think>", tags[0]).replace("</think>", tags[1])
+        for usual, tag in zip(("<think>", "</think>"), tags, strict=True):
+            text = text.replace(usual, tag)
+            text = text.replace(usual.upper(), tag.upper()).replace(usual.title(), tag.title())
     grade = make_grader(TaskSection(**task))
     assert [grade(text, problem(answer)) for answer in "56"] == [given == "5", given == "6"]
     read = make_answer_reader(TaskSection(**task))
@@ -385,9 +464,9 @@ def test_an_asynchronous_one_keeps_its_loop() -> None:
         assert given == [1.0, 0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("function", ["none", "two", "nan"])
+@pytest.mark.parametrize("function", ["none", "two", "nan", "one_as_text", "one_as_bytes"])
 def test_a_score_out_of_range_is_refused(function: str) -> None:
-    with pytest.raises(ValueError, match=r"returned (None|2|nan).*\[0, 1\]"):
+    with pytest.raises(ValueError, match=r"returned (None|2|nan|b?'1').*\[0, 1\]"):
         make_grader(TaskSection(grader=f"tests.helpers.user_graders:{function}"))("18", problem())
 
 
@@ -405,6 +484,7 @@ def test_a_score_out_of_range_is_refused(function: str) -> None:
             "tests.helpers.user_graders:A_CONSTANT",
             r"task\.grader .*completion: str, answer: str, extra",
         ),
+        ("builtins:max", r"task\.grader .*completion: str, answer: str, extra"),
     ],
 )
 def test_a_function_that_cannot_grade(name: str, message: str) -> None:

@@ -82,6 +82,10 @@ def test_a_mixture_of_gyms() -> None:
         ({"name": "chain_sum", "options": {"min_terms": 0}}, r"task\.options: .*min_terms"),
         ({"name": "chain_sum", "options": {"min_terms": "x"}}, r"task\.options: chain_sum refuses"),
         ({"name": "composite"}, r"task\.options: composite refuses.*datasets"),
+        *(
+            ({"name": name, "grader": grader}, rf"task\.grader = '{grader}'.*{name}.*\"task\"")
+            for name, grader in (("boxnet", "exact"), ("graph_color", "math"))
+        ),
     ],
 )
 def test_a_gym_that_cannot_be(settings: dict[str, Any], message: str) -> None:

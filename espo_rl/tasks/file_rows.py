@@ -1,4 +1,4 @@
-"""Rows of JSON and JSON Lines files, each parsed when it is asked for, with numbers as written.
+"""Rows of JSON, JSON Lines and CSV files, with numbers as written.
 
 A data frame would make `15.0` of 15 where 2.5 stands in the same column, round what is large, and
 refuse a column of numbers and texts.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ class Written(float):
 
 
 class JsonFile(Sequence[dict[str, Any]]):
-    """The objects of one file: one a line, or all in one list.
+    """The objects of one file, each parsed when it is asked for: one a line, or all in one list.
 
     Raises:
         ValueError: it holds none; later, a row that is asked for is none. The message says where.
@@ -68,10 +69,33 @@ class JsonFile(Sequence[dict[str, Any]]):
         return row
 
 
-class JsonRows:
+def csv_rows(path: str | Path, options: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of a CSV file, all cells as text; `options` are those of pandas.read_csv.
+
+    Raises:
+        ValueError: it holds none, or no table. The message says where.
+    """
+    import pandas
+
+    as_written = {"dtype": str, "na_filter": False, "index_col": False, "chunksize": None}
+    try:
+        with warnings.catch_warnings():
+            # By itself pandas shifts or drops cells where the first row has more than the header.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            table = pandas.read_csv(path, **{**options, **as_written})
+    except pandas.errors.ParserWarning:
+        raise ValueError(f"{path}: row 1 has more cells than there are columns") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if table.empty:
+        raise ValueError(f"{path} holds nothing: no data")
+    return table.to_dict("records")
+
+
+class FileRows:
     """Rows of several files, or of parts of them. Columns that a row lacks are None, once known."""
 
-    def __init__(self, parts: Sequence[tuple[JsonFile, range]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Sequence[dict[str, Any]], range]]) -> None:
         self._places = [(file, number) for file, numbers in parts for number in numbers]
         self._columns: dict[str, None] = {}
 
@@ -114,21 +138,27 @@ def _listed(data: bytes | mmap.mmap, path: Path) -> tuple[bytes, array[int]]:
     """The rows of a list, one after another, and their places."""
     text, places = data[:].decode(), array("Q")
     rows: list[bytes] = []
-    at, size = text.index("[") + 1, 0
-    while True:
-        at = _after(text, at, " \t\r\n,")
-        if text[at : at + 1] in ("]", ""):
-            return b"".join(rows), places
+    at, size = _after_space(text, text.index("[") + 1), 0
+    more = text[at : at + 1] != "]"
+    while more:
         try:
             _, end = _DECODER.raw_decode(text, at)
         except ValueError as error:
-            raise ValueError(f"{path}: JSON parse error in row {len(rows) + 1}: {error}") from error
+            raise ValueError(f"{path}: JSON parse error in row {len(rows) + 1}: {error}") from None
         rows.append(text[at:end].encode())
         places.extend((size, size + len(rows[-1])))
-        size, at = size + len(rows[-1]), end
+        size, at = size + len(rows[-1]), _after_space(text, end)
+        if more := text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+    if text[at : at + 1] != "]" or _after_space(text, at + 1) < len(text):
+        raise ValueError(
+            f"{path}: JSON parse error after row {len(rows)}: the list is cut, lacks a comma, or "
+            "something follows it"
+        )
+    return b"".join(rows), places
 
 
-def _after(text: str, at: int, characters: str) -> int:
-    while at < len(text) and text[at] in characters:
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at

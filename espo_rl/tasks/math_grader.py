@@ -1,0 +1,211 @@
+"""Grades mathematical answers: math-verify's comparison, of what a completion gives as its answer.
+
+An answer may also be a word, which is no value: the letter of a choice, true or false, a date.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from espo_rl.config import TaskSection
+from espo_rl.tasks.answer_text import USUAL, final_text, plain_numbers
+
+
+def math(completion: str, answer: str, tags: TaskSection = USUAL) -> bool:
+    """Whether math-verify finds the completion's answer equal to the reference's.
+
+    The last `\\boxed{}` counts where there is one, as in the usual prompts for reasoning models. A
+    reference such as `B`, `(B) 12`, `option B` is a choice: `(B)`, `B) 12`, "the answer is B" are
+    right. May take for ever on an absurd answer: for a process that can be killed.
+    """
+    from math_verify import verify
+
+    text = final_text(completion, tags)
+    if word := _wanted(answer):
+        return word.text == word.kind.given(text)
+    reference = _parsed(f"${answer}$")
+    if verify(reference, _given(text), timeout_seconds=None):
+        return True
+    # A reference of several values may be answered in as many boxes, with words between them.
+    parts = len(getattr(reference[0], "args", ())) if _is_list(reference) else 0
+    boxes = list(dict.fromkeys(box.text for box in _boxes(text)))[-parts:]
+    given = _boxed(boxes) if 1 < parts == len(boxes) else []
+    return bool(verify(reference, given, timeout_seconds=None))
+
+
+def math_answer(completion: str, answer: str, tags: TaskSection = USUAL) -> str | None:
+    """What `math` compares with the reference: sympy's writing of it, or a word."""
+    text = final_text(completion, tags)
+    if word := _wanted(answer):
+        return word.kind.given(text)
+    given = _given(text)
+    return str(given[0]) if given else None
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def _given(text: str) -> list[Any]:
+    """The last box, or the last several where only a comma or an "and" parts them; else all."""
+    boxes = _boxes(text)
+    if not boxes:
+        return _parsed(text)
+    start = len(boxes) - 1
+    while start and boxes[start - 1].text:
+        if not _BETWEEN.fullmatch(text[boxes[start - 1].end : boxes[start].start][:40]):
+            break
+        start -= 1
+    return _boxed(list(dict.fromkeys(box.text for box in boxes[start:])))
+
+
+def _boxed(values: Sequence[str]) -> list[Any]:
+    from math_verify import LatexExtractionConfig
+
+    # By itself math-verify looks for a number in what is no LaTeX: 5 in \ne 5.
+    return _parsed(r"$\boxed{" + ", ".join(values) + " }$", [LatexExtractionConfig()])
+
+
+def _parsed(text: str, *extraction: Any) -> list[Any]:
+    """The value that math-verify finds in a text; as sympy has it, then as it is written."""
+    from math_verify import parse
+
+    # It warns that its timeouts are off. They use SIGALRM, which is for main threads alone.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return list(parse(_tidy(text), *extraction, parsing_timeout=None))
+
+
+def _is_list(parsed: list[Any]) -> bool:
+    return bool(parsed) and type(parsed[0]).__name__ == "FiniteSet"
+
+
+def _tidy(text: str) -> str:
+    """Spellings that math-verify does not know, in those that it does."""
+    text = text.replace(r"\fbox", r"\boxed").replace("°", r"^\circ ")
+    text = re.sub(r"(?<![\w)])\*\*|\*\*(?![\w(])", "", text)  # Markdown's, no powers
+    text = re.sub(r"\\(?:bf|[lL]arge|[hH]uge)(?![a-z])", "", text)
+    text = re.sub(r"\\(?:approx|sim)(?![a-z])|≈", "=", text)
+    text = re.sub(r"(?<=\{)\s*=", "", text)
+    text = re.sub(
+        r"(?:[€£¥₹]|\bRs\.?)(?=\s*\d)|(?<=\d)\s*(?:dollars|euros|pounds|USD|EUR|GBP)\b", "", text
+    )
+    text = plain_numbers(text)
+    text = _SCIENTIFIC.sub(lambda number: f"{Decimal(number.group()):f}", text)
+    text = _MIXED.sub(_mixed, re.sub(r"(?<!\\)\\ ", " ", text))
+    return re.sub(r"(?<=\d)\.(?=\s*\})", "", text)
+
+
+# 2e+3 is Euler's number and 3 where neither a point, a 1 nor a second digit says otherwise
+_SCIENTIFIC = re.compile(
+    r"(?i)(?<![\w.])"
+    r"(?:(?:\d+|\d*\.\d+)e\d{1,3}|(?:1|\d*\.\d+)e[+-]\d{1,3}|\d+e[+-]\d{2,3})"
+    r"(?![\w.^])"
+)
+_MIXED = re.compile(r"(?<![\w.^/}])(\d{1,9})(?:\s|\\[,;:])+(\d{1,9})/(\d{1,9})(?![\w/^])")
+
+
+def _mixed(number: re.Match[str]) -> str:
+    """1 1/2 as 3/2, of which math-verify would read 1."""
+    whole, over, under = map(int, number.groups())
+    return f"{whole * under + over}/{under}"
+
+
+class Box(NamedTuple):
+    """A `\\boxed{}` in a text: from where to where, and what is in it."""
+
+    start: int
+    end: int
+    text: str
+
+
+def _boxes(text: str) -> list[Box]:
+    """The last boxes of a text, those inside of others left out."""
+    boxes: list[Box] = []
+    for match in list(_BOXED.finditer(text))[-MOST_BOXES:]:
+        if boxes and match.start() < boxes[-1].end:
+            continue
+        depth, end = 1, match.end()
+        while depth and end < len(text):
+            depth += 0 if text[end - 1] == "\\" else {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if depth:  # never closed
+            end = match.end()
+        boxes.append(Box(match.start(), end, text[match.end() : end - 1].strip()))
+    return boxes
+
+
+#: as many answers as anyone gives; a text that repeats itself has thousands
+MOST_BOXES = 64
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BETWEEN = re.compile(
+    r"[\s$*,;&()\\]*(?:\\?text\s*\{)?\s*(?:,|;|and|or)?\s*\}?[\s$*,;&()\\]*(?:[A-Za-z]\w?\s*=\s*)?"
+)
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """Words of one kind: how one stands in a reference, in a box, in a text that states it."""
+
+    reference: re.Pattern[str]
+    boxed: re.Pattern[str]
+    stated: re.Pattern[str]
+
+    def given(self, text: str) -> str | None:
+        """The word that a completion answers with."""
+        if boxes := _boxes(text):
+            return _first(self.boxed.match(_bare(boxes[-1].text)))
+        text = _bare(text)
+        *_, last = None, *self.stated.finditer(text)
+        return _first(last or self.reference.fullmatch(text))
+
+
+class Word(NamedTuple):
+    """A reference that is a word."""
+
+    kind: Kind
+    text: str
+
+
+def _wanted(answer: str) -> Word | None:
+    for kind in _KINDS:
+        if word := _first(kind.reference.match(_bare(answer))):
+            return Word(kind, word)
+    return None
+
+
+def _first(match: re.Match[str] | None) -> str | None:
+    """Its word, in capitals where it is a letter."""
+    word = match and match.group(1)
+    return word and (word.upper() if len(word) == 1 else word.lower())
+
+
+def _bare(text: str) -> str:
+    """A text without the markup of TeX and Markdown."""
+    return " ".join(_MARKUP.sub(" ", text).split())
+
+
+_MARKUP = re.compile(r"\\(?:text|math|boxed|fbox)[a-z]*(?=\s*\{)|\\[()\[\],;:! ]|[{}$*~]")
+_SAID = r"(?i:answer(?: is)?|(?:option|choice) is) ?:? ?"
+_OPTION = r"(?i:option |choice )?\(? ?"
+_TRUTH = "((?i:true|false|yes|no))"
+_DATE = r"(\d{4}-\d\d-\d\d)"  # as a value, a difference
+_KINDS = (
+    Kind(
+        re.compile(rf"{_OPTION}([A-Z]) ?(?:$|[).:]+(?: |$))"),
+        re.compile(rf"{_OPTION}([A-Za-z])(?: ?[).:]|$|(?<=[A-Z]) ?=)"),
+        re.compile(rf"{_SAID}{_OPTION}([A-Z])(?![\w'])"),
+    ),
+    *(
+        Kind(
+            re.compile(rf"{word}\.?$"),
+            re.compile(rf"{word}\.?$"),
+            re.compile(rf"{_SAID}{word}(?![\w'])"),
+        )
+        for word in (_TRUTH, _DATE)
+    ),
+)
