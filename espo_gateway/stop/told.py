@@ -119,13 +119,15 @@ class Schedule:
 KEPT = 0.95
 
 
-def asked_below(free: Array, stopped: NDArray[np.bool_]) -> float:
+def asked_below(free: Array, stopped: NDArray[np.bool_], weights: Array | None = None) -> float:
     """`Schedule.below`, so that of what an estimate that asks would stop `KEPT` is asked about.
 
     Args:
-        free: V by the estimate that asks nobody, of any shape. stopped: of the same.
+        free: V by the estimate that asks nobody, of any shape. stopped, weights: of the same.
     """
-    return max(float(np.quantile(free[stopped], KEPT)), 1e-6)
+    weight = None if weights is None else weights[stopped]
+    below = np.quantile(free[stopped], KEPT, weights=weight, method="inverted_cdf")
+    return max(float(below), 1e-6)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Watch:
 
     __slots__ = (
         "_alone",
+        "_asked_throughout",
         "_asks_estimate",
         "_before",
         "_clip",
@@ -89,13 +90,16 @@ class Watch:
         decides: bool = True,
         history: float | None = None,
         asks: bool = True,
+        audited: bool = False,
         earlier: Earlier | None = None,
     ) -> None:
         """
         prompt_tokens: with earlier turns, the first one's stands.
         decides: else it follows the stream to its end and stops nothing.
         history: what the source of that name tells of the prompt.
-        asks: whether there is a source to ask on the gate's schedule.
+        asks: whether there is a source to ask on the gate's schedule. audited: it goes on to its
+            end whatever is decided, and all of the schedule is asked about: else an estimate that
+            asks would be fitted only where the one that does not leaves it a decision.
         earlier: turns that belong to the same rollout, in which all has been decided. Tokens, and
             the cut, are counted from here on; all else is as if it were one stream.
         """
@@ -131,6 +135,7 @@ class Watch:
         self._track = rule.track(gate)
         self._history: Answers = {} if history is None else {"history": (history,)}
         self._asks_estimate = gate.asks_estimate
+        self._asked_throughout = audited or not self._asks_estimate
         #: the estimate that asks nobody, and what it is told, which is known from the start
         self._alone = gate.free if self._asks_estimate else gate.estimator
         self.told = told_features(self._alone.sources, self._history, 0) if self._alone else []
@@ -225,7 +230,7 @@ class Watch:
             verdict = self._decide(token, z, v, due)
         if due:
             self._due = self._next_due(token)
-            if verdict is _GO and not last and not self._asks_estimate:
+            if verdict is _GO and not last and self._asked_throughout:
                 self._unsettled[token] = None
                 return Verdict.ASK
         return verdict

@@ -277,7 +277,12 @@ class Session:
 
     def _watch_by(self, gate: Gate, prompt_tokens: int) -> Watch:
         watch = self.watch = Watch(
-            gate, prompt_tokens, history=self._history, asks=self._asks, earlier=self._earlier
+            gate,
+            prompt_tokens,
+            history=self._history,
+            asks=self._asks,
+            audited=self.mode == "shadow",
+            earlier=self._earlier,
         )
         self._push = Followed(watch, self.followers).push if self.followers else watch.push
         return watch

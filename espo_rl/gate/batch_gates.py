@@ -81,6 +81,7 @@ class StopController:
         self._below = 1.0
         self._threshold = None if config.rule == "none" else make_threshold(config)
         self._recent: deque[Examples] = deque(maxlen=config.window)
+        self._recent_free: deque[Examples] = deque(maxlen=config.window)
         self._rng = rng
         self._worth = worth
 
@@ -250,8 +251,15 @@ class StopController:
         self.estimator = fit(self._recent, self._sources) or self.estimator
         if not self.config.asks:
             return
+        weights = np.broadcast_to(known.weights[:, None], known.recorded.logprobs.shape)
+        if self._free is not None:
+            # Where it left the other nothing to decide, only those drawn for an audit were asked.
+            passed = probabilities(estimated(self._free, known.recorded)) >= self._below
+            weights = np.where(passed, 1.0 / self.audits.share, weights)
+        # Of its own examples: the other's are only where something was asked.
         free_sources = [source for source in self._sources if source not in ASKED]
-        self._free = fit(self._recent, free_sources) or self._free
+        self._recent_free.append(known.examples(free_sources))
+        self._free = fit(self._recent_free, free_sources) or self._free
         p_star = self.threshold
         if self.estimator is None or self._free is None or not p_star:
             return
@@ -260,7 +268,7 @@ class StopController:
             stops = expected < p_star
             if stops.sum() >= ENOUGH_STOPS:
                 free = probabilities(estimated(self._free, known.recorded))
-                self._below = asked_below(free, stops)
+                self._below = asked_below(free, stops, weights)
 
     def baselines(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
         """V before each token that is trained on, in rewards: by the estimate as it is now.

@@ -165,6 +165,10 @@ async def test_a_stream_whose_free_estimate_is_good_is_not_asked_about() -> None
     )
     record = await record_of(server_that_says(), gate)
     assert (record["stopped"], record["probes"]) == (False, [])
+    # One that goes on to its end is: what it says stands for those that were not.
+    record = await record_of(server_that_says(), gate, mode="shadow")
+    assert record["stopped"] is False
+    assert [token for token, *_ in record["probes"]] == [3, 6, 9]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from espo_gateway.stop.replay import first_stops
+from espo_gateway.stop.estimate import probabilities
+from espo_gateway.stop.replay import estimated, first_stops
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.watch import Verdict, Watch
 from espo_rl.config import Stopping
+from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
 from espo_rl.gate.history import History
 from espo_rl.gate.outcomes import recorded_of
@@ -88,6 +91,64 @@ def test_probes_decide_where_the_tokens_tell_nothing() -> None:
     assert caught[True][0] > 0.5
     assert caught[True][1] < 0.1
     assert caught[False][0] < 0.2
+
+
+def watched(rollout: Rollout, gate: Gate, audited: bool) -> Rollout:
+    """As it would have come from the gateway: only what was asked is known."""
+    watch = Watch(gate, len(rollout.prompt_ids), audited=audited)
+    said, asked = {int(probe[0]): probe for probe in rollout.probes}, []
+    for logprob, largest in zip(rollout.logprobs, rollout.max_logprobs, strict=True):
+        verdict = watch.push(logprob, largest, last=watch.tokens + 1 == len(rollout.token_ids))
+        if verdict is Verdict.ASK:
+            probe = said[watch.tokens]
+            asked.append(probe)
+            watch.settle(watch.tokens, watch.valued(watch.tokens, {"probe": probe[1:]}))
+        if watch.cut is not None and not audited:
+            break
+    stop: dict[str, Any] = {}
+    if watch.cut is not None:
+        correct = rollout.correct if audited else None
+        stop = {"end": EndReason.EARLY_STOP, "kept": watch.cut, "correct": correct}
+    return dataclasses.replace(rollout, probes=asked, audited=audited and bool(stop), **stop)
+
+
+def half_blind(prompts: int, rng: np.random.Generator) -> list[Rollout]:
+    """Tokens tell of failure some, and probes more; 8 of each prompt."""
+    rollouts = []
+    for number in range(8 * prompts):
+        wrong = bool(rng.random() > 0.35)
+        logprobs = np.minimum(-rng.exponential(0.55 if wrong else 0.3, LENGTH), -0.01)
+        probes = [
+            [float(t), *(-1.0 - 1.2 * wrong * t / LENGTH + rng.normal(0, 0.8, 3))]
+            for t in range(EVERY, LENGTH + 1, EVERY)
+        ]
+        [rollout] = simulate(1, number)
+        rollout.logprobs, rollout.max_logprobs = logprobs, np.full(LENGTH, -0.01)
+        rollout.correct, rollout.probes, rollout.group = not wrong, probes, number // 8
+        rollouts.append(rollout)
+    return rollouts
+
+
+@pytest.mark.slow
+def test_what_is_not_asked_about_spoils_no_estimate() -> None:
+    """Fitted on answers alone, both would soon know only what the free one takes for lost."""
+    audits = Audits.of(0.1, 8)
+    config = Stopping(sources=["probe"], ask_every=EVERY, ask_growth=0.0, warmup_batches=3)
+    stopping = StopController(config, 1000, random.Random(0), audits=audits)
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(20):
+        gate, full = stopping.gate("w"), half_blind(16, rng)
+        drawn = stopping.draw_audits(len(full))
+        seen = [watched(*one) for one in zip(full, [gate] * len(full), drawn, strict=True)]
+        shares.append(np.mean([rollout.stopped for rollout in seen]))
+        stopping.observe(seen, None)
+    assert np.mean(shares[-5:]) > 0.8 * np.mean(shares[5:10]) > 0.2
+    gate, fresh = stopping.gate("w"), half_blind(60, rng)
+    assert gate.free is not None
+    expected = probabilities(estimated(gate.free, recorded_of(fresh)))
+    assert expected.mean() == pytest.approx(0.35, abs=0.05)
+    # Where it looks no more it could never see that it should.
+    assert gate.schedule.below > 0.02
 
 
 def test_a_source_is_asked_only_where_the_free_estimate_leaves_a_decision() -> None:
