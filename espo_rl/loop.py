@@ -56,6 +56,7 @@ LEARNS_ANEW = (
     "stopping.",
     "ppo.right_reward",
     "ppo.wrong_reward",
+    "rollout.temperature",
     "servers.logprobs_mode",
 )
 OF_A_BATCH = ("rollout.", "stopping.", "ppo.", "task.", "servers.logprobs_mode")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,22 @@ def test_an_occupied_folder_is_refused_and_left_as_it_is(
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("every", [0, 20])
-def test_steps_that_no_checkpoint_holds_are_not_thrown_away(tmp_path: Path, every: int) -> None:
-    run_there(tmp_path, steps=25)
-    with pytest.raises(RecipeError, match="25 steps"):
+@pytest.mark.parametrize(
+    ("steps", "every", "recipe"),
+    [
+        (25, 0, "recipe.json"),
+        (25, 20, "recipe.json"),
+        (25, 1000, "recipe.json"),  # by the run's own recipe five were due
+        (4, 2, "recipe.json"),
+        (4, 5, "of_another_version.json"),
+    ],
+)
+def test_steps_that_no_checkpoint_holds_are_not_thrown_away(
+    tmp_path: Path, steps: int, every: int, recipe: str
+) -> None:
+    run_there(tmp_path, steps=steps)
+    (tmp_path / "recipe.json").rename(tmp_path / recipe)
+    with pytest.raises(RecipeError, match=f"{steps} steps"):
         starting_point(recipe_with(tmp_path, f"checkpoints.every={every}"), "auto", overwrite=False)
 
 
@@ -200,6 +213,10 @@ OTHER = {
     "model.lora_rank": "4",
     "model.lora_alpha": "2.0",
     "model.lora_targets": '["q_proj"]',
+    "task.grader": "math",
+    "task.pattern": "is (.*)",
+    "rollout.max_tokens": "200",
+    "rollout.n": "4",
     "stopping.audit_share": "0.2",
     "deepspeed.zero_stage": "1",
     "deepspeed.extra": "{wall_clock_breakdown = true}",
@@ -228,22 +245,40 @@ def test_every_key_of_the_table_is_a_recipes() -> None:
 @pytest.mark.parametrize("key", OTHER)
 def test_what_must_not_change_is_refused_by_name(tmp_path: Path, key: str) -> None:
     run_there(tmp_path, steps=6, checkpoints=(5,))
-    # What else is said of adapters needs some.
-    rank = ["model.lora_rank=4"] if key.startswith("model.lora") else []
-    changed = recipe_with(tmp_path, *rank, f"{key}={OTHER[key]}")
+    # What else is said of adapters, or of a pattern, needs some.
+    needed = {"model.lora": ["model.lora_rank=4"], "task.pattern": ["task.grader=regex"]}
+    more = next((more for start, more in needed.items() if key.startswith(start)), [])
+    changed = recipe_with(tmp_path, *more, f"{key}={OTHER[key]}")
     with pytest.raises(RecipeError) as error:
         starting_point(changed, "auto", overwrite=False)
     assert f"  {key} = " in str(error.value)
     assert "step-00000005" in str(error.value)
 
 
-def test_a_critic_that_was_not_trained_is_refused(tmp_path: Path) -> None:
-    output, group = tmp_path / "out", "ppo.advantage=group"
-    store = CheckpointStore(output / "checkpoints")
-    store.save(5, {"recipe": recipe_with(output, group)}, lambda folder: None)
-    assert starting_point(recipe_with(output, group), "auto", overwrite=False)
-    with pytest.raises(RecipeError, match=r"ppo\.advantage = 'gae': it needs a critic"):
-        starting_point(recipe_with(output), "auto", overwrite=False)
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        (["ppo.advantage=group"], [], "ppo.advantage = 'gae'"),
+        (
+            ["ppo.baseline=probe", 'stopping.sources=["probe"]'],
+            ['stopping.sources=["probe"]'],
+            "ppo.baseline = 'critic'",
+        ),
+        (
+            ["ppo.advantage=group"],
+            ["ppo.advantage=group", 'stopping.sources=["critic"]'],
+            "stopping.sources = ['critic']",
+        ),
+    ],
+)
+def test_a_critic_that_was_not_trained_is_refused(
+    tmp_path: Path, before: list[str], now: list[str], named: str
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(5, {"recipe": recipe_with(tmp_path, *before)}, lambda folder: None)
+    assert starting_point(recipe_with(tmp_path, *before), "auto", overwrite=False)
+    with pytest.raises(RecipeError, match=re.escape(f"  {named}: it needs a critic")):
+        starting_point(recipe_with(tmp_path, *now), "auto", overwrite=False)
 
 
 def test_a_checkpoint_has_its_ranks_and_its_step(
@@ -279,7 +314,7 @@ def test_a_damaged_checkpoint_is_said_before_anything(tmp_path: Path) -> None:
 
 
 def test_free_keys_are_free() -> None:
-    for key in ("run.steps", "ppo.learning_rate", "rollout.n", "task.grader", "stopping.rule"):
+    for key in ("run.steps", "ppo.learning_rate", "task.grader_workers", "stopping.rule"):
         assert fixed(key) is None
     assert fixed("task.train")
     assert fixed("task.any_that_will_come")
@@ -359,9 +394,8 @@ def saved(base: Path, output: Path, *overrides: str) -> tuple[Loop, Path]:
         ("ppo.learning_rate=1e-3", True, False),
         ("run.steps=99", False, False),
         ("checkpoints.keep=7", False, False),
-        ("rollout.temperature=0.5", True, False),
-        ("rollout.n=3", True, False),
-        ("task.grader_timeout=3.0", True, False),
+        ("rollout.concurrency=8", True, False),
+        ("rollout.temperature=0.5", True, True),
         ("stopping.window=3", True, True),
         ("stopping.rule=regret-only", True, True),
         ("ppo.wrong_reward=0.0", True, True),
