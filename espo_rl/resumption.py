@@ -17,10 +17,12 @@ from espo_rl.record.output import (
     OF_A_RUN,
     OutputError,
     check_empty,
+    check_own,
     entries,
     is_run,
     listed,
 )
+from espo_rl.servers.weight_files import is_ours
 from espo_rl.unused import NEEDS_CRITIC
 
 #: What a resumed run must have as before, and why: keys, or whole sections. All other keys may
@@ -84,8 +86,9 @@ def starting_point(recipe: Recipe, resume: str | None, *, overwrite: bool) -> Pa
         resume: "auto", a checkpoint, or None. overwrite: an older run in run.output may go.
 
     Raises:
-        RecipeError: run.output is occupied and nothing says what to do with it, or the recipe is
-            another than the checkpoint's in what must not change.
+        RecipeError: run.output is occupied and nothing says what to do with it, the recipe is
+            another than the checkpoint's in what must not change, or servers.weights_path is a file
+            of somebody else's.
         CheckpointError: the checkpoint cannot be read.
     """
     output = recipe.run.output
@@ -103,6 +106,8 @@ def starting_point(recipe: Recipe, resume: str | None, *, overwrite: bool) -> Pa
             _check_unbegun(recipe, there)
         elif not own:
             check_empty(output, "run.output", _fix(output))
+        if (file := recipe.servers.weights_path) is not None:
+            check_own(file, "servers.weights_path", "file of an earlier run's weights", is_ours)
     except OutputError as error:
         raise RecipeError(str(error)) from error
     if checkpoint is not None:

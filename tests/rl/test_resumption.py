@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from espo_rl.checkpoints import FORMAT, CheckpointError, CheckpointStore
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.loop import Loop
+from espo_rl.ppo.parameters import TensorSpec
 from espo_rl.ppo.trainer import PpoTrainer
-from espo_rl.record.output import OF_A_RUN, OutputError, remove_run
+from espo_rl.record.output import OF_A_RUN, OutputError, lock_run, remove_run
 from espo_rl.resumption import FIXED, FREE, fixed, starting_point
+from espo_rl.servers.weight_files import write_safetensors
 from tests.helpers.models import random_checkpoint
 from tests.helpers.trainer import Paths, make_models, make_rollouts, recipe_of
 
@@ -175,6 +179,31 @@ def test_a_checkpoint_is_not_overwritten_by_what_goes_on_from_it(tmp_path: Path)
     named = str(tmp_path / "checkpoints" / "step-00000005")
     with pytest.raises(RecipeError, match="--resume"):
         starting_point(recipe_with(tmp_path), named, overwrite=True)
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    lock_run(output)
+    with pytest.raises(OutputError, match="another process trains in"):
+        lock_run(output)
+    # A lock alone is no run, and nothing that would be lost.
+    assert starting_point(recipe_with(output), None, overwrite=False) is None
+    remove_run(output)
+    with pytest.raises(OutputError, match="another process trains in"):
+        lock_run(output)
+
+
+def test_only_weights_on_their_way_are_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    recipe = recipe_with(tmp_path / "out", f"servers.weights_path={file}")
+    assert starting_point(recipe, None, overwrite=False) is None
+    with file.open("wb") as opened:
+        write_safetensors(opened, [TensorSpec("w", torch.float32, (2,))], [("w", torch.ones(2))])
+    assert load_file(file)["w"].tolist() == [1.0, 1.0]
+    assert starting_point(recipe, None, overwrite=False) is None
+    save_file({"w": torch.ones(2)}, file)  # a trained model, perhaps
+    with pytest.raises(RecipeError, match=r"servers\.weights_path: .* is there and no file of"):
+        starting_point(recipe, None, overwrite=True)
 
 
 def test_only_what_a_run_wrote_is_removed(tmp_path: Path) -> None:
