@@ -47,10 +47,13 @@ class PortInUseError(ServerStartError):
 class ServerProcess:
     """A running server under a guard. Make it with `start`."""
 
-    def __init__(self, guard: subprocess.Popen[bytes], *, name: str, log_path: Path) -> None:
+    def __init__(
+        self, guard: subprocess.Popen[bytes], *, name: str, log_path: Path, log_start: int
+    ) -> None:
         self._guard = guard
         self.name = name
         self.log_path = log_path
+        self._log_start = log_start
 
     @classmethod
     async def start(
@@ -67,7 +70,8 @@ class ServerProcess:
 
         Args:
             command: the program and its arguments.
-            log_path: file that takes its output; made anew, its folder too.
+            log_path: file that its output is added to, after a line that says when it was started;
+                its folder is made.
             ready_url: polled until ready; its port must be free beforehand.
             env: variables set on top of this process's own; None takes one away.
             name: what to call it in errors.
@@ -81,7 +85,11 @@ class ServerProcess:
         check_port_free(address.hostname or "127.0.0.1", address.port or 80)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         variables: dict[str, str | None] = {**os.environ, **(env or {})}
-        with log_path.open("wb") as log:
+        with log_path.open("ab") as log:
+            # What an earlier one left stays: it may say why that one fell.
+            log.write(f"-- {name} started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
+            log.flush()
+            log_start = log.tell()
             # Not asyncio's: the server outlives the event loop that started it.
             guard = subprocess.Popen(  # noqa: ASYNC220
                 [sys.executable, "-m", "espo_gateway.supervisor", "--", *command],
@@ -92,7 +100,7 @@ class ServerProcess:
                 # Ctrl-C in a terminal goes to its foreground group; the parent decides instead.
                 start_new_session=True,
             )
-        server = cls(guard, name=name, log_path=log_path)
+        server = cls(guard, name=name, log_path=log_path, log_start=log_start)
         try:
             await server._wait_ready(ready_url, timeout)
         except BaseException:
@@ -128,9 +136,14 @@ class ServerProcess:
                 f"{self.name}: guard {self.pid} did not end its processes, see {self.log_path}"
             ) from None
 
+    @property
+    def log(self) -> str:
+        """What it has said since it was started."""
+        return self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
+
     def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the log, and before them the first errors: a cause stands above."""
-        text = self.log_path.read_text(errors="replace").splitlines()
+        """The last lines of its log, and before them the first errors: a cause stands above."""
+        text = self.log.splitlines()
         above, tail = text[:-lines], text[-lines:]
         causes = [line for line in above if re.search(r"\w(Error|Exception): ", line)][:3]
         return "\n".join([*causes, *(["..."] if above else []), *tail])

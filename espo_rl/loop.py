@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from espo_gateway.stop.gate_json import Mode
 from espo_rl.checkpoints import CheckpointStore
-from espo_rl.config import Recipe, RecipeError, differences
+from espo_rl.config import DYNAMIC_ROUNDS, RESAMPLES, Recipe, RecipeError, differences
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sampling
 from espo_rl.evaluate.table import as_dict
@@ -51,15 +51,12 @@ from espo_rl.tasks.task import Task
 from espo_rl.types import first_seed
 
 T = TypeVar("T")
-#: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
-DYNAMIC_ROUNDS = 3
-#: times that a failed rollout is asked for again
-RESAMPLES = 2
 #: keys on which all that was learnt about stopping depends, and those that shape a batch
 LEARNS_ANEW = (
     "stopping.",
     "ppo.right_reward",
     "ppo.wrong_reward",
+    "rollout.temperature",
     "servers.logprobs_mode",
 )
 OF_A_BATCH = ("rollout.", "stopping.", "ppo.", "task.", "servers.logprobs_mode")

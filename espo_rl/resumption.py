@@ -17,10 +17,13 @@ from espo_rl.record.output import (
     OF_A_RUN,
     OutputError,
     check_empty,
+    check_own,
     entries,
     is_run,
     listed,
 )
+from espo_rl.servers.weight_files import is_ours
+from espo_rl.unused import NEEDS_CRITIC
 
 #: What a resumed run must have as before, and why: keys, or whole sections. All other keys may
 #: change; nothing of them is kept in a checkpoint but in its recipe, so they hold from then on.
@@ -34,6 +37,10 @@ FIXED = {
         for key in ("lora_rank", "lora_alpha", "lora_targets")
     },
     "task": "it decides which problem comes next",
+    "task.grader": "accuracy before and after would not compare",
+    "task.pattern": "accuracy before and after would not compare",
+    "rollout.max_tokens": "accuracy before and after would not compare",
+    "rollout.n": "the run's audits are counted by it",  # some of every n rollouts
     "stopping.audit_share": "the run's audits are counted by it",
     "deepspeed": "the optimizer's state is laid out by it",
     "evaluation.problems": "accuracy before and after would not compare",
@@ -42,7 +49,7 @@ FIXED = {
     "evaluation.greedy": "accuracy before and after would not compare",
 }
 #: of the sections above, what may change
-FREE = ("task.grader", "task.pattern", "task.grader_workers", "task.grader_timeout")
+FREE = ("task.grader_workers", "task.grader_timeout")
 
 
 def fixed(key: str) -> str | None:
@@ -61,8 +68,8 @@ def check_changes(before: Recipe, now: Recipe, checkpoint: Path) -> None:
         if (reason := fixed(key))
     ]
     if now.needs_critic and not before.needs_critic:
-        keys = ("ppo.advantage", "stopping.rule", "stopping.value")
-        asked = ", ".join(f"{key} = {changes[key][1]!r}" for key in keys if key in changes)
+        keys = [key for key in NEEDS_CRITIC.split() if key in changes]
+        asked = ", ".join(f"{key} = {changes[key][1]!r}" for key in keys)
         wrong.append(f"  {asked}: it needs a critic, and none was trained there")
     if wrong:
         raise RecipeError(
@@ -79,8 +86,9 @@ def starting_point(recipe: Recipe, resume: str | None, *, overwrite: bool) -> Pa
         resume: "auto", a checkpoint, or None. overwrite: an older run in run.output may go.
 
     Raises:
-        RecipeError: run.output is occupied and nothing says what to do with it, or the recipe is
-            another than the checkpoint's in what must not change.
+        RecipeError: run.output is occupied and nothing says what to do with it, the recipe is
+            another than the checkpoint's in what must not change, or servers.weights_path is a file
+            of somebody else's.
         CheckpointError: the checkpoint cannot be read.
     """
     output = recipe.run.output
@@ -98,6 +106,8 @@ def starting_point(recipe: Recipe, resume: str | None, *, overwrite: bool) -> Pa
             _check_unbegun(recipe, there)
         elif not own:
             check_empty(output, "run.output", _fix(output))
+        if (file := recipe.servers.weights_path) is not None:
+            check_own(file, "servers.weights_path", "file of an earlier run's weights", is_ours)
     except OutputError as error:
         raise RecipeError(str(error)) from error
     if checkpoint is not None:
@@ -157,7 +167,8 @@ def _check_overwritten(recipe: Recipe, there: list[str], checkpoint: Path | None
 
 
 def _check_unbegun(recipe: Recipe, there: list[str]) -> None:
-    """`--resume auto` finds no checkpoint: begin anew only where none was due yet."""
+    """`--resume auto` finds no checkpoint: begin anew only where none was due yet, by the recipe of
+    before as by this one."""
     output = recipe.run.output
     if not is_run(output):
         if found := sorted({*there} & {*OF_A_RUN}):
@@ -166,16 +177,16 @@ def _check_unbegun(recipe: Recipe, there: list[str]) -> None:
                 "with: choose another folder"
             )
         return
-    every = recipe.checkpoints.every
     steps = _steps_logged(output / "metrics.jsonl")
     finished = (output / "summary.json").exists()
     try:
         before = Recipe.model_validate_json((output / "recipe.json").read_bytes())
+        due = min(one.checkpoints.every or 1 for one in (before, recipe))
     except (OSError, ValueError):
-        before = recipe
+        before, due = recipe, 1  # nobody knows when one was due
     if steps:
         check_changes(before, recipe, output)
-    if finished or steps >= (every or 1):
+    if finished or steps >= due:
         what = "a finished run" if finished else f"{steps} steps of a run"
         raise OutputError(
             f"run.output: {output} holds {what} but no checkpoint to go on from: --overwrite "

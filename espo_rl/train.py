@@ -22,7 +22,7 @@ from espo_rl.loop import Interrupted, Loop
 from espo_rl.ppo.ranks import follow
 from espo_rl.ppo.trainer import PpoTrainer, UpdateError
 from espo_rl.record.log_errors import LogError
-from espo_rl.record.output import remove_run
+from espo_rl.record.output import OutputError, lock_run, remove_run
 from espo_rl.resumption import starting_point
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.task import TaskError
@@ -50,8 +50,10 @@ def train(options: argparse.Namespace) -> int:
             return train_along(recipe)
         plan, checkpoint = make_plan(recipe), None
         try:
+            if not (options.dry_run or plan.errors):  # before anything there is looked at
+                lock_run(recipe.run.output)
             checkpoint = starting_point(recipe, options.resume, overwrite=options.overwrite)
-        except (RecipeError, CheckpointError) as error:
+        except (OutputError, RecipeError, CheckpointError) as error:
             plan.errors.append(str(error))
         if options.dry_run:
             print(plan.text(Speed.here(recipe)), end="")

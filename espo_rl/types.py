@@ -43,12 +43,16 @@ class Request:
     gate: int | None = None  # version of the gate to be watched by; None: the one in force
 
 
+#: of the requests of a step, or of a problem
+SEEDS = 65_536
+
+
 def first_seed(seed: int, number: int) -> int:
-    """Where the seeds of the requests of a step, or of a problem, begin: room for 65,536 of them.
+    """Where the seeds of the requests of a step, or of a problem, begin: room for `SEEDS`.
 
     They follow from the run's seed, whatever that is, and fit the 63 bits of a request's.
     """
-    return (seed * 1_000_003 + number) % 2**46 * 65_536
+    return (seed * 1_000_003 + number) % 2**46 * SEEDS
 
 
 class EndReason(enum.StrEnum):

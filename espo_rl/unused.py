@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from espo_gateway.stop.rules import BETA, P_STAR, threshold_of, value_source
+
+#: the keys that say whether a critic server is asked, and whether there is a critic at all
+ASKS_CRITIC = "stopping.rule stopping.value stopping.sources"
+NEEDS_CRITIC = f"ppo.advantage ppo.baseline {ASKS_CRITIC}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,15 @@ def _of_rule(keys: str, switches: str, when: Callable[[Any], bool], fix: str) ->
     )
 
 
+def _of_the_hub(subset: str, source: str) -> Idle:
+    return Idle(
+        f"task.{subset}",
+        f"task.{source}",
+        lambda recipe: Path(getattr(recipe.task, source) or ".").expanduser().is_file(),
+        f"a data set of several as task.{source}, on the hub or in a folder",
+    )
+
+
 def _bounded(stopping: Any) -> bool:
     return stopping.threshold == "audit" and stopping.rule != "random"
 
@@ -70,6 +84,20 @@ IDLE = (
         lambda recipe: recipe.task.eval is None,
         "task.eval",
     ),
+    _of_the_hub("subset", "train"),
+    _of_the_hub("eval_subset", "eval"),
+    Idle(
+        "task.grader_workers task.grader_timeout",
+        "task.grader",
+        lambda recipe: recipe.task.grader == "exact",
+        'another task.grader than "exact", which needs no process of its own',
+    ),
+    Idle(
+        "task.answer_tags",
+        "task.grader",
+        lambda recipe: ":" in recipe.task.grader,
+        "a built-in task.grader: a function of yours gets the whole text",
+    ),
     Idle(
         "task.pattern",
         "task.grader",
@@ -90,19 +118,25 @@ IDLE = (
     ),
     Idle(
         "model.critic ppo.critic_learning_rate ppo.value_clip",
-        "ppo.advantage ppo.baseline stopping.rule stopping.value",
+        NEEDS_CRITIC,
         lambda recipe: not recipe.needs_critic,
         'a critic: ppo.advantage = "gae"',
     ),
     Idle(
+        "ppo.whiten",
+        "ppo.advantage",
+        lambda recipe: recipe.ppo.advantage != "gae",
+        'ppo.advantage = "gae"',
+    ),
+    Idle(
         "ppo.gamma ppo.lam",
-        "ppo.advantage stopping.rule stopping.value",
+        NEEDS_CRITIC,
         lambda recipe: not recipe.needs_critic and recipe.ppo.advantage != "gae",
         'ppo.advantage = "gae"',
     ),
     Idle(
-        "servers.critic_url servers.critic_gpus",
-        "stopping.rule stopping.value",
+        "servers.critic_url servers.critic_gpus servers.critic_vllm_args",
+        ASKS_CRITIC,
         lambda recipe: not recipe.asks_critic,
         'stopping.value = "critic" with a rule that reads it',
     ),
@@ -131,10 +165,16 @@ IDLE = (
         "logs.rollouts = true",
     ),
     _of_rule(
-        "beta beta_min beta_max",
+        "beta",
+        "rule",
+        lambda stopping: threshold_of(stopping.rule).name != "beta",
+        "a rule that compares with β, such as value-gated",
+    ),
+    _of_rule(
+        "beta_min beta_max",
         "rule",
         lambda stopping: threshold_of(stopping.rule) is not BETA,
-        "a rule that compares with β, such as value-gated",
+        "a rule that compares a score with β, such as value-gated",
     ),
     _of_rule(
         "p_star p_star_max",
@@ -153,6 +193,12 @@ IDLE = (
         "threshold",
         lambda stopping: stopping.threshold == "fixed",
         "a threshold that moves",
+    ),
+    _of_rule(
+        "threshold",
+        "rule",
+        lambda stopping: stopping.rule == "random" and stopping.threshold != "share",
+        'another rule than "random", which always follows "share"',
     ),
     _of_rule(
         "target_share",
@@ -191,6 +237,18 @@ IDLE = (
         "rule",
         lambda stopping: stopping.rule != "value-gated",
         "a rule that multiplies β with V: value-gated",
+    ),
+    _of_rule(
+        "value",
+        "rule",
+        lambda stopping: value_source(stopping.rule, "constant") != "constant",
+        "a rule that takes V from where it is told, such as value-gated",
+    ),
+    _of_rule(
+        "window",
+        "rule value warmup",
+        lambda stopping: not stopping.estimates,
+        'an estimate of success: stopping.value = "stream" with a rule that reads it',
     ),
     _of_rule(
         "constant",

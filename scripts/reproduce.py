@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -60,7 +61,11 @@ def main() -> int:
     except (Stopped, KeyboardInterrupt):
         print("reproduce: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    write(study)
+    try:
+        write(study)
+    except StudyError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
     return 1 if failed else 0
 
 
@@ -76,16 +81,30 @@ def study_of(options: argparse.Namespace) -> Study:
 
 
 def write(study: Study) -> None:
-    """results.json, results.md and the plots; the tables are printed, too."""
+    """results.json, results.md and the plots; the tables are printed, too.
+
+    Raises:
+        StudyError: results.json has a run that these lack, and stays.
+    """
     results = results_of(study)
-    study.output.mkdir(parents=True, exist_ok=True)
-    (study.output / "results.json").write_text(json.dumps(nulls(results), indent=1) + "\n")
-    told = markdown(results)
-    (study.output / "results.md").write_text(told + "\n")
+    told, file = markdown(results), study.output / "results.json"
     print(told)
+    there = json.loads(file.read_text())["runs"] if file.exists() else []
+    if lost := sorted({*map(_name, there)} - {*map(_name, results["runs"])}):
+        raise StudyError(
+            f"{file} has {len(lost)} runs that these results lack, such as {lost[0]}: nothing is "
+            "written; ask for all of them, with their folders there, or remove that file"
+        )
+    study.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(nulls(results), indent=1) + "\n")
+    (study.output / "results.md").write_text(told + "\n")
     if results["runs"]:
         draw_all(study, study.output / "plots")
     print(f"\nresults.json, results.md and plots: {study.output}")
+
+
+def _name(run: dict[str, Any]) -> str:
+    return f"{run['method']}, seed {run['seed']}"
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ async def put_under_load(
     for server in servers:
         await asyncio.wait_for(idle(server), LEFT)
     report(result, counters)
-    if errors := process.log_path.read_text().strip():
+    if errors := process.log.strip():
         raise SoakError(f"the gateway logged errors:\n{errors[:2000]}")
     grown, allowed = growth(result)
     if grown > allowed:

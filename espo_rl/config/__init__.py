@@ -9,6 +9,8 @@ from espo_rl.config.bounds import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from espo_rl.config.files import RECIPES, RecipeError, load_recipe
 from espo_rl.config.recipe import Recipe, differences
 from espo_rl.config.sections import (
+    DYNAMIC_ROUNDS,
+    RESAMPLES,
     Model,
     Ppo,
     RolloutSection,
@@ -18,9 +20,11 @@ from espo_rl.config.sections import (
 )
 
 __all__ = [
+    "DYNAMIC_ROUNDS",
     "HIGHEST_TEMPERATURE",
     "LOWEST_TEMPERATURE",
     "RECIPES",
+    "RESAMPLES",
     "Model",
     "Ppo",
     "Recipe",

@@ -119,6 +119,16 @@ class Recipe(Section):
                 f"ppo.overlong_buffer = {self.ppo.overlong_buffer} must not be above "
                 f"rollout.max_tokens = {self.rollout.max_tokens}"
             )
+        stopping = self.stopping
+        for key, read in (
+            ("min_tokens", stopping.rule != "none"),
+            ("ask_every", stopping.asks),
+        ):
+            if read and (tokens := getattr(stopping, key)) > self.rollout.max_tokens:
+                raise ValueError(
+                    f"stopping.{key} = {tokens} must not be above rollout.max_tokens = "
+                    f"{self.rollout.max_tokens}: no rollout comes so far"
+                )
         if self.ppo.lr_warmup_steps and "scheduler" in self.deepspeed.extra:
             raise ValueError(
                 "ppo.lr_warmup_steps has no effect with deepspeed.extra.scheduler: leave one out"

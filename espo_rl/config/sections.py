@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from espo_gateway.stop.rules import RuleName, ValueName, value_source
+from espo_gateway.stop.rules import BETA, P_STAR, RuleName, ValueName, threshold_of, value_source
 from espo_gateway.stop.threshold_control import Bound
 from espo_gateway.stop.told import ASKED, SourceName
 from espo_rl.config.bounds import (
@@ -37,8 +37,12 @@ from espo_rl.config.bounds import (
     Updates,
     Whole,
 )
-from espo_rl.types import AuditedRight
+from espo_rl.types import SEEDS, AuditedRight
 
+#: rounds of new prompts for those that dynamic sampling drops; then the step trains on what it has
+DYNAMIC_ROUNDS = 3
+#: times that a failed rollout is asked for again
+RESAMPLES = 2
 #: what the chat template is always called with
 CHAT_TEMPLATE_OWN = {
     "conversation",
@@ -51,14 +55,19 @@ CHAT_TEMPLATE_OWN = {
 }
 
 
+#: texts in TOML, where all else must be of its own type: true is no 1, and "8" no 8
+Written = Annotated[Path, Strict(False)]
+Tags = Annotated[tuple[Tag, Tag], Strict(False)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Run(Section):
     """Where the run writes, how long it goes, what it draws from."""
 
-    output: Path = Path("runs/run")  # its folder; all that it leaves is there
+    output: Written = Path("runs/run")  # its folder; all that it leaves is there
     steps: Annotated[int, Field(ge=1, le=99_999_999)] = 100  # of training
     seed: Seed = 0  # of the problems, their order, and what is sampled
 
@@ -118,9 +127,9 @@ class TaskSection(Section):
     pattern: str | None = None  # regex: group 1 of its last match is the answer given
     # Built-in graders read no thoughts: what stands before the last closing tag does not count, and
     # one that is open has no answer
-    thought_tags: list[tuple[Tag, Tag]] = [("<think>", "</think>")]
+    thought_tags: list[Tags] = [("<think>", "</think>")]
     # Of a text with answer tags only the last such answer counts
-    answer_tags: list[tuple[Tag, Tag]] = [("<answer>", "</answer>")]
+    answer_tags: list[Tags] = [("<answer>", "</answer>")]
     grader_workers: Processes = 2  # that grade; one that crashes costs one rollout
     grader_timeout: Seconds = 10.0  # of one answer, which is wrong after it
 
@@ -199,6 +208,18 @@ class RolloutSection(Section):
         return with_schedule(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
+    def _seeds(self) -> RolloutSection:
+        rounds = DYNAMIC_ROUNDS if self.dynamic_sampling else 1
+        # Seeds name the rollouts under way: those of two steps must differ.
+        most = SEEDS // (rounds * (1 + RESAMPLES))
+        if self.prompts_per_step * self.n > most:
+            raise ValueError(
+                f"prompts_per_step = {self.prompts_per_step:,} × n = {self.n:,} are more than the "
+                f"{most:,} rollouts that a step has seeds for, with those asked again: lower one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedule(self) -> RolloutSection:
         if self.schedule == "refill" and not self.max_staleness:
             raise ValueError(
@@ -249,7 +270,8 @@ class Stopping(Section):
     beta_step: Positive = 0.1  # "share": η of β, or of log p*/(1 - p*)
     beta_min: Positive = 0.5  # β is kept above it
     beta_max: Positive = 20.0  # and below this
-    p_star_max: Between = 0.5  # p* is kept below it
+    # p* is kept below it
+    p_star_max: Annotated[float, Field(gt=P_STAR.strictest, le=1 - 1e-6)] = 0.5
     # Until when nothing is stopped. "critic-loss" is the paper's rule
     warmup: Literal["none", "batches", "critic-loss", "explained-variance"] = "batches"
     warmup_batches: Count = 4  # "batches": so many
@@ -272,6 +294,28 @@ class Stopping(Section):
     def asks(self) -> bool:
         """Whether an estimate reads a source that must be asked."""
         return not ASKED.isdisjoint(self.sources)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether success is estimated from the stream: it gates, or the warm-up waits for it."""
+        source = value_source(self.rule, self.value)
+        explained = self.warmup == "explained-variance" and source != "critic"
+        return self.rule != "none" and (source == "stream" or explained)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The strictest and the loosest threshold that a controller goes to by itself."""
+        threshold = threshold_of(self.rule)
+        if threshold is BETA:
+            return self.beta_max, self.beta_min
+        loosest = self.p_star_max if threshold is P_STAR else threshold.loosest
+        return threshold.strictest, loosest
+
+    @property
+    def start(self) -> tuple[str, float | None]:
+        """The key that gives the rule's threshold, and what it gives."""
+        key = "p_star" if threshold_of(self.rule) is P_STAR else "beta"
+        return key, getattr(self, key)
 
     @property
     def bound(self) -> Bound:
@@ -307,6 +351,13 @@ class Stopping(Section):
             )
         if not self.beta_min < self.beta_max:
             raise ValueError(f"beta_min = {self.beta_min} must be below beta_max = {self.beta_max}")
+        if self.threshold == "share" and self.rule not in ("none", "random"):
+            (key, given), (low, high) = self.start, sorted(self.limits)
+            if given is not None and not low <= given <= high:
+                raise ValueError(
+                    f'{key} = {given:g} with threshold = "share" must lie in {low:g} to {high:g}, '
+                    'where the controller keeps it: change it or its bounds, or set "fixed"'
+                )
         return self
 
 
@@ -428,7 +479,7 @@ class Servers(Section):
     # trainer and server use one GPU, or different ones. "auto": a file if weights_path is given,
     # else shared memory, but "nccl" to servers on other hosts
     weight_transfer: Literal["auto", "shared-memory", "file", "ipc", "nccl"] = "auto"
-    weights_path: Path | None = None  # of the file
+    weights_path: Written | None = None  # of the file
     # One GPU for servers and trainer: while the trainer updates, the servers give back the memory
     # of theirs (vLLM's sleep mode), and have it again for the sync
     sleep: bool = False

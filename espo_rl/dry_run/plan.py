@@ -31,6 +31,7 @@ from espo_rl.dry_run.hours import Hours, Speed
 from espo_rl.dry_run.memory import Shape
 from espo_rl.ppo.adapters import AdapterError, adapt
 from espo_rl.ppo.kernels import KernelError, check_liger
+from espo_rl.rollouts.chat_template import check_chat_template
 from espo_rl.rollouts.collector import Prompter
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
@@ -122,7 +123,17 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     plan = RunPlan(recipe, machine or Machine.here(), ranks)
-    checks = (_models, _prompts, _ranks, _weight_transfer, _servers, _staleness, _memory, _disk)
+    checks = (
+        _models,
+        _prompts,
+        _ranks,
+        _weight_transfer,
+        _servers,
+        _staleness,
+        _length,
+        _memory,
+        _disk,
+    )
     for check in checks:
         with _collected(plan):
             check(plan)
@@ -230,15 +241,7 @@ def _prompts(plan: RunPlan) -> None:
         raise RecipeError(
             f"model.path: the tokenizer of {recipe.model.path} cannot be loaded: {error}"
         ) from error
-    if recipe.task.chat and not tokenizer.chat_template:
-        raise RecipeError("task.chat: the tokenizer has no chat template; set task.chat=false")
-    # The template itself would ignore them in silence.
-    template = str(tokenizer.chat_template)
-    if unknown := [key for key in recipe.task.chat_template_kwargs if key not in template]:
-        raise RecipeError(
-            f"task.chat_template_kwargs: the chat template of {recipe.model.path} has no "
-            + ", ".join(unknown)
-        )
+    check_chat_template(tokenizer, recipe.task, recipe.model.path)
     prompter = Prompter.of(tokenizer, recipe.task)
     prompts = [prompter(problem) for problem in [*problems, *held_out]]
     plan.prompt = tokenizer.decode(prompts[0])
@@ -330,6 +333,22 @@ def _staleness(plan: RunPlan) -> None:
             "at a temperature other than 1 raw logprobs do not say how likely they were. Set "
             "servers.logprobs_mode = processed_logprobs"
         )
+
+
+def _length(plan: RunPlan) -> None:
+    """What begins only after the run's last step; a resumed one may be longer."""
+    recipe = plan.recipe
+    stopping, ppo, steps = recipe.stopping, recipe.ppo, recipe.run.steps
+    waits = stopping.rule != "none" and stopping.warmup == "batches"
+    for key, last, what in (
+        ("ppo.critic_only_steps", ppo.critic_only_steps, "the actor learns nothing"),
+        ("ppo.lr_warmup_steps", ppo.lr_warmup_steps - 1, "the learning rate is never all of it"),
+        ("stopping.warmup_batches", stopping.warmup_batches * waits, "nothing is stopped"),
+    ):
+        if last >= steps:
+            plan.warnings.append(
+                f"{key}: {what} in run.steps = {steps}; lower it, or raise run.steps"
+            )
 
 
 def _memory(plan: RunPlan) -> None:

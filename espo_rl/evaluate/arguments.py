@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,14 +124,31 @@ def parse(
         parser.error("--limit must be at least 1")
     if options.vllm_args and (options.url or not options.vllm_args[0].startswith("-")):
         parser.error(f"unexpected arguments: {' '.join(options.vllm_args)}")
+    gym = [gym_name(source) is not None for source in options.data]
+    of_a_file = ("problem_column", "answer_column", "answer_pattern", "subset", "split")
     for given, what in (
+        *(
+            (
+                all(gym) and getattr(options, name) != parser.get_default(name),
+                f"--{name.replace('_', '-')} has no effect with reasoning-gym's problems",
+            )
+            for name in of_a_file
+        ),
+        (
+            options.subset
+            and all(
+                of or Path(source).is_file() for of, source in zip(gym, options.data, strict=True)
+            ),
+            "--subset has no effect with a file",
+        ),
         (options.system and not options.chat, "--system has no effect with --plain"),
         (
             options.pattern and options.grader != "regex",
             f"--pattern has no effect with --grader {options.grader}",
         ),
         (
-            options.gate is None and 0.0 <= (options.audit or math.nan) <= 1.0,
+            # One out of bounds is named with them.
+            options.gate is None and options.audit is not None and 0.0 <= options.audit <= 1.0,
             "--audit has no effect without --gate",
         ),
         (
@@ -254,4 +270,5 @@ def in_arguments(message: str) -> str:
         name = key.group(1).removeprefix("eval_")
         return "--" + ("data" if name in ("eval", "name") else name.replace("_", "-"))
 
+    message = message.replace("set task.chat = false", "give --plain")
     return re.sub(r"task\.(\w+)", argument, message)

@@ -33,9 +33,9 @@ from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, Report, Sampling
 from espo_rl.evaluate.results_folder import ResultsFolder
 from espo_rl.evaluate.table import as_dict, table
-from espo_rl.record.json_files import write_json
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.provenance import machine, versions
+from espo_rl.rollouts.chat_template import check_chat_template
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet, open_fleet
 from espo_rl.servers.server import ServerError
@@ -72,12 +72,9 @@ class Command:
             raise EvaluationError("\n".join(map(explain, error.errors()))) from error
         except (OSError, ValueError) as error:
             raise EvaluationError(str(error)) from error
-        if options.chat and tokenizer.chat_template is None:
-            raise EvaluationError(
-                f"--chat: the tokenizer of {options.model} has no chat template; give --plain"
-            )
         self.prompter = Prompter.of(tokenizer, self.recipe.task)
         try:
+            check_chat_template(tokenizer, self.recipe.task, options.model)
             self.grader = GraderPool(self.recipe.task)
         except RecipeError as error:
             raise EvaluationError(in_arguments(str(error))) from error
@@ -149,19 +146,18 @@ class Command:
 
     def finish(self, reports: dict[str, Report], seconds: float) -> bool:
         """Write results.json and show the table; whether nothing failed."""
-        path = self.folder.path / "results.json"
-        content = {
-            "results": {name: as_dict(report) for name, report in reports.items()},
-            "settings": self.folder.settings,
+        about = {
             "seconds": round(seconds, 1),  # of this command alone, when it resumed an earlier one
             "versions": versions(),
             "machine": machine(),
         }
-        write_json(path, content)
+        results = {name: as_dict(report) for name, report in reports.items()}
+        fewer = self.folder.write(results, about)
         # Where the output is no terminal, rich would press the table into 80 columns.
         wide = Console(highlight=False, width=None if self.console.is_terminal else 200)
         wide.print(table(self.options.model, reports))
-        self.say(f"results: {path}")
+        for line in (*fewer, f"results: {self.folder.path / 'results.json'}"):
+            self.say(line)
         errors = [error for report in reports.values() for error in report.errors]
         if errors:
             self.say(

@@ -65,6 +65,28 @@ class ResultsFolder:
                 + f"\ngive the same ones to go on with it, or another {flag}"
             )
 
+    def write(self, results: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+        """Write results.json: these results, and what it has of other data sets.
+
+        Returns:
+            the data sets of which it had more problems, in words.
+        """
+        file = self.path / "results.json"
+        try:
+            there = json.loads(file.read_bytes())["results"] if file.exists() else {}
+            had = {name: there[name]["problems"] for name in results if name in there}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{file} is damaged ({error}); remove it: the same command writes it anew"
+            ) from error
+        write_json(file, {"results": {**there, **results}, "settings": self.settings, **about})
+        return [
+            f"{name}: {number} problems were in results.json, {results[name]['problems']} are now; "
+            "the same command without --limit counts all again"
+            for name, number in had.items()
+            if number > results[name]["problems"]
+        ]
+
     def results(self, name: str, problems: Sequence[Problem]) -> ResultsFile:
         """The results of one data set, to be used as a context manager."""
         return ResultsFile(self.path / f"{name}.jsonl", problems)

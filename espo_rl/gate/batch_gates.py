@@ -22,7 +22,7 @@ from espo_gateway.stop.fit import Examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics
 from espo_gateway.stop.replay import estimated, gate_logits, stop_levels
-from espo_gateway.stop.rules import BETA, P_STAR, Gate, threshold_of, value_source
+from espo_gateway.stop.rules import P_STAR, Gate, threshold_of, value_source
 from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes, ShareThreshold
 from espo_gateway.stop.told import ASKED, Schedule, asked_below, in_order
 from espo_rl.config import Stopping
@@ -74,8 +74,6 @@ class StopController:
         self.z_quantiles: tuple[float, float, float] | None = None
         self._monitor = MonitorConfig(smoothing=config.smoothing, clip=config.clip)
         self._source = value_source(config.rule, config.value)
-        explained = config.warmup == "explained-variance" and self._source != "critic"
-        self._estimates = self._source == "stream" or (explained and config.rule != "none")
         self._sources = in_order(config.sources)
         self._free: SuccessEstimator | None = None
         self._below = 1.0
@@ -229,7 +227,7 @@ class StopController:
         elif expected is not None:
             self.explained_variance, self.free_variance = self._explained(known, expected)
         self.statistics = updated
-        if self._estimates:
+        if self.config.estimates:
             self._learn(known)
         self.history.add(with_outcome(usable), known.weights)
         self.warmup.update(critic_loss, self.explained_variance)
@@ -352,12 +350,7 @@ def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
     """The controller of the rule's threshold, by `config.threshold`."""
     rule, target = config.rule, config.target_share
     threshold = threshold_of(rule)
-    strictest, loosest = threshold.strictest, threshold.loosest
-    if threshold is BETA:
-        strictest, loosest = config.beta_max, config.beta_min
-    elif threshold is P_STAR:
-        loosest = config.p_star_max
-    low, high = threshold.level(strictest), threshold.level(loosest)
+    low, high = map(threshold.level, config.limits)
     if rule == "random":
         # Half a Newton step toward the share 1 - (1 - hazard)^length, as one batch's is noisy.
         step = -0.5 / ((1.0 - target) * math.log1p(-target))
@@ -365,7 +358,7 @@ def make_threshold(config: Stopping) -> ShareThreshold | AuditThreshold:
     if config.threshold == "audit":
         return AuditThreshold(config.bound, window=config.evidence, low=low, high=high)
     default = threshold.level(threshold.of(Gate()))
-    given = config.p_star if threshold is P_STAR else config.beta
+    _, given = config.start
     start = None if given is None else threshold.level(given)
     if config.threshold == "fixed":
         start = default if start is None else start

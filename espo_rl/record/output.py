@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,19 +18,22 @@ OF_A_RUN = (
     *("actor", "critic", "critic-config", "report.html"),
 )
 
+#: whose lock is had by the process that trains in a folder; nothing stands in it
+LOCK = "run.lock"
+
 
 class OutputError(ValueError):
     """What is there would be lost; the message names the setting and what to do."""
 
 
 def entries(folder: Path, setting: str) -> list[str]:
-    """The names in a folder; none where there is no folder yet.
+    """The names in a folder but for a run's lock; none where there is no folder yet.
 
     Raises:
         OutputError: it is a file, or cannot be read.
     """
     try:
-        return sorted(path.name for path in folder.iterdir())
+        return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -70,6 +75,25 @@ def json_with(*names: str) -> Callable[[Path], bool]:
 
 def is_run(folder: Path) -> bool:
     return any((folder / mark).exists() for mark in MARKS)
+
+
+def lock_run(folder: Path) -> None:
+    """Keep others from training in a folder until this process has ended. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Never closed here: however this process ends, the lock ends with it.
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise OutputError(
+            f"run.output: another process trains in {folder}: wait until it has ended, or choose "
+            "another run.output"
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"run.output: cannot use {folder} ({error.strerror}); choose another folder"
+        ) from error
 
 
 def remove_run(folder: Path) -> None:

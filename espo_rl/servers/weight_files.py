@@ -32,6 +32,10 @@ DTYPES = {
 }
 
 
+#: by which a file of ours is known, so that no other is written over
+MARK = {"__metadata__": {"made_by": "espo, on the way to servers"}}
+
+
 class FileTransfer:
     """A `WeightTransfer` by files, which works on any device and for one host or several.
 
@@ -105,7 +109,7 @@ def write_safetensors(
         }
     if len(header) != len(specs):
         raise ValueError("a name occurs twice among the tensors")
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(MARK | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
@@ -115,3 +119,10 @@ def write_safetensors(
         whole = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
         file.write(whole.flatten().view(torch.uint8).numpy().data)
     return 8 + len(text) + end
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one that `write_safetensors` wrote."""
+    with path.open("rb") as file:
+        start = json.dumps(MARK, separators=(",", ":"))[:-1].encode()
+        return file.read(8 + len(start))[8:] == start

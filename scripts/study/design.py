@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class StudyError(ValueError):
@@ -72,7 +72,7 @@ class Study(Table):
     baseline: str
     target: Annotated[float, Field(gt=0, lt=1)] | None = None
     seeds: Count = 3
-    first_seed: Annotated[int, Field(ge=0)] = 0
+    first_seed: Annotated[int, Field(ge=0, strict=True)] = 0
     settings: list[str] = []
     prepare: list[Preparation] = []
     methods: dict[str, Method]

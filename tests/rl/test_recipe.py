@@ -26,9 +26,13 @@ def test_every_shipped_recipe_holds(name: str) -> None:
 def test_overrides_take_toml_values_and_bare_words() -> None:
     recipe = load_recipe(
         "arithmetic",
-        ["run.seed=7", "ppo.learning_rate=1e-4", "stopping.rule=none", "run.output=runs/x y"],
+        [
+            *("run.seed=7", "ppo.learning_rate=1e-4", "ppo.clip_high=1"),
+            *("stopping.rule=none", "run.output=runs/x y", 'task.answer_tags=[["<a>", "</a>"]]'),
+        ],
     )
-    assert (recipe.run.seed, recipe.ppo.learning_rate) == (7, 1e-4)
+    assert (recipe.run.seed, recipe.ppo.learning_rate, recipe.ppo.clip_high) == (7, 1e-4, 1.0)
+    assert recipe.task.answer_tags == [("<a>", "</a>")]
     assert (recipe.stopping.rule, str(recipe.run.output)) == ("none", "runs/x y")
 
 
@@ -96,6 +100,25 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
             ["extra.gradient_clipping", "ppo.max_grad_norm"],
         ),
         (['servers.policy_urls=["http://a:1", "http://a:1/"]'], ["policy_urls", "twice"]),
+        (["stopping.min_tokens=161"], ["stopping.min_tokens = 161", "rollout.max_tokens = 160"]),
+        (
+            ['stopping.sources=["probe"]', "stopping.ask_every=161"],
+            ["stopping.ask_every = 161", "rollout.max_tokens = 160"],
+        ),
+        # What a controller would move at once.
+        (["stopping.threshold=share", "stopping.p_star=0.9"], ["p_star = 0.9", "1e-06 to 0.5"]),
+        (
+            ["stopping.rule=value-gated", "stopping.threshold=share", "stopping.beta=100"],
+            ["beta = 100", "0.5 to 20", "fixed"],
+        ),
+        (
+            ["stopping.rule=length", "stopping.threshold=share", "stopping.beta=0.5"],
+            ["beta = 0.5", "1 to 1.04858e+06"],
+        ),
+        # Seeds of a step that would be those of the next one, with what is asked again.
+        (["rollout.prompts_per_step=65536", "rollout.n=2"], ["prompts_per_step = 65,536", "n = 2"]),
+        (["rollout.n=1366"], ["n = 1,366", "21,845"]),
+        (["rollout.n=456", "rollout.dynamic_sampling=true"], ["n = 456", "7,281"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_named_with_the_fix(
@@ -150,6 +173,21 @@ IDLE = [
     (["stopping.warmup=none", "stopping.warmup_batches=9"], "stopping.warmup_batches"),
     (["stopping.warmup_share=0.5"], "stopping.warmup_share"),
     (["stopping.warmup_explained=0.5"], "stopping.warmup_explained"),
+    (["stopping.value=critic"], "stopping.value"),  # p* is of the stream's estimate
+    (["stopping.rule=surprise", "stopping.value=constant"], "stopping.value"),
+    (["stopping.rule=random", "stopping.threshold=fixed"], "stopping.threshold"),
+    (["stopping.rule=regret-only", "stopping.window=3"], "stopping.window"),
+    (["stopping.rule=length", "stopping.beta_max=300"], "stopping.beta_max"),
+    (["ppo.advantage=group", "ppo.whiten=false"], "ppo.whiten"),
+    (["servers.critic_vllm_args=['--x']"], "servers.critic_vllm_args"),
+    (["task.grader_workers=3"], "task.grader_workers"),
+    (["task.grader_timeout=3"], "task.grader_timeout"),
+    (["task.grader=my:own", "task.answer_tags=[]"], "task.answer_tags"),
+    (["task.kind=dataset", f"task.train={__file__}", "task.subset=main"], "task.subset"),
+    (
+        ["task.kind=dataset", "task.train=a/b", f"task.eval={__file__}", "task.eval_subset=main"],
+        "task.eval_subset",
+    ),
 ]
 
 
@@ -182,6 +220,12 @@ def test_a_file_is_held_to_the_same(tmp_path: Path) -> None:
         ("arithmetic-mixed", ["task.kind=dataset", "task.train=a.jsonl"]),
         # A default that is said does no harm.
         ("arithmetic", ["stopping.beta_step=0.1", "ppo.kl_place=loss"]),
+        ("arithmetic", ["stopping.rule=random", "stopping.threshold=share"]),
+        # In tokens, as far as nothing moves it.
+        ("arithmetic", ["stopping.rule=length", "stopping.threshold=fixed", "stopping.beta=300"]),
+        # A critic that only a source asks has what a critic has.
+        ("arithmetic", ["ppo.advantage=group", "ppo.lam=0.9", 'stopping.sources=["critic"]']),
+        ("arithmetic", ["task.kind=dataset", "task.train=a/b", "task.subset=main"]),
     ],
 )
 def test_what_is_switched_off_later_is_idle_on_purpose(recipe: str, overrides: list[str]) -> None:
@@ -251,6 +295,15 @@ def test_no_whole_number_is_negative(key: str) -> None:
         (f"rollout.timeout={1e10}", "rollout.timeout"),  # no timer waits for so long
         ("ppo.weight_decay=-0.1", "ppo.weight_decay"),
         ("stopping.right_lost=1e-320", "stopping.right_lost"),
+        ("stopping.p_star_max=1e-6", "stopping.p_star_max"),  # the strictest: nothing lies below
+        # What another type could be read as.
+        ("rollout.n=true", "rollout.n"),
+        ("rollout.n='8'", "rollout.n"),
+        ("rollout.temperature=true", "rollout.temperature"),
+        ("run.seed=false", "run.seed"),
+        ("task.steps=[true]", "task.steps"),
+        ("model.liger='yes'", "model.liger"),
+        ("model.liger=1", "model.liger"),
         ("servers.policy_servers=100000", "servers.policy_servers"),
         ("servers.policy_urls=['http://127.0.0.1:99999']", "servers.policy_urls"),
         ("servers.policy_urls=['http://127.0.0.1:0']", "servers.policy_urls"),
@@ -295,7 +348,7 @@ def test_rewards_at_the_edge_fit_a_gate(edge: float) -> None:
     [
         ([], True),
         (["ppo.advantage=group"], False),
-        (["ppo.advantage=group", "stopping.value=critic"], False),  # p* reads no critic
+        (["ppo.advantage=group", "stopping.value=critic", "stopping.rule=surprise"], False),
         (["ppo.advantage=group", "stopping.value=critic", "stopping.rule=value-gated"], True),
     ],
 )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from espo_rl.checkpoints import FORMAT, CheckpointError, CheckpointStore
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.loop import Loop
+from espo_rl.ppo.parameters import TensorSpec
 from espo_rl.ppo.trainer import PpoTrainer
-from espo_rl.record.output import OF_A_RUN, OutputError, remove_run
+from espo_rl.record.output import OF_A_RUN, OutputError, lock_run, remove_run
 from espo_rl.resumption import FIXED, FREE, fixed, starting_point
+from espo_rl.servers.weight_files import write_safetensors
 from tests.helpers.models import random_checkpoint
 from tests.helpers.trainer import Paths, make_models, make_rollouts, recipe_of
 
@@ -98,10 +103,22 @@ def test_an_occupied_folder_is_refused_and_left_as_it_is(
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("every", [0, 20])
-def test_steps_that_no_checkpoint_holds_are_not_thrown_away(tmp_path: Path, every: int) -> None:
-    run_there(tmp_path, steps=25)
-    with pytest.raises(RecipeError, match="25 steps"):
+@pytest.mark.parametrize(
+    ("steps", "every", "recipe"),
+    [
+        (25, 0, "recipe.json"),
+        (25, 20, "recipe.json"),
+        (25, 1000, "recipe.json"),  # by the run's own recipe five were due
+        (4, 2, "recipe.json"),
+        (4, 5, "of_another_version.json"),
+    ],
+)
+def test_steps_that_no_checkpoint_holds_are_not_thrown_away(
+    tmp_path: Path, steps: int, every: int, recipe: str
+) -> None:
+    run_there(tmp_path, steps=steps)
+    (tmp_path / "recipe.json").rename(tmp_path / recipe)
+    with pytest.raises(RecipeError, match=f"{steps} steps"):
         starting_point(recipe_with(tmp_path, f"checkpoints.every={every}"), "auto", overwrite=False)
 
 
@@ -164,6 +181,31 @@ def test_a_checkpoint_is_not_overwritten_by_what_goes_on_from_it(tmp_path: Path)
         starting_point(recipe_with(tmp_path), named, overwrite=True)
 
 
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    lock_run(output)
+    with pytest.raises(OutputError, match="another process trains in"):
+        lock_run(output)
+    # A lock alone is no run, and nothing that would be lost.
+    assert starting_point(recipe_with(output), None, overwrite=False) is None
+    remove_run(output)
+    with pytest.raises(OutputError, match="another process trains in"):
+        lock_run(output)
+
+
+def test_only_weights_on_their_way_are_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    recipe = recipe_with(tmp_path / "out", f"servers.weights_path={file}")
+    assert starting_point(recipe, None, overwrite=False) is None
+    with file.open("wb") as opened:
+        write_safetensors(opened, [TensorSpec("w", torch.float32, (2,))], [("w", torch.ones(2))])
+    assert load_file(file)["w"].tolist() == [1.0, 1.0]
+    assert starting_point(recipe, None, overwrite=False) is None
+    save_file({"w": torch.ones(2)}, file)  # a trained model, perhaps
+    with pytest.raises(RecipeError, match=r"servers\.weights_path: .* is there and no file of"):
+        starting_point(recipe, None, overwrite=True)
+
+
 def test_only_what_a_run_wrote_is_removed(tmp_path: Path) -> None:
     run_there(tmp_path, steps=7, checkpoints=(5,))
     for name in ("actor", "logs", "notes"):
@@ -200,6 +242,10 @@ OTHER = {
     "model.lora_rank": "4",
     "model.lora_alpha": "2.0",
     "model.lora_targets": '["q_proj"]',
+    "task.grader": "math",
+    "task.pattern": "is (.*)",
+    "rollout.max_tokens": "200",
+    "rollout.n": "4",
     "stopping.audit_share": "0.2",
     "deepspeed.zero_stage": "1",
     "deepspeed.extra": "{wall_clock_breakdown = true}",
@@ -228,22 +274,40 @@ def test_every_key_of_the_table_is_a_recipes() -> None:
 @pytest.mark.parametrize("key", OTHER)
 def test_what_must_not_change_is_refused_by_name(tmp_path: Path, key: str) -> None:
     run_there(tmp_path, steps=6, checkpoints=(5,))
-    # What else is said of adapters needs some.
-    rank = ["model.lora_rank=4"] if key.startswith("model.lora") else []
-    changed = recipe_with(tmp_path, *rank, f"{key}={OTHER[key]}")
+    # What else is said of adapters, or of a pattern, needs some.
+    needed = {"model.lora": ["model.lora_rank=4"], "task.pattern": ["task.grader=regex"]}
+    more = next((more for start, more in needed.items() if key.startswith(start)), [])
+    changed = recipe_with(tmp_path, *more, f"{key}={OTHER[key]}")
     with pytest.raises(RecipeError) as error:
         starting_point(changed, "auto", overwrite=False)
     assert f"  {key} = " in str(error.value)
     assert "step-00000005" in str(error.value)
 
 
-def test_a_critic_that_was_not_trained_is_refused(tmp_path: Path) -> None:
-    output, group = tmp_path / "out", "ppo.advantage=group"
-    store = CheckpointStore(output / "checkpoints")
-    store.save(5, {"recipe": recipe_with(output, group)}, lambda folder: None)
-    assert starting_point(recipe_with(output, group), "auto", overwrite=False)
-    with pytest.raises(RecipeError, match=r"ppo\.advantage = 'gae': it needs a critic"):
-        starting_point(recipe_with(output), "auto", overwrite=False)
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        (["ppo.advantage=group"], [], "ppo.advantage = 'gae'"),
+        (
+            ["ppo.baseline=probe", 'stopping.sources=["probe"]'],
+            ['stopping.sources=["probe"]'],
+            "ppo.baseline = 'critic'",
+        ),
+        (
+            ["ppo.advantage=group"],
+            ["ppo.advantage=group", 'stopping.sources=["critic"]'],
+            "stopping.sources = ['critic']",
+        ),
+    ],
+)
+def test_a_critic_that_was_not_trained_is_refused(
+    tmp_path: Path, before: list[str], now: list[str], named: str
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(5, {"recipe": recipe_with(tmp_path, *before)}, lambda folder: None)
+    assert starting_point(recipe_with(tmp_path, *before), "auto", overwrite=False)
+    with pytest.raises(RecipeError, match=re.escape(f"  {named}: it needs a critic")):
+        starting_point(recipe_with(tmp_path, *now), "auto", overwrite=False)
 
 
 def test_a_checkpoint_has_its_ranks_and_its_step(
@@ -279,7 +343,7 @@ def test_a_damaged_checkpoint_is_said_before_anything(tmp_path: Path) -> None:
 
 
 def test_free_keys_are_free() -> None:
-    for key in ("run.steps", "ppo.learning_rate", "rollout.n", "task.grader", "stopping.rule"):
+    for key in ("run.steps", "ppo.learning_rate", "task.grader_workers", "stopping.rule"):
         assert fixed(key) is None
     assert fixed("task.train")
     assert fixed("task.any_that_will_come")
@@ -359,9 +423,8 @@ def saved(base: Path, output: Path, *overrides: str) -> tuple[Loop, Path]:
         ("ppo.learning_rate=1e-3", True, False),
         ("run.steps=99", False, False),
         ("checkpoints.keep=7", False, False),
-        ("rollout.temperature=0.5", True, False),
-        ("rollout.n=3", True, False),
-        ("task.grader_timeout=3.0", True, False),
+        ("rollout.concurrency=8", True, False),
+        ("rollout.temperature=0.5", True, True),
         ("stopping.window=3", True, True),
         ("stopping.rule=regret-only", True, True),
         ("ppo.wrong_reward=0.0", True, True),

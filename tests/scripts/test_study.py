@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,24 @@ def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
     paths = draw_all(done, tmp_path / "plots")
     assert [path.stem for path in paths] == list(PLOTS)
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_results_of_more_runs_are_not_replaced(
+    done: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "draw_all", lambda study, folder: [])
+    file = done.output / "results.json"
+    reproduce.write(done)
+    before = file.read_bytes()
+    for fewer in (done.only(["espo"]), done.with_seeds(1)):
+        with pytest.raises(StudyError, match="lack, such as "):
+            reproduce.write(fewer)
+        assert file.read_bytes() == before
+        assert "| ESPO |" in capsys.readouterr().out
+    shutil.rmtree(next(iter(done.runs())).folder)
+    with pytest.raises(StudyError, match="1 runs that these results lack, such as ppo, seed 0"):
+        reproduce.write(done)
+    assert file.read_bytes() == before
 
 
 def test_no_two_methods_look_alike() -> None:

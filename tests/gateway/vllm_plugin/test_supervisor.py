@@ -233,6 +233,25 @@ async def test_the_cause_is_shown_though_it_stands_far_above_the_end(tmp_path: P
         )
 
 
+async def test_a_log_keeps_what_an_earlier_server_said(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        with pytest.raises(ServerStartError) as error:
+            await ServerProcess.start(
+                [sys.executable, "-c", f"raise SystemExit('{word}Error: cause')"],
+                log_path=tmp_path / "log",
+                ready_url=f"http://127.0.0.1:{free_port()}/",
+                name="critic",
+                timeout=60,
+            )
+        # Only its own words are told.
+        assert str(error.value).endswith(f"log:\n{word}Error: cause")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.partition(" started ")[0] for line in lines] == [
+        *("-- critic", "firstError: cause"),
+        *("-- critic", "secondError: cause"),
+    ]
+
+
 async def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ServerStartError, match="cannot start no-such-program"):
         await ServerProcess.start(

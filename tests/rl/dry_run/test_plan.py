@@ -44,6 +44,26 @@ def test_stale_tokens_that_cannot_be_weighted_are_warned_of(
         assert make_plan(recipe_with("rollout.schedule=refill", known), LAPTOP).warnings == []
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["ppo.critic_only_steps=40"], "ppo.critic_only_steps: the actor learns nothing"),
+        (["ppo.critic_only_steps=39"], None),
+        (["ppo.lr_warmup_steps=41"], "ppo.lr_warmup_steps: the learning rate"),
+        (["ppo.lr_warmup_steps=40"], None),
+        (["stopping.warmup_batches=40"], "stopping.warmup_batches: nothing is stopped"),
+        (["run.steps=4"], "stopping.warmup_batches: nothing is stopped"),
+        (["run.steps=4", "stopping.rule=none"], None),
+    ],
+)
+def test_what_begins_after_the_last_step_is_warned_of(
+    recipe_with: Callable[..., Recipe], overrides: list[str], said: str | None
+) -> None:
+    warnings = make_plan(recipe_with(*overrides), LAPTOP).warnings
+    late = [warning for warning in warnings if "run.steps" in warning]
+    assert [warning.startswith(said or "-") for warning in late] == ([True] if said else [])
+
+
 def test_all_that_is_wrong_is_said_at_once(
     recipe_with: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -92,7 +112,7 @@ def test_a_model_without_a_chat_template(
     tokenizer.chat_template = None
     save_checkpoint(make_model(), tokenizer, tmp_path / "plain")
     overrides = [f"model.path={tmp_path / 'plain'}"]
-    assert "set task.chat=false" in only_error(make_plan(recipe_with(*overrides), LAPTOP))
+    assert "set task.chat = false" in only_error(make_plan(recipe_with(*overrides), LAPTOP))
     assert make_plan(recipe_with(*overrides, "task.chat=false"), LAPTOP).errors == []
 
 

@@ -118,13 +118,31 @@ async def test_failed_samples_are_shown_and_asked_again(
     assert [sample["text"] for sample in last["samples"]] == ["2+#1#0", "2+#1#7"]
 
 
-async def test_more_problems_go_on_with_those_there(arguments: list[str], tmp_path: Path) -> None:
+async def test_results_of_other_data_sets_stay(
+    arguments: list[str], data: Path, tmp_path: Path
+) -> None:
+    await run(arguments, answering(ANSWERS))
+    sums = results(tmp_path)["results"]["sums"]
+    other = data.rename(tmp_path / "other.jsonl")  # noqa: ASYNC240
+    await run([*arguments, "--data", str(other)], answering(ANSWERS))
+    assert results(tmp_path)["results"].keys() == {"sums", "other"}
+    assert results(tmp_path)["results"]["sums"] == sums
+    (tmp_path / "out" / "results.json").write_text("{}")
+    with pytest.raises(EvaluationError, match=r"results\.json is damaged"):
+        await run([*arguments, "--data", str(other)], answering(ANSWERS))
+
+
+async def test_more_problems_go_on_with_those_there(
+    arguments: list[str], tmp_path: Path, capsys: Any
+) -> None:
     await run([*arguments, "--limit", "2"], answering(ANSWERS))
     assert results(tmp_path)["results"]["sums"]["problems"] == 2
     server = await run(arguments, answering(ANSWERS))
     assert sorted(map(place, asked(server))) == [(2, 0), (2, 1)]
+    capsys.readouterr()
     assert asked(await run([*arguments, "--limit", "1"], answering(ANSWERS))) == []
     assert results(tmp_path)["results"]["sums"]["problems"] == 1
+    assert "sums: 3 problems were in results.json, 1 are now" in capsys.readouterr().out
 
 
 async def test_half_a_line_is_forgotten(arguments: list[str], tmp_path: Path) -> None:
@@ -277,6 +295,22 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
         (["--plain", "--system", "s"], "--system has no effect with --plain"),
         (["--pattern", "is (.*)"], "--pattern has no effect with --grader"),
         (["--audit", "0.5"], "--audit has no effect without --gate"),
+        (["--audit", "0"], "--audit has no effect without --gate"),
+        (["--subset", "main"], "--subset has no effect with a file"),
+        *(
+            (
+                ["--data", "reasoning-gym:leg_counting", "--limit", "2", flag, "(.*)"],
+                f"{flag} has no effect with reasoning-gym's problems",
+            )
+            for flag in (
+                *("--problem-column", "--answer-column", "--answer-pattern"),
+                *("--subset", "--split"),
+            )
+        ),
+        (
+            ["--chat-template-kwargs", '{"enable_thinkin": false}'],
+            "--chat-template-kwargs: the chat template of",
+        ),
         (["--url", "http://127.0.0.1:1", "--dtype", "float32"], "--dtype has no effect"),
         (["--data", "reasoning-gym:leg_counting"], "say how many with --limit"),
         (["--data", "reasoning-gym:leg_county", "--limit", "2"], "--data = 'leg_county': no such"),
