@@ -96,7 +96,7 @@ class StreamStatistics:
     )
 
     def __init__(self, prompt_tokens: int) -> None:
-        self._prompt = math.sqrt(prompt_tokens)
+        self._prompt = math.sqrt(max(prompt_tokens, 0))
         self._position = self._above_1 = self._above_3 = 0
         self._regret_fast = self._regret_slow = self._regret_sum = self._regret_max = 0.0
         self._surprise_fast = self._surprise_slow = self._surprise_sum = self._surprise_max = 0.0
@@ -107,6 +107,8 @@ class StreamStatistics:
         self._position += 1
         if regret is None or surprise is None:
             return
+        if surprise < 0.0:  # some servers round a probability to above 1
+            surprise = 0.0
         self._regret_fast = _FAST * self._regret_fast + (1.0 - _FAST) * regret
         self._regret_slow = _SLOW * self._regret_slow + (1.0 - _SLOW) * regret
         self._regret_sum += regret
@@ -189,7 +191,7 @@ def feature_blocks(
     for tokens in token_blocks(regrets.shape):
         regret, surprise = regrets[:, tokens].T, -logprobs[:, tokens].T
         missing = unknown[:, tokens].T
-        regret, surprise = (np.where(missing, 0.0, x) for x in (regret, surprise))
+        regret, surprise = (np.where(missing, 0.0, np.maximum(x, 0.0)) for x in (regret, surprise))
         moved = np.empty((len(regret), *state.shape))
         added(regret, surprise, moved)
         keep: Iterable[Array] = repeat(decays)
@@ -198,7 +200,7 @@ def feature_blocks(
             moved[np.broadcast_to(missing[:, None], moved.shape)] = 0.0
         state = recurrence(keep, moved, state)
         out = np.empty((len(FEATURES), *regret.shape))
-        out[0] = np.sqrt(prompt_tokens)
+        out[0] = np.sqrt(np.maximum(prompt_tokens, 0.0))
         out[14] = np.arange(tokens.start + 1.0, tokens.stop + 1.0)[:, None]
         out[1] = np.sqrt(out[14])
         for place, k in ((2, 0), (3, 1), (8, 5), (9, 6), (12, 8), (13, 9)):

@@ -111,7 +111,7 @@ def gate_to_dict(gate: Gate) -> dict[str, Any]:
 def _checked(cls: type[T], data: bytes, where: str) -> T:
     try:
         plain = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"not valid JSON: {error}") from error
     _check_names(cls, plain, where)
     try:

@@ -19,6 +19,9 @@ Array = NDArray[np.float64]
 #: A logprob below this is a placeholder, not a number: servers send -9999 for a missing entry.
 MISSING_LOGPROB = -9000.0
 
+#: Longer than any stream: a larger number of tokens in a gate is a mistake.
+MOST_TOKENS = 2**31 - 1
+
 #: Numbers of an array that are worked on at once: a few such arrays stay in a processor's cache.
 BLOCK = 2**14
 

@@ -19,7 +19,13 @@ import numpy as np
 
 from espo_gateway.stop.estimate import SuccessEstimator, sigmoid
 from espo_gateway.stop.recorded import Recorded
-from espo_gateway.stop.regret import Array, MonitorConfig, RegretStatistics, moving_average
+from espo_gateway.stop.regret import (
+    MOST_TOKENS,
+    Array,
+    MonitorConfig,
+    RegretStatistics,
+    moving_average,
+)
 from espo_gateway.stop.told import ASKED, Schedule, SourceName
 from espo_gateway.stop.tracks import (
     MeanSurprise,
@@ -374,8 +380,10 @@ class Gate:
         if not 0.0 <= self.hazard <= 1.0:
             raise ValueError(f"hazard must lie in [0, 1], not {self.hazard}")
         for name in ("confidence_window", "confidence_top_k", "min_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST_TOKENS:
+                raise ValueError(
+                    f"{name} must lie between 1 and {MOST_TOKENS}, not {getattr(self, name)}"
+                )
         if self.needs_estimator and self.estimator is None:
             raise ValueError(f"rule {self.rule!r} with value {self.value!r} needs an estimator")
         if self.free is not None and self.free.asks:

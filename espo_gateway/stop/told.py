@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from espo_gateway.stop.regret import Array
+from espo_gateway.stop.regret import MOST_TOKENS, Array
 
 SourceName = Literal["history", "critic", "probe"]
 
@@ -91,10 +91,10 @@ class Schedule:
     below: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every must not be negative, not {self.every}")
-        if not self.growth >= 0.0:
-            raise ValueError(f"growth must not be negative, not {self.growth}")
+        if not 0 <= self.every <= MOST_TOKENS:
+            raise ValueError(f"every must lie between 0 and {MOST_TOKENS}, not {self.every}")
+        if not 0.0 <= self.growth <= 100.0:
+            raise ValueError(f"growth must lie between 0 and 100, not {self.growth}")
         if not 0.0 < self.below <= 1.0:
             raise ValueError(f"below must lie in (0, 1], not {self.below}")
 

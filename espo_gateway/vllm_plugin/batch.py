@@ -123,7 +123,7 @@ class Batch:
         moved = moving.take(known, axis=1)
         with np.errstate(invalid="ignore", over="ignore"):
             regrets = tops - logprobs
-            taken = self._moved(moved, own, regrets, -logprobs)
+            taken = self._moved(moved, own, regrets, np.maximum(-logprobs, 0.0))
         # Where the largest is less than the sampled, or no number, the watch looks closer.
         taken &= (logprobs > MISSING_LOGPROB) & (logprobs <= tops) & (tops < math.inf)
         taken &= known >= 0

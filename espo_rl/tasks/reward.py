@@ -12,16 +12,14 @@ from espo_rl.types import EndReason, Rollout
 async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe) -> None:
     """Give rollouts their outcome, where it can be known, and their reward.
 
-    One that cannot be graded becomes an error; an audited one then counts as not audited, as the
-    sample is as good as that of any other stopped one. One that the grader hangs over is wrong.
+    One that cannot be graded becomes an error, an audited one too: as merely stopped it might leave
+    its prompt without any that is finished. One that the grader hangs over is wrong.
     """
     known = [rollout for rollout in rollouts if not rollout.stopped or rollout.audited]
     grades = await graders.grade([(rollout.answer, rollout.problem) for rollout in known])
     scores = {}
     for rollout, grade in zip(known, grades, strict=True):
-        if grade.score is None and rollout.audited:
-            rollout.audited = False
-        elif grade.score is None:
+        if grade.score is None:
             rollout.end, rollout.error = EndReason.ERROR, grade.error
         else:
             rollout.correct = grade.correct

@@ -101,6 +101,14 @@ def test_numbers_of_numpy_are_written() -> None:
         ({"rule": "random", "hazard": 2}, "hazard", r"must lie in \[0, 1\]"),
         ([], None, "must be a JSON object"),
         ({"monitor": 3}, "monitor", "an object"),
+        (
+            {"confidence_window": 10**20},
+            "confidence_window",
+            "valid integer|must lie between 1 and",
+        ),
+        ({"confidence_window": 2**40}, "confidence_window", "must lie between 1 and"),
+        ({"schedule": {"every": 96, "growth": 1e308}}, "schedule.growth", "between 0 and 100"),
+        ({"schedule": {"every": 2**40}}, "schedule.every", "must lie between 0 and"),
     ],
 )
 def test_a_bad_gate_names_the_field(gate: Any, field: str | None, message: str) -> None:
@@ -127,6 +135,11 @@ def test_a_rule_that_asks_no_critic_needs_none() -> None:
     assert not gate_from_json(data, has_critic=False).needs_critic
 
 
+def test_what_is_nested_too_deep_is_no_gate() -> None:
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        gate_from_json(b"[" * 100_000, has_critic=False)
+
+
 def test_a_control_replaces_only_what_it_names() -> None:
     gate = Gate(rule="value-gated", beta=3.0, epsilon=0.1)
     control = control_from_json({"beta": 2, "constant": 0.5, "hazard": 0.1, "min_tokens": 9})
@@ -134,7 +147,7 @@ def test_a_control_replaces_only_what_it_names() -> None:
         rule="value-gated", beta=2.0, epsilon=0.1, constant=0.5, hazard=0.1, min_tokens=9
     )
     assert control_from_json(None) == Control()
-    with pytest.raises(InvalidRequest, match="min_tokens must be at least 1"):
+    with pytest.raises(InvalidRequest, match="min_tokens must lie between 1 and"):
         control_from_json({"min_tokens": 0}).applied(gate)
 
 

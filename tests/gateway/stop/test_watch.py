@@ -19,6 +19,7 @@ from espo_gateway.stop.estimate import (
     StreamStatistics,
     SuccessEstimator,
     feature_blocks,
+    sigmoid,
 )
 from espo_gateway.stop.recorded import Recorded, pad
 from espo_gateway.stop.regret import (
@@ -380,6 +381,19 @@ def test_the_length_rule_counts_all_tokens_and_decides_only_at_known_ones() -> N
     verdicts = [watch.push(*pair) for pair in stream]
     assert verdicts == [Verdict.GO] * 6 + [Verdict.STOP]
     assert first_stops(watch.gate, recorded([stream])).tolist() == [watch.cut] == [7]
+
+
+def test_a_logprob_that_was_rounded_above_0_is_one_of_0() -> None:
+    estimator = SuccessEstimator(weights=(0.1,) * len(FEATURES), bias=0.0)
+    gate = Gate(rule="success-probability", estimator=estimator, p_star=0.5)
+    rows: list[Row] = [[(above, above) for above in (1e-7, 0.0)] for _ in range(2)]
+    watch, none = Watch(gate, -1), Watch(gate, 0)
+    for pair in rows[0]:
+        watch.push(*pair)
+        none.push(0.0, 0.0)
+    assert watch.look() == none.look()
+    logits = estimated(estimator, recorded(rows, prompt_tokens=0))
+    assert sigmoid(logits[0, -1]) == watch.estimate
 
 
 @given(streams, st.integers(1, 500))

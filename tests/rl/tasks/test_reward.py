@@ -35,17 +35,18 @@ async def test_an_answer_that_the_grader_hangs_over_is_wrong_and_counted() -> No
     texts = ["fine", "hang", "raise", "wrong"]
     rollouts = [answered(text, seed) for seed, text in enumerate(texts)]
     rollouts.append(answered("hang", 4, end=EndReason.EARLY_STOP, audited=True))
+    rollouts.append(answered("raise", 5, end=EndReason.EARLY_STOP, audited=True))
     await scored(rollouts, grader="tests.helpers.user_graders:as_told", grader_timeout=2.0)
     batch = Batch(1, 0, Gate())
-    batch.ask([rollouts[0].problem], 5, ["enforce"] * 5)
+    batch.ask([rollouts[0].problem], 6, ["enforce"] * 6)
     for rollout in rollouts:
         batch.put(rollout)
-    assert [rollout.correct for rollout in rollouts] == [True, False, None, False, False]
-    assert [rollout.reward for rollout in rollouts] == [1.0, -1.0, 0.0, -1.0, -3.0]
+    assert [rollout.correct for rollout in rollouts] == [True, False, None, False, False, None]
+    assert [rollout.reward for rollout in rollouts] == [1.0, -1.0, 0.0, -1.0, -3.0, 0.0]
     assert rollouts[4].audited
     # Only where the grader failed is another sampled; by hanging nothing can be gained.
     batch.ask_failed_again(2)
-    assert batch.resampled == 1
+    assert batch.resampled == 2
     metrics = rollout_metrics(batch.all, tokens=15, audit_share=0.5, weights_version="step-0")
     assert metrics["grader_timeouts"] == 2
 
