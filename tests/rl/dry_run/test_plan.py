@@ -156,7 +156,12 @@ def test_lengths(
     ("override", "machine", "ranks", "said"),
     [
         ('servers.vllm_args=["--port", "80"]', LAPTOP, 1, "--port is set by the run"),
-        ('servers.critic_vllm_args=["--host=0"]', LAPTOP, 1, "critic_vllm_args: --host"),
+        (
+            'stopping.rule=value-gated;stopping.value=critic;servers.critic_vllm_args=["--host=0"]',
+            LAPTOP,
+            1,
+            "critic_vllm_args: --host",
+        ),
         ('servers.vllm_args=["-tp", "3"]', EIGHT, 1, "3 does not divide the model's 4 attention"),
         ("run.seed=0", EIGHT, 9, "9 ranks on 8 GPUs"),
         ("servers.weight_transfer=ipc", LAPTOP, 1, "from GPU to GPU, and there is none"),
@@ -168,7 +173,7 @@ def test_lengths(
 def test_settings_that_cannot_work(
     recipe_with: Callable[..., Recipe], override: str, machine: Machine, ranks: int, said: str
 ) -> None:
-    plan = make_plan(recipe_with(override), machine, ranks)
+    plan = make_plan(recipe_with(*override.split(";")), machine, ranks)
     assert any(said in error for error in plan.errors), plan.errors
 
 
