@@ -7,7 +7,8 @@ it: about the same memory however long rollouts are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import crossings
 from espo_gateway.stop.rules import Gate, threshold_of
-from espo_gateway.stop.told import SourceName
+from espo_gateway.stop.told import TOLD, SourceName
 from espo_gateway.traces.cross_fit import (
     UNFITTED,
     CalibrationError,
@@ -56,6 +57,65 @@ class Judgement:
     rehearsed: Array
     looked_at: Array
     asked: NDArray[np.int32] | None = None
+
+    def undecided(self, rollouts: int) -> Judgement:
+        """The same rule over so many that carry nothing of what it needs."""
+        thresholds = self.cuts.shape[1]
+        never = np.full(rollouts, np.inf)
+        return dataclasses.replace(
+            self,
+            cuts=np.zeros((rollouts, thresholds), np.int32),
+            levels=never,
+            rehearsed=never,
+            looked_at=np.full((rollouts, len(LOOKS)), np.nan),
+            asked=None if self.asked is None else np.zeros((rollouts, thresholds), np.int32),
+        )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What rollouts carry.
+
+    keys: of their prompts, [rollouts]. told: of each of what some rules need beside the tokens, how
+    many rollouts have any.
+    """
+
+    keys: NDArray[np.uint32]
+    told: Counter[str]
+
+    @classmethod
+    def of(cls, parts: Iterable[Survey]) -> Survey:
+        parts = list(parts)
+        keys = np.concatenate([np.empty(0, np.uint32), *(part.keys for part in parts)])
+        return cls(keys, sum((part.told for part in parts), Counter[str]()))
+
+    @property
+    def sources(self) -> tuple[SourceName, ...]:
+        """Those that estimators may read; critics have rules of their own."""
+        return tuple(name for name in TOLD if name != "critic" and self.told[name])
+
+    def warnings(self) -> list[str]:
+        """Where rules are judged on rollouts of which they know nothing."""
+        every = self.keys.size
+        return [
+            f"{every - some:,} of {every:,} rollouts carry nothing of {name!r}: rules that need it "
+            "are judged on them, too, and stop none; to see what it tells, replay the others alone"
+            for name, some in self.told.items()
+            if some < every
+        ]
+
+
+def survey(traces: Traces) -> Survey:
+    """Of some rollouts."""
+    recorded = traces.recorded
+    told: Counter[str] = Counter()
+    for source in TOLD:
+        answers = recorded.told([source])
+        assert answers is not None
+        told[source] = int(np.isfinite(answers.sum(axis=-1)).any(axis=1).sum())
+    if recorded.confidences is not None:
+        told["confidence"] = int(np.isfinite(recorded.confidences).any(axis=1).sum())
+    return Survey(traces.keys, +told)
 
 
 @dataclass
@@ -118,11 +178,11 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
 
     Raises:
         CalibrationError: no rollout was generated to its end and has an outcome, all have the same
-            one, of those that were cut none was audited, or only some have a column.
+            one, or of those that were cut none was audited.
     """
     cut = spared = count = left_out = 0
     parts: list[Part] = []
-    made: dict[str, Gate] = {}
+    made: dict[str, Judgement] = {}
     for part in read(partial(judge, learnt, told)):
         count += part.count
         cut += part.cut
@@ -130,13 +190,7 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
         left_out += part.count - len(part.columns["keys"])
         if not part.judgements:
             continue
-        if made and part.judgements.keys() != made.keys():
-            differing = ", ".join(sorted(part.judgements.keys() ^ made.keys()))
-            raise CalibrationError(
-                f"only some of the rollouts carry what these rules need: {differing}; "
-                "replay them apart"
-            )
-        made = {name: judgement.gate for name, judgement in part.judgements.items()}
+        made = {**part.judgements, **made}
         parts.append(part)
     check_spared(cut, spared, count)
     if not made:
@@ -161,14 +215,19 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
         weights=np.where(whole["spared"], spared_weight(cut, spared), 1.0),
     )
     rules = {}
-    for name in made:
-        found = [part.judgements.pop(name) for part in parts]
+    for name, first in made.items():
+        found = [
+            part.judgements.pop(name)
+            if name in part.judgements
+            else first.undecided(len(part.columns["keys"]))
+            for part in parts
+        ]
         columns: dict[str, Any] = {
             column: np.concatenate([getattr(each, column) for each in found])
             for column in ("cuts", "levels", "rehearsed", "looked_at", "asked")
             if getattr(found[0], column) is not None
         }
-        rules[name] = Judgement(made[name], **columns)
+        rules[name] = Judgement(first.gate, **columns)
     return Replayed(judged, rules, left_out)
 
 
