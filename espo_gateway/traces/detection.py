@@ -48,6 +48,7 @@ class Judged:
     """Rollouts of known outcome; all of shape [rollouts].
 
     prompts: number of each one's prompt, from 0. weights: how many rollouts each stands for.
+    sessions: whose turns share an outcome, 0 for one of its own; None: all have their own.
     """
 
     prompts: NDArray[np.int64]
@@ -55,6 +56,7 @@ class Judged:
     prompt_tokens: Array
     correct: NDArray[np.bool_]
     weights: Array
+    sessions: NDArray[np.uint32] | None = None
 
     def where(self, rows: NDArray[np.bool_]) -> Judged:
         prompts = np.unique(self.prompts[rows], return_inverse=True)[1]

@@ -30,7 +30,7 @@ from espo_gateway.traces.cross_fit import (
     spared_weight,
 )
 from espo_gateway.traces.detection import Judged
-from espo_gateway.traces.reader import Traces
+from espo_gateway.traces.reader import Traces, unnamed
 
 #: Tokens at which scores are held against outcomes: two to each doubling.
 LOOKS = tuple(sorted({16, *(step * 2**k for k in range(4, 17) for step in (2, 3))}))
@@ -76,18 +76,22 @@ class Judgement:
 class Survey:
     """What rollouts carry.
 
-    keys: of their prompts, [rollouts]. told: of each of what some rules need beside the tokens, how
-    many rollouts have any.
+    keys, by_prompt: of their prompts (`Trace`), [rollouts]. told: of each of what some rules need
+    beside the tokens, how many rollouts have any.
     """
 
     keys: NDArray[np.uint32]
+    by_prompt: NDArray[np.bool_]
     told: Counter[str]
 
     @classmethod
     def of(cls, parts: Iterable[Survey]) -> Survey:
         parts = list(parts)
-        keys = np.concatenate([np.empty(0, np.uint32), *(part.keys for part in parts)])
-        return cls(keys, sum((part.told for part in parts), Counter[str]()))
+        return cls(
+            np.concatenate([np.empty(0, np.uint32), *(part.keys for part in parts)]),
+            np.concatenate([np.empty(0, bool), *(part.by_prompt for part in parts)]),
+            sum((part.told for part in parts), Counter[str]()),
+        )
 
     @property
     def sources(self) -> tuple[SourceName, ...]:
@@ -95,9 +99,9 @@ class Survey:
         return tuple(name for name in TOLD if name != "critic" and self.told[name])
 
     def warnings(self) -> list[str]:
-        """Where rules are judged on rollouts of which they know nothing."""
+        """Where prompts are not known, or rules judged on rollouts of which they know nothing."""
         every = self.keys.size
-        return [
+        return unnamed(int((~self.by_prompt).sum())) + [
             f"{every - some:,} of {every:,} rollouts carry nothing of {name!r}: rules that need it "
             "are judged on them, too, and stop none; to see what it tells, replay the others alone"
             for name, some in self.told.items()
@@ -115,7 +119,7 @@ def survey(traces: Traces) -> Survey:
         told[source] = int(np.isfinite(answers.sum(axis=-1)).any(axis=1).sum())
     if recorded.confidences is not None:
         told["confidence"] = int(np.isfinite(recorded.confidences).any(axis=1).sum())
-    return Survey(traces.keys, +told)
+    return Survey(traces.keys, traces.by_prompt, +told)
 
 
 @dataclass
@@ -213,6 +217,7 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
         prompt_tokens=whole["prompt_tokens"],
         correct=correct,
         weights=np.where(whole["spared"], spared_weight(cut, spared), 1.0),
+        sessions=whole["sessions"],
     )
     rules = {}
     for name, first in made.items():
@@ -253,7 +258,10 @@ def judge(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> Part:
         count=len(traces),
         cut=int(traces.cut.sum()),
         spared=int(traces.spared.sum()),
-        columns={name: getattr(there, name) for name in ("keys", "lengths", "correct", "spared")}
+        columns={
+            name: getattr(there, name)
+            for name in ("keys", "lengths", "correct", "spared", "sessions")
+        }
         | {"prompt_tokens": there.recorded.prompt_tokens},
         judgements=_judgements(learnt, told, there) if rows.any() else {},
     )

@@ -62,7 +62,7 @@ from espo_gateway.traces.reader import (
     read_outcomes,
     read_traces,
 )
-from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
+from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level, by_session
 from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, entries, json_with
 from espo_rl.record.progress import progress_bar
@@ -246,8 +246,12 @@ def recommend(
     if threshold is HAZARD:
         return {"threshold": None, "reason": "chance is here to compare with"}
     weights = judged.weights.astype(np.float32)
+    sessions = np.zeros(0, np.uint32) if judged.sessions is None else judged.sessions
     outcomes, rehearsal = (
-        Outcomes(levels.astype(np.float32), judged.correct, weights, 1.0 / float(weights.max()))
+        by_session(
+            Outcomes(levels.astype(np.float32), judged.correct, weights, 1 / float(weights.max())),
+            sessions,
+        )
         for levels in (judgement.levels, judgement.rehearsed)
     )
     try:
