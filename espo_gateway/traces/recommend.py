@@ -244,15 +244,36 @@ def bounded_level(
     bound: Bound,
 ) -> tuple[float, str]:
     """`level_for_bound` of rollouts whose outcome is known; rehearsal: by the final estimator."""
+    audit = _audited(outcomes, rehearsal, gate, bound)
+    if audit.level is None:
+        known = outcomes.levels.size
+        alone = _audited(outcomes, None, gate, bound)
+        raise CalibrationError(
+            f"{known} outcomes are known, and no threshold keeps {bound}: "
+            + (_missing(audit, known) if alone.level is None else _vetoed(alone, gate))
+        )
+    return audit.level, audit.reason
+
+
+def _audited(
+    outcomes: Outcomes, rehearsal: Outcomes | None, gate: Gate, bound: Bound
+) -> AuditThreshold:
     low, high = _range(gate)
     audit = AuditThreshold(bound, window=1, low=low, high=high)
     audit.update(outcomes, None, ready=True, rehearsal=rehearsal)
-    if audit.level is None:
-        known = outcomes.levels.size
-        raise CalibrationError(
-            f"{known} outcomes are known, and no threshold keeps {bound}: " + _missing(audit, known)
-        )
-    return audit.level, audit.reason
+    return audit
+
+
+def _vetoed(alone: AuditThreshold, gate: Gate) -> str:
+    """Why none is left of what would hold without the rehearsal."""
+    threshold = threshold_of(gate.rule)
+    assert alone.level is not None
+    return (
+        f"the estimators of the folds would allow {threshold.symbol} = "
+        f"{threshold.at(alone.level):.4g} ({alone.reason}), but the gate's own, fitted on all, "
+        "breaks the bound there and at every stricter one that they allow: it differs too much "
+        "from theirs; more outcomes would bring them together"
+    )
 
 
 def _range(gate: Gate) -> tuple[float, float]:

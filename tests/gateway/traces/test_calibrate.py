@@ -20,11 +20,12 @@ from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.threshold_control import Outcomes
+from espo_gateway.stop.threshold_control import Bound, Outcomes
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.traces import calibrate
+from espo_gateway.traces.cross_fit import UNFITTED, CalibrationError
 from espo_gateway.traces.reader import TraceError, read_outcomes, read_traces
-from espo_gateway.traces.recommend import by_session
+from espo_gateway.traces.recommend import bounded_level, by_session
 from espo_rl.config import load_recipe
 from espo_rl.record.rollout_files import RolloutFiles, rollouts_table
 from espo_rl.types import EndReason, Problem, Rollout
@@ -251,6 +252,16 @@ def test_a_rule_that_cannot_tell_says_that_more_will_not_do(
     blind = [dataclasses.replace(r, correct=bool(rng.random() < 0.9)) for r in rollouts]
     told = refused(capsys, recorded(tmp_path, blind), "--rule", "regret-only", *FALSE)
     assert "more outcomes alone will not do" in told
+
+
+def test_the_gates_own_estimator_may_speak_against_what_the_folds_allow() -> None:
+    """It stops all from the start: no number of outcomes like these would do."""
+    levels = np.r_[np.linspace(-9, -4, 300), np.linspace(-1, 0, 300)].astype(np.float32)
+    outcomes = Outcomes(levels, levels > -2, np.ones(600, np.float32))
+    own = dataclasses.replace(outcomes, levels=np.full(600, -12, np.float32))
+    gate = Gate(rule="success-probability", estimator=UNFITTED)
+    with pytest.raises(CalibrationError, match="but the gate's own, fitted on all, breaks"):
+        bounded_level(outcomes, own, gate, Bound())
 
 
 def test_equal_outcomes_are_nothing_to_fit_to(
