@@ -267,8 +267,11 @@ def recommend(
     stricter = threshold.level(grid) <= level
     if not stricter.any():
         return {"threshold": None, "reason": f"only thresholds beyond {grid[0]:g} keep the bound"}
-    # Where sources are asked, a looser one may pay for more questions than it saves tokens.
-    saved = found.saved[: int(stricter.sum()), 0]
+    # Where sources are asked, a looser one may pay for more questions than it saves tokens. Of the
+    # stopped ones a stricter one may find more right.
+    saved = found.saved[: int(stricter.sum()), 0].copy()
+    if bound_of(options).of == "false-positives":
+        saved[:-1] = -np.inf
     place = len(saved) - 1 - int(saved[::-1].argmax())
     if saved[place] <= 0.0:
         return {"threshold": None, "reason": "no threshold that keeps the bound saves anything"}
