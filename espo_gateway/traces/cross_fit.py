@@ -29,6 +29,7 @@ from espo_gateway.stop.estimate import (
 from espo_gateway.stop.fit import Examples, examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, RegretStatistics
+from espo_gateway.stop.replay import decisive
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import ASKED, Schedule, SourceName, asked_below
 from espo_gateway.traces.reader import Traces
@@ -87,8 +88,7 @@ class CrossFit:
     def asked(self, traces: Traces) -> NDArray[np.bool_]:
         """Where a source is asked, [traces, tokens]: on the schedule, where it was recorded."""
         recorded, schedule = traces.recorded, self.gate.schedule
-        asked = np.zeros_like(recorded.known)
-        asked[:, schedule.tokens(asked.shape[1]) - 1] = True
+        asked = decisive(self.gate, recorded)
         assert self.gate.estimator is not None
         told = recorded.told([name for name in self.gate.estimator.sources if name in ASKED])
         if told is not None:

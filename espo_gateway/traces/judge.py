@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import crossings
-from espo_gateway.stop.rules import Gate, threshold_of
+from espo_gateway.stop.rules import RULES, Gate, threshold_of
 from espo_gateway.stop.told import TOLD, SourceName
 from espo_gateway.traces.cross_fit import (
     UNFITTED,
@@ -280,11 +281,24 @@ def _judgements(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> dict
     return found
 
 
+def _questions(
+    gate: Gate, recorded: Recorded, grid: Array, asks: NDArray[np.bool_], ends: NDArray[Any]
+) -> NDArray[np.int32]:
+    """How many there are up to each of the ends; where z is too low for any V nobody is asked."""
+    rule, threshold = RULES[gate.rule], threshold_of(gate.rule)
+    places = np.flatnonzero(asks.any(axis=0))
+    asks, z = asks[:, places], recorded.z(gate.statistics, gate.monitor)[:, places]
+    counts = np.empty(ends.shape, np.int32)
+    for k, limit in enumerate(grid):
+        floor = rule.floor(threshold.set(gate, float(limit)))
+        counts[:, k] = (asks & (z > floor) & (places < ends[:, k, None])).sum(axis=1)
+    return counts
+
+
 def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[str, Judgement]:
     recorded = traces.recorded
     unseen, final = learnt.logits(traces)
-    asks = learnt.gate.asks_estimate
-    questions = np.cumsum(learnt.asked(traces), axis=1) if asks else None
+    asks = learnt.asked(traces) if learnt.gate.asks_estimate else None
     found = {}
     for name, gate in made.items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
@@ -293,9 +307,9 @@ def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[
         if streams and len(learnt.folds) > 1:
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
         asked = None
-        if streams and questions is not None:
-            ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None]) - 1
-            asked = np.take_along_axis(questions, ends, axis=1).astype(np.int32)
+        if streams and asks is not None:
+            ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None])
+            asked = _questions(gate, recorded, grid, asks, ends)
         if learnt.free is not None:
             gate = dataclasses.replace(gate, free=learnt.free.gate.estimator)
         found[name] = Judgement(

@@ -266,16 +266,45 @@ def test_a_probe_that_never_answered_takes_nothing_from_the_other_rules(
     assert len(json.loads((tmp_path / "replay.json").read_text())["rules"]) == 6
 
 
-def test_nobody_is_asked_where_no_answer_was_recorded(tmp_path: Path) -> None:
-    rollouts = probed(make_rollouts(60, 80))
+def test_questions_and_cuts_are_those_of_a_live_stream_whose_probe_answers_what_was_recorded(
+    tmp_path: Path,
+) -> None:
+    rollouts = probed(make_rollouts(24, 60, seed=5), 2)
     for rollout in rollouts[::2]:
         rollout.probes = rollout.probes[::2]
     source = Source([dump(tmp_path / "a.parquet", rollouts)], "correct", None)
-    told = fitted(source.read, 2, ("probe",), 4)
-    traces = next(iter(source.read()))
-    asked, answered = told.asked(traces), np.isfinite(traces.recorded.probes[..., 0])
-    assert asked.any()
-    assert not (asked & ~answered).any()
+    told = fitted(source.read, 2, ("probe",), 2)
+    assert told.free is not None
+    keys = next(iter(source.read())).keys
+    found = 0
+    for name, judgement in replayed(source.read, fitted(source.read, 2), told).rules.items():
+        if judgement.asked is None:
+            continue
+        threshold = threshold_of(judgement.gate.rule)
+        for row, place in np.ndindex(24, 12):
+            limit, fold = threshold.grid[10 * place], keys[row] % 2
+            gate = threshold.set(judgement.gate, float(limit))
+            gate = dataclasses.replace(gate, estimator=told.folds[fold], free=told.free.folds[fold])
+            cut, asked = live_probe(gate, rollouts[row])
+            assert judgement.cuts[row, 10 * place] == cut, (name, row, limit)
+            assert judgement.asked[row, 10 * place] == asked, (name, row, limit)
+            found += cut > 0
+    assert found > 50
+
+
+def live_probe(gate: Gate, rollout: Rollout) -> tuple[int, int]:
+    """The cut, and how many questions were answered by then."""
+    watch, asked = Watch(gate, len(rollout.prompt_ids)), 0
+    said = {int(token): numbers for token, *numbers in rollout.probes}
+    for token, pair in enumerate(zip(rollout.logprobs, rollout.max_logprobs, strict=True), 1):
+        last = token == len(rollout.logprobs)
+        if watch.push(*map(float, pair), last=last) is Verdict.ASK:
+            asked += token in said
+            answers: Any = {"probe": said[token]} if token in said else {}
+            watch.settle(token, watch.valued(token, answers))
+        if watch.cut is not None:
+            break
+    return watch.cut or 0, asked
 
 
 def test_the_area_is_the_share_of_pairs_in_order() -> None:
