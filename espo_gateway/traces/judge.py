@@ -113,14 +113,18 @@ class Survey:
 def survey(traces: Traces) -> Survey:
     """Of some rollouts."""
     recorded = traces.recorded
-    told: Counter[str] = Counter()
-    for source in TOLD:
-        answers = recorded.told([source])
-        assert answers is not None
-        told[source] = int(np.isfinite(answers.sum(axis=-1)).any(axis=1).sum())
-    if recorded.confidences is not None:
-        told["confidence"] = int(np.isfinite(recorded.confidences).any(axis=1).sum())
-    return Survey(traces.keys, traces.by_prompt, +told)
+    answers = {
+        "history": recorded.history,
+        "critic": recorded.critic,
+        "probe": None if recorded.probes is None else recorded.probes.sum(axis=-1),
+        "confidence": recorded.confidences,
+    }
+    told = {
+        name: int(np.isfinite(numbers.reshape(len(traces), -1)).any(axis=1).sum())
+        for name, numbers in answers.items()
+        if numbers is not None
+    }
+    return Survey(traces.keys, traces.by_prompt, +Counter(told))
 
 
 @dataclass

@@ -254,6 +254,24 @@ def test_rollouts_that_were_not_asked_are_told_of(
     assert "success-probability + probe" in json.loads((out / "replay.json").read_text())["rules"]
 
 
+def test_rollouts_without_a_critics_values_are_told_of_and_its_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump(tmp_path / "a.parquet", make_rollouts(60, 40, 1))
+    valued = make_rollouts(60, 40, 2)
+    values = [
+        np.full(len(rollout.token_ids), 0.7 if rollout.correct else 0.3) for rollout in valued
+    ]
+    dump(tmp_path / "b.parquet", valued, values=values)
+    assert main([str(tmp_path), "--output", str(tmp_path / "out"), "--bootstrap", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "60 of 120 rollouts carry nothing of 'critic'" in told
+    assert "the rules with a critic's values save before its cost" in told
+    source = Source([tmp_path], "correct", None)
+    critic = replayed(source.read, fitted(source.read, 2)).rules["value-only (critic)"]
+    assert np.isfinite(critic.levels).tolist() == [False] * 60 + [True] * 60
+
+
 @pytest.mark.parametrize("said", [None, math.nan])
 def test_a_probe_that_never_answered_takes_nothing_from_the_other_rules(
     tmp_path: Path, said: Any
