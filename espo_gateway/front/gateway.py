@@ -102,7 +102,7 @@ class Gateway:
     ) -> Session:
         """For one choice of a request that begins now: the seam where it is settled who decides."""
         gate = self.gate_of(planned.control)
-        followers = self.observers.followers(gate, turn)
+        followers = self.observers.followers(gate, single.body, turn)
         by_server = (
             not followers
             and (self.config.decide == "engine" or self.pool.decides)

@@ -97,9 +97,10 @@ class Recorded:
     def sources(self) -> tuple[SourceName, ...]:
         """Those that have told anything, but for critics, who have rules of their own."""
         history = self.history is not None and np.isfinite(self.history).any()
+        probed = self.probes is not None and np.isfinite(self.probes.sum(axis=-1)).any()
         return (
             *(("history",) if history else ()),
-            *(("probe",) if self.probes is not None else ()),
+            *(("probe",) if probed else ()),
         )
 
     def told(self, sources: Sequence[SourceName]) -> Array | None:

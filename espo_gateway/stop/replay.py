@@ -32,7 +32,7 @@ def scores(gate: Gate, recorded: Recorded, values: Array | None = None) -> Array
         ValueError: the gate needs a critic's values, or confidences, that were not recorded.
     """
     rule, z, beside = _compared(gate, recorded, values)
-    return np.where(_decided(gate, recorded), rule.scores(gate, z, beside), np.nan)
+    return np.where(decisive(gate, recorded), rule.scores(gate, z, beside), np.nan)
 
 
 def first_stops(gate: Gate, recorded: Recorded, values: Array | None = None) -> Counts:
@@ -108,7 +108,7 @@ def crossings(
     threshold = threshold_of(gate.rule)
     sign = 1.0 if threshold.above else -1.0
     rule, z, beside = _compared(gate, recorded, logits)
-    decided = _decided(gate, recorded)
+    decided = decisive(gate, recorded)
     worst = np.full(len(recorded), -np.inf)
     cuts = np.full((len(recorded), len(limits)), _NEVER)
     looked_at = np.full((len(recorded), len(looks)), np.nan)
@@ -163,7 +163,7 @@ def _compared(gate: Gate, recorded: Recorded, values: Array | None) -> tuple[Rul
     return rule, beside, beside
 
 
-def _decided(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
+def decisive(gate: Gate, recorded: Recorded) -> NDArray[np.bool_]:
     """Where something is decided, [rollouts, tokens]."""
     decided = recorded.known.copy(order="K")
     decided[:, : gate.min_tokens - 1] = False

@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.rules import HAZARD, RULES, Gate, threshold_of, value_source
 from espo_gateway.traces.cross_fit import UNFITTED, CalibrationError, CrossFit, learn
-from espo_gateway.traces.reader import Known, TraceError, Traces, itself, read_outcomes, read_traces
+from espo_gateway.traces.reader import (
+    Known,
+    TraceError,
+    Traces,
+    itself,
+    read_outcomes,
+    read_traces,
+    unnamed,
+)
 from espo_gateway.traces.recommend import (
     JudgedTraces,
     Row,
@@ -112,6 +121,9 @@ def _run(options: argparse.Namespace) -> None:
     for chunk in reader.read(itself):
         reader.count(chunk)
     print(reader.summary())
+    if reader.known:
+        for warning in unnamed(reader.unnamed):
+            print(f"warning: {warning}")
     gate = _base(options, has_outcomes=reader.known > 0)
     if options.stop_share is None and not reader.known:
         raise CalibrationError(
@@ -135,7 +147,8 @@ class _Reader:
 
     def __init__(self, paths: list[Path], outcome: str, known: Known | None) -> None:
         self._paths, self._outcome, self._outcomes = paths, outcome, known
-        self.traces = self.tokens = self.cut = self.known = self.right = 0
+        self.traces = self.tokens = self.cut = self.unnamed = 0
+        self._outcomes_of: dict[int, bool] = {}
 
     def read(self, work: Callable[[Traces], T]) -> Iterator[T]:
         done = 0
@@ -151,13 +164,23 @@ class _Reader:
         self.traces += len(traces)
         self.tokens += int(traces.lengths.sum())
         self.cut += int(traces.cut.sum())
-        self.known += int((traces.correct == traces.correct).sum())
-        self.right += int((traces.correct == 1.0).sum())
+        self.unnamed += int((~traces.by_prompt).sum())
+        known = np.flatnonzero(~np.isnan(traces.correct))
+        # That of a session counts once; others by a number that no session has.
+        for row in known.tolist():
+            unit = int(traces.sessions[row]) or -1 - len(self._outcomes_of)
+            self._outcomes_of[unit] = bool(traces.correct[row])
+
+    @property
+    def known(self) -> int:
+        """Outcomes, that of a session counted once."""
+        return len(self._outcomes_of)
 
     def summary(self) -> str:
         text = f"{self.traces:,} traces, {self.tokens:,} tokens"
         if self.known:
-            text += f"; {self.known:,} outcomes known, {self.right / self.known:.1%} right"
+            right = sum(self._outcomes_of.values())
+            text += f"; {self.known:,} outcomes known, {right / self.known:.1%} right"
         if self.cut:
             text += f"; {self.cut:,} were cut, and count only where a threshold cuts them by then"
         return text

@@ -29,6 +29,7 @@ from espo_gateway.stop.estimate import (
 from espo_gateway.stop.fit import Examples, examples, fit
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array, RegretStatistics
+from espo_gateway.stop.replay import decisive
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import ASKED, Schedule, SourceName, asked_below
 from espo_gateway.traces.reader import Traces
@@ -85,10 +86,13 @@ class CrossFit:
         return unseen, final
 
     def asked(self, traces: Traces) -> NDArray[np.bool_]:
-        """Where a source is asked, [traces, tokens]."""
-        asked = np.zeros_like(traces.recorded.known)
-        schedule = self.gate.schedule
-        asked[:, schedule.tokens(asked.shape[1]) - 1] = True
+        """Where a source is asked, [traces, tokens]: on the schedule, where it was recorded."""
+        recorded, schedule = traces.recorded, self.gate.schedule
+        asked = decisive(self.gate, recorded)
+        assert self.gate.estimator is not None
+        told = recorded.told([name for name in self.gate.estimator.sources if name in ASKED])
+        if told is not None:
+            asked &= np.isfinite(told.sum(axis=-1))
         if self.free is not None:
             unseen, _ = self.free.logits(traces)
             asked &= rough_probabilities(unseen) < schedule.below
@@ -121,6 +125,7 @@ def learn(
     """
     count, total, squares = 0, 0.0, 0.0
     dealt: list[list[Examples]] = [[] for _ in range(folds)]
+    prompts: set[int] = set()
     cut = spared = fitted = 0
     first = sys.maxsize
     estimates = base.source == "stream"
@@ -132,6 +137,7 @@ def learn(
         cut += seen.cut
         spared += seen.spared
         first = min(first, seen.asked or first)
+        prompts |= seen.prompts
         if fitted < MAX_FITTED:
             fitted += seen.known
             for parts, part in zip(dealt, seen.dealt, strict=False):
@@ -157,6 +163,11 @@ def learn(
             []
             if free_sources == sources
             else list(pool.map(partial(fit, sources=free_sources), sets))
+        )
+    if whole is not None and len(prompts) == 1:
+        raise CalibrationError(
+            f"{fitted} outcomes are known, all of one prompt: there is nothing to judge the "
+            "estimator on that it was not fitted on; give traces of other prompts, too"
         )
     if whole is None or any(estimator is None for estimator in others):
         raise CalibrationError(
@@ -214,8 +225,8 @@ def spared_weight(cut: int, spared: int) -> float:
 class _Seen:
     """What some traces bring to `learn`.
 
-    count, total, squares: of g. known: outcomes. dealt: examples by fold. asked: the first token
-    at which a source was asked; None: none was.
+    count, total, squares: of g. known: outcomes; prompts: keys of theirs. dealt: examples by fold.
+    asked: the first token at which a source was asked; None: none was.
     """
 
     count: int
@@ -224,6 +235,7 @@ class _Seen:
     cut: int
     spared: int
     known: int
+    prompts: set[int]
     dealt: list[Examples]
     asked: int | None = None
 
@@ -246,6 +258,7 @@ class _Look:
             cut=int(traces.cut.sum()),
             spared=int(traces.spared.sum()),
             known=int(known.sum()),
+            prompts={*traces.keys[known].tolist()},
             dealt=self._dealt(traces, known) if self.folds else [],
             asked=_first_asked(recorded),
         )

@@ -1,12 +1,13 @@
 """How well stop rules find failures, counted from where each threshold cuts recorded rollouts.
 
 Intervals are of a bootstrap over prompts: rollouts of one prompt are alike, so one that draws
-rollouts would be too sure. Pure.
+rollouts would be too sure. A single prompt has none. Pure.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from espo_gateway.stop.regret import Array
+from espo_gateway.stop.threshold_control import Bound
 
 #: Resamplings worked on at once; bounds the memory.
 _BLOCK = 20
-#: Shares of right rollouts lost at which savings are told.
-RIGHT_LOST = (0.05, 0.1)
+#: Shares of right rollouts lost at which savings are told, and how many right ones that takes: with
+#: fewer the share is not known to be so small even where none is lost, and the most that any
+#: threshold saves there is chance.
+RIGHT_LOST = {lost: math.ceil(Bound(limit=lost).needed) for lost in (0.05, 0.1)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Judged:
     """Rollouts of known outcome; all of shape [rollouts].
 
     prompts: number of each one's prompt, from 0. weights: how many rollouts each stands for.
+    sessions: whose turns share an outcome, 0 for one of its own; None: all have their own.
     """
 
     prompts: NDArray[np.int64]
@@ -51,6 +56,7 @@ class Judged:
     prompt_tokens: Array
     correct: NDArray[np.bool_]
     weights: Array
+    sessions: NDArray[np.uint32] | None = None
 
     def where(self, rows: NDArray[np.bool_]) -> Judged:
         prompts = np.unique(self.prompts[rows], return_inverse=True)[1]
@@ -76,8 +82,8 @@ class Curve:
     saved: share of all tokens. false: of the stopped rollouts, the share that would have been
     right. false_positive_rate: of the right ones, the share stopped. recall: of the failures, the
     share stopped. position: mean cut as a share of the full length. before_end: mean tokens that
-    a stop spares. saved_at: by the share of right rollouts lost, the most that any threshold saves
-    at that or less.
+    a stop spares, whatever was asked. saved_at: by the share of right rollouts lost, the most that
+    any threshold saves at that or less; NaN where too few are right to tell (`RIGHT_LOST`).
     """
 
     stopped: Array
@@ -115,14 +121,14 @@ def curve(
     totals = np.stack(
         [by_prompt(n) for n in (ones, lengths, judged.correct, ~judged.correct)], axis=1
     )
-    sums = np.empty((totals.shape[0], 4, cuts.shape[1]))
+    sums = np.empty((totals.shape[0], 5, cuts.shape[1]))
     for k, cut in enumerate(cuts.T):
         stopped = cut > 0
         sums[:, 0, k] = by_prompt(stopped)
         sums[:, 1, k] = by_prompt(stopped & judged.correct)
-        asked = 0.0 if cost is None else cost[:, k]
-        sums[:, 2, k] = by_prompt(np.where(stopped, lengths - cut, 0) - asked)
+        sums[:, 2, k] = by_prompt(np.where(stopped, lengths - cut, 0))
         sums[:, 3, k] = by_prompt(np.where(stopped, cut / lengths, 0))
+        sums[:, 4, k] = 0.0 if cost is None else by_prompt(cost[:, k])
     whole = _rates(totals.sum(axis=0)[None], sums.sum(axis=0)[None])[:, 0]
     resampled = [
         _rates(block @ totals, np.tensordot(block, sums, axes=1).astype(float))
@@ -134,7 +140,10 @@ def curve(
     for name, number in np.ndindex(*whole.shape):
         estimate = Estimate.of(float(whole[name, number]), drawn[name, :, number])
         out[name, number, 1:] = estimate.low, estimate.high
-    found = dataclasses.replace(Curve(*out), saved_at=_saved_at(whole, drawn))
+    right = int(judged.correct.sum())
+    found = dataclasses.replace(Curve(*out), saved_at=_saved_at(whole, drawn, right))
+    if len(totals) == 1:
+        return found
     # Where none was seen a resampling sees none either: the exact bound, of prompts.
     for k in np.flatnonzero(found.false[:, 0] == 0.0):
         found.false[k, 2] = 1.0 - 0.025 ** (1.0 / np.count_nonzero(sums[:, 0, k]))
@@ -143,10 +152,11 @@ def curve(
     return found
 
 
-def _saved_at(whole: Array, drawn: Array) -> dict[str, Estimate]:
+def _saved_at(whole: Array, drawn: Array, right: int) -> dict[str, Estimate]:
     def most(rates: Array, lost: float) -> Array:
         saved, share = rates[1], rates[3]
-        return np.where(share <= lost, saved, 0.0).max(axis=-1)
+        found = np.where(share <= lost, saved, 0.0).max(axis=-1)
+        return np.where(np.isnan(share).any(axis=-1) | (right < RIGHT_LOST[lost]), np.nan, found)
 
     return {
         f"{lost:.2f}": Estimate.of(float(most(whole, lost)), most(drawn, lost))
@@ -155,19 +165,19 @@ def _saved_at(whole: Array, drawn: Array) -> dict[str, Estimate]:
 
 
 def _rates(totals: Array, sums: Array) -> Array:
-    """[draws, 4] and [draws, 4, thresholds] to the fields of `Curve`, [7, draws, thresholds]."""
+    """[draws, 4] and [draws, 5, thresholds] to the fields of `Curve`, [7, draws, thresholds]."""
     rollouts, tokens, right, failed = (totals[:, i, None] for i in range(4))
-    stopped, false, saved, position = (sums[:, i] for i in range(4))
+    stopped, false, spared, position, cost = (sums[:, i] for i in range(5))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.stack(
             [
                 stopped / rollouts,
-                saved / tokens,
+                (spared - cost) / tokens,
                 false / stopped,
                 false / right,
                 (stopped - false) / failed,
                 position / stopped,
-                saved / stopped,
+                spared / stopped,
             ]
         )
 
@@ -195,7 +205,19 @@ def area(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> Estimat
 
     count = int(judged.prompts.max(initial=-1)) + 1
     drawn = [of(weights * block[:, prompts]) for block in _resampled(count, draws, seed)]
-    return Estimate.of(float(of(weights[None])[0]), np.concatenate(drawn))
+    # Pairs that share no prompt are independent.
+    apart = min(count // 2, *(np.unique(prompts[rows]).size for rows in (correct, ~correct)))
+    return _of_pairs(float(of(weights[None])[0]), np.concatenate(drawn), apart)
+
+
+def _of_pairs(value: float, drawn: Array, apart: int) -> Estimate:
+    """apart: how many of the pairs, at least, are independent."""
+    found = Estimate.of(value, drawn)
+    if value not in (0.0, 1.0) or math.isnan(found.low):
+        return found
+    # Where all are in order they are so in a resampling, too: the exact bound.
+    tail = 0.025 ** (1.0 / apart)
+    return Estimate(1.0, tail, 1.0) if value else Estimate(0.0, 0.0, 1.0 - tail)
 
 
 def _ties(*keys: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -218,7 +240,8 @@ def area_within(judged: Judged, levels: Array, *, draws: int, seed: int = 0) -> 
     won, pairs = pairs_within(judged.prompts, judged.correct, judged.weights, levels)
     with np.errstate(invalid="ignore"):
         drawn = [block @ won / (block @ pairs) for block in _resampled(len(won), draws, seed)]
-        return Estimate.of(float(won.sum() / pairs.sum()), np.concatenate(drawn))
+        value = float(won.sum() / pairs.sum())
+        return _of_pairs(value, np.concatenate(drawn), int((pairs > 0).sum()))
 
 
 def pairs_within(
@@ -251,11 +274,17 @@ def pairs_within(
 
 
 def _resampled(prompts: int, draws: int, seed: int) -> Iterator[Array]:
-    """How often each prompt was drawn, [draws, prompts] in blocks; the same for all rules."""
+    """How often each prompt was drawn, [draws, prompts] in blocks; the same for all rules.
+
+    NaN where there is but one: nothing tells how much another would differ.
+    """
     rng = np.random.default_rng(seed)
     for start in range(0, draws, _BLOCK):
         size = min(_BLOCK, draws - start)
         drawn = rng.integers(0, prompts, (size, prompts))
+        if prompts == 1:
+            yield np.full((size, 1), np.nan)
+            continue
         yield np.stack([np.bincount(row, minlength=prompts) for row in drawn]).astype(float)
 
 

@@ -7,7 +7,8 @@ it: about the same memory however long rollouts are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import crossings
-from espo_gateway.stop.rules import Gate, threshold_of
-from espo_gateway.stop.told import SourceName
+from espo_gateway.stop.rules import RULES, Gate, threshold_of
+from espo_gateway.stop.told import TOLD, SourceName
 from espo_gateway.traces.cross_fit import (
     UNFITTED,
     CalibrationError,
@@ -29,7 +31,7 @@ from espo_gateway.traces.cross_fit import (
     spared_weight,
 )
 from espo_gateway.traces.detection import Judged
-from espo_gateway.traces.reader import Traces
+from espo_gateway.traces.reader import Traces, unnamed
 
 #: Tokens at which scores are held against outcomes: two to each doubling.
 LOOKS = tuple(sorted({16, *(step * 2**k for k in range(4, 17) for step in (2, 3))}))
@@ -56,6 +58,73 @@ class Judgement:
     rehearsed: Array
     looked_at: Array
     asked: NDArray[np.int32] | None = None
+
+    def undecided(self, rollouts: int) -> Judgement:
+        """The same rule over so many that carry nothing of what it needs."""
+        thresholds = self.cuts.shape[1]
+        never = np.full(rollouts, np.inf)
+        return dataclasses.replace(
+            self,
+            cuts=np.zeros((rollouts, thresholds), np.int32),
+            levels=never,
+            rehearsed=never,
+            looked_at=np.full((rollouts, len(LOOKS)), np.nan),
+            asked=None if self.asked is None else np.zeros((rollouts, thresholds), np.int32),
+        )
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What rollouts carry.
+
+    keys, by_prompt: of their prompts (`Trace`), [rollouts]. told: of each of what some rules need
+    beside the tokens, how many rollouts have any.
+    """
+
+    keys: NDArray[np.uint32]
+    by_prompt: NDArray[np.bool_]
+    told: Counter[str]
+
+    @classmethod
+    def of(cls, parts: Iterable[Survey]) -> Survey:
+        parts = list(parts)
+        return cls(
+            np.concatenate([np.empty(0, np.uint32), *(part.keys for part in parts)]),
+            np.concatenate([np.empty(0, bool), *(part.by_prompt for part in parts)]),
+            sum((part.told for part in parts), Counter[str]()),
+        )
+
+    @property
+    def sources(self) -> tuple[SourceName, ...]:
+        """Those that estimators may read; critics have rules of their own."""
+        return tuple(name for name in TOLD if name != "critic" and self.told[name])
+
+    def warnings(self) -> list[str]:
+        """Where prompts are not known, or rules judged on rollouts of which they know nothing."""
+        every = self.keys.size
+        return unnamed(int((~self.by_prompt).sum())) + [
+            f"{every - some:,} of {every:,} rollouts carry nothing of {name!r}: rules that need it "
+            "are judged on them, too, and stop none; to see what it tells, replay the others alone"
+            for name, some in self.told.items()
+            if some < every
+        ]
+
+
+def survey(traces: Traces) -> Survey:
+    """Of some rollouts."""
+    recorded = traces.recorded
+    answers = {
+        "history": recorded.history,
+        "critic": recorded.critic,
+        "probe": None if recorded.probes is None else recorded.probes.sum(axis=-1),
+        "confidence": recorded.confidences,
+    }
+    told = {
+        name: int(np.isfinite(numbers.reshape(len(traces), -1)).any(axis=1).sum())
+        for name, numbers in answers.items()
+        if numbers is not None
+    }
+    return Survey(traces.keys, traces.by_prompt, +Counter(told))
 
 
 @dataclass
@@ -118,11 +187,11 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
 
     Raises:
         CalibrationError: no rollout was generated to its end and has an outcome, all have the same
-            one, of those that were cut none was audited, or only some have a column.
+            one, or of those that were cut none was audited.
     """
     cut = spared = count = left_out = 0
     parts: list[Part] = []
-    made: dict[str, Gate] = {}
+    made: dict[str, Judgement] = {}
     for part in read(partial(judge, learnt, told)):
         count += part.count
         cut += part.cut
@@ -130,13 +199,7 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
         left_out += part.count - len(part.columns["keys"])
         if not part.judgements:
             continue
-        if made and part.judgements.keys() != made.keys():
-            differing = ", ".join(sorted(part.judgements.keys() ^ made.keys()))
-            raise CalibrationError(
-                f"only some of the rollouts carry what these rules need: {differing}; "
-                "replay them apart"
-            )
-        made = {name: judgement.gate for name, judgement in part.judgements.items()}
+        made = {**part.judgements, **made}
         parts.append(part)
     check_spared(cut, spared, count)
     if not made:
@@ -159,16 +222,22 @@ def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Repl
         prompt_tokens=whole["prompt_tokens"],
         correct=correct,
         weights=np.where(whole["spared"], spared_weight(cut, spared), 1.0),
+        sessions=whole["sessions"],
     )
     rules = {}
-    for name in made:
-        found = [part.judgements.pop(name) for part in parts]
+    for name, first in made.items():
+        found = [
+            part.judgements.pop(name)
+            if name in part.judgements
+            else first.undecided(len(part.columns["keys"]))
+            for part in parts
+        ]
         columns: dict[str, Any] = {
             column: np.concatenate([getattr(each, column) for each in found])
             for column in ("cuts", "levels", "rehearsed", "looked_at", "asked")
             if getattr(found[0], column) is not None
         }
-        rules[name] = Judgement(made[name], **columns)
+        rules[name] = Judgement(first.gate, **columns)
     return Replayed(judged, rules, left_out)
 
 
@@ -194,7 +263,10 @@ def judge(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> Part:
         count=len(traces),
         cut=int(traces.cut.sum()),
         spared=int(traces.spared.sum()),
-        columns={name: getattr(there, name) for name in ("keys", "lengths", "correct", "spared")}
+        columns={
+            name: getattr(there, name)
+            for name in ("keys", "lengths", "correct", "spared", "sessions")
+        }
         | {"prompt_tokens": there.recorded.prompt_tokens},
         judgements=_judgements(learnt, told, there) if rows.any() else {},
     )
@@ -213,11 +285,24 @@ def _judgements(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> dict
     return found
 
 
+def _questions(
+    gate: Gate, recorded: Recorded, grid: Array, asks: NDArray[np.bool_], ends: NDArray[Any]
+) -> NDArray[np.int32]:
+    """How many there are up to each of the ends; where z is too low for any V nobody is asked."""
+    rule, threshold = RULES[gate.rule], threshold_of(gate.rule)
+    places = np.flatnonzero(asks.any(axis=0))
+    asks, z = asks[:, places], recorded.z(gate.statistics, gate.monitor)[:, places]
+    counts = np.empty(ends.shape, np.int32)
+    for k, limit in enumerate(grid):
+        floor = rule.floor(threshold.set(gate, float(limit)))
+        counts[:, k] = (asks & (z > floor) & (places < ends[:, k, None])).sum(axis=1)
+    return counts
+
+
 def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[str, Judgement]:
     recorded = traces.recorded
     unseen, final = learnt.logits(traces)
-    asks = learnt.gate.asks_estimate
-    questions = np.cumsum(learnt.asked(traces), axis=1) if asks else None
+    asks = learnt.asked(traces) if learnt.gate.asks_estimate else None
     found = {}
     for name, gate in made.items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"
@@ -226,9 +311,9 @@ def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[
         if streams and len(learnt.folds) > 1:
             rehearsed = crossings(gate, recorded, grid[:0], final).levels
         asked = None
-        if streams and questions is not None:
-            ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None]) - 1
-            asked = np.take_along_axis(questions, ends, axis=1).astype(np.int32)
+        if streams and asks is not None:
+            ends = np.where(judged.cuts, judged.cuts, traces.lengths[:, None])
+            asked = _questions(gate, recorded, grid, asks, ends)
         if learnt.free is not None:
             gate = dataclasses.replace(gate, free=learnt.free.gate.estimator)
         found[name] = Judgement(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -36,20 +36,40 @@ _NAMES = ("request", "id", "session")
 Known = Mapping[tuple[str, int | None], bool]
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class TraceError(ValueError):
     """A file that cannot be read, or a line that makes no sense; the message names it."""
+
+
+class _About(msgspec.Struct):
+    """Of a JSON line all but its numbers and its outcome. prompt: anything that names it."""
+
+    request: str | int | None = None
+    id: str | int | None = None
+    session: str | int | None = None
+    prompt: str | int | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_tokens: _Count | None = None
+    turn: int | None = None
+    carried: _Count | None = None
+    end: str | None = "completed"
+    cut: _Count | None = None
 
 
 class Trace(NamedTuple):
     """One choice, or a session's turns under one monitor. correct: None: unknown.
 
-    key: traces of one prompt, request or session have the same. earlier: where the turns before the
-    last ended by themselves, in tokens. cut: generated no further than the cut. spared: the rule
-    would have cut it. values: a critic's V of each token. history, probes: what was told beside
+    key: of the prompt, as far as `by_prompt`; else traces of one request or session have the same.
+    session: whose outcome is that of all its turns. earlier: where the turns before the last ended
+    by themselves, in tokens. cut: generated no further than the cut. spared: the rule would have
+    cut it. values: a critic's V of each token. history, probes: what was told beside
     (`espo_gateway.stop.told`).
     """
 
     key: str
+    by_prompt: bool
     logprobs: Array
     max_logprobs: Array
     confidences: Array | None
@@ -61,6 +81,7 @@ class Trace(NamedTuple):
     values: Array | None = None
     history: float | None = None
     probes: list[list[float]] | None = None
+    session: str | None = None
     earlier: tuple[int, ...] = ()
 
 
@@ -68,11 +89,14 @@ class Trace(NamedTuple):
 class Traces:
     """Some traces as arrays, [traces].
 
-    keys: of the prompt or request. recorded: their tokens; critic: as it was recorded.
+    keys, by_prompt: see `Trace`. sessions: the same for those that share an outcome, 0 for one of
+    its own. recorded: their tokens; critic: as it was recorded.
     correct: NaN where unknown. cut, spared: see `Trace`.
     """
 
     keys: NDArray[np.uint32]
+    by_prompt: NDArray[np.bool_]
+    sessions: NDArray[np.uint32]
     recorded: Recorded
     lengths: NDArray[np.int64]
     cut: NDArray[np.bool_]
@@ -88,6 +112,8 @@ class Traces:
             return self
         return Traces(
             keys=self.keys[rows],
+            by_prompt=self.by_prompt[rows],
+            sessions=self.sessions[rows],
             recorded=self.recorded.where(rows),
             lengths=self.lengths[rows],
             cut=self.cut[rows],
@@ -130,6 +156,17 @@ def read_traces(paths: Iterable[Path], *, outcome: str, known: Known | None) -> 
         yield _stacked(waiting)
 
 
+def unnamed(traces: int) -> list[str]:
+    """A warning where so many do not tell their prompt."""
+    if not traces:
+        return []
+    return [
+        f"{traces:,} traces do not tell their prompt, so each request or session counts as one of "
+        "its own: where they share prompts, estimators judge what they were fitted on, and all is "
+        'less sure than is said; give the lines a "prompt", which may be anything that names it'
+    ]
+
+
 def read_outcomes(path: Path, outcome: str) -> dict[tuple[str, int | None], bool]:
     """Outcomes from a file of JSON lines: `request` or `id`, perhaps `index`, and the outcome."""
     known: dict[tuple[str, int | None], bool] = {}
@@ -153,9 +190,14 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
     # Of a session whose monitor went on from turn to turn, which stand together: one rollout.
     last: Trace | None = None
     turn: tuple[object, object] = (None, None)
+    begun: dict[object, str | None] = {}  # the prompts that sessions began with
     for number, row in _rows(path):
         where = f"{path}:{number}"
-        if row.get("end") == "aborted":
+        try:
+            about = msgspec.convert(row, _About)
+        except msgspec.ValidationError as error:
+            raise TraceError(f"{where}: {error}") from error
+        if about.end == "aborted":
             continue  # where it would have ended nobody knows
         logprobs, max_logprobs = (
             _numbers(row, name, where) for name in ("logprobs", "max_logprobs")
@@ -163,35 +205,44 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
         confidences = _numbers(row, "confidences", where) if "confidences" in row else None
         if len({len(c) for c in (logprobs, max_logprobs, confidences) if c is not None}) > 1:
             raise TraceError(f"{where}: the numbers of tokens differ between the columns")
+        session = None
         if known is None:
             correct = _outcome(row.get(outcome), outcome, where)
         else:
             index = row.get("index")
-            ids = [row[name] for name in _NAMES if isinstance(row.get(name), str)]
-            found = [known.get((key, i)) for key in ids for i in (index, None)]
-            correct = next((value for value in found if value is not None), None)
-        cut = row.get("end") == "early_stop"
+            ids = [(name, row[name]) for name in _NAMES if isinstance(row.get(name), str)]
+            found = [(name, known.get((key, i))) for name, key in ids for i in (index, None)]
+            by, correct = next((one for one in found if one[1] is not None), (None, None))
+            session = row["session"] if by == "session" else None
+        cut = about.end == "early_stop"
+        prompt = str(about.prompt or about.prompt_token_ids or "") or None
+        if about.session is not None:
+            if about.session not in begun or about.turn == 1:
+                begun[about.session] = prompt
+            prompt = begun[about.session]
         trace = Trace(
-            key=str(row.get("session") or row.get("request") or row.get("id") or where),
+            key=prompt or str(about.session or about.request or about.id or where),
+            by_prompt=prompt is not None,
             logprobs=logprobs,
             max_logprobs=max_logprobs,
             confidences=confidences,
-            prompt_tokens=row.get("prompt_tokens"),
-            completed=row.get("end", "completed") == "completed",
+            prompt_tokens=about.prompt_tokens,
+            completed=about.end == "completed",
             cut=cut,
-            spared=row.get("cut") is not None and not cut,
+            spared=about.cut is not None and not cut,
             correct=None if cut else correct,
+            session=session,
         )
-        if carried := row.get("carried"):
-            before = last is not None and turn == (row.get("session"), row.get("turn"))
-            if last is None or not before or len(last.logprobs) != carried:
+        if about.carried:
+            before = last is not None and turn == (about.session, about.turn)
+            if last is None or not before or len(last.logprobs) != about.carried:
                 continue  # its beginning is not there, so nobody knows what its monitor saw
             last = _joined(last, trace)
         else:
             if last is not None:
                 yield last
             last = trace
-        turn = (row.get("session"), row["turn"] + 1) if "turn" in row else (None, None)
+        turn = (None, None) if about.turn is None else (about.session, about.turn + 1)
     if last is not None:
         yield last
 
@@ -255,32 +306,66 @@ def _read_parquet(path: Path, outcome: str) -> Iterator[Trace]:
                 raise TraceError(f"{path}: no column {absent[0]!r}; is it a dump of rollouts?")
             more = {*file.schema_arrow.names} & {"values", "history", "probes"}
             columns += sorted(more)
+            _check_types(file.schema_arrow, path)
+            row = 0
             for batch in file.iter_batches(batch_size=_TRACES, columns=columns):
-                yield from _rollouts(batch, outcome, str(path))
+                yield from _rollouts(batch, outcome, path, row)
+                row += batch.num_rows
     except OSError as error:
         raise TraceError(f"{path}: {error}") from error
     except needed("pyarrow", "train").ArrowException as error:
         raise TraceError(f"{path} is no Parquet file, or damaged: {error}") from error
 
 
-def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
+def _check_types(schema: Any, path: Path) -> None:
+    types = needed("pyarrow", "train").types
+
+    def numbers(of: Any) -> bool:
+        return bool(types.is_floating(of) or types.is_integer(of) or types.is_null(of))
+
+    def texts(of: Any) -> bool:
+        return bool(types.is_string(of) or types.is_large_string(of))
+
+    def lists(of: Any, inner: Callable[[Any], bool] = numbers) -> bool:
+        return bool(types.is_list(of) or types.is_large_list(of)) and inner(of.value_type)
+
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        **dict.fromkeys(("prompt", "end"), ("texts", texts)),
+        **dict.fromkeys(("kept", "history"), ("numbers", numbers)),
+        **dict.fromkeys(
+            ("prompt_ids", "logprobs", "max_logprobs", "values"), ("lists of numbers", lists)
+        ),
+        "probes": ("lists of lists of numbers", lambda of: lists(of, lists)),
+    }
+    for field in schema:
+        what, fits = kinds.get(field.name, ("", lambda _: True))
+        if not fits(field.type):
+            raise TraceError(f"{path}: column {field.name!r} must hold {what}, not {field.type}")
+
+
+def _rollouts(batch: Any, outcome: str, path: Path, first: int) -> Iterator[Trace]:
     names = [name for name in ("logprobs", "max_logprobs", "values") if name in batch.schema.names]
     numbers = {name: _lists(batch.column(name)) for name in names}
     prompts = batch.column("prompt_ids").value_lengths().to_pylist()
     beside = [name for name in ("history", "probes") if name in batch.schema.names]
     told = batch.select(["prompt", "end", "kept", "audited", outcome, *beside]).to_pylist()
     for number, row in enumerate(told):
+        where = f"{path}, row {first + number}"
         if row["end"] == "error":
             continue
+        needs = ["prompt", "kept"] if row["end"] == "early_stop" else ["prompt"]
+        if missing := [name for name in needs if row[name] is None]:
+            raise TraceError(f"{where}: {missing[0]} is missing")
         stopped = row["end"] == "early_stop"
         cut = stopped and not row["audited"]
         tokens = row["kept"] if cut else None
         rows = {name: column[number][:tokens] for name, column in numbers.items()}
         if len({*map(len, rows.values())}) > 1:
-            raise TraceError(f"{where}: {' and '.join(rows)} differ in length in a row")
+            raise TraceError(f"{where}: {' and '.join(rows)} differ in length")
         yield Trace(
             # Not the problem's name: two recordings may name one problem differently, or two alike.
             key=row["prompt"],
+            by_prompt=True,
             confidences=None,
             prompt_tokens=prompts[number],
             completed=row["end"] != "length" and not cut,
@@ -289,8 +374,9 @@ def _rollouts(batch: Any, outcome: str, where: str) -> Iterator[Trace]:
             correct=None if cut else _outcome(row[outcome], outcome, where),
             history=row.get("history"),
             probes=row.get("probes"),
-            earlier=(),
-            **rows,
+            logprobs=rows["logprobs"],
+            max_logprobs=rows["max_logprobs"],
+            values=rows.get("values"),
         )
 
 
@@ -310,7 +396,9 @@ def _stacked(traces: list[Trace]) -> Traces:
     prompts = [math.nan if t.prompt_tokens is None else t.prompt_tokens for t in traces]
     correct = [math.nan if t.correct is None else float(t.correct) for t in traces]
     return Traces(
-        keys=np.array([zlib.crc32(trace.key.encode()) for trace in traces], dtype=np.uint32),
+        keys=_hashes(trace.key for trace in traces),
+        by_prompt=np.array([trace.by_prompt for trace in traces]),
+        sessions=_hashes(trace.session for trace in traces),
         recorded=Recorded(
             logprobs=pad([trace.logprobs for trace in traces]),
             max_logprobs=pad([trace.max_logprobs for trace in traces]),
@@ -326,6 +414,10 @@ def _stacked(traces: list[Trace]) -> Traces:
         spared=np.array([trace.spared for trace in traces]),
         correct=np.array(correct),
     )
+
+
+def _hashes(names: Iterable[str | None]) -> NDArray[np.uint32]:
+    return np.array([zlib.crc32((name or "").encode()) for name in names], dtype=np.uint32)
 
 
 def _padded(rows: list[Array | None], longest: int) -> Array | None:

@@ -9,6 +9,7 @@ one is not, and there the trace is left out.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class JudgedTraces:
     spared: NDArray[np.bool_]
     correct: Array  # NaN: unknown
     rehearsed: Array | None  # levels by the final estimator
+    sessions: NDArray[np.uint32]  # that share an outcome; 0: of its own
     explained_variance: float | None = None
 
     @property
@@ -54,18 +56,13 @@ class JudgedTraces:
 
     def outcomes(self, levels: Array) -> Outcomes:
         known = self.known
-        return Outcomes(
+        outcomes = Outcomes(
             levels=levels[known].astype(np.float32),
             correct=self.correct[known].astype(bool),
             weights=self.weights[known].astype(np.float32),
             known_share=1.0 / spared_weight(int(self.cut.sum()), int(self.spared.sum())),
         )
-
-    def share_of(self, some: NDArray[np.bool_], all_of: NDArray[np.bool_]) -> float | None:
-        """Of these traces, the share of those, by weight; None when there are none of these."""
-        if not all_of.any():
-            return None
-        return float(np.average(some[all_of], weights=self.weights[all_of]))
+        return by_session(outcomes, self.sessions[known])
 
     def shares(self, levels: Array) -> tuple[Array, NDArray[np.int64]]:
         """Share stopped at each of some levels, and how many are undecided there."""
@@ -73,6 +70,28 @@ class JudgedTraces:
         cut_below = np.searchsorted(np.sort(self.levels[self.cut]), levels, side="left")
         undecided = self.cut.sum() - cut_below
         return below / np.maximum(self.levels.size - undecided, 1), undecided
+
+
+def by_session(outcomes: Outcomes, sessions: NDArray[np.uint32]) -> Outcomes:
+    """Turns that share an outcome as one rollout, which is lost where any of them is stopped."""
+    if not sessions.any():
+        return outcomes
+    alone = -1 - np.arange(sessions.size)
+    units, first, unit = np.unique(
+        np.where(sessions, sessions.astype(np.int64), alone), return_index=True, return_inverse=True
+    )
+    levels = np.full(units.size, np.inf, np.float32)
+    np.minimum.at(levels, unit, outcomes.levels)
+    return dataclasses.replace(
+        outcomes,
+        levels=levels,
+        correct=outcomes.correct[first],
+        weights=outcomes.weights[first],
+    )
+
+
+def _share(some: NDArray[np.bool_], weights: NDArray[Any]) -> float | None:
+    return float(np.average(some, weights=weights)) if some.size else None
 
 
 @dataclass(frozen=True)
@@ -96,14 +115,14 @@ class Row:
 def judge(read: Read, learnt: CrossFit) -> JudgedTraces:
     """The levels of all traces: one pass."""
     columns: dict[str, list[NDArray[Any]]] = {
-        name: [] for name in ("levels", "cut", "spared", "correct", "rehearsed")
+        name: [] for name in ("levels", "cut", "spared", "correct", "rehearsed", "sessions")
     }
     variance, rest = Variance(), Variance()
     for traces in read(itself):
         _check_confidences(learnt.gate, traces)
         unseen, final = learnt.values(traces)
         columns["levels"].append(stop_levels(learnt.gate, traces.recorded, unseen))
-        for name in ("cut", "spared", "correct"):
+        for name in ("cut", "spared", "correct", "sessions"):
             columns[name].append(getattr(traces, name))
         if unseen is not None:
             columns["rehearsed"].append(stop_levels(learnt.gate, traces.recorded, final))
@@ -118,6 +137,7 @@ def judge(read: Read, learnt: CrossFit) -> JudgedTraces:
         spared=joined["spared"],
         correct=joined["correct"],
         rehearsed=joined.get("rehearsed"),
+        sessions=joined["sessions"],
         explained_variance=1.0 - rest.value / variance.value if variance.value else None,
     )
 
@@ -141,17 +161,18 @@ def rows_at(
             saved[k] += weights @ (lengths - cuts)
     shares, undecided = judged.shares(np.array(levels))
     threshold = threshold_of(learnt.gate.rule)
-    rows = []
+    rows, known = [], judged.outcomes(judged.levels)
+    right = known.correct
     for k, level in enumerate(levels):
-        below = judged.levels < level
+        below = known.levels < level
         rows.append(
             Row(
                 threshold=threshold.at(level),
                 stopped=float(shares[k]),
                 undecided=int(undecided[k]),
                 saved=float(saved[k] / total) if total else math.nan,
-                lost=judged.share_of(below, judged.correct == 1.0),
-                false=judged.share_of(judged.correct == 1.0, judged.known & below),
+                lost=_share(below[right], known.weights[right]),
+                false=_share(right[below], known.weights[below]),
             )
         )
     return rows
@@ -223,15 +244,36 @@ def bounded_level(
     bound: Bound,
 ) -> tuple[float, str]:
     """`level_for_bound` of rollouts whose outcome is known; rehearsal: by the final estimator."""
+    audit = _audited(outcomes, rehearsal, gate, bound)
+    if audit.level is None:
+        known = outcomes.levels.size
+        alone = _audited(outcomes, None, gate, bound)
+        raise CalibrationError(
+            f"{known} outcomes are known, and no threshold keeps {bound}: "
+            + (_missing(audit, known) if alone.level is None else _vetoed(alone, gate))
+        )
+    return audit.level, audit.reason
+
+
+def _audited(
+    outcomes: Outcomes, rehearsal: Outcomes | None, gate: Gate, bound: Bound
+) -> AuditThreshold:
     low, high = _range(gate)
     audit = AuditThreshold(bound, window=1, low=low, high=high)
     audit.update(outcomes, None, ready=True, rehearsal=rehearsal)
-    if audit.level is None:
-        known = outcomes.levels.size
-        raise CalibrationError(
-            f"{known} outcomes are known, and no threshold keeps {bound}: " + _missing(audit, known)
-        )
-    return audit.level, audit.reason
+    return audit
+
+
+def _vetoed(alone: AuditThreshold, gate: Gate) -> str:
+    """Why none is left of what would hold without the rehearsal."""
+    threshold = threshold_of(gate.rule)
+    assert alone.level is not None
+    return (
+        f"the estimators of the folds would allow {threshold.symbol} = "
+        f"{threshold.at(alone.level):.4g} ({alone.reason}), but the gate's own, fitted on all, "
+        "breaks the bound there and at every stricter one that they allow: it differs too much "
+        "from theirs; more outcomes would bring them together"
+    )
 
 
 def _range(gate: Gate) -> tuple[float, float]:

@@ -1,12 +1,12 @@
 """Traces of finished choices, appended to a file as JSON lines: numbers only, never text.
 
 A line has `request` (the id in the X-Request-Id header), `id` (the answer's), `index`, `model`,
-`gate_version`, `rule`, `mode`, `prompt_tokens`, `logprobs`, `max_logprobs` (null where missing),
-`confidences` (where the rule has them), `end` ("completed", "length", "early_stop", "aborted") and
-`cut` (where the rule stopped it, or in shadow mode would have). One of a session (`sessions.py`)
-has `session`, `turn` (from 1), `carried` (with --carry-over: tokens of earlier turns that its
-monitor went on from) and, with --record-ids, `prompt_token_ids` and `token_ids`. `calibrate` reads
-them.
+`gate_version`, `rule`, `mode`, `prompt` (a hash of it), `prompt_tokens`, `logprobs`, `max_logprobs`
+(null where missing), `confidences` (where the rule has them), `end` ("completed", "length",
+"early_stop", "aborted") and `cut` (where the rule stopped it, or in shadow mode would have). One of
+a session (`sessions.py`) has `session`, `turn` (from 1), `carried` (with --carry-over: tokens of
+earlier turns that its monitor went on from) and, with --record-ids, `prompt_token_ids` and
+`token_ids`. `calibrate` reads them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
@@ -38,9 +39,11 @@ Numbers: TypeAlias = "Mapping[str, array[Any]]"
 class Columns:
     """The numbers of one choice, which they follow: 8 bytes each, NaN where missing."""
 
-    __slots__ = ("confidences", "logprobs", "max_logprobs")
+    __slots__ = ("confidences", "logprobs", "max_logprobs", "prompt")
 
-    def __init__(self, *, confidences: bool) -> None:
+    def __init__(self, body: Mapping[str, Any], *, confidences: bool) -> None:
+        """body: of the request, which tells the prompt."""
+        self.prompt = _hash(body)
         self.logprobs = array("d")
         self.max_logprobs = array("d")
         self.confidences = array("d") if confidences else None
@@ -85,6 +88,7 @@ def line_of(session: Session, columns: Columns, request_id: str | None, *, ids: 
         "gate_version": record.gate_version,
         "rule": record.rule,
         "mode": record.mode,
+        "prompt": columns.prompt,
         "prompt_tokens": session.prompt_tokens,
         "end": end,
         "cut": record.cut,
@@ -95,6 +99,12 @@ def line_of(session: Session, columns: Columns, request_id: str | None, *, ids: 
         numbers["prompt_token_ids"] = _ids(session.prompt_token_ids)
         numbers["token_ids"] = _ids(session.token_ids[:tokens])
     return Line(about, numbers)
+
+
+def _hash(body: Mapping[str, Any]) -> str:
+    """The same for requests that ask the same, however they are to be sampled."""
+    asked = [body.get(name) for name in ("messages", "tools", "prompt", "token_ids")]
+    return blake2b(repr(asked).encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def _ids(told: list[int]) -> array[int]:

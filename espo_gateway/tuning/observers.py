@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from typing import Any
 
 from espo_gateway.config import Config
@@ -55,13 +56,15 @@ class Observers:
         """Whether the token ids of a request's choices are recorded."""
         return self._record_ids and turn is not None
 
-    def followers(self, gate: Gate, turn: Turn | None = None) -> list[Follower]:
-        """What is to follow a choice that begins now, under that gate."""
+    def followers(
+        self, gate: Gate, body: Mapping[str, Any], turn: Turn | None = None
+    ) -> list[Follower]:
+        """What is to follow a choice that begins now, under that gate. body: of its request."""
         followers: list[Follower] = []
         # The turns of a session are recorded all, or they are none.
         sampled = self.recorder is not None and random.random() < self._record_share
         if sampled or turn is not None:
-            followers.append(Columns(confidences=gate.top_logprobs > 1))
+            followers.append(Columns(body, confidences=gate.top_logprobs > 1))
         if self.tuning is not None:
             followers.append(self.tuning.evidence())
         return followers

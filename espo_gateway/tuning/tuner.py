@@ -111,7 +111,7 @@ class Tuning:
     Args:
         gate: rule and constants; rule "none" stands for "regret-only".
 
-    Raises InvalidRequest when the rule has no β.
+    Raises InvalidRequest when the rule has no β, or its estimate reads what no evidence is told.
     """
 
     def __init__(self, gate: Gate, *, target: float, warmup: int, window: int) -> None:
@@ -122,6 +122,13 @@ class Tuning:
             raise InvalidRequest(
                 f"target_share: rule {gate.rule!r} has no β to tune; use one of {fitting}, or "
                 "leave --target-share out",
+                param="target_share",
+            )
+        if gate.estimator is not None and gate.estimator.sources:
+            raise InvalidRequest(
+                f"target_share: the gate's estimator reads {', '.join(gate.estimator.sources)}, "
+                "which β is not tuned by; use an estimator without sources, or leave "
+                "--target-share out",
                 param="target_share",
             )
         self.target, self.warmup, self.window_size = target, warmup, window

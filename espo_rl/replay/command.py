@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,7 @@ from espo_gateway.stop.threshold_control import Bound, Outcomes
 from espo_gateway.stop.told import SourceName
 from espo_gateway.traces.cross_fit import CalibrationError, CrossFit
 from espo_gateway.traces.detection import (
+    RIGHT_LOST,
     Curve,
     Estimate,
     Judged,
@@ -46,9 +48,11 @@ from espo_gateway.traces.judge import (
     LOOKS,
     Judgement,
     Replayed,
+    Survey,
     fitted,
     fitted_elsewhere,
     replayed,
+    survey,
 )
 from espo_gateway.traces.reader import (
     Known,
@@ -58,7 +62,7 @@ from espo_gateway.traces.reader import (
     read_outcomes,
     read_traces,
 )
-from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level
+from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level, by_session
 from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, entries, json_with
 from espo_rl.record.progress import progress_bar
@@ -83,9 +87,16 @@ class Source:
         TraceError: naming the path that holds none.
     """
 
-    def __init__(self, paths: Sequence[Path], outcome: str, known: Known | None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        outcome: str,
+        known: Known | None,
+        without: NDArray[np.uint32] | None = None,
+    ) -> None:
+        """without: keys of prompts whose rollouts are left out."""
         self.files = [file for path in paths for file in files_in(path)]
-        self._parts = partial(_parts, outcome=outcome, known=known)
+        self._parts = partial(_parts, outcome=outcome, known=known, without=without)
         self.tokens = 0
 
     def read(self, work: Callable[[Traces], Any] = itself) -> Iterator[Any]:
@@ -115,9 +126,9 @@ class Source:
             for future in running:
                 future.cancel()
 
-    def sources(self) -> tuple[SourceName, ...]:
-        """What the first rollouts were told beside their tokens."""
-        return next((traces.recorded.sources for traces in self.read()), ())
+    def survey(self) -> Survey:
+        """What all of them carry."""
+        return Survey.of(self.read(survey))
 
     def warnings(self) -> list[str]:
         """What makes the rollouts a mixture."""
@@ -128,10 +139,18 @@ class Source:
 
 
 def _parts(
-    file: Path, work: Callable[[Traces], Any], *, outcome: str, known: Known | None
+    file: Path,
+    work: Callable[[Traces], Any],
+    *,
+    outcome: str,
+    known: Known | None,
+    without: NDArray[np.uint32] | None,
 ) -> Iterator[tuple[int, Any]]:
     for traces in read_traces([file], outcome=outcome, known=known):
-        yield int(traces.lengths.sum()), work(traces)
+        if without is not None:
+            traces = traces.where(~np.isin(traces.keys, without))
+        if len(traces):
+            yield int(traces.lengths.sum()), work(traces)
 
 
 def _listed(
@@ -181,8 +200,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
     judged, rules, curves = done.judged, {}, {}
     bins = difficulty(judged)
     for name, judgement in done.rules.items():
-        asked = judgement.asked
-        cost = None if asked is None else options.price * asked
+        cost = None if judgement.asked is None else options.price * judgement.asked
         curves[name] = curve(judged, judgement.cuts, cost, draws=options.bootstrap)
         chosen = recommend(judged, judgement, curves[name], options)
         rules[name] = {
@@ -196,7 +214,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
             },
             "recommended": chosen,
             "by_difficulty": [
-                _of_bin(label, judged, judgement, rows, chosen, options.bootstrap)
+                _of_bin(label, judged, judgement, cost, rows, chosen, options.bootstrap)
                 for label, rows in bins
             ],
         }
@@ -214,6 +232,7 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
         },
         "bound": dataclasses.asdict(bound_of(options)),
         "price": options.price,
+        "right_needed": {f"{lost:.2f}": needed for lost, needed in RIGHT_LOST.items()},
         "rules": rules,
     }
     return content, curves
@@ -222,13 +241,17 @@ def report(done: Replayed, options: argparse.Namespace) -> tuple[dict[str, Any],
 def recommend(
     judged: Judged, judgement: Judgement, found: Curve, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """The loosest threshold of the grid under the wished bound, and what it does."""
+    """Of the thresholds that the wished bound allows the one that saves most, and what it does."""
     gate, threshold = judgement.gate, threshold_of(judgement.gate.rule)
     if threshold is HAZARD:
         return {"threshold": None, "reason": "chance is here to compare with"}
     weights = judged.weights.astype(np.float32)
+    sessions = np.zeros(0, np.uint32) if judged.sessions is None else judged.sessions
     outcomes, rehearsal = (
-        Outcomes(levels.astype(np.float32), judged.correct, weights, 1.0 / float(weights.max()))
+        by_session(
+            Outcomes(levels.astype(np.float32), judged.correct, weights, 1 / float(weights.max())),
+            sessions,
+        )
         for levels in (judgement.levels, judgement.rehearsed)
     )
     try:
@@ -244,7 +267,14 @@ def recommend(
     stricter = threshold.level(grid) <= level
     if not stricter.any():
         return {"threshold": None, "reason": f"only thresholds beyond {grid[0]:g} keep the bound"}
-    place = int(stricter.sum()) - 1
+    # Where sources are asked, a looser one may pay for more questions than it saves tokens. Of the
+    # stopped ones a stricter one may find more right.
+    saved = found.saved[: int(stricter.sum()), 0].copy()
+    if bound_of(options).of == "false-positives":
+        saved[:-1] = -np.inf
+    place = len(saved) - 1 - int(saved[::-1].argmax())
+    if saved[place] <= 0.0:
+        return {"threshold": None, "reason": "no threshold that keeps the bound saves anything"}
     chosen = threshold.set(gate, float(grid[place]))
     return {
         "questions": None if asked is None else float(asked[:, place].mean()),
@@ -272,6 +302,7 @@ def _of_bin(
     label: str,
     judged: Judged,
     judgement: Judgement,
+    cost: NDArray[np.float64] | None,
     rows: Any,
     chosen: Mapping[str, Any],
     draws: int,
@@ -284,8 +315,9 @@ def _of_bin(
         "auc": _plain(area(part, judgement.levels[rows], draws=draws)),
     }
     if chosen["threshold"] is not None:
-        place = chosen["grid_place"]
-        found = curve(part, judgement.cuts[rows, place : place + 1], draws=draws)
+        place = slice(chosen["grid_place"], chosen["grid_place"] + 1)
+        paid = None if cost is None else cost[rows, place]
+        found = curve(part, judgement.cuts[rows, place], paid, draws=draws)
         said |= {name: _triple(getattr(found, name)[0]) for name in ("saved", "false", "recall")}
     return said
 
@@ -366,19 +398,63 @@ def _triple(numbers: Any) -> list[float | None]:
 def learnt_from(
     options: argparse.Namespace,
     source: Source,
-    known: Known | None,
+    other: Source | None,
     sources: tuple[SourceName, ...] = (),
 ) -> CrossFit:
-    """The estimators, of this run by folds of prompts or of another run."""
-    if options.fit_on is None:
+    """The estimators: by folds of prompts or, if there is one, of another run."""
+    if other is None:
         learnt = fitted(source.read, options.folds, sources, options.ask_every)
     else:
-        other = Source(options.fit_on, options.outcome, known)
         learnt = fitted_elsewhere(other.read, sources, options.ask_every)
     wrong, right = options.critic_worth
     return dataclasses.replace(
         learnt, gate=dataclasses.replace(learnt.gate, critic_wrong=wrong, critic_right=right)
     )
+
+
+def apart_from(
+    here: Survey, options: argparse.Namespace, known: Known | None
+) -> tuple[Source, list[str]]:
+    """The other run without the prompts that are judged, which its fit would know; and a warning
+    where there are such.
+
+    Raises:
+        CalibrationError: it has no others.
+    """
+    there = Source(options.fit_on, options.outcome, known).survey()
+    shared = np.intersect1d(here.keys, there.keys)
+    left_out = int(np.isin(there.keys, shared).sum())
+    if left_out and left_out == there.keys.size:
+        raise CalibrationError(
+            "--fit-on: all of its prompts are among those to be judged, so its estimators would "
+            "know them; give rollouts of other prompts, or leave it out"
+        )
+    other = Source(options.fit_on, options.outcome, known, without=shared)
+    if not left_out:
+        return other, []
+    return other, [
+        f"--fit-on: {left_out:,} of its {there.keys.size:,} rollouts are left out, as their "
+        f"{shared.size:,} prompts are among those to be judged"
+    ]
+
+
+def unknowns(done: Replayed, content: Mapping[str, Any]) -> list[str]:
+    """What the numbers leave open."""
+    said = []
+    if done.judged.prompts.max() == 0:
+        said.append("all rollouts are of one prompt, so that nothing has an interval")
+    right = int(done.judged.correct.sum())
+    said += [
+        f"what is saved at {float(lost):.0%} of the right rollouts lost is unknown: {right} are "
+        f"right, {needed - right} more are needed"
+        for lost, needed in content["right_needed"].items()
+        if right < needed
+    ]
+    if any(judgement.gate.needs_critic for judgement in done.rules.values()):
+        said.append(
+            "the rules with a critic's values save before its cost: --price is of an answer probe"
+        )
+    return said
 
 
 def run(options: argparse.Namespace) -> None:
@@ -387,14 +463,23 @@ def run(options: argparse.Namespace) -> None:
     check_output(options.output)
     known = read_outcomes(options.outcomes, options.outcome) if options.outcomes else None
     source = Source(options.rollouts, options.outcome, known)
-    warnings = source.warnings()
-    for warning in warnings:
-        console.print(f"warning: {warning}")
-    sources = source.sources()
-    told = learnt_from(options, source, known, sources) if sources else None
-    done = replayed(source.read, learnt_from(options, source, known), told)
+    carried = source.survey()
+    other, warnings = None, [*source.warnings(), *carried.warnings()]
+    if options.fit_on is not None:
+        other, shared = apart_from(carried, options, known)
+        warnings += shared
+    learnt, told = learnt_from(options, source, other), None
+    if carried.sources:
+        try:
+            told = learnt_from(options, source, other, carried.sources)
+        except CalibrationError as error:
+            beside = " and ".join(carried.sources)
+            warnings.append(f"the rules with {beside} are left out: {error}")
+    done = replayed(source.read, learnt, told)
     content, curves = report(done, options)
-    content["warnings"] = warnings
+    content["warnings"] = warnings + unknowns(done, content)
+    for warning in content["warnings"]:
+        console.print(f"warning: {warning}")
     console.print(
         f"{content['rollouts']:,} full rollouts of {content['prompts']:,} prompts, "
         f"{content['tokens']:,} tokens, {content['success']:.1%} right; {content['left_out']:,} "

@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.threshold_control import Bound, Outcomes
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.traces import calibrate
+from espo_gateway.traces.cross_fit import UNFITTED, CalibrationError
 from espo_gateway.traces.reader import TraceError, read_outcomes, read_traces
+from espo_gateway.traces.recommend import bounded_level, by_session
 from espo_rl.config import load_recipe
-from espo_rl.record.rollout_files import RolloutFiles
+from espo_rl.record.rollout_files import RolloutFiles, rollouts_table
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.gateway import BAD, GOOD, completion_body, gateway_for, post
 from tests.helpers.simulated import LENGTH, censored, cuts, simulate
@@ -249,6 +254,16 @@ def test_a_rule_that_cannot_tell_says_that_more_will_not_do(
     assert "more outcomes alone will not do" in told
 
 
+def test_the_gates_own_estimator_may_speak_against_what_the_folds_allow() -> None:
+    """It stops all from the start: no number of outcomes like these would do."""
+    levels = np.r_[np.linspace(-9, -4, 300), np.linspace(-1, 0, 300)].astype(np.float32)
+    outcomes = Outcomes(levels, levels > -2, np.ones(600, np.float32))
+    own = dataclasses.replace(outcomes, levels=np.full(600, -12, np.float32))
+    gate = Gate(rule="success-probability", estimator=UNFITTED)
+    with pytest.raises(CalibrationError, match="but the gate's own, fitted on all, breaks"):
+        bounded_level(outcomes, own, gate, Bound())
+
+
 def test_equal_outcomes_are_nothing_to_fit_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +347,12 @@ def test_a_long_file_is_read_in_parts(tmp_path: Path) -> None:
         ('{"logprobs": 3, "max_logprobs": []}', "logprobs must be a list of numbers"),
         ('{"logprobs": [-1], "max_logprobs": []}', "numbers of tokens differ"),
         ('{"logprobs": [], "max_logprobs": [], "correct": "yes"}', "true or false, not 'yes'"),
+        ('{"prompt_tokens": "ten"}', r"t.jsonl:1: .*`\$.prompt_tokens`"),
+        ('{"prompt_tokens": [1]}', r"`\$.prompt_tokens`"),
+        ('{"prompt_tokens": -3}', r"`\$.prompt_tokens`"),
+        ('{"turn": "1"}', r"`\$.turn`"),
+        ('{"carried": "3"}', r"`\$.carried`"),
+        ('{"end": 3}', r"`\$.end`"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -339,6 +360,65 @@ def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None
     path.write_text(content)
     with pytest.raises(TraceError, match=message):
         list(read_traces([path], outcome="correct", known=None))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("logprobs", ["x"], "column 'logprobs' must hold lists of numbers, not string"),
+        ("prompt_ids", [5], "column 'prompt_ids' must hold lists of numbers, not int64"),
+        ("prompt", [7], "column 'prompt' must hold texts, not int64"),
+        ("history", ["a"], "column 'history' must hold numbers, not string"),
+        ("probes", [[1.0]], "column 'probes' must hold lists of lists of numbers, not list"),
+        ("prompt", pa.array([None], pa.string()), "row 0: prompt is missing"),
+        ("kept", pa.array([None], pa.int32()), "row 0: kept is missing"),
+        ("logprobs", pa.array([None], pa.list_(pa.float64())), "row 0: logprobs and max_logprobs"),
+    ],
+)
+def test_a_bad_column_is_named(tmp_path: Path, column: str, values: Any, message: str) -> None:
+    [rollout] = simulate(1, 0)
+    cut = dataclasses.replace(rollout, end=EndReason.EARLY_STOP, correct=None)
+    table = rollouts_table(0, [cut], Gate(), {})
+    at = table.column_names.index(column)
+    pq.write_table(table.set_column(at, column, pa.array(values)), tmp_path / "t.parquet")
+    with pytest.raises(TraceError, match=f"t.parquet.*{message}"):
+        list(read_traces([tmp_path / "t.parquet"], outcome="correct", known=None))
+
+
+def test_traces_of_one_prompt_are_known_by_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever way a line tells it; a session is known by the prompt that it began with."""
+    rollouts = simulate(7, 0)
+    told: list[dict[str, Any]] = [
+        *({"prompt": "p"}, {"prompt": "p"}, {"prompt_token_ids": [1, 2]}),
+        {"session": "a", "turn": 1, "prompt_token_ids": [1, 2]},
+        {"session": "a", "turn": 2, "prompt_token_ids": [1, 2, 3]},
+        *({"prompt_token_ids": [1, 2, 3]}, {}),
+    ]
+    lines = [line(r, n, **fields) for n, (r, fields) in enumerate(zip(rollouts, told, strict=True))]
+    path = write(tmp_path / "t.jsonl", lines)
+    [traces] = read_traces([path], outcome="correct", known=None)
+    assert [[*traces.keys].index(key) for key in traces.keys] == [0, 0, 2, 2, 2, 5, 6]
+    assert traces.by_prompt.tolist() == [True] * 6 + [False]
+    calibrate.main([str(path), "--stop-share", "0.5"])
+    assert "1 traces do not tell their prompt" in capsys.readouterr().out
+
+
+def test_a_session_with_one_outcome_is_one_rollout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its turns are no more evidence than it is, and each that is stopped loses it."""
+    rollouts = simulate(240, 0)
+    lines = [line(r, n, session=f"s{n // 12}", turn=n % 12 + 1) for n, r in enumerate(rollouts)]
+    path = write(tmp_path / "t.jsonl", lines)
+    rows = [{"session": f"s{n}", "correct": n % 2 == 0} for n in range(20)]
+    outcomes = write(tmp_path / "outcomes.jsonl", rows)
+    told = refused(capsys, path, "--outcomes", outcomes, "--rule", "regret-only")
+    assert "20 outcomes are known" in told
+    assert "10 are of right answers, and at least 45 of these are needed" in told
+    base = Outcomes(np.arange(4.0, dtype=np.float32), np.ones(4, bool), np.ones(4, np.float32))
+    assert by_session(base, np.array([0, 7, 7, 0], np.uint32)).levels.tolist() == [3.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ async def test_the_numbers_are_those_received(tmp_path: Path) -> None:
     assert line["max_logprobs"] == [odd[0], max(odd[1], -0.1), None, -0.1, -0.1]
     del line["logprobs"], line["max_logprobs"]
     assert len(line.pop("request")) == 32
+    assert len(line.pop("prompt")) == 16
     assert line == {
         "id": answer["id"],
         "index": 0,
@@ -70,6 +71,23 @@ async def test_the_numbers_are_those_received(tmp_path: Path) -> None:
         "cut": None,
     }
     assert "secret" not in path.read_text()
+
+
+async def test_requests_that_ask_the_same_are_told_by_the_same_hash(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    asked: list[dict[str, Any]] = [
+        {"prompt": "1+1="},
+        {"prompt": "1+1=", "temperature": 0.5},
+        {"prompt": [2**70, 1]},
+    ]
+    async with (
+        FakeServer(Script([GOOD])) as server,
+        gateway_for(server, record=path) as gateway,
+    ):
+        for fields in asked:
+            await post(gateway.url + COMPLETIONS, completion_body(**fields))
+    one, same, other = (line["prompt"] for line in lines(path))
+    assert one == same != other
 
 
 async def test_every_kind_of_end_is_told_and_a_stop_is_kept_to_its_cut(tmp_path: Path) -> None:

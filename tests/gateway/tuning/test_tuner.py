@@ -18,6 +18,7 @@ import pytest
 from espo_gateway.config import Config
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.front.gateway import Gateway
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import MonitorConfig
 from espo_gateway.stop.replay import stop_levels
@@ -194,6 +195,13 @@ def test_evidence_is_the_sums_and_the_level_of_a_replay(gate: Gate) -> None:
 def test_a_rule_without_beta_is_refused_by_name(rule: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"{rule!r} has no β to tune.*regret-only"):
         tuned(rule)
+
+
+def test_an_estimate_of_what_no_evidence_is_told_is_refused() -> None:
+    estimator = SuccessEstimator((0.0,) * (len(FEATURES) + 1), 0.0, sources=("history",))
+    gate = Gate(rule="value-gated", value="stream", estimator=estimator)
+    with pytest.raises(InvalidRequest, match="target_share: the gate's estimator reads history"):
+        Tuning(gate, target=0.2, warmup=80, window=16)
 
 
 @pytest.mark.parametrize(

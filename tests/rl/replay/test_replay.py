@@ -202,6 +202,129 @@ def test_a_curve_counts_what_a_threshold_does() -> None:
     assert found.before_end[:, 0] == pytest.approx([6, 16 / 5])
 
 
+def test_questions_are_taken_off_what_is_saved_and_not_off_where_stops_come() -> None:
+    cuts = np.array([[4], [0], [0], [0]], np.int32)
+    found = curve(judged([0, 0, 1, 1], [0, 0, 1, 1]), cuts, np.full((4, 1), 1.0), draws=5)
+    assert found.saved[0, 0] == pytest.approx((6 - 4) / 40)
+    assert found.before_end[0, 0] == 6
+
+
+def probed(rollouts: list[Rollout], every: int = 4) -> list[Rollout]:
+    """The same with what a probe said of them: more the further they have come."""
+    rng = np.random.default_rng(0)
+    for rollout in rollouts:
+        length = len(rollout.token_ids)
+        rollout.probes = [
+            [token, *(rng.normal(-2.0 * (not rollout.correct) * token / length, 1.0, 3))]
+            for token in range(every, length, every)
+        ]
+    return rollouts
+
+
+@pytest.mark.parametrize(("price", "pays"), [(0.5, True), (1000.0, False)])
+def test_the_price_of_asking_is_in_all_that_is_said_to_be_saved(
+    tmp_path: Path, price: float, pays: bool
+) -> None:
+    source = Source([dump(tmp_path / "a.parquet", probed(make_rollouts(400, 80)))], "correct", None)
+    done = replayed(source.read, fitted(source.read, 2), fitted(source.read, 2, ("probe",), 4))
+    options = command.parse(["some", "--price", str(price), "--bootstrap", "2"])
+    content, curves = command.report(done, options)
+    tokens = [done.judged.lengths[rows].sum() for _, rows in difficulty(done.judged)]
+    for name, rule in content["rules"].items():
+        chosen = rule["recommended"]
+        if chosen["threshold"] is None:
+            continue
+        assert chosen["saved"][0] == curves[name].saved[: chosen["grid_place"] + 1, 0].max() > 0
+        bins = [part["saved"][0] for part in rule["by_difficulty"]]
+        assert np.average(bins, weights=tokens) == pytest.approx(chosen["saved"][0])
+    chosen = content["rules"]["success-probability + probe"]["recommended"]
+    assert (chosen["threshold"] is not None) == pays
+    assert pays or "saves anything" in chosen["reason"]
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_rollouts_that_were_not_asked_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: str
+) -> None:
+    dump(tmp_path / f"{names[0]}.parquet", make_rollouts(60, 40, 1))
+    dump(tmp_path / f"{names[1]}.parquet", probed(make_rollouts(60, 40, 2)))
+    out = tmp_path / "out"
+    assert main([str(tmp_path), "--output", str(out), "--bootstrap", "2"]) == 0
+    assert "60 of 120 rollouts carry nothing of 'probe'" in capsys.readouterr().out
+    assert "success-probability + probe" in json.loads((out / "replay.json").read_text())["rules"]
+
+
+def test_rollouts_without_a_critics_values_are_told_of_and_its_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump(tmp_path / "a.parquet", make_rollouts(60, 40, 1))
+    valued = make_rollouts(60, 40, 2)
+    values = [
+        np.full(len(rollout.token_ids), 0.7 if rollout.correct else 0.3) for rollout in valued
+    ]
+    dump(tmp_path / "b.parquet", valued, values=values)
+    assert main([str(tmp_path), "--output", str(tmp_path / "out"), "--bootstrap", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "60 of 120 rollouts carry nothing of 'critic'" in told
+    assert "the rules with a critic's values save before its cost" in told
+    source = Source([tmp_path], "correct", None)
+    critic = replayed(source.read, fitted(source.read, 2)).rules["value-only (critic)"]
+    assert np.isfinite(critic.levels).tolist() == [False] * 60 + [True] * 60
+
+
+@pytest.mark.parametrize("said", [None, math.nan])
+def test_a_probe_that_never_answered_takes_nothing_from_the_other_rules(
+    tmp_path: Path, said: Any
+) -> None:
+    rollouts = make_rollouts(60, 40)
+    for rollout in rollouts:
+        rollout.probes = [[4.0, -1.0, said, -1.0]]
+    path = dump(tmp_path / "a.parquet", rollouts)
+    assert main([str(path), "--output", str(tmp_path), "--bootstrap", "2"]) == 0
+    assert len(json.loads((tmp_path / "replay.json").read_text())["rules"]) == 6
+
+
+def test_questions_and_cuts_are_those_of_a_live_stream_whose_probe_answers_what_was_recorded(
+    tmp_path: Path,
+) -> None:
+    rollouts = probed(make_rollouts(24, 60, seed=5), 2)
+    for rollout in rollouts[::2]:
+        rollout.probes = rollout.probes[::2]
+    source = Source([dump(tmp_path / "a.parquet", rollouts)], "correct", None)
+    told = fitted(source.read, 2, ("probe",), 2)
+    assert told.free is not None
+    keys = next(iter(source.read())).keys
+    found = 0
+    for name, judgement in replayed(source.read, fitted(source.read, 2), told).rules.items():
+        if judgement.asked is None:
+            continue
+        threshold = threshold_of(judgement.gate.rule)
+        for row, place in np.ndindex(24, 12):
+            limit, fold = threshold.grid[10 * place], keys[row] % 2
+            gate = threshold.set(judgement.gate, float(limit))
+            gate = dataclasses.replace(gate, estimator=told.folds[fold], free=told.free.folds[fold])
+            cut, asked = live_probe(gate, rollouts[row])
+            assert judgement.cuts[row, 10 * place] == cut, (name, row, limit)
+            assert judgement.asked[row, 10 * place] == asked, (name, row, limit)
+            found += cut > 0
+    assert found > 50
+
+
+def live_probe(gate: Gate, rollout: Rollout) -> tuple[int, int]:
+    """The cut, and how many questions were answered by then."""
+    watch, asked = Watch(gate, len(rollout.prompt_ids)), 0
+    said = {int(token): numbers for token, *numbers in rollout.probes}
+    for token, pair in enumerate(zip(rollout.logprobs, rollout.max_logprobs, strict=True), 1):
+        last = token == len(rollout.logprobs)
+        if watch.push(*map(float, pair), last=last) is Verdict.ASK:
+            asked += token in said
+            answers: Any = {"probe": said[token]} if token in said else {}
+            watch.settle(token, watch.valued(token, answers))
+        if watch.cut is not None:
+            break
+    return watch.cut or 0, asked
+
+
 def test_the_area_is_the_share_of_pairs_in_order() -> None:
     rollouts = judged([0, 0, 1, 1], [0, 1, 2, 3])
     assert area(rollouts, np.array([1.0, 3.0, 2.0, np.inf]), draws=5).value == 0.75
@@ -332,11 +455,29 @@ def test_what_is_saved_is_told_at_the_right_ones_lost() -> None:
     correct = [1] * 5 + [0] * 5
     strict = np.array([0] * 5 + [5] * 2 + [0] * 3)
     loose = np.array([5] + [0] * 4 + [5] * 3 + [0] * 2)
-    found = curve(
-        judged(correct, [*range(10)]), np.stack([strict, loose], 1).astype(np.int32), draws=50
-    )
+    cuts = np.stack([strict, loose], 1).astype(np.int32)
+    found = curve(judged(correct * 10, [*range(100)]), np.tile(cuts, (10, 1)), draws=50)
     assert found.saved_at["0.05"].value == found.saved_at["0.10"].value == found.saved[0, 0]
     assert found.saved[1, 0] == 2 * found.saved[0, 0]
+    # A tenth of that has too few right ones for either share: five.
+    found = curve(judged(correct, [*range(10)]), cuts, draws=50)
+    assert all(math.isnan(saved.value) for saved in found.saved_at.values())
+
+
+@pytest.mark.parametrize(("prompts", "area_low", "within_low"), [(1, None, None), (3, 0.025, 0.29)])
+def test_a_few_prompts_are_not_sure_of_anything(
+    prompts: int, area_low: float | None, within_low: float | None
+) -> None:
+    """All told apart: every resampling says so, too."""
+    all_of = judged([1, 0] * 2 * prompts, [*np.repeat(np.arange(prompts), 4)])
+    levels = all_of.correct.astype(float)
+    for found, low in ((area, area_low), (area_within, within_low)):
+        estimate = found(all_of, levels, draws=50)
+        assert estimate.value == 1.0
+        assert estimate.low == pytest.approx(low or math.nan, abs=0.01, nan_ok=True)
+    if prompts == 1:
+        cuts = np.where(all_of.correct, 0, 5).astype(np.int32)[:, None]
+        assert np.isnan(curve(all_of, cuts, draws=50).saved[0, 1:]).all()
 
 
 def test_audited_rollouts_stand_for_the_stopped_ones(tmp_path: Path) -> None:
@@ -364,6 +505,27 @@ def test_an_estimator_of_another_run_judges_all(tmp_path: Path) -> None:
     # What the written gate would do to the rollouts that it was fitted on, too.
     assert (own.rules[name].rehearsed != own.rules[name].levels).any()
     assert (other.rules[name].rehearsed == other.rules[name].levels).all()
+
+
+def test_another_run_is_not_asked_about_prompts_that_it_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both, other = make_rollouts(60, 40), make_rollouts(60, 40, 1)
+    here = dump(tmp_path / "here.parquet", both)
+    there = dump(tmp_path / "there.parquet", [*both[:8], *other])
+    flags = ["--output", str(tmp_path / "out"), "--bootstrap", "2"]
+    assert main([str(here), "--fit-on", str(there), *flags]) == 0
+    assert "8 of its 68 rollouts are left out, as their 2 prompts" in capsys.readouterr().out
+    assert main([str(here), "--fit-on", str(here), *flags]) == 1
+    assert "--fit-on: all of its prompts are among those" in capsys.readouterr().err
+
+
+def test_a_single_prompt_is_nothing_to_judge_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = dump(tmp_path / "a.parquet", make_rollouts(40, 20)[8:12])
+    assert main([str(path), "--output", str(tmp_path / "out")]) == 1
+    assert "all of one prompt" in capsys.readouterr().err
 
 
 def outcomes(rollouts: list[Rollout], correct: bool | None) -> list[Rollout]:
