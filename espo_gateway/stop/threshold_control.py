@@ -289,9 +289,9 @@ class AuditThreshold:
             else _stopped(batches, candidates)
         )
         upper = upper_bound(bad, known, self.bound.confidence)
-        holds = upper <= self.bound.limit
+        holds = allowed = upper <= self.bound.limit
         if rehearsal is not None:
-            holds &= self._rehearsed(rehearsal, candidates)
+            holds = allowed & self._rehearsed(rehearsal, candidates)
         holding = np.flatnonzero(holds)
         best = int(holding[-1]) if holding.size else int(upper.argmin())
         self.level = float(candidates[best]) if holding.size else None
@@ -301,6 +301,11 @@ class AuditThreshold:
             self.reason = (
                 f"at most {self.upper:.1%} {self.bound.cost} with {self.bound.confidence:.0%} "
                 f"confidence ({self.known:.0f} known {of})"
+            )
+        elif allowed.any():
+            self.reason = (
+                f"thresholds would keep {self.bound}, but on the last batch the estimate to come "
+                "speaks against all of them"
             )
         else:
             total = sum(batch.levels.size for batch in batches)

@@ -43,6 +43,7 @@ class JudgedTraces:
     correct: Array  # NaN: unknown
     rehearsed: Array | None  # levels by the final estimator
     sessions: NDArray[np.uint32]  # that share an outcome; 0: of its own
+    keys: NDArray[np.uint32]  # of their prompts
     explained_variance: float | None = None
 
     @property
@@ -61,6 +62,7 @@ class JudgedTraces:
             correct=self.correct[known].astype(bool),
             weights=self.weights[known].astype(np.float32),
             known_share=1.0 / spared_weight(int(self.cut.sum()), int(self.spared.sum())),
+            prompts=self.keys[known].astype(np.int64),
         )
         return by_session(outcomes, self.sessions[known])
 
@@ -87,6 +89,7 @@ def by_session(outcomes: Outcomes, sessions: NDArray[np.uint32]) -> Outcomes:
         levels=levels,
         correct=outcomes.correct[first],
         weights=outcomes.weights[first],
+        prompts=None if outcomes.prompts is None else outcomes.prompts[first],
     )
 
 
@@ -115,14 +118,14 @@ class Row:
 def judge(read: Read, learnt: CrossFit) -> JudgedTraces:
     """The levels of all traces: one pass."""
     columns: dict[str, list[NDArray[Any]]] = {
-        name: [] for name in ("levels", "cut", "spared", "correct", "rehearsed", "sessions")
+        name: [] for name in ("levels", "cut", "spared", "correct", "rehearsed", "sessions", "keys")
     }
     variance, rest = Variance(), Variance()
     for traces in read(itself):
         _check_confidences(learnt.gate, traces)
         unseen, final = learnt.values(traces)
         columns["levels"].append(stop_levels(learnt.gate, traces.recorded, unseen))
-        for name in ("cut", "spared", "correct", "sessions"):
+        for name in ("cut", "spared", "correct", "sessions", "keys"):
             columns[name].append(getattr(traces, name))
         if unseen is not None:
             columns["rehearsed"].append(stop_levels(learnt.gate, traces.recorded, final))
@@ -138,6 +141,7 @@ def judge(read: Read, learnt: CrossFit) -> JudgedTraces:
         correct=joined["correct"],
         rehearsed=joined.get("rehearsed"),
         sessions=joined["sessions"],
+        keys=joined["keys"],
         explained_variance=1.0 - rest.value / variance.value if variance.value else None,
     )
 

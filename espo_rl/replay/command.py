@@ -249,7 +249,13 @@ def recommend(
     sessions = np.zeros(0, np.uint32) if judged.sessions is None else judged.sessions
     outcomes, rehearsal = (
         by_session(
-            Outcomes(levels.astype(np.float32), judged.correct, weights, 1 / float(weights.max())),
+            Outcomes(
+                levels.astype(np.float32),
+                judged.correct,
+                weights,
+                1.0 / float(weights.max()),
+                judged.prompts,
+            ),
             sessions,
         )
         for levels in (judgement.levels, judgement.rehearsed)

@@ -362,6 +362,7 @@ def test_what_the_next_gate_would_have_done_to_the_last_batch_is_rehearsed() -> 
     hopeless = audit()
     hopeless.update(known, None, ready=True, rehearsal=outcomes(np.full(400, -14.0), correct))
     assert hopeless.level is None
+    assert "the estimate to come speaks against all of them" in hopeless.reason
 
 
 # -- rollouts of one prompt ------------------------------------------------------------------------
