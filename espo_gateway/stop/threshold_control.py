@@ -91,12 +91,13 @@ class Outcomes:
         return self.known_share * self.weights[self.correct].astype(np.float64)
 
 
-def independent(batches: Sequence[Outcomes]) -> Array:
+def independent(batches: Sequence[Outcomes], limit: float) -> Array:
     """How many independent right rollouts each right one stands for, [right rollouts of all].
 
     Where levels go with the prompt, its right rollouts are lost together or not at all. So a prompt
     with m of them counts for m/(1 + (m - 1)·ρ): the design effect of samples in clusters (Kish,
-    Survey Sampling, 1965), with ρ the `correlation` of levels within prompts.
+    Survey Sampling, 1965), with ρ the correlation of being lost within prompts where a share
+    `limit` of all is.
     """
     clusters, before = [np.empty(0, dtype=np.int64)], 0
     for batch in batches:
@@ -107,7 +108,23 @@ def independent(batches: Sequence[Outcomes]) -> Array:
     right = np.concatenate([np.empty(0), *(batch.right for batch in batches)])
     levels = np.concatenate([np.empty(0), *(batch.levels[batch.correct] for batch in batches)])
     others = np.maximum(np.bincount(prompts, right)[prompts] - 1.0, 0.0)
-    return right / (1.0 + others * correlation(levels, prompts))
+    return right / (1.0 + others * tail_correlation(correlation(levels, prompts), limit))
+
+
+def tail_correlation(levels: float, share: float) -> float:
+    """The correlation within prompts of lying among the lowest `share`.
+
+    It is less than that of normal `levels` themselves: those that are alike are seldom together so
+    far out. As of a probit model with random effects: by the variance over prompts of the chance to
+    lie there.
+    """
+    if not 0.0 < levels < 1.0:
+        return levels
+    special = needed("scipy.special")
+    prompts = special.ndtri((np.arange(2_000) + 0.5) / 2_000)
+    lowest = special.ndtri(share) - math.sqrt(levels) * prompts
+    chance = special.ndtr(lowest / math.sqrt(1.0 - levels))
+    return float(chance.var() / (share * (1.0 - share)))
 
 
 def correlation(levels: NDArray[Any], prompts: NDArray[np.int64]) -> float:
@@ -284,7 +301,7 @@ class AuditThreshold:
         batches = [batch for batch in self._evidence if batch is not None]
         candidates = self._candidates(batches)
         bad, known = (
-            _right(batches, independent(batches), candidates)
+            _right(batches, independent(batches, self.bound.limit), candidates)
             if lost
             else _stopped(batches, candidates)
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from espo_rl.config import Recipe
 from espo_rl.ppo.parameters import trained
+from espo_rl.ppo.stale_locks import remove_stale_locks
 
 
 class Engine:
@@ -210,5 +211,6 @@ def import_deepspeed() -> Any:
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1
         )
+    remove_stale_locks()
     deepspeed.init_distributed(backend)
     return deepspeed
