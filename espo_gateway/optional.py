@@ -13,5 +13,5 @@ def needed(module: str, extra: str = "calibrate") -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f"{package} is needed and not installed; pip install 'espo[{extra}]'"
+            f"{package} is needed and not installed; in the repository: pip install '.[{extra}]'"
         ) from error

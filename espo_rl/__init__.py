@@ -7,6 +7,6 @@ _missing = [
 ]
 if _missing:
     raise ImportError(
-        f"espo_rl needs {', '.join(_missing)}: pip install 'espo[gpu]' on a GPU machine, or "
-        "scripts/setup.sh of the repository for CPU"
+        f"espo_rl needs {', '.join(_missing)}; in the repository: pip install '.[gpu]' on a GPU "
+        "machine, or scripts/setup.sh for CPU"
     )

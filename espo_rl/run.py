@@ -3,7 +3,7 @@
     python -m espo_rl.run arithmetic run.seed=1 ppo.learning_rate=1e-4 --resume auto
     python -m espo_rl.run arithmetic --dry-run
     python -m espo_rl.run --explain stopping ppo.lam
-    deepspeed --num_gpus 4 --module espo_rl.run espo-1.5b
+    deepspeed --num_gpus 8 --module espo_rl.run espo-1.5b
 
 A run's folder holds the recipe, metrics.jsonl, TensorBoard events, rollouts, the servers' logs,
 checkpoints, the trained models and summary.json. One that is not empty is refused, unless --resume

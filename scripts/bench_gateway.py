@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark import servers, throughput
+from benchmark.arguments import count
 from benchmark.load import BenchmarkError, chat_request, run_round
 from benchmark.report import Case, report_of, show
 from espo_gateway import event_loop
@@ -66,12 +67,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--streams", type=int, default=32, help="at once (default: 32)")
-    parser.add_argument("--tokens", type=int, default=600, help="of each stream (default: 600)")
+    parser.add_argument("--streams", type=count, default=32, help="at once (default: 32)")
+    parser.add_argument("--tokens", type=count, default=600, help="of each stream (default: 600)")
     parser.add_argument(
         "--step-ms", type=float, default=8.0, help="the fake engine's step (default: 8)"
     )
-    parser.add_argument("--repetitions", type=int, default=7, help="of each (default: 7)")
+    parser.add_argument("--repetitions", type=count, default=7, help="of each (default: 7)")
     parser.add_argument("--quick", action="store_true", help="3 repetitions of 250 tokens")
     parser.add_argument("--only", metavar="A,B", help="of " + ", ".join(CASES))
     parser.add_argument(

@@ -26,6 +26,7 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Schedule
 from espo_rl.config import Model, Recipe, RolloutSection, Servers, Stopping, TaskSection
 from espo_rl.evaluate.arguments import read_problems
+from espo_rl.evaluate.results import EvaluationError
 from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.progress import progress_bar
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
@@ -58,7 +59,10 @@ def parse() -> argparse.Namespace:
 
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a round: its seconds, tokens and questions; the first two rounds are a warm-up."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"--model: {error}") from error
     recipe = Recipe(
         model=Model(path=options.model, dtype=options.dtype),
         task=TaskSection(
@@ -133,7 +137,10 @@ def main() -> None:
             check_own(options.json, "--json", "report of this benchmark", own)
         except OutputError as error:
             raise SystemExit(f"bench_probe: {error}") from error
-    rows = asyncio.run(measure(options))
+    try:
+        rows = asyncio.run(measure(options))
+    except EvaluationError as error:
+        raise SystemExit(f"bench_probe: {error}") from error
     found = prices(rows)
     table = Table("", "seconds", "tokens", "tokens/s", "questions")
     for row in rows:

@@ -23,6 +23,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmark.arguments import count
 from espo_rl.config import RecipeError, load_recipe
 from espo_rl.loop import Loop
 from espo_rl.record.json_files import nulls
@@ -59,7 +60,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder or name on the hub")
     parser.add_argument("--recipe", default="arithmetic", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=3, help="(default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value")
     parser.add_argument("--json", type=Path, help="where the numbers go, too")
     options = parser.parse_args()

@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark import servers, throughput
+from benchmark.arguments import count
 from benchmark.load import BenchmarkError
 from benchmark.report import machine
 from espo_gateway import event_loop
@@ -117,10 +118,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--streams", type=int, nargs="+", default=[1, 16, 64], help="at once (default: 1 16 64)"
+        "--streams", type=count, nargs="+", default=[1, 16, 64], help="at once (default: 1 16 64)"
     )
-    parser.add_argument("--tokens", type=int, default=128, help="of each stream (default: 128)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
+    parser.add_argument("--tokens", type=count, default=128, help="of each stream (default: 128)")
+    parser.add_argument("--rounds", type=count, default=5, help="of each case (default: 5)")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 64 tokens")
     parser.add_argument("--only", metavar="A,B", help="of " + ", ".join(CASES))
     parser.add_argument("--models", metavar="A,B", help="of " + ", ".join(MODELS))

@@ -31,12 +31,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer_benchmark.cases import CASES, SHAPES, make_checkpoint
+from trainer_benchmark.cases import CASES, GROUP, SHAPES, make_checkpoint
 from trainer_benchmark.turns import Side, SideError
 
+from benchmark.arguments import count
 from espo_rl.record.output import OutputError, check_own
 from espo_rl.record.progress import progress_bar
 
+#: what --rollouts is a multiple of: whole groups, in two minibatches
+MULTIPLE = 2 * GROUP
 #: the numbers of a side; medians over the turns, but of memory the most
 NUMBERS = ("update_s", "step_s", "peak_memory_mb", "update_processor_s", "rollout_s", "sync_s")
 
@@ -68,8 +71,10 @@ def parse() -> argparse.Namespace:
     )
     names = [name for name in CASES if not name.startswith("quick")]
     parser.add_argument("--only", metavar="A,B", help="of " + ", ".join(names))
-    parser.add_argument("--turns", type=int, default=5, help="of each side (default: 5)")
-    parser.add_argument("--rollouts", type=int, help="in a batch, a multiple of 16: a quicker look")
+    parser.add_argument("--turns", type=count, default=5, help="of each side (default: 5)")
+    parser.add_argument(
+        "--rollouts", type=count, help=f"in a batch, a multiple of {MULTIPLE}: a quicker look"
+    )
     parser.add_argument("--model", help="of the 135m cases, in place of a random one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     parser.add_argument("--no-servers", action="store_true", help="ours: the update alone")
@@ -78,6 +83,8 @@ def parse() -> argparse.Namespace:
     arguments.names = arguments.only.split(",") if arguments.only else names
     if unknown := [name for name in arguments.names if name not in CASES]:
         parser.error(f"--only: there is no {unknown[0]!r}, only {', '.join(names)}")
+    if arguments.rollouts and arguments.rollouts % MULTIPLE:
+        parser.error(f"--rollouts must be a multiple of {MULTIPLE}, not {arguments.rollouts}")
     if arguments.quick:
         arguments.names = [name for name in CASES if name.startswith("quick")]
         arguments.turns, arguments.no_servers = 2, True

@@ -65,7 +65,7 @@ def main() -> int:
         write(study)
     except StudyError as error:
         print(f"reproduce: {error}", file=sys.stderr)
-        return 2
+        return 1 if failed else 2
     return 1 if failed else 0
 
 
@@ -84,9 +84,11 @@ def write(study: Study) -> None:
     """results.json, results.md and the plots; the tables are printed, too.
 
     Raises:
-        StudyError: results.json has a run that these lack, and stays.
+        StudyError: no run is done; or results.json has a run that these lack, and stays.
     """
     results = results_of(study)
+    if not results["runs"]:
+        raise StudyError(f"no run of the study is done in {study.output}: nothing is written")
     told, file = markdown(results), study.output / "results.json"
     print(told)
     there = json.loads(file.read_text())["runs"] if file.exists() else []
@@ -98,8 +100,7 @@ def write(study: Study) -> None:
     study.output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(nulls(results), indent=1) + "\n")
     (study.output / "results.md").write_text(told + "\n")
-    if results["runs"]:
-        draw_all(study, study.output / "plots")
+    draw_all(study, study.output / "plots")
     print(f"\nresults.json, results.md and plots: {study.output}")
 
 

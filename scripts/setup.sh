@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv from the lock, once; does nothing when it is there. Sourced by demo.sh and test.sh.
 #
-# Another lock or interpreter: LOCK=my.lock PYTHON=python3.12 scripts/demo.sh
+# Another lock or interpreter: LOCK=my.lock PYTHON=/path/to/python3.11 scripts/demo.sh
 # On a GPU machine use your own environment instead: pip install '.[gpu]'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

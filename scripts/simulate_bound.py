@@ -12,6 +12,7 @@ without any that is finished. Prints a Markdown table.
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 from dataclasses import dataclass
@@ -99,6 +100,9 @@ def mean(bound: Bound, accuracy: float, area: float, audits: Audits) -> Played:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     each, by_chance = Audits.of(AUDIT_SHARE, N), Audits(AUDIT_SHARE)
     heads = ["right", "AUC", "right lost", "wrong caught", "steps gated", ""]
     heads += ["right lost", "wrong caught", "prompts without a finished one"]

@@ -28,6 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmark.arguments import count, share
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import Body, FakeServer, Fault, Script, Token
 
@@ -37,6 +38,8 @@ FAULTS: tuple[Fault, ...] = ("reset", "no-body", "garbage", "error", "eof", "hal
 #: Seconds between two looks at the memory; of silence that the gateway bears; and, after the run,
 #: until everything must have come to its end.
 INTERVAL, IDLE, LEFT = 0.5, 2.0, 30.0
+#: Seconds of the shortest run: memory is looked at some times after its warm-up.
+LEAST = 2.0
 #: Bytes that each request may leave behind. The least thing kept for a request, an entry in a dict
 #: with its key, is more than that; a session, a chunk or a connection is kilobytes.
 BYTES_PER_REQUEST = 100
@@ -79,12 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=180.0, help="default: 180")
-    parser.add_argument("--streams", type=int, default=256, help="at once (default: 256)")
-    parser.add_argument("--faults", type=float, default=0.02, help="share (default: 0.02)")
-    parser.add_argument("--departures", type=float, default=0.2, help="share (default: 0.2)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="default: 180, at least 2")
+    parser.add_argument("--streams", type=count, default=256, help="at once (default: 256)")
+    parser.add_argument("--faults", type=share, default=0.02, help="share (default: 0.02)")
+    parser.add_argument("--departures", type=share, default=0.2, help="share (default: 0.2)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     arguments = parser.parse_args()
+    if not LEAST <= arguments.seconds < float("inf"):
+        parser.error(f"--seconds must be at least {LEAST:g}")
     try:
         asyncio.run(soak(arguments))
     except SoakError as error:
@@ -278,8 +283,8 @@ async def idle(server: FakeServer) -> None:
 
 
 def report(result: Soak, counters: dict[str, float]) -> None:
-    for name, count in result.ends.most_common():
-        print(f"{count:8d}  {name}")
+    for name, number in result.ends.most_common():
+        print(f"{number:8d}  {name}")
     for name in ("requests", "client_disconnects", "stops", "generated_tokens", "overshoot_tokens"):
         print(f"{counters.get(f'espo_gateway_{name}_total', 0.0):8.0f}  {name} counted")
     grown, allowed = growth(result)

@@ -68,6 +68,12 @@ def test_commands_are_there(path: Path) -> None:
         assert "__main__" in main.read_text() or main.name == "__main__.py", command
 
 
+@pytest.mark.parametrize("path", [*DOCUMENTS, *OTHERS, ROOT / "pyproject.toml"], ids=name)
+def test_extras_are_installed_from_the_clone(path: Path) -> None:
+    """An `espo` that a package index has is somebody else's."""
+    assert not re.search(r"pip install\s+(?:-\S+\s+)*['\"]?espo\b", path.read_text()), path
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_files_and_definitions_are_there(document: Path) -> None:
     text = document.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -50,6 +51,17 @@ IMPURE = {"asyncio", "aiohttp", "torch", "httptools", "prometheus_client"}
 
 def test_imports_run_down_the_ladder() -> None:
     assert list(breaches(ROOT)) == []
+
+
+@pytest.mark.parametrize("package", LADDERS)
+def test_the_front_page_lists_the_folders_in_this_order(package: str) -> None:
+    table = (ROOT / "README.md").read_text().split(f"| `{package}/` |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`(\w+)(?:/|\.py)`", row.split("|")[1]) for row in table.splitlines()[2:]]
+    heights = [
+        [height for name in row if (height := rung(f"{package}.{name}")) is not None]
+        for row in rows
+    ]
+    assert all(min(above) >= max(below) for above, below in pairwise(heights))
 
 
 def breaches(root: Path) -> Iterator[str]:

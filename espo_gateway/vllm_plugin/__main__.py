@@ -267,8 +267,8 @@ def is_cpu_build() -> bool:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return "cpu" in f"{distribution} {metadata.version(distribution)}"
     raise LaunchError(
-        "vLLM is not installed: `pip install 'espo[gpu]'` on a GPU machine; on a CPU install "
-        "requirements-cpu.lock (see CONTRIBUTING.md)"
+        "vLLM is not installed; in the repository: pip install '.[gpu]' on a GPU machine, "
+        "scripts/setup.sh on a CPU"
     )
 
 

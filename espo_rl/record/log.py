@@ -39,13 +39,15 @@ class RunLog:
         self._stopping: dict[str, Metric] = {"on": False, "reason": ""}
         self.start = 0
         for key, package, extra in (
-            ("logs.wandb", "wandb", "espo[wandb]"),
-            ("logs.tensorboard", "tensorboard", "espo[train]"),
+            ("logs.wandb", "wandb", "wandb"),
+            ("logs.tensorboard", "tensorboard", "train"),
         ):
             wanted = getattr(recipe.logs, package)
             if wanted and importlib.util.find_spec(package) is None:
                 off = f"; without it: {key}=false" if wanted is True else ""
-                raise RecipeError(f"{key} needs {package}: pip install '{extra}'{off}")
+                raise RecipeError(
+                    f"{key} needs {package}; in the repository: pip install '.[{extra}]'{off}"
+                )
 
     def __enter__(self) -> RunLog:
         folder, logs = self._recipe.run.output, self._recipe.logs

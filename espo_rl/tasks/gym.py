@@ -88,7 +88,9 @@ def gym_dataset(config: TaskSection, *, seed: int = 0, size: int = 1) -> Any:
     try:
         from reasoning_gym import composite, factory
     except ImportError as error:
-        raise TaskError("task.kind = 'reasoning-gym' needs: pip install 'espo[gym]'") from error
+        raise TaskError(
+            "task.kind = 'reasoning-gym' needs, in the repository: pip install '.[gym]'"
+        ) from error
     name, options = config.name or "", dict(config.options)
     if name not in factory.DATASETS:
         names = sorted(factory.DATASETS)

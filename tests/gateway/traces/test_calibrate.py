@@ -471,7 +471,7 @@ def test_without_its_libraries_it_says_how_to_install_them(
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     told = refused(capsys, recorded(tmp_path, simulate(60, 0)))
     assert "sklearn is needed" in told
-    assert "pip install 'espo[calibrate]'" in told
+    assert "pip install '.[calibrate]'" in told
 
 
 # -- from a gateway to a gateway -------------------------------------------------------------------

@@ -24,7 +24,7 @@ def test_without_a_gpu_or_the_package_it_is_refused(
     with pytest.raises(KernelError, match=r"model\.liger = true: .* GPUs alone; leave it out"):
         check_liger(asked, on_gpu=False)
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(KernelError, match=r"model\.liger: .*pip install 'espo\[gpu\]'"):
+    with pytest.raises(KernelError, match=r"model\.liger: .*pip install '\.\[gpu\]'"):
         check_liger(asked, on_gpu=True)
     # Before anything starts.
     model = random_checkpoint(tmp_path / "model", 0)

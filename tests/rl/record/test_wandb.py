@@ -110,11 +110,11 @@ def test_wandb_that_cannot_start_says_what_to_do(
 @pytest.mark.parametrize(
     ("key", "package", "fix"),
     [
-        ("logs.wandb", "wandb", r"pip install 'espo\[wandb\]'"),
+        ("logs.wandb", "wandb", r"pip install '\.\[wandb\]'"),
         (
             "logs.tensorboard",
             "tensorboard",
-            r"pip install 'espo\[train\]'.*logs\.tensorboard=false",
+            r"pip install '\.\[train\]'.*logs\.tensorboard=false",
         ),
     ],
 )
@@ -123,6 +123,8 @@ def test_a_missing_package_is_found_before_the_run(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
     recipe = recipe_for(tmp_path, f"{key}=true" if package == "tensorboard" else f"{key}=mine")
-    with pytest.raises(RecipeError, match=f"{re.escape(key)} needs {package}: {fix}"):
+    with pytest.raises(
+        RecipeError, match=f"{re.escape(key)} needs {package}; in the repository: {fix}"
+    ):
         RunLog(recipe)
     assert not list(tmp_path.iterdir())
