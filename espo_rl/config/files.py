@@ -70,8 +70,8 @@ def _override(data: dict[str, Any], override: str) -> str:
         raise RecipeError(f"override {override!r}: write it as section.key=value{hint}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    except tomllib.TOMLDecodeError:  # text, or a truth as Python writes it
+        value = {"True": True, "False": False}.get(text.strip(), text)
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):

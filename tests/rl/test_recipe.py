@@ -34,6 +34,8 @@ def test_overrides_take_toml_values_and_bare_words() -> None:
     assert (recipe.run.seed, recipe.ppo.learning_rate, recipe.ppo.clip_high) == (7, 1e-4, 1.0)
     assert recipe.task.answer_tags == [("<a>", "</a>")]
     assert (recipe.stopping.rule, str(recipe.run.output)) == ("none", "runs/x y")
+    for truth in ("true", "True"):
+        assert load_recipe("arithmetic", [f"evaluation.greedy={truth}"]).evaluation.greedy
 
 
 @pytest.mark.parametrize(
