@@ -176,17 +176,6 @@ def read_gate(path: Path | None) -> Gate | None:
         raise EvaluationError(f"--gate {path}: {error}") from error
 
 
-def check_model(model: str) -> None:
-    """Refuse what is meant as a folder and is none: offline the hub is asked for a minute."""
-    path = Path(model)
-    local = path.is_absolute() or len(path.parts) != 2 or path.parent.is_dir()
-    if local and not path.is_dir():
-        raise EvaluationError(
-            f"--model: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
-            "the hub"
-        )
-
-
 def make_recipe(options: argparse.Namespace) -> Recipe:
     """The parts of a recipe that servers, collector and graders read."""
     dtype = options.dtype

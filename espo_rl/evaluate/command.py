@@ -19,10 +19,9 @@ from transformers import AutoTokenizer
 
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.supervisor import ServerStartError
-from espo_rl.config import RecipeError
+from espo_rl.config import RecipeError, check_model_folder
 from espo_rl.evaluate.arguments import (
     TASK_FIELDS,
-    check_model,
     explain,
     in_arguments,
     make_recipe,
@@ -55,8 +54,8 @@ class Command:
         self.options = options
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.gate = read_gate(options.gate)
-        check_model(options.model)
         try:
+            check_model_folder("--model", options.model)
             self.sampling = Sampling(
                 k=options.k,
                 temperature=options.temperature,
