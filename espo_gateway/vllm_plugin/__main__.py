@@ -168,9 +168,12 @@ def server_command(
     command = [sys.executable, "-m", SERVER_MODULE, "--model", model, *flags, *given]
     host = last_value(command, "--host")
     check_host(host, environment)
+    port = last_value(command, "--port")
+    if not port.isdecimal() or int(port) >= 2**16:
+        raise LaunchError(f"--port {port}: give a number below 65536")
     try:
-        check_port_free(host, int(last_value(command, "--port")))
-    except (PortInUseError, ValueError) as error:
+        check_port_free(host, int(port))
+    except PortInUseError as error:
         raise LaunchError(str(error)) from error
     return command, environment
 

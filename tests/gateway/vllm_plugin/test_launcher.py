@@ -225,6 +225,12 @@ def test_a_folder_that_is_not_there(model: str) -> None:
         server_command([model], cpu=True, environment={})
 
 
+@pytest.mark.parametrize("port", ["abc", "-1", "70000", ""])
+def test_a_port_that_is_none(port: str) -> None:
+    with pytest.raises(LaunchError, match=f"--port {port}: give a number"):
+        build(f"--port={port}")
+
+
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"config\.json"):
         server_command([str(tmp_path)], cpu=True, environment={})
