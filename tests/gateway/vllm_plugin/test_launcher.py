@@ -220,7 +220,10 @@ def test_without_development_mode_any_host_will_do(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "runs/base", "nosuch"])
-def test_a_folder_that_is_not_there(model: str) -> None:
+def test_a_folder_that_is_not_there(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(LaunchError, match=rf"no folder {model}; give"):
         server_command([model], cpu=True, environment={})
 

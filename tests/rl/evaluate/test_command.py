@@ -353,8 +353,14 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(
-    arguments: list[str], monkeypatch: Any, capsys: Any, change: list[str], named: str
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    change: list[str],
+    named: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where nobody has made runs/base
     assert named in refusal([*arguments, *change], monkeypatch, capsys)
 
 
