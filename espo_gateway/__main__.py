@@ -7,6 +7,7 @@ the gate's again. `python -m espo_gateway calibrate` finds a gate from recorded 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import sys
@@ -48,9 +49,10 @@ async def serve(config: Config) -> None:
         # Taken before anything is waited for: a busy port is known at once.
         sock = listen(config.host, config.port)
     except OSError as error:
+        flag = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         raise OSError(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
-            "choose another with --port"
+            f"choose another with {flag}"
         ) from error
     check = asyncio.ensure_future(check_servers(config, keys))
     stopped = asyncio.ensure_future(stop.wait())

@@ -202,7 +202,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.upstreams:
             raise ValueError("upstreams: at least one is needed")
-        servers = [*(("upstream", url) for url in self.upstreams), ("critic", self.critic_url)]
+        servers = [*(("upstreams", url) for url in self.upstreams), ("critic", self.critic_url)]
         for name, url in servers:
             if url is not None and not re.match(r"https?://[^/]", url):
                 raise ValueError(f"{name}: a server must be like http://host:port, not {url!r}")
@@ -212,27 +212,31 @@ class Config:
         if self.critic_in_engine and (self.decide == "gateway" or self.target_share is not None):
             word = "decide" if self.decide == "gateway" else "target_share"
             raise ValueError(
-                f"{word}: not with critic 'engine', as the gateway, which decides then, knows no V"
+                f"{word}: not with --critic engine, as the gateway, which decides then, knows no V"
             )
         _ = self.finish_reasons  # a bad one is known at once
-        if self.target_share is None and self.state is not None:
-            raise ValueError("state: needs target_share, as only tuning has a state")
-        if self.record_ids != "none" and self.record is None:
-            raise ValueError("record_ids: needs record, the file that they go to")
+        defaults = {one.name: one.default for one in fields(self)}
+        for needed, names in (
+            ("target_share", ("warmup", "window", "state")),
+            ("record", ("record_share", "record_megabytes", "record_ids")),
+        ):
+            for name in names:
+                if getattr(self, needed) is None and getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name}: has no effect without {_flag(needed)}")
         if self.target_share is not None and self.carry_over != "none":
             raise ValueError(
-                "carry_over: not with target_share, which learns from requests by themselves"
+                "carry_over: not with --target-share, which learns from requests by themselves"
             )
         if self.target_share is not None and self.warmup <= self.window:
             raise ValueError(
-                f"warmup: must be more than window ({self.window}): the first window sets the "
+                f"warmup: must be more than --window ({self.window}): the first window sets the "
                 "statistics, the rest of the warm-up the threshold"
             )
 
     @property
     def finish_reasons(self) -> dict[str, str]:
         """Of a stopped choice, by route; "" for the others. Raises ValueError."""
-        found = {"": "length"}
+        found: dict[str, str] = {}
         for one in self.finish_reason.split(","):
             route, _, word = one.strip().rpartition("=")
             if not WORD.fullmatch(word) or (route and not route.startswith("/")):
@@ -240,8 +244,13 @@ class Config:
                     f"finish_reason: must be a word, or words for routes as in "
                     f"length,/v1/completions=stop, and not {one.strip()!r}"
                 )
+            if route in found:
+                raise ValueError(
+                    f"finish_reason: {found[route]!r} and {word!r} are two words for "
+                    f"{route or 'all routes'}; leave one out"
+                )
             found[route] = word
-        return found
+        return {"": "length"} | found
 
     @property
     def critic_class(self) -> str | None:
@@ -289,14 +298,14 @@ def parse(
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         if first["loc"]:
-            name = str(first["loc"][0])
-            source = f"{path}: {name}"
-            if name in flags:
-                source = _flag(name)
-            elif name in variables:
-                source = _variable(name)
-            message = f"{source}: {message}"
-        parser.error(message)
+            message = f"{first['loc'][0]}: {message}"
+        name, _, wrong = message.partition(": ")
+        source = f"{path}: {name}"
+        if name in variables and name not in flags:
+            source = _variable(name)
+        elif name in flags or path is None:
+            source = _flag(name)
+        parser.error(f"{source}: {wrong}")
     except OSError as error:
         parser.error(f"cannot read {error.filename}: {error.strerror}")
     except ValueError as error:

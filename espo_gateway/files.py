@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders: written whole or not at all, and told from names on the hub."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def written_whole(path: Path, *, fsync: bool = False) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         _remove(scratch)
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model's name can only be that of a folder, there or not: asked for it, the Hugging
+    Face hub takes a minute offline, and what it says is no help."""
+    first, _, rest = model.rstrip("/").partition("/")
+    named = bool(rest) and "/" not in rest and first not in ("", ".", "..", "~", "runs")
+    return not named or Path(first).is_dir()
 
 
 def _remove(path: Path) -> None:

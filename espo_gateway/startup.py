@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import aiohttp
 
 from espo_gateway.config import Config
 from espo_gateway.critic.server import CriticServer
-from espo_gateway.errors import UpstreamError, said
+from espo_gateway.errors import InvalidRequest, UpstreamError, said
 from espo_gateway.front.auth import Keys
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.upstream.server import base_url, decides
@@ -57,9 +58,14 @@ async def check_servers(config: Config, keys: Keys) -> None:
     """Log what the servers serve; wait for them as long as configured.
 
     Raises TimeoutError when waiting was asked for and one still does not answer, UpstreamError when
-    one refuses the key, gives no logprobs and those are insisted on, or is a critic that is none.
+    one refuses the key, gives no logprobs and those are insisted on, or is a critic that is none,
+    InvalidRequest when the gate is none.
     """
-    gate = gate_from_json(config.read_gate() or b"{}", has_critic=True)
+    try:
+        gate = gate_from_json(config.read_gate() or b"{}", has_critic=True)
+    except InvalidRequest as error:
+        source = f"--gate {config.gate}" if isinstance(config.gate, Path) else "gate"
+        raise InvalidRequest(f"{source}: {error}") from error
     alternatives = max(1, gate.top_logprobs)
     deadline = time.monotonic() + config.wait
     servers = [base_url(url) for url in config.upstreams]

@@ -17,6 +17,7 @@ from espo_rl.checkpoints import CheckpointError
 from espo_rl.config import Recipe, RecipeError, load_recipe
 from espo_rl.dry_run.hours import Speed
 from espo_rl.dry_run.plan import make_plan
+from espo_rl.evaluate.arguments import asked_as
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.loop import Interrupted, Loop
 from espo_rl.ppo.ranks import follow
@@ -84,10 +85,7 @@ def train(options: argparse.Namespace) -> int:
 
 def next_commands(options: argparse.Namespace, recipe: Recipe) -> str:
     """What is usually done with a finished run."""
-    output, task = recipe.run.output, recipe.task
-    problems = ["--data", "problems.jsonl"]
-    if task.kind == "dataset":
-        problems = ["--data", str(task.eval or task.train), "--grader", task.grader]
+    output, problems = recipe.run.output, asked_as(recipe)
     settings = [one for one in options.overrides if not one.startswith("run.steps=")]
     commands = {
         "look at it": ["-m", "espo_rl.report", str(output)],
@@ -98,6 +96,8 @@ def next_commands(options: argparse.Namespace, recipe: Recipe) -> str:
         ],
         "serve it": ["-m", "espo_gateway.vllm_plugin", str(output / "actor")],
     }
+    if not problems:
+        del commands["evaluate it"]
     return "\n".join(
         f"{what + ':':13}{shlex.join(['python', *words])}" for what, words in commands.items()
     )

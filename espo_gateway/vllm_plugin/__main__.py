@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 
 from espo_gateway.addresses import is_loopback
+from espo_gateway.files import is_folder
 from espo_gateway.supervisor import PortInUseError, check_port_free
 from espo_gateway.vllm_plugin import (
     BACKEND,
@@ -139,7 +140,11 @@ def server_command(
         # Of these there may be several: it stands beside those that are given.
         given[:0] = ["--middleware", ENGINE_ROUTE]
         if head:
-            check_model(head)
+            if not (Path(head).expanduser() / "config.json").is_file():
+                raise LaunchError(
+                    f"--value-head: {head} is no folder with a config.json; make one with `python "
+                    "-m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
+                )
             defaults |= {
                 "--worker-cls": VALUE_WORKER,
                 "--additional-config": json.dumps({VALUE_HEAD: head}),
@@ -163,9 +168,12 @@ def server_command(
     command = [sys.executable, "-m", SERVER_MODULE, "--model", model, *flags, *given]
     host = last_value(command, "--host")
     check_host(host, environment)
+    port = last_value(command, "--port")
+    if not port.isdecimal() or int(port) >= 2**16:
+        raise LaunchError(f"--port {port}: give a number below 65536")
     try:
-        check_port_free(host, int(last_value(command, "--port")))
-    except (PortInUseError, ValueError) as error:
+        check_port_free(host, int(port))
+    except PortInUseError as error:
         raise LaunchError(str(error)) from error
     return command, environment
 
@@ -203,11 +211,13 @@ def last_value(command: Sequence[str], name: str) -> str:
 
 
 def check_model(model: str) -> None:
-    """Raise LaunchError for a folder that is not there; names on the Hub are vLLM's to find."""
-    looks_like_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    """Raise LaunchError for a folder that is not there; names on the hub are vLLM's to find."""
     path = Path(model).expanduser()
-    if looks_like_path and not path.is_dir():
-        raise LaunchError(f"the model folder {model} does not exist")
+    if is_folder(model) and not path.is_dir():
+        raise LaunchError(
+            f"no folder {model}; give a Hugging Face checkpoint's folder or its whole name on the "
+            "hub, like openai-community/gpt2"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise LaunchError(f"{model} holds no config.json: not a Hugging Face checkpoint")
 

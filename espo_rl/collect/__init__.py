@@ -1,1 +1,1 @@
-"""`python -m espo_rl.collect`: full rollouts with outcomes, from a running server."""
+"""`python -m espo_rl.collect`: full rollouts with outcomes."""

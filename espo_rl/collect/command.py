@@ -55,15 +55,13 @@ class CollectCommand(Command):
     """The command: an evaluation whose rollouts are kept.
 
     Raises:
-        EvaluationError: as `Command`; or there is a gate.
+        EvaluationError: as `Command`.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        if options.gate is not None:
-            raise EvaluationError("--gate: full rollouts are collected without stops")
-        super().__init__(options)
         if options.probe_every < 0:
             raise EvaluationError("--probe-every must not be negative; 0 asks never")
+        super().__init__(options)
         if options.probe_every:
             self.gate = Gate(schedule=Schedule(every=options.probe_every, growth=0.0))
             # Nothing is stopped, but what is not monitored is not asked about either.

@@ -6,7 +6,7 @@ Unknown keys fail. `sections` has all keys, with their defaults and what they me
 """
 
 from espo_rl.config.bounds import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from espo_rl.config.files import RECIPES, RecipeError, load_recipe
+from espo_rl.config.files import RECIPES, RecipeError, check_model_folder, load_recipe
 from espo_rl.config.recipe import Recipe, differences
 from espo_rl.config.sections import (
     DYNAMIC_ROUNDS,
@@ -33,6 +33,7 @@ __all__ = [
     "Servers",
     "Stopping",
     "TaskSection",
+    "check_model_folder",
     "differences",
     "load_recipe",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from espo_gateway.files import is_folder
 from espo_rl.config.recipe import Recipe, nearest
 from espo_rl.unused import unused
 
@@ -58,6 +60,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if idle := list(unused(recipe, places)):
         raise RecipeError(f"recipe {file}:\n" + "\n".join(f"  {one}" for one in idle))
     return recipe
+
+
+def check_model_folder(key: str, name: str) -> None:
+    """Raise RecipeError, with how it is made, when what can only be meant as a folder is none."""
+    if is_folder(name) and not Path(name).is_dir():
+        made = _made(key, name)
+        raise RecipeError(
+            f"{key}: no folder {name}; {made and f'make it: {made}; or '}give a Hugging Face "
+            "checkpoint's folder or its whole name on the hub, like openai-community/gpt2"
+        )
+
+
+def _made(key: str, name: str) -> str:
+    """What makes a model, as a recipe that ships says it."""
+    if key == "model.critic":
+        return f"python -m espo_rl.pretrain_critic ROLLOUTS --model MODEL --output {name}"
+    command = re.compile(rf"python .*--out {re.escape(name.rstrip('/'))}(?!\S).*")
+    found = (command.search(recipe.read_text()) for recipe in RECIPES.glob("*.toml"))
+    return next((match.group() for match in found if match), "")
 
 
 def _override(data: dict[str, Any], override: str) -> str:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from espo_gateway.vllm_plugin.__main__ import last_value
-from espo_rl.config import Model, Recipe, RecipeError
+from espo_rl.config import Model, Recipe, RecipeError, check_model_folder
 from espo_rl.dry_run import memory
 from espo_rl.dry_run.footprint import Footprint, Machine, tensor_parallel
 from espo_rl.dry_run.hours import Hours, Speed
@@ -33,6 +33,7 @@ from espo_rl.ppo.adapters import AdapterError, adapt
 from espo_rl.ppo.kernels import KernelError, check_liger
 from espo_rl.rollouts.chat_template import check_chat_template
 from espo_rl.rollouts.collector import Prompter
+from espo_rl.tasks.graders import make_grader
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
 
@@ -126,6 +127,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     checks = (
         _models,
         _prompts,
+        _grader,
         _ranks,
         _weight_transfer,
         _servers,
@@ -137,6 +139,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     for check in checks:
         with _collected(plan):
             check(plan)
+    plan.errors = list(dict.fromkeys(plan.errors))  # the critic may be the actor's folder
     return plan
 
 
@@ -165,21 +168,6 @@ def _models(plan: RunPlan) -> None:
         with _collected(plan):
             lora = None if name == "reference" else model
             plan.shapes[name] = load_shape(key, path, classifier=name == "critic", lora=lora)
-    plan.errors = list(dict.fromkeys(plan.errors))  # the critic may be the actor's folder
-
-
-def check_model_folder(key: str, name: str) -> None:
-    """Raise RecipeError when what can only be meant as a folder is none.
-
-    The hub is not asked then: offline it tries for a minute.
-    """
-    path = Path(name)
-    local = path.is_absolute() or len(path.parts) > 2 or path.parent.name in os.listdir()
-    if local and not path.is_dir():
-        raise RecipeError(
-            f"{key}: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
-            f"the hub (python -m espo_rl.base_model --out {path} makes the tiny one)"
-        )
 
 
 def load_shape(
@@ -262,6 +250,10 @@ def _prompts(plan: RunPlan) -> None:
             f"{limit:,}: lower rollout.max_tokens"
             + (", or raise --max-model-len in servers.vllm_args" if given else "")
         )
+
+
+def _grader(plan: RunPlan) -> None:
+    make_grader(plan.recipe.task)
 
 
 def _tokens(text: str) -> int:

@@ -25,6 +25,11 @@ from espo_rl.types import Problem
 #: fields of the task that the results depend on; where the data lies is none of them
 TASK_FIELDS = ("chat", "system", "template", "grader", "pattern", "answer_pattern")
 
+SAMPLING = (
+    "The defaults are what reasoning models are usually evaluated with (DeepSeek-R1, arXiv "
+    "2501.12948); tokens as in ESPO's own training."
+)
+
 
 def parse(
     arguments: Sequence[str] | None = None,
@@ -33,10 +38,13 @@ def parse(
     about: str | None = None,
     defaults: Mapping[str, Any] | None = None,
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    sampling: str = SAMPLING,
 ) -> argparse.Namespace:
     """The command line. Exits with a message, code 2, when it makes no sense.
 
-    prog, about, defaults: of a command that asks as this one does. more: adds its own arguments.
+    prog, about, defaults: of a command that asks as this one does; one whose defaults say what gate
+        there is takes none. more: adds its own arguments. sampling: why its defaults are what they
+        are.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -54,14 +62,11 @@ def parse(
         help="JSONL, JSON, Parquet or CSV files, folders, names on the hub, or reasoning-gym:NAME, "
         "of which --limit says how many",
     )
-    add("--out", type=Path, metavar="FOLDER", help="(default: runs/evaluate-MODEL)")
+    kind = prog.rpartition(".")[2]
+    add("--out", type=Path, metavar="FOLDER", help=f"(default: runs/{kind}-MODEL)")
     add("--k", type=int, default=32, help="samples of each problem (default: %(default)s)")
     add("--limit", type=int, metavar="N", help="only the first N problems of each data set")
-    asking = parser.add_argument_group(
-        "sampling",
-        "The defaults are what reasoning models are usually evaluated with (DeepSeek-R1, arXiv "
-        "2501.12948); tokens as in ESPO's own training.",
-    )
+    asking = parser.add_argument_group("sampling", sampling)
     add = asking.add_argument
     add("--temperature", type=float, default=0.6, help="(default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="(default: %(default)s)")
@@ -75,7 +80,7 @@ def parse(
     add("--system", help="system message")
     add(
         "--chat-template-kwargs",
-        type=json.loads,
+        type=_variables,
         default={},
         metavar="JSON",
         help="variables of the chat template: '{\"enable_thinking\": false}' for Qwen3's",
@@ -98,21 +103,8 @@ def parse(
     add("--answer-pattern", help="group 1 of its last match in there: '#### (.*)' for GSM8K's own")
     add("--subset", help="of a data set on the hub")
     add("--split", default=task.eval_split, help="of it (default: %(default)s)")
-    stopping = parser.add_argument_group("early stopping")
-    add = stopping.add_argument
-    add(
-        "--gate",
-        type=Path,
-        metavar="FILE",
-        help="stop samples by this gate, given as JSON; a stopped one counts as wrong",
-    )
-    add(
-        "--audit",
-        type=float,
-        metavar="SHARE",
-        help="of the samples are generated to their end although stopped, to know what stopping "
-        "saves and costs; 1 for exact numbers (default: 0.1)",
-    )
+    if "gate" not in (defaults or {}):
+        _stopping(parser)
     server = parser.add_argument_group("server")
     add = server.add_argument
     add("--url", help="a running vLLM server of the model, http://host:port, instead of a new one")
@@ -160,10 +152,38 @@ def parse(
             parser.error(f"{what}; leave it out")
     options.audit = 0.1 if options.audit is None else options.audit
     options.model = options.model.rstrip("/")
-    options.out = (
-        options.out or Path("runs") / f"{prog.rpartition('.')[2]}-{Path(options.model).name}"
-    )
+    options.out = options.out or Path("runs") / f"{kind}-{Path(options.model).name}"
     return options
+
+
+def _stopping(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("early stopping").add_argument
+    add(
+        "--gate",
+        type=Path,
+        metavar="FILE",
+        help="stop samples by this gate, given as JSON; a stopped one counts as wrong",
+    )
+    add(
+        "--audit",
+        type=float,
+        metavar="SHARE",
+        help="of the samples are generated to their end although stopped, to know what stopping "
+        "saves and costs; 1 for exact numbers (default: 0.1)",
+    )
+
+
+def _variables(text: str) -> dict[str, Any]:
+    """Of a chat template."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no JSON object; write it like '{{\"enable_thinking\": false}}'"
+        )
+    return found
 
 
 def read_gate(path: Path | None) -> Gate | None:
@@ -176,17 +196,6 @@ def read_gate(path: Path | None) -> Gate | None:
         raise EvaluationError(f"--gate {path}: {error}") from error
 
 
-def check_model(model: str) -> None:
-    """Refuse what is meant as a folder and is none: offline the hub is asked for a minute."""
-    path = Path(model)
-    local = path.is_absolute() or len(path.parts) != 2 or path.parent.is_dir()
-    if local and not path.is_dir():
-        raise EvaluationError(
-            f"--model: no folder {path}; give a Hugging Face checkpoint's folder or its name on "
-            "the hub"
-        )
-
-
 def make_recipe(options: argparse.Namespace) -> Recipe:
     """The parts of a recipe that servers, collector and graders read."""
     dtype = options.dtype
@@ -194,7 +203,10 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
         import torch
         from transformers import AutoConfig
 
-        trained_in = AutoConfig.from_pretrained(options.model).dtype
+        try:
+            trained_in = AutoConfig.from_pretrained(options.model).dtype
+        except (OSError, ValueError) as error:
+            raise cannot_load(options.model, error) from error
         dtype = "float32" if trained_in in (None, torch.float32) else "bfloat16"
     [source, *others] = options.data
     gym = None if others else gym_name(source)
@@ -220,11 +232,43 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
     )
 
 
+def asked_as(recipe: Recipe) -> list[str]:
+    """The arguments by which the problems of a recipe's evaluation are asked as the recipe asks
+    them; none where the command has no such problems."""
+    task, usual = recipe.task, TaskSection()
+    part = "eval" if task.eval else "train"
+    given: dict[str, Any] = {name: getattr(task, name) for name in ("system", "template")}
+    if task.kind == "reasoning-gym" and not task.options:
+        words = ["--data", f"reasoning-gym:{task.name}", "--limit", str(recipe.evaluation.problems)]
+    elif task.kind == "dataset":
+        source = str(getattr(task, part))
+        words = ["--data", source]
+        keys = ["problem_column", "answer_column", "answer_pattern"]
+        if not Path(source).is_file():
+            keys += ["subset"] if source == task.train or task.eval_subset else []
+            given["split"] = getattr(task, f"{part}_split")
+        for key in keys:
+            given[key] = (part == "eval" and getattr(task, f"eval_{key}")) or getattr(task, key)
+    else:
+        return []
+    if task.grader == "regex":
+        given["pattern"] = task.pattern
+    defaults = usual.model_dump() | {"split": usual.eval_split}
+    words += ["--grader", task.grader, "--max-tokens", str(recipe.rollout.max_tokens)]
+    words += [f"{_flag(key)}={value}" for key, value in given.items() if value != defaults[key]]
+    if task.chat_template_kwargs:
+        words.append(f"--chat-template-kwargs={json.dumps(task.chat_template_kwargs)}")
+    return words if task.chat else [*words, "--plain"]
+
+
 def explain(error: Any) -> str:
     key = next((str(part) for part in error["loc"] if not isinstance(part, int)), "")
-    name = {"policy_urls": "url"}.get(key, key.replace("_", "-"))
-    where = f"--{name}: " if name else ""
-    return f"{where}{error['msg'].removeprefix('Value error, ')}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{_flag(key)}: {message}" if key else in_arguments(message)
+
+
+def cannot_load(model: str, error: Exception) -> EvaluationError:
+    return EvaluationError(f"--model: {model} cannot be loaded: {error}")
 
 
 def gym_name(source: str) -> str | None:
@@ -264,11 +308,15 @@ def read_problems(
 
 
 def in_arguments(message: str) -> str:
-    """A message about a recipe's task in terms of this command."""
-
-    def argument(key: re.Match[str]) -> str:
-        name = key.group(1).removeprefix("eval_")
-        return "--" + ("data" if name in ("eval", "name") else name.replace("_", "-"))
-
+    """A message about a recipe's task, or one that begins with a setting, in terms of this
+    command."""
     message = message.replace("set task.chat = false", "give --plain")
-    return re.sub(r"task\.(\w+)", argument, message)
+    message = re.sub(r"task\.(\w+)", lambda key: _flag(key[1]), message)
+    return re.sub(r"^[a-z_]+(?= (=|must|needs) )", lambda key: _flag(key[0]), message)
+
+
+def _flag(key: str) -> str:
+    """The argument that a recipe's key is given by."""
+    key = key.removeprefix("eval_")
+    name = {"policy_urls": "url", "eval": "data", "name": "data"}.get(key, key)
+    return "--" + name.replace("_", "-")

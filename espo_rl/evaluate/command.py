@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.supervisor import ServerStartError
-from espo_rl.config import RecipeError
+from espo_rl.config import RecipeError, check_model_folder
 from espo_rl.evaluate.arguments import (
     TASK_FIELDS,
-    check_model,
+    cannot_load,
     explain,
     in_arguments,
     make_recipe,
@@ -38,7 +38,7 @@ from espo_rl.record.provenance import machine, versions
 from espo_rl.rollouts.chat_template import check_chat_template
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet, open_fleet
-from espo_rl.servers.server import ServerError
+from espo_rl.servers.server import ServerError, answers
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.tasks.graders import make_answer_reader
 from espo_rl.types import Problem
@@ -55,8 +55,8 @@ class Command:
         self.options = options
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self.gate = read_gate(options.gate)
-        check_model(options.model)
         try:
+            check_model_folder("--model", options.model)
             self.sampling = Sampling(
                 k=options.k,
                 temperature=options.temperature,
@@ -67,11 +67,14 @@ class Command:
                 audit=options.audit,
             )
             self.recipe = make_recipe(options)
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
         except ValidationError as error:
             raise EvaluationError("\n".join(map(explain, error.errors()))) from error
+        except ValueError as error:
+            raise EvaluationError(in_arguments(str(error))) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
         except (OSError, ValueError) as error:
-            raise EvaluationError(str(error)) from error
+            raise cannot_load(options.model, error) from error
         self.prompter = Prompter.of(tokenizer, self.recipe.task)
         try:
             check_chat_template(tokenizer, self.recipe.task, options.model)
@@ -101,7 +104,12 @@ class Command:
     async def run(self) -> bool:
         """Ask, grade, write, show; whether every sample could be graded."""
         recipe = self.recipe
-        if self.options.url is None:
+        if url := self.options.url:
+            if not await answers(f"{url.rstrip('/')}/health"):
+                raise EvaluationError(
+                    f"--url: nothing answers at {url}/health; start the server, or leave --url out"
+                )
+        else:
             self.say(f"starting the policy server with {recipe.model.path}, and the gateway")
         started = time.monotonic()
         async with (

@@ -23,7 +23,7 @@ from espo_rl.types import Problem
 
 
 class ResultsFolder:
-    """The folder of one command's results. Its settings are those of its first, for good.
+    """The folder of one command's results. Its settings are those of its first result, for good.
 
     Args:
         flag: that named the folder.
@@ -41,8 +41,13 @@ class ResultsFolder:
             if not file.exists():
                 check_empty(path, flag)
             path.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                write_json(file, self.settings)
+            self._held = file.open("a+")
+            if self._alone() and not self._begun():
+                self._held.truncate(0)
+                self._held.write(json.dumps(self.settings, indent=2) + "\n")
+                self._held.flush()
+            # As long as the command lives: no other one changes them before the first result.
+            fcntl.flock(self._held, fcntl.LOCK_SH)
             there = json.loads(file.read_text())
         except OutputError as error:
             raise EvaluationError(str(error)) from error
@@ -64,6 +69,22 @@ class ResultsFolder:
                 + "\n".join(changed)
                 + f"\ngive the same ones to go on with it, or another {flag}"
             )
+
+    def _alone(self) -> bool:
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _begun(self) -> bool:
+        """Whether any result is there; what servers log is none."""
+        logs = self.path / "logs"
+        return any(
+            file.stat().st_size
+            for file in self.path.rglob("*")
+            if file.is_file() and file.name != "settings.json" and logs not in file.parents
+        )
 
     def write(self, results: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         """Write results.json: these results, and what it has of other data sets.

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from espo_gateway.files import written_whole
+from espo_rl.config import check_model_folder
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.pretrain_critic.fit import (
     Array,
@@ -61,9 +62,10 @@ def load_critic(model: str, *, seed: int, head_only: bool = False) -> Critic:
             server of the policy computes in.
 
     Raises:
-        PretrainError: the model cannot be loaded.
+        PretrainError, RecipeError: the model cannot be loaded.
     """
     torch.manual_seed(seed)
+    check_model_folder("--model", model)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         fresh = not any("SequenceClassification" in name for name in config.architectures or ())

@@ -11,6 +11,7 @@ one stopped. The server is vLLM with the model that sampled them; --model has it
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--concurrency", type=int, default=16, help="rollouts at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     for name, least in (("every", 1), ("growth", 0), ("concurrency", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+        if not least <= getattr(options, name) < math.inf:
+            parser.error(f"--{name} must be a number of at least {least}")
     return options
 
 

@@ -8,9 +8,11 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -19,7 +21,8 @@ from espo_gateway.errors import UpstreamError, said
 from espo_gateway.files import written_whole
 from espo_gateway.stop.told import Schedule
 from espo_gateway.upstream.pool import UpstreamPool
-from espo_rl.config import Stopping
+from espo_rl.config import RecipeError, Servers, Stopping, check_model_folder
+from espo_rl.evaluate.arguments import explain
 from espo_rl.evaluate.command import model_files
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.evaluate.results_folder import ResultsFolder
@@ -27,6 +30,7 @@ from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.rollouts.collector import ProbePhrase
+from espo_rl.servers.server import ServerError, call
 from espo_rl.types import EndReason, Rollout
 
 
@@ -80,21 +84,27 @@ class Prober:
         return dataclasses.replace(rollout, probes=probes)
 
 
-async def probe_files(options: argparse.Namespace, files: list[Path], console: Console) -> None:
+async def probe_files(
+    options: argparse.Namespace, files: list[Path], tokenizer: Any, console: Console
+) -> None:
     """Ask about all rollouts of the files that are not written yet.
 
     Raises:
         ProbeError, UpstreamError, OSError, ValueError.
     """
-    phrase = ProbePhrase(AutoTokenizer.from_pretrained(options.model), options.phrase, options.end)
+    phrase = ProbePhrase(tokenizer, options.phrase, options.end)
     waiting = [file for file in files if not (options.output / file.name).exists()]
     if len(waiting) < len(files):
         console.print(f"{len(files) - len(waiting)} of {len(files)} files are there already")
     began = time.monotonic()
+    try:
+        await call("GET", f"{options.url}/v1/models", seconds=5.0)
+    except ServerError as error:
+        raise ProbeError(f"--url: nothing answers there ({error}); start the server") from error
     async with UpstreamPool([options.url]) as pool:
         [served, *_] = await pool.models(pool.servers[0]) or [{}]
         if "id" not in served:
-            raise ProbeError(f"--url {options.url}: no server there names its model")
+            raise ProbeError(f"--url: the server at {options.url} does not say what model it has")
         prober = Prober(
             AnswerProbe(pool, registry=CollectorRegistry()),
             str(served["id"]),
@@ -152,12 +162,22 @@ def run(options: argparse.Namespace) -> int:
         "model_files": model_files(Path(options.model)),
     }
     try:
-        ResultsFolder(options.output, settings, flag="--output")
-    except EvaluationError as error:
+        Servers(policy_urls=[options.url])
+        check_model_folder("--model", options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        # Held until the command ends.
+        folder = ResultsFolder(options.output, settings, flag="--output")  # noqa: F841
+    except ValidationError as error:
+        print("espo: " + "\n".join(map(explain, error.errors())), file=sys.stderr)
+        return 2
+    except (EvaluationError, RecipeError) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 2
+    except (OSError, ValueError) as error:
+        print(f"espo: --model: {options.model} cannot be loaded: {error}", file=sys.stderr)
+        return 2
     try:
-        asyncio.run(probe_files(options, files, console))
+        asyncio.run(probe_files(options, files, tokenizer, console))
     except (ProbeError, UpstreamError, OSError, ValueError) as error:
         print(f"espo: {said(error)}; the same command goes on", file=sys.stderr)
         return 1

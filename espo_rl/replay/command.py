@@ -552,9 +552,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.fit_on is not None and options.folds is not None:
         parser.error("--folds has no effect with --fit-on: nothing is fitted here; leave it out")
     options.folds = 5 if options.folds is None else options.folds
-    for name, least in (("folds", 2), ("bootstrap", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+    for name, least in (("ask_every", 1), ("price", 0), ("folds", 2), ("bootstrap", 1)):
+        if not least <= getattr(options, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a number of at least {least}")
     return options
 
 

@@ -14,10 +14,10 @@ UPSTREAM = ["--upstream", "http://a", "http://b"]
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "gateway.toml"
-    file.write_text('upstreams = ["http://c"]\nport = 1\nattempts = 1\nwindow = 1\n')
+    file.write_text('upstreams = ["http://c"]\nport = 1\nattempts = 1\nmax_queue = 1\n')
     environment = {"ESPO_GATEWAY_PORT": "2", "ESPO_GATEWAY_ATTEMPTS": "2", "ELSE": "x"}
     config = parse(["--config", str(file), "--port", "3", *UPSTREAM], environment)
-    assert (config.port, config.attempts, config.window) == (3, 2, 1)
+    assert (config.port, config.attempts, config.max_queue) == (3, 2, 1)
     assert config.upstreams == ("http://a", "http://b")
     assert parse([], {"ESPO_GATEWAY_UPSTREAMS": "http://a, http://b"}).upstreams == config.upstreams
 
@@ -35,19 +35,35 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ([], {}, "max_inflight = 3", "did you mean max_in_flight?"),
         ([], {}, "port = ", r"g\.toml: Invalid value"),
         (["--gate", "/no/such"], {}, "", "cannot read /no/such: No such file"),
-        (["--finish-reason", "two words"], {}, "", "finish_reason: must be a word"),
+        (["--finish-reason", "two words"], {}, "", "--finish-reason: must be a word"),
         (["--finish-reason", "v1=stop"], {}, "", "and not 'v1=stop'"),
-        (["--finish-reason", "length,"], {}, "", "finish_reason: must be a word"),
+        (["--finish-reason", "length,"], {}, "", "--finish-reason: must be a word"),
+        (["--finish-reason", "stop,foo"], {}, "", "'stop' and 'foo' are two words for all routes"),
+        (["--warmup", "99"], {}, "", "--warmup: has no effect without --target-share"),
+        (["--record-share", "0.5"], {}, "", "--record-share: has no effect without --record"),
+        ([], {"ESPO_GATEWAY_STATE": "x"}, "", "ESPO_GATEWAY_STATE: has no effect without"),
+        ([], {}, "window = 9", r"g\.toml: window: has no effect without --target-share"),
+        (["--upstream", "a"], {}, "", "--upstream: a server must be like http://host:port"),
         (["--log-level", "x"], {}, "", "--log-level: invalid choice"),
-        (["--record-ids", "sessions"], {}, "", "record_ids: needs record"),
+        (["--record-ids", "sessions"], {}, "", "--record-ids: has no effect without --record"),
         (
             ["--carry-over", "session", "--target-share", "0.1"],
             {},
             "",
-            "carry_over: not with target_share",
+            "--carry-over: not with --target-share",
         ),
-        (["--critic", "engine", "--decide", "gateway"], {}, "", "decide: not with critic 'engine'"),
-        (["--critic", "engine", "--target-share", "0.1"], {}, "", "target_share: not with critic"),
+        (
+            ["--critic", "engine", "--decide", "gateway"],
+            {},
+            "",
+            "--decide: not with --critic",
+        ),
+        (
+            ["--critic", "engine", "--target-share", "0.1"],
+            {},
+            "",
+            "--target-share: not with",
+        ),
         (["--session-idle", "0"], {}, "", "--session-idle: .*greater than 0"),
     ],
 )

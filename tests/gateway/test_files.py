@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from espo_gateway.files import written_whole
+from espo_gateway.files import is_folder, written_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -49,7 +49,7 @@ def test_a_failure_leaves_the_old_one(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from espo_gateway.files import written_whole
+from espo_gateway.files import is_folder, written_whole
 
 with written_whole(Path(sys.argv[1])) as scratch:
     scratch.write_text("half of it")
@@ -82,3 +82,28 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
             scratch.write_text("no")
     finally:
         tmp_path.chmod(0o700)
+
+
+# -- names of models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("org/model", False),
+        ("org/model/", False),
+        ("here/model", True),
+        ("runs/base", True),
+        ("runs/real/base", True),
+        ("base", True),
+        ("./base", True),
+        ("~/base", True),
+        ("/base", True),
+    ],
+)
+def test_what_can_only_be_a_folder(
+    name: str, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_folder(name) is folder

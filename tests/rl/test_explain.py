@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from espo_rl import run
 from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
 from espo_rl.config.explain import explained, meanings, overview, paper_values
+from espo_rl.evaluate.arguments import make_recipe, parse
 from espo_rl.train import next_commands
 
 
@@ -143,8 +145,42 @@ def test_a_finished_run_says_what_comes_next(tmp_path: Path) -> None:
     commands = [line.split(":", 1)[1].strip() for line in said.splitlines()]
     assert commands == [
         f"python -m espo_rl.report '{output}'",
-        f"python -m espo_rl.evaluate --model '{output}/actor' --data problems.jsonl",
         f"python -m espo_rl.run arithmetic 'run.output={output}' model.path=base run.steps=10 "
         "--resume auto",
         f"python -m espo_gateway.vllm_plugin '{output}/actor'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("qwen2.5-0.5b-gsm8k", []),
+        ("espo-1.5b", ["task.eval_answer_column=solution", "task.system=- Think."]),
+        ("espo-1.5b", ["task.grader=regex", "task.pattern='is (.*)'", "task.chat=false"]),
+        ("espo-1.5b", ["task.chat_template_kwargs={ enable_thinking = false }"]),
+        ("smollm2-135m", ["task.options={}"]),
+        ("smollm2-135m", None),
+    ],
+)
+def test_a_finished_run_is_evaluated_as_its_recipe_asks(
+    recipe: str, overrides: list[str] | None
+) -> None:
+    options = argparse.Namespace(recipe=recipe, overrides=overrides or [])
+    run = load_recipe(recipe, options.overrides)
+    lines = next_commands(options, run).splitlines()
+    commands = [line for line in lines if line.startswith("evaluate it:")]
+    if overrides is None:  # the command knows no options of reasoning-gym's
+        assert commands == []
+        return
+    [command] = commands
+    words = shlex.split(command.partition("espo_rl.evaluate ")[2])
+    evaluation = make_recipe(parse([*words, "--dtype", "bfloat16"]))
+    task, given = run.task, evaluation.task
+    for key in ("name", "chat", "system", "template", "grader", "pattern", "chat_template_kwargs"):
+        assert getattr(given, key) == getattr(task, key)
+    if task.kind == "dataset":
+        assert (given.train, given.eval_split) == (task.eval, task.eval_split)
+        assert given.subset == task.eval_subset
+        for key in ("problem_column", "answer_column", "answer_pattern"):
+            assert getattr(given, key) == (getattr(task, f"eval_{key}") or getattr(task, key))
+    assert evaluation.rollout.max_tokens == run.rollout.max_tokens

@@ -81,16 +81,33 @@ class TestRefused:
     ) -> None:
         said = refused(monkeypatch, capsys, *recipe, f"{key}={tmp_path / 'nothing'}")
         assert f"{key}: no folder {tmp_path / 'nothing'}" in said
-        assert "espo_rl.base_model" in said
 
-    def test_a_missing_model_in_a_folder_here(
-        self, monkeypatch: Any, capsys: Any, recipe: list[str], tmp_path: Path
+    @pytest.mark.parametrize(
+        ("override", "how"),
+        [
+            ("model.path=runs/base", "espo_rl.base_model --out runs/base;"),
+            ("model.path=runs/base-mixed", "--out runs/base-mixed --min-steps 1;"),
+            ("model.path=runs/real/base", "scripts/worked_examples.py"),
+            ("model.critic=runs/critic", "espo_rl.pretrain_critic ROLLOUTS"),
+            ("model.path=runs/mine", "give a Hugging Face checkpoint's folder"),
+            ("model.path=here/mine", "give a Hugging Face checkpoint's folder"),
+        ],
+    )
+    def test_a_missing_model_that_looks_like_one_on_the_hub(
+        self,
+        monkeypatch: Any,
+        capsys: Any,
+        recipe: list[str],
+        tmp_path: Path,
+        override: str,
+        how: str,
     ) -> None:
-        """`runs/base` looks like a name on the hub; with a folder `runs` here it is none."""
+        """In a fresh clone; it is said how it is made, where a recipe that ships says it."""
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "runs").mkdir()
-        said = refused(monkeypatch, capsys, *recipe, "model.path=runs/base")
-        assert "model.path: no folder runs/base" in said
+        (tmp_path / "here").mkdir()
+        said = refused(monkeypatch, capsys, *recipe, override)
+        assert "{}: no folder {}".format(*override.split("=")) in said
+        assert how in said
 
     def test_a_folder_that_is_no_model(
         self, monkeypatch: Any, capsys: Any, recipe: list[str], tmp_path: Path

@@ -434,13 +434,17 @@ async def test_the_command_refuses_a_critic_that_is_none() -> None:
     assert "vllm_plugin MODEL --critic" in last
 
 
-async def test_a_busy_port_and_a_bad_gate_are_told(tmp_path: Path) -> None:
+async def test_a_bad_address_and_a_bad_gate_are_told(tmp_path: Path) -> None:
     (tmp_path / "gate.json").write_text('{"rule": "regret-only", "bta": 1}')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, message in (
             (["--port", port], f"cannot listen on 127.0.0.1:{port}"),
-            (["--port", "0", "--gate", str(tmp_path / "gate.json")], "bta: unknown field"),
+            (["--host", "300.1.1.1"], "choose another with --host"),
+            (
+                ["--port", "0", "--gate", str(tmp_path / "gate.json")],
+                f"--gate {tmp_path}/gate.json: bta: unknown field",
+            ),
         ):
             process = await start("--upstream", "http://127.0.0.1:9", *arguments)
             _, stderr = await process.communicate()

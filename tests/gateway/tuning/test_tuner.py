@@ -207,8 +207,8 @@ def test_an_estimate_of_what_no_evidence_is_told_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_share": 0.1, "warmup": 64}, r"warmup: must be more than window \(64\)"),
-        ({"state": Path("state.json")}, "state: needs target_share"),
+        ({"target_share": 0.1, "warmup": 64}, r"warmup: must be more than --window \(64\)"),
+        ({"state": Path("state.json")}, "state: has no effect without --target-share"),
         ({"target_share": 1.5}, "target_share"),
     ],
 )

@@ -87,7 +87,7 @@ def test_a_head_makes_the_engine_tell_v(flag: tuple[str, ...], tmp_path: Path) -
 
 @pytest.mark.parametrize("given", [[], ["--port"], ["/nowhere/at/all"]])
 def test_a_head_that_is_none_is_refused(given: list[str]) -> None:
-    with pytest.raises(LaunchError, match=r"--value-head: give a folder|does not exist"):
+    with pytest.raises(LaunchError, match=r"--value-head: (give a|/nowhere/at/all is no) folder"):
         server_command([HUB_MODEL, "--value-head", *given], cpu=True, environment={})
 
 
@@ -219,10 +219,19 @@ def test_without_development_mode_any_host_will_do(capsys: pytest.CaptureFixture
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "runs/base/latest"])
-def test_a_folder_that_is_not_there(model: str) -> None:
-    with pytest.raises(LaunchError, match=rf"{model} does not exist"):
+@pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "runs/base", "nosuch"])
+def test_a_folder_that_is_not_there(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LaunchError, match=rf"no folder {model}; give"):
         server_command([model], cpu=True, environment={})
+
+
+@pytest.mark.parametrize("port", ["abc", "-1", "70000", ""])
+def test_a_port_that_is_none(port: str) -> None:
+    with pytest.raises(LaunchError, match=f"--port {port}: give a number"):
+        build(f"--port={port}")
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:

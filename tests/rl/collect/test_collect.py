@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.collect.__main__ import DEFAULTS, probing
 from espo_rl.collect.command import CollectCommand
 from espo_rl.config import TaskSection
 from espo_rl.evaluate.arguments import parse
+from espo_rl.evaluate.results import EvaluationError
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.tasks.gym import GymTask
 from tests.helpers.models import random_checkpoint
@@ -94,3 +97,19 @@ async def test_probes_are_asked_along_and_kept(tmp_path: Path) -> None:
         assert await CollectCommand(options).run()
     [rollout], _ = read_rollouts(tmp_path / "out" / "rollouts" / "sums-00000000.parquet")
     assert rollout.probes == [[2, -0.5, -0.5, -0.1], [4, -0.5, -0.5, -0.1]]
+
+
+def test_full_rollouts_have_no_gate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], prog="espo_rl.collect", defaults=DEFAULTS, more=probing)
+    said = capsys.readouterr().out
+    assert "(default: runs/collect-MODEL)" in said
+    assert not {"--gate", "--audit"} & {*said.split()}
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path: Path) -> None:
+    arguments = ["--model", "m", "--data", "d", "--out", str(tmp_path / "out")]
+    options = parse([*arguments, "--probe-every", "-1"], defaults=DEFAULTS, more=probing)
+    with pytest.raises(EvaluationError, match="--probe-every"):
+        CollectCommand(options)
+    assert not (tmp_path / "out").exists()

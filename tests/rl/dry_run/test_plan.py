@@ -163,6 +163,8 @@ def test_lengths(
             "critic_vllm_args: --host",
         ),
         ('servers.vllm_args=["-tp", "3"]', EIGHT, 1, "3 does not divide the model's 4 attention"),
+        ("task.grader=maths", LAPTOP, 1, "task.grader = 'maths': give one of"),
+        ("task.grader=foo.bar:baz", LAPTOP, 1, "task.grader = 'foo.bar:baz' cannot be imported"),
         ("run.seed=0", EIGHT, 9, "9 ranks on 8 GPUs"),
         ("servers.weight_transfer=ipc", LAPTOP, 1, "from GPU to GPU, and there is none"),
         ("servers.weight_transfer=nccl", LAPTOP, 1, "from GPU to GPU, and there is none"),

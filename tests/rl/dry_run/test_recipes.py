@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from espo_rl.config import RECIPES, load_recipe
+from espo_gateway.files import is_folder
+from espo_rl.config import RECIPES, RecipeError, check_model_folder, load_recipe
 from espo_rl.dry_run.footprint import Machine
 from espo_rl.dry_run.plan import make_plan
 from tests.helpers.plans import EIGHT, one_gpu_plan, qwen, qwen_plan
@@ -85,6 +86,18 @@ def test_all_weights_of_the_larger_one_need_more(tmp_path: Path) -> None:
         machine = Machine(cpus=16, ram=64e9, gpus=(memory,))
         plan = make_plan(load_recipe(str(path), given), machine, 1)
         assert (not plan.errors and not plan.warnings) is fits
+
+
+def test_what_makes_its_model_stands_in_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = [load_recipe(file).model.path for file in RECIPES.glob("*.toml")]
+    local = [model for model in models if is_folder(model)]
+    assert len(local) >= 3
+    for model in local:
+        with pytest.raises(RecipeError, match=rf"make it: python .*--out {model}\b"):
+            check_model_folder("model.path", model)
 
 
 def test_the_recipe_for_a_cpu_is_whole() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from espo_gateway.supervisor import ServerProcess
+from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl.evaluate.__main__ import main
 from espo_rl.evaluate.arguments import make_recipe, parse
@@ -221,6 +221,7 @@ def test_other_settings_are_refused(
     monkeypatch.chdir(tmp_path)
     Path("gate.json").write_bytes(GATE)
     Command(parse(arguments))
+    (tmp_path / "out" / "sums.jsonl").write_text("a result")
     said = refusal([*arguments, *change], monkeypatch, capsys)
     assert f"  {named}" in said
     assert "another --out" in said
@@ -232,6 +233,7 @@ def test_a_model_trained_on_since_is_refused(
     own = random_checkpoint(tmp_path / "own", 0)
     arguments = [*arguments, "--model", str(own)]
     Command(parse(arguments))
+    (tmp_path / "out" / "sums.jsonl").write_text("a result")
     random_checkpoint(own, 1)
     assert "model_files" in refusal(arguments, monkeypatch, capsys)
 
@@ -255,6 +257,35 @@ async def test_a_damaged_line_is_named(arguments: list[str], tmp_path: Path) -> 
         await run(arguments, answering(ANSWERS))
 
 
+def test_settings_hold_from_the_first_result_on(tmp_path: Path) -> None:
+    """A command that came to nothing is corrected; one that still runs is left alone."""
+    first = ResultsFolder(tmp_path / "out", {"k": 1})
+    with pytest.raises(EvaluationError, match="k: 1 there, 2 now"):
+        ResultsFolder(tmp_path / "out", {"k": 2})
+    ResultsFolder(tmp_path / "out", {"k": 1})
+    del first
+    (tmp_path / "out" / "logs").mkdir()
+    (tmp_path / "out" / "logs" / "server.log").write_text("it did not start")
+    (tmp_path / "out" / "sums.jsonl").touch()
+    ResultsFolder(tmp_path / "out", {"k": 2})
+    assert json.loads((tmp_path / "out" / "settings.json").read_text()) == {"k": 2}
+    (tmp_path / "out" / "sums.jsonl").write_text("a result")
+    with pytest.raises(EvaluationError, match="k: 2 there, 3 now"):
+        ResultsFolder(tmp_path / "out", {"k": 3})
+
+
+async def test_a_server_that_does_not_answer(arguments: list[str]) -> None:
+    with pytest.raises(EvaluationError, match="--url: nothing answers at"):
+        await Command(parse([*arguments, "--url", f"http://127.0.0.1:{free_port()}"])).run()
+
+
+def test_a_model_that_cannot_be_loaded(
+    arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    said = refusal([*arguments, "--model", str(tmp_path)], monkeypatch, capsys)
+    assert f"--model: {tmp_path} cannot be loaded" in said
+
+
 def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path, {})
     with (tmp_path / "sums.jsonl").open("w") as file:
@@ -269,27 +300,31 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
     ("change", "named"),
     [
         (["--model", "/no/such/model"], "--model: no folder /no/such/model"),
+        (["--model", "runs/base"], "make it: python -m espo_rl.base_model --out runs/base"),
+        (["--answer-pattern", "("], "--answer-pattern = '(' is no regular expression"),
+        (["--chat-template-kwargs", "{a"], "'{a' is no JSON object; write it like '{"),
+        (["--chat-template-kwargs", "[]"], "'[]' is no JSON object"),
         (["--data", "/no/such.jsonl"], "--data: No such file or folder: /no/such.jsonl"),
         (["--problem-column", "question"], "--problem-column = 'question': no text or number"),
         (["--answer-column", "solution"], "--answer-column = 'solution': no text or number"),
         (["--answer-pattern", "#### (.*)"], "--answer-pattern = '#### (.*)' finds nothing"),
         (["--grader", "no.such:grader"], "--grader = 'no.such:grader' cannot be imported"),
         (["--gate", "/no/gate.json"], "--gate /no/gate.json"),
-        (["--grader", "regex"], "pattern"),
-        (["--template", "no place"], "{problem}"),
-        (["--k", "0"], "k = 0"),
+        (["--grader", "regex"], '--grader = "regex" needs'),
+        (["--template", "no place"], "--template must hold {problem}"),
+        (["--k", "0"], "--k = 0"),
         (["--limit", "0"], "--limit"),
-        (["--audit", "2"], "audit = 2"),
+        (["--audit", "2"], "--audit = 2"),
         (["--max-tokens", "0"], "--max-tokens"),
         (["--", "typo"], "typo"),
-        (["--k", "70000"], "k = 70000"),
-        (["--seed", "-1"], "seed = -1"),
-        (["--seed", str(2**63)], "seed = "),
-        (["--temperature", "2.5"], "temperature = 2.5"),
-        (["--temperature", "0.001"], "temperature = 0.001"),
-        (["--temperature", "nan"], "temperature = nan"),
-        (["--top-p", "0"], "top_p = 0"),
-        (["--concurrency", "100000"], "concurrency = 100000"),
+        (["--k", "70000"], "--k = 70000"),
+        (["--seed", "-1"], "--seed = -1"),
+        (["--seed", str(2**63)], "--seed = "),
+        (["--temperature", "2.5"], "--temperature = 2.5"),
+        (["--temperature", "0.001"], "--temperature = 0.001"),
+        (["--temperature", "nan"], "--temperature = nan"),
+        (["--top-p", "0"], "--top-p = 0"),
+        (["--concurrency", "100000"], "--concurrency = 100000"),
         (["--max-tokens", str(2**31)], "--max-tokens"),
         (["--url", "http://127.0.0.1:99999"], "--url: "),
         (["--plain", "--system", "s"], "--system has no effect with --plain"),
@@ -314,12 +349,18 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1", "--dtype", "float32"], "--dtype has no effect"),
         (["--data", "reasoning-gym:leg_counting"], "say how many with --limit"),
         (["--data", "reasoning-gym:leg_county", "--limit", "2"], "--data = 'leg_county': no such"),
-        (["--grader", "task"], 'grader = "task" is that of'),
+        (["--grader", "task"], '--grader = "task" is that of'),
     ],
 )
 def test_bad_arguments(
-    arguments: list[str], monkeypatch: Any, capsys: Any, change: list[str], named: str
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+    change: list[str],
+    named: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where nobody has made runs/base
     assert named in refusal([*arguments, *change], monkeypatch, capsys)
 
 

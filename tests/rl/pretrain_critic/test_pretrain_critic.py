@@ -174,6 +174,7 @@ def test_stopped_rollouts_of_unknown_outcome_are_refused() -> None:
         (0, [], "no rollouts"),
         (4, [], "record more"),
         (60, ["--model", "/"], "--model / cannot be loaded"),
+        (60, ["--model", "nowhere"], "--model: no folder nowhere"),
     ],
 )
 def test_what_cannot_work_is_said_and_leaves_nothing(

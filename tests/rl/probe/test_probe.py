@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from espo_gateway.stop.rules import Gate
+from espo_gateway.supervisor import free_port
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_rl.probe.__main__ import main, parse
 from espo_rl.probe.command import run
@@ -126,6 +127,9 @@ async def test_a_folder_is_not_gone_on_with_about_other_rollouts(
         (["nowhere", "--output", "out"], "holds no rollouts"),
         (["rollouts", "--output", "rollouts"], "another folder"),
         (["rollouts", "other", "--output", "out"], "one name"),
+        (["rollouts", "--output", "out"], "--model: no folder m"),
+        (["rollouts", "--output", "out", "--url", "host:80"], "--url: 'host:80' must be written"),
+        (["rollouts", "--output", "out", "--url", "http://host/v1"], "leave out /v1"),
     ],
 )
 def test_folders_that_cannot_work_are_refused(
@@ -138,5 +142,20 @@ def test_folders_that_cannot_work_are_refused(
     written(tmp_path / "rollouts")
     written(tmp_path / "other")
     monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--url", "http://127.0.0.1:9", "--model", "m"]) == 2
+    assert main(["--url", "http://127.0.0.1:9", "--model", "m", *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, folder = random_checkpoint(tmp_path / "model", 0), written(tmp_path / "rollouts", 1)
+    given = ["--url", f"http://127.0.0.1:{free_port()}", "--model", str(model)]
+    assert main([str(folder), *given, "--output", str(tmp_path / "out")]) == 1
+    assert "--url: nothing answers there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("growth", ["-1", "nan", "inf"])
+def test_a_growth_that_is_none(growth: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["r", "--url", "u", "--model", "m", "--output", "o", f"--growth={growth}"])
+    assert "--growth must be a number of at least 0" in capsys.readouterr().err

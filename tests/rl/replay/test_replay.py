@@ -559,6 +559,9 @@ def test_a_folder_without_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--fit-on", "other", "--folds", "3"], "--folds has no effect with --fit-on"),
         (["--critic-worth", "-inf", "1"], "--critic-worth"),
         (["--critic-worth", "nan", "1"], "--critic-worth"),
+        (["--price", "-3"], "--price must be a number of at least 0"),
+        (["--price", "nan"], "--price must be a number of at least 0"),
+        (["--ask-every", "0"], "--ask-every must be a number of at least 1"),
     ],
 )
 def test_arguments_that_make_no_sense(
