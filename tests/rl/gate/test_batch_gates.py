@@ -151,18 +151,21 @@ def test_every_combination_makes_gates_that_hold(
 def test_a_wished_share_is_met_from_the_first_gated_batch(
     rule: RuleName, value: str, threshold: str
 ) -> None:
-    stopping = controller(
-        rule=rule,
-        value=value,
-        threshold=threshold,
-        target_share=0.3,
-        beta_min=0.01,
-        p_star_max=0.99,
-    )
-    # Half of the slips are harmless, so that no rollout is quite lost and levels are spread out.
-    gates, shares = play(stopping, 10, rollouts=250, harmless=0.5)
-    assert [gate.rule for gate in gates] == ["none"] * 4 + [rule] * 6
-    assert np.mean(shares[4:]) == pytest.approx(0.3, abs=0.08)
+    shares = []
+    for seed in range(3):  # as what it is calibrated on is an estimate of four batches
+        stopping = controller(
+            rule=rule,
+            value=value,
+            threshold=threshold,
+            target_share=0.3,
+            beta_min=0.01,
+            p_star_max=0.99,
+        )
+        # Half of the slips are harmless, so that no rollout is quite lost, and levels spread out.
+        gates, stopped = play(stopping, 10, rollouts=250, harmless=0.5, seed=seed)
+        assert [gate.rule for gate in gates] == ["none"] * 4 + [rule] * 6
+        shares += stopped[4:]
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.08)
 
 
 def test_random_stops_follow_rollouts_that_become_shorter() -> None:
