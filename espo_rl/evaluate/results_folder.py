@@ -42,7 +42,9 @@ class ResultsFolder:
                 check_empty(path, flag)
             path.mkdir(parents=True, exist_ok=True)
             self._held = file.open("a+")
-            if self._alone() and not self._begun():
+            there = json.loads(file.read_text() or "{}")
+            ours = isinstance(there, dict) and (not there or there.keys() & self.settings.keys())
+            if ours and self._alone() and not self._begun():
                 self._held.truncate(0)
                 self._held.write(json.dumps(self.settings, indent=2) + "\n")
                 self._held.flush()
@@ -55,7 +57,7 @@ class ResultsFolder:
             raise EvaluationError(
                 f"{flag}: cannot use {path} ({error}); choose another folder"
             ) from error
-        if not isinstance(there, dict):
+        if not ours:
             raise EvaluationError(f"{flag}: {file} is no evaluation's; choose another folder")
         if there != self.settings:
             names = [*self.settings, *(name for name in there if name not in self.settings)]

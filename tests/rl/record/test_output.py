@@ -47,17 +47,18 @@ def test_an_evaluation_begins_in_an_empty_folder(tmp_path: Path, name: str) -> N
 
 def test_an_evaluation_goes_on_in_its_own(tmp_path: Path) -> None:
     ResultsFolder(tmp_path / "out", {"k": 1})
-    (tmp_path / "out" / "aime.jsonl").write_text("")
+    (tmp_path / "out" / "aime.jsonl").write_text("{}\n")
     ResultsFolder(tmp_path / "out", {"k": 1})
     with pytest.raises(EvaluationError, match="k: 1 there, 2 now"):
         ResultsFolder(tmp_path / "out", {"k": 2})
 
 
-@pytest.mark.parametrize("there", ["[1]", "3", "null"])
+@pytest.mark.parametrize("there", ["[1]", "3", "null", '{"editor.tabSize": 4}'])
 def test_other_settings_are_no_evaluations(tmp_path: Path, there: str) -> None:
     (tmp_path / "settings.json").write_text(there)
     with pytest.raises(EvaluationError, match="no evaluation's"):
         ResultsFolder(tmp_path, {"k": 1})
+    assert (tmp_path / "settings.json").read_text() == there
 
 
 OF_A_REPLAY = {"rollouts": 3, "bound": {}, "rules": {}}
@@ -138,7 +139,7 @@ def test_a_base_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "base" / "base_model.json").read_text()) == {"seed": 5}
 
 
-def test_results_of_a_study_replace_such_alone(
+def test_results_of_a_study_replace_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of_an_evaluation = '{"results": {}, "settings": {}}'
@@ -149,5 +150,6 @@ def test_results_of_a_study_replace_such_alone(
     assert "results.json is there and no results of a study" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == of_an_evaluation
     (tmp_path / "results.json").unlink()
-    assert reproduce.main() == 0
-    assert reproduce.main() == 0  # its own are made anew
+    assert reproduce.main() == 2
+    assert "no run of the study is done" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
