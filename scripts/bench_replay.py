@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from espo_gateway.stop.rules import Gate
+from espo_gateway.traces.judge import fitted, replayed
 from espo_rl.record.rollout_files import rollouts_table
-from espo_rl.replay.command import PROCESSES, Source, fitted, processes, replayed
+from espo_rl.replay.source import PROCESSES, Source, processes
 from espo_rl.types import EndReason, Problem, Rollout
 
 _SAMPLES = 4  # of each prompt

@@ -93,16 +93,6 @@ class Recorded:
         """Where g is a number."""
         return ~np.isnan(self.regrets)
 
-    @property
-    def sources(self) -> tuple[SourceName, ...]:
-        """Those that have told anything, but for critics, who have rules of their own."""
-        history = self.history is not None and np.isfinite(self.history).any()
-        probed = self.probes is not None and np.isfinite(self.probes.sum(axis=-1)).any()
-        return (
-            *(("history",) if history else ()),
-            *(("probe",) if probed else ()),
-        )
-
     def told(self, sources: Sequence[SourceName]) -> Array | None:
         """The features made of what was told, [rollouts, tokens, features]; None without sources.
 

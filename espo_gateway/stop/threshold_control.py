@@ -290,8 +290,9 @@ class AuditThreshold:
         """Take note of a finished batch; arguments as of `ShareThreshold.update`."""
         audited, false = audits
         lost = self.bound.of == "right-lost"
-        told = outcomes is not None and stop_share is not None
-        right = float(outcomes.right.sum()) if outcomes is not None and told else 0.0
+        right = 0.0
+        if outcomes is not None and stop_share is not None:
+            right = float(outcomes.right.sum())
         self._audits.append((right if lost else audited, false))
         refuted = self._refuted()
         if refuted:

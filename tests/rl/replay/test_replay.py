@@ -34,7 +34,8 @@ from espo_gateway.traces.reader import TraceError
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
 from espo_rl.record.rollout_files import rollouts_table
-from espo_rl.replay.command import Source, main
+from espo_rl.replay.command import main
+from espo_rl.replay.source import Source
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import gateway_for
@@ -123,7 +124,7 @@ def test_other_processes_find_what_this_one_does(
         return source, replayed(source.read, fitted(source.read, 3))
 
     here, alone = done()
-    monkeypatch.setattr(command, "APART", 0)
+    monkeypatch.setattr("espo_rl.replay.source.APART", 0)
     there, apart = done()
     assert here.tokens == there.tokens > 0
     assert (alone.judged.prompts == apart.judged.prompts).all()
