@@ -121,7 +121,9 @@ def fit(batches: Iterable[Examples], sources: Sequence[SourceName] = ()) -> Succ
     weight = np.concatenate([batch.weights for batch in batches])
     scaler = preprocessing.StandardScaler().fit(values)
     scaler.scale_ = np.sqrt(scaler.var_ + NOISE)
-    model = linear.LogisticRegression(max_iter=1000).fit(scaler.transform(values), outcomes, weight)
+    model = linear.LogisticRegression(solver="newton-cholesky").fit(
+        scaler.transform(values), outcomes, weight
+    )
     unscaled = model.coef_[0] / scaler.scale_
     return SuccessEstimator(
         weights=tuple(map(float, unscaled)),

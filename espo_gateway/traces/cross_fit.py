@@ -35,7 +35,7 @@ from espo_gateway.stop.told import ASKED, Schedule, SourceName, asked_below
 from espo_gateway.traces.reader import Traces
 
 #: Traces that an estimator is fitted on at most.
-MAX_FITTED = 20_000
+MAX_FITTED = 10_000
 #: Of the states of right traces: what a threshold loses for which it is asked.
 LOST = 0.05
 #: Stands in a gate whose estimator is still to be fitted.
