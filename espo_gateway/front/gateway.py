@@ -166,10 +166,14 @@ class Gateway:
         keys = read_keys(self.config)
         try:
             data = self.config.read_gate()
+            if data is not None and data != self._gate_read:
+                self.push_gate(data)
         except OSError as error:
-            raise InvalidRequest(f"gate: cannot read it: {error.strerror}", param="gate") from error
-        if data is not None and data != self._gate_read:
-            self.push_gate(data)
+            said = f"gate {self.config.gate}: {error.strerror}"
+            raise InvalidRequest(said, param="gate") from error
+        except InvalidRequest as error:
+            said = f"gate {self.config.gate}: {error}"
+            raise InvalidRequest(said, param=error.param) from error
         self.keys, self._gate_read = keys, data
         self.pool.headers = keys.upstream_headers
         log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)

@@ -162,9 +162,13 @@ async def test_a_second_signal_ends_at_once(second: signal.Signals) -> None:
 
 async def test_sighup_reads_keys_and_gate_again(tmp_path: Any) -> None:
     (keys := tmp_path / "keys").write_text("key-1\n")
+    (gate := tmp_path / "gate.json").write_text("{}")
     keys.chmod(0o600)
     async with FakeServer(FAILING) as server:
-        process = await start("--upstream", server.url, "--port", "0", "--api-keys-file", str(keys))
+        process = await start(
+            *("--upstream", server.url, "--port", "0"),
+            *("--api-keys-file", str(keys), "--gate", str(gate)),
+        )
         try:
             url, logged = await listening(process)
             assert "1 API keys" in logged
@@ -174,6 +178,12 @@ async def test_sighup_reads_keys_and_gate_again(tmp_path: Any) -> None:
             line = (await process.stderr.readline()).decode()
             assert "nothing was read again: api_keys_file" in line
             keys.write_text("key-1\nkey-2\n")
+            for wrong, said in {"[": "JSON", '{"rule": "nope"}': "rule", None: "No such"}.items():
+                gate.unlink() if wrong is None else gate.write_text(wrong)
+                process.send_signal(signal.SIGHUP)
+                line = (await process.stderr.readline()).decode()
+                assert f"nothing was read again: gate {gate}: " in line and said in line
+            gate.write_text('{"rule": "regret-only", "beta": 7.0}')
             process.send_signal(signal.SIGHUP)
             assert b"2 API keys" in await process.stderr.readline()
             assert "invalid_api_key" in await get_text(url + "/v1/models")
