@@ -272,6 +272,11 @@ class Config:
         """Whether only this machine can reach the gateway."""
         return is_loopback(self.host)
 
+    @property
+    def gate_named(self) -> str:
+        """Where the gate comes from, for messages."""
+        return f"--gate {self.gate}" if isinstance(self.gate, Path) else "gate"
+
     def read_gate(self) -> bytes | None:
         """The gate's JSON. Raises OSError."""
         return self.gate.read_bytes() if isinstance(self.gate, Path) else self.gate

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import aiohttp
@@ -64,8 +63,7 @@ async def check_servers(config: Config, keys: Keys) -> None:
     try:
         gate = gate_from_json(config.read_gate() or b"{}", has_critic=True)
     except InvalidRequest as error:
-        source = f"--gate {config.gate}" if isinstance(config.gate, Path) else "gate"
-        raise InvalidRequest(f"{source}: {error}") from error
+        raise InvalidRequest(f"{config.gate_named}: {error}") from error
     alternatives = max(1, gate.top_logprobs)
     deadline = time.monotonic() + config.wait
     servers = [base_url(url) for url in config.upstreams]

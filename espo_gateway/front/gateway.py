@@ -169,10 +169,10 @@ class Gateway:
             if data is not None and data != self._gate_read:
                 self.push_gate(data)
         except OSError as error:
-            said = f"gate {self.config.gate}: {error.strerror}"
+            said = f"{self.config.gate_named}: {error.strerror}"
             raise InvalidRequest(said, param="gate") from error
         except InvalidRequest as error:
-            said = f"gate {self.config.gate}: {error}"
+            said = f"{self.config.gate_named}: {error}"
             raise InvalidRequest(said, param=error.param) from error
         self.keys, self._gate_read = keys, data
         self.pool.headers = keys.upstream_headers

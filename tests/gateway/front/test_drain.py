@@ -182,7 +182,8 @@ async def test_sighup_reads_keys_and_gate_again(tmp_path: Any) -> None:
                 gate.unlink() if wrong is None else gate.write_text(wrong)
                 process.send_signal(signal.SIGHUP)
                 line = (await process.stderr.readline()).decode()
-                assert f"nothing was read again: gate {gate}: " in line and said in line
+                assert f"nothing was read again: --gate {gate}: " in line
+                assert said in line
             gate.write_text('{"rule": "regret-only", "beta": 7.0}')
             process.send_signal(signal.SIGHUP)
             assert b"2 API keys" in await process.stderr.readline()
