@@ -12,9 +12,9 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.rollouts.in_flight import InFlight
 from espo_rl.rollouts.queue import BatchQueue
 from espo_rl.servers.fleet import open_fleet
+from espo_rl.servers.sampler import Sampler
 from espo_rl.servers.served_models import PROOF_ROLLOUTS, ServedModels
 from espo_rl.servers.server import ServerError
 from espo_rl.tasks.grader_pool import GraderPool
@@ -154,21 +155,6 @@ class Loop:
                 say=self.log.say,
             )
         )
-        problem = self.task.held_out(1)[0]
-        probe = f"{problem.prompt} {problem.answer} " * 4
-        self.served = await enter(
-            ServedModels(
-                recipe,
-                self.fleet,
-                self.trainer,
-                self.trainer_free,
-                self.tokenizer.encode(probe, add_special_tokens=False)[:128],
-                say=self.log.say,
-                on_restart=self.summary.count_restart,
-                on_fall=self.recall,
-                announce=self.announce,
-            )
-        )
         self.prompter = Prompter.of(self.tokenizer, recipe.task)
         phrase = None
         if "probe" in recipe.stopping.sources:
@@ -183,7 +169,23 @@ class Loop:
             )
         )
         ask = partial(self.collector.rollout, temperature=recipe.rollout.temperature)
-        self.flight = await enter(InFlight(self.queue, ask, recipe.rollout.concurrency))
+        flight = await enter(InFlight(self.queue, ask, recipe.rollout.concurrency))
+        problem = self.task.held_out(1)[0]
+        probe = f"{problem.prompt} {problem.answer} " * 4
+        self.served = await enter(
+            ServedModels(
+                recipe,
+                self.fleet,
+                self.trainer,
+                self.trainer_free,
+                self.tokenizer.encode(probe, add_special_tokens=False)[:128],
+                say=self.log.say,
+                on_restart=self.summary.count_restart,
+                on_fall=flight.recall,
+                announce=self.announce,
+            )
+        )
+        self.sampler = Sampler(self.queue, flight, self.fleet, self.served)
         await enter(self.grader)
 
     async def prove_sampling(self) -> None:
@@ -199,7 +201,7 @@ class Loop:
         await self.collect(batch)
         gate = batch.gate
         self.queue.batches.popleft()
-        async with self.sampled_meanwhile():
+        async with self.sampler.meanwhile():
             update, trained = await self.learn(batch)
         tokens = await self.count_tokens(batch)
         with self.summary.timed("sync"):
@@ -260,22 +262,6 @@ class Loop:
         known = {"history": self.stopping.history.log_odds} if history else {}
         batch.ask(islice(self.problems, count), n, modes, **known)
 
-    @asynccontextmanager
-    async def sampled_meanwhile(self) -> AsyncIterator[None]:
-        """Let rollouts of the next steps come, if any are wanted by now."""
-        if not any(self.queue.wanted(())):
-            yield
-            return
-        over = asyncio.Event()
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.sample(over.is_set))
-                yield
-                over.set()
-                self.flight.changed.set()
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-
     async def collect(self, batch: Batch) -> None:
         """Fill and score a batch; of a dynamic one, until enough prompts tell something."""
         config = self.recipe.rollout
@@ -306,67 +292,16 @@ class Loop:
                     left = len(batch.waiting)
                     return not left
 
-                await self.sample(over, clock)
+                await self.sampler.until(over, clock)
             new = batch.unscored
             with self.summary.timed("score"), self.log.phase("grading"):
-                async with self.sampled_meanwhile():
+                async with self.sampler.meanwhile():
                     await score(new, self.grader, self.recipe)
             batch.scored.update(rollout.seed for rollout in new)
             batch.ask_failed_again(RESAMPLES)
             batch.tokens = await self.count_tokens(batch)
             if not batch.waiting:
                 return
-
-    async def sample(
-        self,
-        over: Callable[[], bool],
-        clock: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        """Let rollouts come until it is over; servers that fall meanwhile are brought back."""
-        while not over():
-            await self.served.attempt(self.push_gates)
-            with clock():
-                trouble = await self.trouble(over)
-            if trouble is not None:
-                await self.recall()
-                waiting = sum(len(batch.waiting) for batch in self.queue.batches)
-                await self.served.heal(f"{trouble}\n{waiting} rollouts are asked again")
-
-    async def trouble(self, over: Callable[[], bool]) -> str | None:
-        """Keep the servers busy until it is over, or one falls: then what happened to it."""
-        fallen = asyncio.ensure_future(self.fleet.failure())
-        waits: set[asyncio.Future[Any]] = {fallen}
-        try:
-            with self.flight.filled():
-                while not over():
-                    changed = asyncio.ensure_future(self.flight.until_changed())
-                    waits = {fallen, changed}
-                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                    if fallen.done():
-                        return fallen.result()
-                    changed.result()
-                    failed, self.flight.failed = self.flight.failed, None
-                    if failed is not None and await self.fleet.down():
-                        return failed.error
-                return None
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
-
-    async def recall(self) -> None:
-        """Give up what is under way, as a server has fallen: it is asked again."""
-        await self.flight.recall()
-
-    async def push_gates(self) -> None:
-        """Hand the gateway the batches' gates, and the servers their weights where one lacks them.
-
-        The next step's first: what names none has the newest.
-        """
-        await self.served.catch_up()
-        for batch in self.queue.batches:
-            batch.gate = dataclasses.replace(batch.gate, weights_version=self.served.version)
-            await self.fleet.push_gate(batch.gate)
 
     async def announce(self, version: str) -> None:
         """Tell the gateway, while no server samples, whose the tokens are that come then."""

@@ -16,7 +16,7 @@ from espo_rl.config import Recipe
 from espo_rl.ppo.trainer import ModelName, PpoTrainer
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet
-from espo_rl.servers.sampling import SamplingTest
+from espo_rl.servers.sampling_proof import SamplingTest
 from espo_rl.servers.server import Say, ServerError
 from espo_rl.servers.weight_source import nothing
 from espo_rl.servers.weights import WeightParityError, WeightPublisher, transfer_of

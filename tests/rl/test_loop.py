@@ -16,6 +16,7 @@ from espo_gateway.stop.rules import Gate
 from espo_rl.config import load_recipe
 from espo_rl.loop import Loop
 from espo_rl.rollouts.in_flight import InFlight
+from espo_rl.servers.sampler import Sampler
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import EndReason, Request, Rollout
 from tests.helpers.models import random_checkpoint
@@ -106,9 +107,10 @@ async def loop(base: Path, tmp_path: Path, opened: ExitStack) -> AsyncIterator[L
     servers: Any = Servers()
     loop.served = loop.fleet = servers
     async with (
-        InFlight(loop.queue, servers.ask, ROOM) as loop.flight,
+        InFlight(loop.queue, servers.ask, ROOM) as flight,
         GraderPool(loop.recipe.task) as loop.grader,
     ):
+        loop.sampler = Sampler(loop.queue, flight, servers, servers)
         yield loop
 
 
@@ -129,7 +131,7 @@ async def test_the_next_step_fills_the_slots_of_this_one(loop: Loop) -> None:
     assert not loop.stopping.version  # nothing is learnt yet
 
     loop.queue.batches.popleft()
-    async with loop.sampled_meanwhile():
+    async with loop.sampler.meanwhile():
         await servers.until_asked(8)
         servers.let.release()
         while not second.rollouts:  # noqa: ASYNC110 (nothing tells)

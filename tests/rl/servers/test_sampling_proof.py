@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from espo_rl.servers.sampling import SamplingTest
+from espo_rl.servers.sampling_proof import SamplingTest
 
 Array = NDArray[np.float64]
 VOCABULARY = 200
