@@ -8,8 +8,10 @@ something.
 With --head-only the model, mostly the policy itself, stays as it is, and only V's head is fitted.
 
 The rollouts must be full ones, of one policy that stood still. A share of the problems is held out;
-on these the critic is measured. What is written is the checkpoint that `model.critic` and the
-critic server load, with report.json beside it. V is in the unit of the recipe's rewards.
+on these the critic is measured. With --head-only each problem is held out once, by a fit of the
+others, and the head that is written is of all. What is written is the checkpoint that
+`model.critic` and the critic server load, with report.json beside it. V is in the unit of the
+recipe's rewards.
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="of the problems that the critic is only measured on (default: %(default)s)",
+        help="of the problems that the critic is only measured on; of each fold with --head-only "
+        "(default: %(default)s)",
     )
     add(
         "--values",
         type=Path,
         metavar="FOLDER",
-        help="write the held-out rollouts with V after each token, for a replay",
+        help="write the held-out rollouts (all with --head-only) with V after each token, "
+        "for a replay",
     )
     add(
         "--head-only",

@@ -23,7 +23,9 @@ from espo_rl.config import check_model_folder
 from espo_rl.ppo.critic import Critic, load_classifier
 from espo_rl.pretrain_critic.fit import (
     Array,
+    Partition,
     PretrainError,
+    deal,
     fit_critic,
     split,
     usable,
@@ -107,7 +109,10 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     )
     files = recorded_files(options.rollouts)
     recorded = {file: read_rollouts(file)[0] for file in files}
-    parts = split(usable([one for rows in recorded.values() for one in rows]), options.held_out)
+    full = usable([one for rows in recorded.values() for one in rows])
+    # Told before the model is loaded, which takes a while.
+    folds = deal(full, options.held_out) if options.head_only else None
+    parts = split(full, options.held_out) if folds is None else Partition(full, [], full)
     critic = load_critic(options.model, seed=options.seed, head_only=options.head_only)
     if options.layers is not None:
         keep_layers(critic, options.layers)
@@ -122,21 +127,30 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
             bar.update(line, advance=1, description=f"fitting the critic, {losses}")
             console.print(f"epoch {next(epoch)}: {losses}", highlight=False)
 
-        if options.head_only:
-            read = len(parts.training) + len(parts.validation)
-            bar.update(line, total=read, description="reading rollouts")
-            fit_head(critic, parts, settings, on_rollouts=lambda some: bar.advance(line, some))
-            helped = 1
+        if folds is not None:
+            bar.update(line, total=len(full), description="reading rollouts")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            values = fit_head(
+                critic,
+                full,
+                folds,
+                settings,
+                scratch=output.parent,
+                on_rollouts=lambda some: bar.advance(line, some),
+            )
+            helped, how = 1, "its head alone"
         else:
             helped = fit_critic(critic, parts, settings, on_epoch=show)
+            values = values_of(critic, parts.held_out, settings)
+            how = f"after {helped} of at most {settings.epochs} epochs"
 
-    values = values_of(critic, parts.held_out, settings)
     found = _measured(values, parts.held_out, settings)
     about = {
         "model": options.model,
         "settings": asdict(settings),
         "head_only": options.head_only,
         "layers": options.layers,
+        "folds": None if folds is None else int(folds.max()) + 1,
         "epochs": helped,
         "rollouts": {name: len(part) for name, part in vars(parts).items()},
         "accuracy": sum(bool(one.correct) for one in parts.held_out) / len(parts.held_out),
@@ -146,12 +160,8 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     if options.values is not None:
         held_out = {one.problem.prompt for one in parts.held_out}
         _write_values(options.values, recorded, held_out, iter(values))
-    console.print(_table(f"V on {len(parts.held_out)} held-out rollouts", found))
-    how = (
-        "its head alone"
-        if options.head_only
-        else f"after {helped} of at most {settings.epochs} epochs"
-    )
+    title = f"V on {len(parts.held_out)} rollouts of problems that it was not fitted on"
+    console.print(_table(title, found))
     console.print(f"critic: {output}, {how}")
 
 

@@ -29,7 +29,10 @@ class PretrainError(ValueError):
 
 @dataclass(frozen=True)
 class Partition:
-    """Rollouts parted by problem: fitted on, when to stop, and what is measured on."""
+    """Rollouts parted by problem: fitted on, when to stop, and what is measured on.
+
+    Of a head alone the first and the last are all of them, see `deal`.
+    """
 
     training: list[Rollout]
     validation: list[Rollout]
@@ -59,18 +62,15 @@ def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
 def split(rollouts: Sequence[Rollout], share: float) -> Partition:
     """Hold out about this share of the problems, and an eighth of the rest for early stopping.
 
-    A problem is drawn by its text, so that it falls on the same side in every recording.
-
     Raises:
         PretrainError: a part is empty, or all outcomes in it are the same.
     """
     parts = Partition([], [], [])
     for rollout in rollouts:
-        digest = hashlib.sha256(rollout.problem.prompt.encode()).digest()
-        draw = int.from_bytes(digest[:8]) / 2.0**64
-        if draw < share:
+        drawn = _draw(rollout)
+        if drawn < share:
             parts.held_out.append(rollout)
-        elif draw < share + (1.0 - share) / 8.0:
+        elif drawn < share + (1.0 - share) / 8.0:
             parts.validation.append(rollout)
         else:
             parts.training.append(rollout)
@@ -81,6 +81,29 @@ def split(rollouts: Sequence[Rollout], share: float) -> Partition:
                 "wrong ones: record more of them, of more problems"
             )
     return parts
+
+
+def deal(rollouts: Sequence[Rollout], share: float) -> NDArray[np.intp]:
+    """The fold of each rollout, [rollouts]: each fold has about this share of the problems.
+
+    Raises:
+        PretrainError: all outcomes outside of a fold are the same.
+    """
+    folds = max(2, round(1.0 / share))
+    fold = np.array([int(_draw(rollout) * folds) for rollout in rollouts], np.intp)
+    right = np.array([bool(rollout.correct) for rollout in rollouts])
+    if any(np.unique(fold[right == outcome]).size < 2 for outcome in (True, False)):
+        raise PretrainError(
+            f"{right.sum()} of {len(rollouts)} rollouts are right; both right and wrong ones must "
+            "be in two folds of the problems: record more of them, of more problems"
+        )
+    return fold
+
+
+def _draw(rollout: Rollout) -> float:
+    """In [0, 1), by the problem's text: it falls on the same side in every recording."""
+    digest = hashlib.sha256(rollout.problem.prompt.encode()).digest()
+    return int.from_bytes(digest[:7]) / 2.0**56
 
 
 def fit_critic(

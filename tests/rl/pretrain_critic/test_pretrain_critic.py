@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from espo_gateway.stop.rules import Gate
@@ -18,7 +19,7 @@ from espo_rl.config import load_recipe
 from espo_rl.ppo.critic import Critic
 from espo_rl.pretrain_critic import command as pretrain_critic
 from espo_rl.pretrain_critic.__main__ import main, parse
-from espo_rl.pretrain_critic.fit import PretrainError, split, usable, values_of
+from espo_rl.pretrain_critic.fit import Array, PretrainError, deal, split, usable, values_of
 from espo_rl.pretrain_critic.head import fit_head, keep_layers
 from espo_rl.pretrain_critic.quality import auc, qualities
 from espo_rl.pretrain_critic.settings import Settings
@@ -234,28 +235,58 @@ def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixtu
 # -- the head alone --------------------------------------------------------------------------------
 
 
-def test_a_head_is_what_least_squares_say(base: Path) -> None:
+def fitted(critic: Critic, rollouts: list[Rollout], folds: NDArray[np.intp]) -> list[Array]:
+    return fit_head(critic, rollouts, folds, Settings())
+
+
+def test_a_head_is_what_least_squares_say(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     critic = pretrain_critic.load_critic(str(base), seed=0)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
-    parts = split(usable(make_rollouts(1200)), 0.2)
+    rollouts = usable(make_rollouts(1200))
+    folds = deal(rollouts, 0.2)
+    assert {*folds.tolist()} == {0, 1, 2, 3, 4}
     read: list[int] = []
-    loss = fit_head(critic, parts, Settings(), on_rollouts=read.append)
-    assert sum(read) == len(parts.training) + len(parts.validation)
+    values = fit_head(critic, rollouts, folds, Settings(), on_rollouts=read.append)
+    assert sum(read) == len(rollouts)
     changed = {name for name, value in critic.state_dict().items() if (value != before[name]).any()}
     assert changed == {"classifier.score.weight"}
 
-    values = values_of(critic, parts.validation, Settings())
-    errors = np.concatenate(
-        [
-            value[:-1] - (RIGHT if rollout.correct else WRONG)
-            for value, rollout in zip(values, parts.validation, strict=True)
-        ]
-    )
-    assert loss == pytest.approx(0.5 * float(np.mean(errors**2)), rel=1e-4)
     # The states are those of a random policy, and yet tell something of what was read.
-    outcomes = [bool(rollout.correct) for rollout in parts.held_out]
-    held_out = [rows[:-1] for rows in values_of(critic, parts.held_out, Settings())]
-    assert qualities(held_out, outcomes, right=RIGHT, wrong=WRONG)["end"].auc > 0.6
+    outcomes = [bool(rollout.correct) for rollout in rollouts]
+    judged = [rows[:-1] for rows in values]
+    assert qualities(judged, outcomes, right=RIGHT, wrong=WRONG)["end"].auc > 0.6
+
+    # A fold's values are what a fit of the others alone says, the written head is one of all.
+    monkeypatch.setattr("espo_rl.pretrain_critic.head.PENALTIES", [1e-3])
+    values = fitted(critic, rollouts, folds)
+    states, worth, fold = [], [], []
+    for rollout, k in zip(rollouts, folds, strict=True):
+        tokens = torch.tensor([rollout.prompt_ids + rollout.token_ids])
+        with torch.no_grad():
+            states.append(critic.states(tokens)[0, len(rollout.prompt_ids) - 1 :].double().numpy())
+        worth += [RIGHT if rollout.correct else WRONG] * len(rollout.token_ids)
+        fold += [k] * len(rollout.token_ids)
+    seen = np.concatenate([rows[:-1] for rows in states])
+
+    def ridge(chosen: NDArray[np.bool_]) -> Array:
+        rows, returns = seen[chosen], np.array(worth)[chosen]
+        scales = np.sqrt(1e-3 * (rows**2).sum(axis=0))
+        padded = np.concatenate([rows, np.diag(scales)])
+        return np.linalg.lstsq(padded, np.append(returns, np.zeros(len(scales))), rcond=None)[0]
+
+    heads = [ridge(np.array(fold) != k) for k in range(5)]
+    for rows, value, k in zip(states, values, folds, strict=True):
+        assert value == pytest.approx(rows @ heads[k], abs=1e-3)
+    written = critic.classifier.score.weight.detach().numpy()[0]
+    assert written == pytest.approx(ridge(np.full(len(fold), True)), abs=1e-3)
+
+
+def test_folds_need_right_and_wrong_ones() -> None:
+    rollouts = make_rollouts(40)
+    for one in rollouts:
+        one.correct = one.problem.id == "p0"
+    with pytest.raises(PretrainError, match=r"2 of 40 rollouts are right.*two folds"):
+        deal(rollouts, 0.2)
 
 
 def test_a_trunk_of_fewer_layers_is_its_first_ones(base: Path, tmp_path: Path) -> None:
@@ -279,10 +310,18 @@ def test_a_head_is_written_as_a_critic(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = record(tmp_path / "run", make_rollouts(120)), tmp_path / "critic"
-    options = ["--head-only", "--layers", "1"]
+    options = ["--head-only", "--layers", "1", "--values", tmp_path / "values"]
     assert command(monkeypatch, run, "--model", base, "--output", out, *options) == 0
     report = json.loads((out / "report.json").read_text())
-    assert (report["head_only"], report["layers"]) == (True, 1)
+    assert (report["head_only"], report["layers"], report["folds"]) == (True, 1, 5)
+    assert report["rollouts"] == {"training": 120, "validation": 0, "held_out": 120}
+    there = [
+        row
+        for file in (tmp_path / "values").iterdir()
+        for row in pq.read_table(file)["values"].to_pylist()
+    ]
+    assert sum(map(bool, there)) == 120  # every problem's were held out once
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "critic", "values"}
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
 
 
@@ -293,13 +332,13 @@ def test_a_frozen_trunk_is_read_in_the_numbers_it_is_served_in(base: Path, tmp_p
     kinds = {name: one.dtype for name, one in critic.classifier.named_parameters()}
     assert kinds.pop("score.weight") is torch.float32
     assert {*kinds.values()} == {torch.bfloat16}
-    parts = split(usable(make_rollouts(300)), 0.2)
-    fit_head(critic, parts, Settings())
+    rollouts = usable(make_rollouts(300))
+    fitted(critic, rollouts, deal(rollouts, 0.2))
     whole = pretrain_critic.load_critic(str(tmp_path), seed=0)
     whole.classifier.score.weight.data.copy_(critic.classifier.score.weight)
     for one, other in zip(
-        values_of(critic, parts.validation, Settings()),
-        values_of(whole, parts.validation, Settings()),
+        values_of(critic, rollouts, Settings()),
+        values_of(whole, rollouts, Settings()),
         strict=True,
     ):
         assert one == pytest.approx(other, abs=0.1)
