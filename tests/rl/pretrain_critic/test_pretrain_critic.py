@@ -239,7 +239,7 @@ def fitted(critic: Critic, rollouts: list[Rollout], folds: NDArray[np.intp]) -> 
     return fit_head(critic, rollouts, folds, Settings())
 
 
-def test_a_head_is_what_least_squares_say(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_tells_what_the_states_know(base: Path) -> None:
     critic = pretrain_critic.load_critic(str(base), seed=0)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
     rollouts = usable(make_rollouts(1200))
@@ -256,7 +256,13 @@ def test_a_head_is_what_least_squares_say(base: Path, monkeypatch: pytest.Monkey
     judged = [rows[:-1] for rows in values]
     assert qualities(judged, outcomes, right=RIGHT, wrong=WRONG)["end"].auc > 0.6
 
-    # A fold's values are what a fit of the others alone says, the written head is one of all.
+
+def test_a_fold_is_judged_by_least_squares_over_the_others(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    critic = pretrain_critic.load_critic(str(base), seed=0)
+    rollouts = usable(make_rollouts(100))
+    folds = deal(rollouts, 0.2)
     monkeypatch.setattr("espo_rl.pretrain_critic.head.PENALTIES", [1e-3])
     values = fitted(critic, rollouts, folds)
     states, worth, fold = [], [], []
