@@ -128,6 +128,7 @@ class Summary:
                 "false_positive_interval": false_positives.interval,
                 "right_lost": self.right_lost.value,
                 "right_lost_interval": self.right_lost.interval,
+                "right_lost_trials": self.right_lost.trials,
                 "bound": self.bound and dataclasses.asdict(self.recipe.stopping.bound),
                 "bound_kept": self.bound,
                 "audited": totals.audited,

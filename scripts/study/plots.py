@@ -35,15 +35,18 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
-        for name, (title, x, y, draw) in PLOTS.items():
-            figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-            axes = figure.add_subplot()
-            axes.set(title=title, xlabel=x, ylabel=y)
-            axes.grid(alpha=0.25)
-            for (method, runs), style in zip(curves.items(), styles(), strict=False):
-                draw(axes, runs, {**style, "label": study.methods[method].title})
-            if axes.get_legend_handles_labels()[1]:
-                figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        for name, (title, y, panels) in PLOTS.items():
+            figure = Figure(figsize=(3.5 + 4 * len(panels), 4.6), layout="constrained")
+            figure.suptitle(title)
+            every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+            for axes, (x, draw) in zip(every, panels.items(), strict=True):
+                axes.set(xlabel=x)
+                axes.grid(alpha=0.25)
+                for (method, runs), style in zip(curves.items(), styles(), strict=False):
+                    draw(axes, runs, {**style, "label": study.methods[method].title})
+            every[0].set(ylabel=y)
+            if (named := every[0].get_legend_handles_labels())[1]:
+                figure.legend(*named, loc="outside right upper", frameon=False, fontsize=9)
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=130)
     return paths
@@ -124,43 +127,49 @@ def _false_positives(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> N
     axes.plot(runs[0]["step"][:steps], share, **style)
 
 
-#: name: title, x, y, what draws a method's line
-PLOTS: dict[str, tuple[str, str, str, Draw]] = {
+_TOKENS = {"thousand tokens generated": _accuracy("evaluated_tokens")}
+_SECONDS = {"seconds of training": _accuracy("evaluated_seconds")}
+#: name: title, y, and of each panel x and what draws a method's line
+PLOTS: dict[str, tuple[str, str, dict[str, Draw]]] = {
     "accuracy-by-step": (
         "Accuracy on held-out problems",
-        "step",
         "accuracy, sampled",
-        _accuracy("evaluated_step"),
+        {"step": _accuracy("evaluated_step")},
     ),
     "accuracy-by-tokens": (
         "Accuracy against tokens generated",
-        "thousand tokens generated",
         "accuracy, sampled",
-        _accuracy("evaluated_tokens"),
+        _TOKENS,
+    ),
+    "accuracy-by-cost": (
+        "Accuracy against tokens generated and seconds of training",
+        "accuracy, sampled",
+        _TOKENS | _SECONDS,
     ),
     "tokens-saved": (
         "Tokens saved, cumulative (estimated from audits)",
-        "step",
         "thousand tokens",
-        _saved,
+        {"step": _saved},
     ),
     "length": (
         "Response length; thin: what it would have been",
-        "step",
         "tokens",
-        _lengths,
+        {"step": _lengths},
     ),
-    "entropy": ("Entropy of the policy", "step", "nats a token", _by_step("entropy", _WINDOW)),
+    "entropy": ("Entropy of the policy", "nats a token", {"step": _by_step("entropy", _WINDOW)}),
     "false-positives": (
         "False positives of all audits so far",
-        "step",
         "share of stopped rollouts",
-        _false_positives,
+        {"step": _false_positives},
+    ),
+    "auc-within-prompts": (
+        "How well the gate tells right from wrong rollouts of a prompt",
+        "area under the ROC curve",
+        {"step": _by_step("auc_within_prompts", _WINDOW)},
     ),
     "explained-variance": (
         "Variance of the outcome that the critic explains",
-        "step",
         "explained variance",
-        _by_step("critic_explained_variance", _WINDOW),
+        {"step": _by_step("critic_explained_variance", _WINDOW)},
     ),
 }

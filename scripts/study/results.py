@@ -38,6 +38,8 @@ MEASURES = (
     "believed_errors",
     "critic_explained_variance",
     "gate_explained_variance",
+    "auc_within_prompts",
+    "questions",
     "rollout_seconds",
     "update_seconds",
     "step_seconds",
@@ -85,6 +87,8 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
             "entropy": "ppo/entropy",
             "critic_explained_variance": "ppo/critic_explained_variance",
             "gate_explained_variance": "stopping/explained_variance",
+            "auc_within_prompts": "stopping/auc_within_prompts",
+            "questions": "rollout/questions",
             "rollout_seconds": "seconds/rollout",
             "update_seconds": "seconds/update",
             "step_seconds": "seconds/step",
@@ -135,10 +139,13 @@ def result_of(run: Run) -> dict[str, Any] | None:
         "stop_share": mean("stop_share"),
         "audited": int(np.nansum(curves["audited"])),
         "audited_correct": int(np.nansum(curves["audited_correct"])),
+        "right_lost_trials": number(summary.get("right_lost_trials")),
         "entropy": mean("entropy", LAST),
         "believed_errors": mean("believed_errors", LAST),
         "critic_explained_variance": mean("critic_explained_variance", 4 * LAST),
         "gate_explained_variance": mean("gate_explained_variance", 4 * LAST),
+        "auc_within_prompts": mean("auc_within_prompts", 4 * LAST),
+        "questions": mean("questions"),
         "rollout_seconds": mean("rollout_seconds"),
         "update_seconds": mean("update_seconds"),
         "step_seconds": mean("step_seconds"),
@@ -188,20 +195,15 @@ def results_of(study: Study) -> dict[str, Any]:
         own = {run["seed"]: run for run in runs if run["method"] == name}
         base = {run["seed"]: run for run in runs if run["method"] == study.baseline}
         paired = [(own[seed], base[seed]) for seed in own if seed in base]
-        false = Share(
-            sum(run["audited_correct"] for run in own.values()),
-            sum(run["audited"] for run in own.values()),
-        )
+        right = [run["audited_correct"] for run in own.values()]
+        false = Share(sum(right), sum(run["audited"] for run in own.values()))
+        lost = Share(sum(right), sum(run["right_lost_trials"] for run in own.values()))
         methods[name] = {
             "title": method.title,
             "seeds": sorted(own),
             **{m: spread([run[m] for run in own.values()])._asdict() for m in MEASURES},
-            "false_positives": {
-                "value": false.value,
-                "low": false.interval[0],
-                "high": false.interval[1],
-                "audited": false.trials,
-            },
+            "false_positives": _share(false) | {"audited": false.trials},
+            "right_lost": _share(lost) | {"trials": lost.trials},
             "against_baseline": {
                 m: spread([_compared(m, one[m], other[m]) for one, other in paired])._asdict()
                 for m in MEASURES
@@ -235,6 +237,11 @@ def results_of(study: Study) -> dict[str, Any]:
         "runs": runs,
         "missing": [str(run.folder) for run in study.runs() if summary_of(run) is None],
     }
+
+
+def _share(share: Share) -> dict[str, float]:
+    low, high = share.interval
+    return {"value": share.value, "low": low, "high": high}
 
 
 def _compared(measure: str, one: float, other: float) -> float:

@@ -22,9 +22,13 @@ _COLUMNS: dict[str, tuple[str, Say]] = {
     "entropy": ("entropy, end", _SMALL),
     "believed_errors": ("believed errors, end", _PERCENT),
     "critic_explained_variance": ("explained by critic", _DECIMAL),
+    "auc_within_prompts": ("AUC within prompts", _DECIMAL),
+    "questions": ("questions/step", "{:.0f}".format),
     "rollout_seconds": ("rollout s/step", _DECIMAL),
     "update_seconds": ("update s/step", _DECIMAL),
 }
+#: by the audits of all seeds
+_SHARES = {"right_lost": "right rollouts lost", "false_positives": "false positives"}
 _AGAINST: dict[str, tuple[str, Say]] = {
     "accuracy": ("accuracy, points", lambda value: f"{100 * value:+.1f}"),
     "accuracy_greedy": ("greedy, points", lambda value: f"{100 * value:+.1f}"),
@@ -41,13 +45,10 @@ def markdown(results: dict[str, Any]) -> str:
     methods, base = results["methods"], results["baseline"]
     rows = []
     for method in methods.values():
-        false = method["false_positives"]
-        said = "–"
-        if false["audited"]:
-            said = f"{false['value']:.1%} [{false['low']:.1%}, {false['high']:.1%}]"
         cells = [_cell(method[name], say) for name, (_, say) in _COLUMNS.items()]
-        rows.append([method["title"], str(len(method["seeds"])), *cells, said])
-    heads = ["method", "seeds", *(head for head, _ in _COLUMNS.values()), "false positives"]
+        shares = [_share(method[name]) for name in _SHARES]
+        rows.append([method["title"], str(len(method["seeds"])), *cells, *shares])
+    heads = ["method", "seeds", *(head for head, _ in _COLUMNS.values()), *_SHARES.values()]
     others = {name: method for name, method in methods.items() if name != base}
     against = [
         [m["title"], *(_cell(m["against_baseline"][n], say) for n, (_, say) in _AGAINST.items())]
@@ -63,7 +64,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
-            "false positives are the audited rollouts of all seeds, with Wilson's.",
+            "right rollouts lost and false positives by the audits of all seeds, with Wilson's.",
             _table(heads, rows),
             f"Against {methods[base]['title']}, paired by seed:",
             _table(["method", *(head for head, _ in _AGAINST.values())], against),
@@ -135,6 +136,12 @@ def _cell(known: dict[str, float], say: Say) -> str:
     if math.isfinite(known["low"]):
         text += f" [{say(known['low'])}, {say(known['high'])}]"
     return text
+
+
+def _share(known: dict[str, float]) -> str:
+    if not math.isfinite(known["value"]):
+        return "–"
+    return f"{known['value']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

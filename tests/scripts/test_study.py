@@ -45,6 +45,8 @@ def row(step: int, tokens: int, full: float, **other: Any) -> dict[str, Any]:
         "rollout/stop_share": 0.25,
         "rollout/audited": 4,
         "rollout/audited_correct": 1,
+        "rollout/questions": 3,
+        "stopping/auc_within_prompts": 0.75,
         "ppo/entropy": 0.5,
         "seconds/rollout": tokens / 100,
         "seconds/update": 1.0,
@@ -65,6 +67,7 @@ def finish(run: Run, *, tokens: int, accuracy: float) -> None:
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     summary = {"accuracy_before": 0.5, "accuracy_after": accuracy, "stop_rate": 0.25}
     summary |= {"restarts": 0, "errors": 0, "tokens_without_stopping": 4 * tokens}
+    summary |= {"right_lost_trials": 20.0}
     (run.folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -288,6 +291,11 @@ def test_results_are_compared_seed_by_seed(done: Study) -> None:
     assert espo["false_positives"] == pytest.approx(
         {"value": 0.25, "audited": 16, "low": 0.1019, "high": 0.4950}, abs=1e-3
     )
+    # Two of four audited were right, of twenty that audits would have shown, in each of two runs.
+    assert espo["right_lost"] == pytest.approx(
+        {"value": 0.1, "trials": 40, "low": 0.0396, "high": 0.2305}, abs=1e-3
+    )
+    assert (espo["auc_within_prompts"]["mean"], espo["questions"]["mean"]) == (0.75, 3.0)
     assert results["missing"] == [str(done.output / "ppo" / "seed-2")]
 
 
@@ -328,6 +336,8 @@ def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
     assert "| ESPO | 2 | 80.5% [" in told
     assert "-30.0% [" in told
     assert "| ESPO | 46.3 | 3278 | – |" in told
+    assert "| 0.75 [0.75, 0.75] | 3 [3, 3] |" in told
+    assert "| 10.0% [4.0%, 23.1%] | 25.0% [10.2%, 49.5%] |" in told
     assert "Not done: " in told
     paths = draw_all(done, tmp_path / "plots")
     assert [path.stem for path in paths] == list(PLOTS)
