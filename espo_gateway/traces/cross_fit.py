@@ -182,6 +182,7 @@ def learn(
         [estimator for estimator in frees[1:] if estimator is not None],
     )
     parts = [part for parts in weighted for part in parts]
+    first = 1 if first == sys.maxsize else first  # a critic's answers are at every token
     asking = dataclasses.replace(
         gate,
         estimator=whole,
@@ -260,7 +261,7 @@ class _Look:
             known=int(known.sum()),
             prompts={*traces.keys[known].tolist()},
             dealt=self._dealt(traces, known) if self.folds else [],
-            asked=_first_asked(recorded),
+            asked=_first_asked(recorded) if "probe" in self.sources else None,
         )
 
     def _dealt(self, traces: Traces, known: NDArray[np.bool_]) -> list[Examples]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import crossings
 from espo_gateway.stop.rules import RULES, Gate, threshold_of
-from espo_gateway.stop.told import TOLD, SourceName
+from espo_gateway.stop.told import ASKED, TOLD, SourceName, in_order
 from espo_gateway.traces.cross_fit import (
     UNFITTED,
     CalibrationError,
@@ -48,8 +48,8 @@ class Judgement:
     rehearsed: the same by the gate's own estimator, which has seen these rollouts.
     looked_at: the score at each of `LOOKS`, lower is worse, NaN where there is none, [rollouts,
         looks].
-    asked: questions to sources up to each of the cuts, or to the end, [rollouts, thresholds]; None
-        where nobody is asked.
+    asked: questions to a probe up to each of the cuts, or to the end, [rollouts, thresholds]; None
+        where it is not asked.
     """
 
     gate: Gate
@@ -95,9 +95,14 @@ class Survey:
         )
 
     @property
-    def sources(self) -> tuple[SourceName, ...]:
-        """Those that estimators may read; critics have rules of their own."""
-        return tuple(name for name in TOLD if name != "critic" and self.told[name])
+    def combinations(self) -> list[tuple[SourceName, ...]]:
+        """What estimators may read beside the stream: each source that is asked, and all of them;
+        with whatever costs nothing."""
+        there = [name for name in TOLD if self.told[name]]
+        asked = [name for name in there if name in ASKED]
+        sets = [[name] for name in asked] if len(asked) > 1 else []
+        sets += [asked] if there else []
+        return [in_order([*(set(there) - ASKED), *some]) for some in sets]
 
     def warnings(self) -> list[str]:
         """Where prompts are not known, or rules judged on rollouts of which they know nothing."""
@@ -179,7 +184,7 @@ def fitted_elsewhere(read: Read, sources: tuple[SourceName, ...] = (), every: in
     return whole(learn(read, BASE, folds=2, sources=sources, every=every))
 
 
-def replayed(read: Read, learnt: CrossFit, told: CrossFit | None = None) -> Replayed:
+def replayed(read: Read, learnt: CrossFit, told: Sequence[CrossFit] = ()) -> Replayed:
     """One pass.
 
     Args:
@@ -255,7 +260,7 @@ class Part:
     judgements: dict[str, Judgement]
 
 
-def judge(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> Part:
+def judge(learnt: CrossFit, told: Sequence[CrossFit], traces: Traces) -> Part:
     """Some rollouts under each rule."""
     rows = ~traces.cut & ~np.isnan(traces.correct)
     there = traces.where(rows)
@@ -272,16 +277,17 @@ def judge(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> Part:
     )
 
 
-def _judgements(learnt: CrossFit, told: CrossFit | None, traces: Traces) -> dict[str, Judgement]:
+def _judgements(learnt: CrossFit, told: Sequence[CrossFit], traces: Traces) -> dict[str, Judgement]:
     found = _judged(learnt, gates(learnt, traces), traces)
-    if told is not None and told.gate.estimator is not None:
-        beside = " + ".join(told.gate.estimator.sources)
+    for one in told:
+        assert one.gate.estimator is not None
+        beside = " + ".join(one.gate.estimator.sources)
         made = {
             f"{name} + {beside}": dataclasses.replace(gate, free=None)
-            for name, gate in gates(told, traces).items()
+            for name, gate in gates(one, traces).items()
             if gate.source == "stream"
         }
-        found |= _judged(told, made, traces)
+        found |= _judged(one, made, traces)
     return found
 
 
@@ -302,7 +308,8 @@ def _questions(
 def _judged(learnt: CrossFit, made: Mapping[str, Gate], traces: Traces) -> dict[str, Judgement]:
     recorded = traces.recorded
     unseen, final = learnt.logits(traces)
-    asks = learnt.asked(traces) if learnt.gate.asks_estimate else None
+    estimator = learnt.gate.estimator
+    asks = learnt.asked(traces) if estimator and "probe" in estimator.sources else None
     found = {}
     for name, gate in made.items():
         grid, streams = threshold_of(gate.rule).grid, gate.source == "stream"

@@ -23,6 +23,7 @@ from espo_gateway.stop import regret
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.replay import scores
 from espo_gateway.stop.rules import BETA, Gate, threshold_of
+from espo_gateway.stop.told import SourceName
 from espo_gateway.stop.watch import Verdict, Watch
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.traces import cross_fit
@@ -192,7 +193,7 @@ def test_the_price_of_asking_is_in_all_that_is_said_to_be_saved(
     tmp_path: Path, price: float, pays: bool
 ) -> None:
     source = Source([dump(tmp_path / "a.parquet", probed(make_rollouts(400, 80)))], "correct", None)
-    done = replayed(source.read, fitted(source.read, 2), fitted(source.read, 2, ("probe",), 4))
+    done = replayed(source.read, fitted(source.read, 2), [fitted(source.read, 2, ("probe",), 4)])
     options = command.parse(["some", "--price", str(price), "--bootstrap", "2"])
     content, curves = command.report(done, options)
     tokens = [done.judged.lengths[rows].sum() for _, rows in difficulty(done.judged)]
@@ -233,6 +234,8 @@ def test_rollouts_without_a_critics_values_are_told_of_and_its_cost(
     told = capsys.readouterr().out
     assert "60 of 120 rollouts carry nothing of 'critic'" in told
     assert "the rules with a critic's values save before its cost" in told
+    rules = json.loads((tmp_path / "out" / "replay.json").read_text())["rules"]
+    assert {"success-probability + critic", "value-gated (stream) + critic"} < rules.keys()
     source = Source([tmp_path], "correct", None)
     critic = replayed(source.read, fitted(source.read, 2)).rules["value-only (critic)"]
     assert np.isfinite(critic.levels).tolist() == [False] * 60 + [True] * 60
@@ -250,41 +253,47 @@ def test_a_probe_that_never_answered_takes_nothing_from_the_other_rules(
     assert len(json.loads((tmp_path / "replay.json").read_text())["rules"]) == 6
 
 
-def test_questions_and_cuts_are_those_of_a_live_stream_whose_probe_answers_what_was_recorded(
-    tmp_path: Path,
+@pytest.mark.parametrize("sources", [("probe",), ("critic",), ("critic", "probe")])
+def test_questions_and_cuts_are_those_of_a_live_stream_that_is_told_what_was_recorded(
+    tmp_path: Path, sources: tuple[SourceName, ...]
 ) -> None:
     rollouts = probed(make_rollouts(24, 60, seed=5), 2)
     for rollout in rollouts[::2]:
         rollout.probes = rollout.probes[::2]
-    source = Source([dump(tmp_path / "a.parquet", rollouts)], "correct", None)
-    told = fitted(source.read, 2, ("probe",), 2)
+    values = [(one.logprobs - one.max_logprobs).cumsum() + bool(one.correct) for one in rollouts]
+    path = dump(tmp_path / "a.parquet", rollouts, values=values)
+    source = Source([path], "correct", None)
+    told = fitted(source.read, 2, sources, 2)
     assert told.free is not None
     keys = next(iter(source.read())).keys
     found = 0
-    for name, judgement in replayed(source.read, fitted(source.read, 2), told).rules.items():
-        if judgement.asked is None:
+    for name, judgement in replayed(source.read, fitted(source.read, 2), [told]).rules.items():
+        if "+" not in name:
             continue
+        assert (judgement.asked is not None) == ("probe" in sources)
         threshold = threshold_of(judgement.gate.rule)
         for row, place in np.ndindex(24, 12):
             limit, fold = threshold.grid[10 * place], keys[row] % 2
             gate = threshold.set(judgement.gate, float(limit))
             gate = dataclasses.replace(gate, estimator=told.folds[fold], free=told.free.folds[fold])
-            cut, asked = live_probe(gate, rollouts[row])
+            cut, asked = live_told(gate, rollouts[row], values[row])
             assert judgement.cuts[row, 10 * place] == cut, (name, row, limit)
-            assert judgement.asked[row, 10 * place] == asked, (name, row, limit)
+            if judgement.asked is not None:
+                assert judgement.asked[row, 10 * place] == asked, (name, row, limit)
             found += cut > 0
     assert found > 50
 
 
-def live_probe(gate: Gate, rollout: Rollout) -> tuple[int, int]:
-    """The cut, and how many questions were answered by then."""
+def live_told(gate: Gate, rollout: Rollout, values: Any) -> tuple[int, int]:
+    """The cut, and how many questions a probe had answered by then."""
     watch, asked = Watch(gate, len(rollout.prompt_ids)), 0
     said = {int(token): numbers for token, *numbers in rollout.probes}
     for token, pair in enumerate(zip(rollout.logprobs, rollout.max_logprobs, strict=True), 1):
         last = token == len(rollout.logprobs)
         if watch.push(*map(float, pair), last=last) is Verdict.ASK:
             asked += token in said
-            answers: Any = {"probe": said[token]} if token in said else {}
+            answers: Any = {"critic": [values[token - 1]]}
+            answers |= {"probe": said[token]} if token in said else {}
             watch.settle(token, watch.valued(token, answers))
         if watch.cut is not None:
             break
