@@ -182,7 +182,6 @@ def learn(
         [estimator for estimator in frees[1:] if estimator is not None],
     )
     parts = [part for parts in weighted for part in parts]
-    first = 1 if first == sys.maxsize else first  # a critic's answers are at every token
     asking = dataclasses.replace(
         gate,
         estimator=whole,
@@ -261,7 +260,7 @@ class _Look:
             known=int(known.sum()),
             prompts={*traces.keys[known].tolist()},
             dealt=self._dealt(traces, known) if self.folds else [],
-            asked=_first_asked(recorded) if "probe" in self.sources else None,
+            asked=_first_asked(recorded, self.sources),
         )
 
     def _dealt(self, traces: Traces, known: NDArray[np.bool_]) -> list[Examples]:
@@ -288,10 +287,15 @@ class _Look:
         ]
 
 
-def _first_asked(recorded: Recorded) -> int | None:
-    if recorded.probes is None:
-        return None
-    asked = np.isfinite(recorded.probes[..., 0]).any(axis=0)
+def _first_asked(recorded: Recorded, sources: Sequence[SourceName]) -> int | None:
+    """The first token at which all that are asked have answered some trace."""
+    probed = None if recorded.probes is None else recorded.probes[..., 0]
+    answers = [
+        np.isfinite(numbers)
+        for name, numbers in (("critic", recorded.critic), ("probe", probed))
+        if name in sources and numbers is not None
+    ]
+    asked = np.logical_and.reduce(answers).any(axis=0) if answers else np.zeros(1, bool)
     return int(asked.argmax()) + 1 if asked.any() else None
 
 

@@ -46,7 +46,9 @@ def markdown(results: dict[str, Any]) -> str:
     rows = []
     for method in methods.values():
         cells = [_cell(method[name], say) for name, (_, say) in _COLUMNS.items()]
-        shares = [_share(method[name]) for name in _SHARES]
+        shares = [
+            _cell(method[name] | {"mean": method[name]["value"]}, _PERCENT) for name in _SHARES
+        ]
         rows.append([method["title"], str(len(method["seeds"])), *cells, *shares])
     heads = ["method", "seeds", *(head for head, _ in _COLUMNS.values()), *_SHARES.values()]
     others = {name: method for name, method in methods.items() if name != base}
@@ -136,12 +138,6 @@ def _cell(known: dict[str, float], say: Say) -> str:
     if math.isfinite(known["low"]):
         text += f" [{say(known['low'])}, {say(known['high'])}]"
     return text
-
-
-def _share(known: dict[str, float]) -> str:
-    if not math.isfinite(known["value"]):
-        return "–"
-    return f"{known['value']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -235,10 +235,6 @@ def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixtu
 # -- the head alone --------------------------------------------------------------------------------
 
 
-def fitted(critic: Critic, rollouts: list[Rollout], folds: NDArray[np.intp]) -> list[Array]:
-    return fit_head(critic, rollouts, folds, Settings())
-
-
 def test_a_head_tells_what_the_states_know(base: Path) -> None:
     critic = pretrain_critic.load_critic(str(base), seed=0)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
@@ -264,7 +260,7 @@ def test_a_fold_is_judged_by_least_squares_over_the_others(
     rollouts = usable(make_rollouts(100))
     folds = deal(rollouts, 0.2)
     monkeypatch.setattr("espo_rl.pretrain_critic.head.PENALTIES", [1e-3])
-    values = fitted(critic, rollouts, folds)
+    values = fit_head(critic, rollouts, folds, Settings())
     states, worth, fold = [], [], []
     for rollout, k in zip(rollouts, folds, strict=True):
         tokens = torch.tensor([rollout.prompt_ids + rollout.token_ids])
@@ -339,7 +335,7 @@ def test_a_frozen_trunk_is_read_in_the_numbers_it_is_served_in(base: Path, tmp_p
     assert kinds.pop("score.weight") is torch.float32
     assert {*kinds.values()} == {torch.bfloat16}
     rollouts = usable(make_rollouts(300))
-    fitted(critic, rollouts, deal(rollouts, 0.2))
+    fit_head(critic, rollouts, deal(rollouts, 0.2), Settings())
     whole = pretrain_critic.load_critic(str(tmp_path), seed=0)
     whole.classifier.score.weight.data.copy_(critic.classifier.score.weight)
     for one, other in zip(
