@@ -17,7 +17,7 @@ from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
 from espo_rl.record.intervals import ProblemMean, Share
 from espo_rl.record.json_files import nulls, write_json
-from espo_rl.record.provenance import versions
+from espo_rl.record.provenance import machine, versions
 from espo_rl.record.totals import Totals
 from espo_rl.types import Rollout
 
@@ -144,6 +144,7 @@ class Summary:
                 "steps": self.recipe.run.steps,
                 "seed": self.recipe.run.seed,
                 "versions": versions(),
+                "machine": machine(),
                 "recipe": self.recipe.model_dump(mode="json"),
             }
         )

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.table import Table
 from benchmark import servers
 from benchmark.load import Round
 from benchmark.throughput import Ratio
+from espo_rl.record.provenance import processor_name
 
 #: In the report's `us_per_token`, measured or not.
 REPORTED = ("gateway_stream", "gateway_no_stream", "passthrough", "nginx", "litellm")
@@ -118,15 +118,6 @@ def environment(arguments: argparse.Namespace, load: tuple[float, float, float])
         )
         found["litellm"] = told.stdout.strip()
     return found
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def show(report: dict[str, Any]) -> None:

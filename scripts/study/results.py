@@ -7,8 +7,6 @@ equal problems in equal order, but where dynamic sampling draws more of them.
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from benchmark.report import processor_name
 from espo_rl.record.intervals import Share
-from espo_rl.record.provenance import versions
 from espo_rl.record.run_folder import number, read_run
 from study.design import Run, Study
 from study.runner import summary_of
@@ -154,6 +150,8 @@ def result_of(run: Run) -> dict[str, Any] | None:
         "seconds_to_target": seconds_to(curves, run.study.target),
         "restarts": summary["restarts"],
         "errors": summary["errors"],
+        "machine": summary.get("machine", {}),
+        "versions": summary.get("versions", {}),
     }
 
 
@@ -227,12 +225,6 @@ def results_of(study: Study) -> dict[str, Any]:
         "baseline": study.baseline,
         "target": study.target,
         "settings": study.settings,
-        "machine": {
-            "cores": len(os.sched_getaffinity(0)),
-            "system": platform.platform(),
-            "processor": processor_name(),
-        },
-        "versions": versions(),
         "methods": methods,
         "runs": runs,
         "missing": [str(run.folder) for run in study.runs() if summary_of(run) is None],

@@ -61,8 +61,7 @@ def markdown(results: dict[str, Any]) -> str:
         for m in methods.values()
         if (p := m["paper"])
     ]
-    machine = results["machine"]
-    versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
+    made_on = dict.fromkeys(_made_on(run) for run in results["runs"])
     return "\n\n".join(
         [
             f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
@@ -72,10 +71,16 @@ def markdown(results: dict[str, Any]) -> str:
             _table(["method", *(head for head, _ in _AGAINST.values())], against),
             *_time(results),
             *_paper(paper),
-            f"{machine['cores']} cores, {machine['processor']}; {versions}.",
+            *made_on,
             *([f"Not done: {', '.join(results['missing'])}"] if results["missing"] else []),
         ]
     )
+
+
+def _made_on(run: dict[str, Any]) -> str:
+    machine = run["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+    return f"{machine.get('cpus', '?')} cores, {machine.get('processor', 'unknown')}; {versions}."
 
 
 def _time(results: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from espo_rl.config import load_recipe
 from espo_rl.gate.batch_gates import StopController
 from espo_rl.record.intervals import ProblemMean
-from espo_rl.record.provenance import versions
+from espo_rl.record.provenance import machine, versions
 from espo_rl.record.summary import Share, Summary
 from espo_rl.record.totals import Totals
 from espo_rl.types import EndReason, Problem, Rollout
@@ -239,6 +239,7 @@ def test_summary_holds_what_the_run_came_to(tmp_path: Path) -> None:
     assert (written["audited"], written["overshoot_tokens"], written["errors"]) == (4, 6, 0)
     assert (written["seed"], written["seconds"]) == (7, {"rollout": 1.3})
     assert written["versions"] == versions()
+    assert written["machine"] == machine()
     assert {"python", "torch", "transformers", "numpy"} <= set(written["versions"])
     assert written["recipe"]["run"]["seed"] == 7
 
