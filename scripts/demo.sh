@@ -20,14 +20,14 @@ if [ -z "${model:-}" ]; then
 fi
 
 # A quarter of an hour: some of it for the worked examples, once, then eight steps, of which three
-# are warm-up. The answer probe, which costs a small model as much as sampling, is left out.
+# are warm-up.
 base=runs/demo-real-base
 if [ ! -f $base/worked.json ]; then
     echo "$model learns to write the steps out, from worked examples"
     "$VENV/bin/python" scripts/worked_examples.py --model "$model" --out $base --tasks leg_counting --examples 160
 fi
 "$VENV/bin/python" -m espo_rl.run smollm2-135m model.path=$base run.output=runs/demo-real \
-    run.steps=8 evaluation.problems=64 stopping.sources=[] stopping.warmup_batches=3 "$@"
+    run.steps=8 evaluation.problems=64 stopping.warmup_batches=3 "$@"
 "$VENV/bin/python" -m espo_rl.report runs/demo-real
 cat <<'END'
 

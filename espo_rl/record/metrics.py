@@ -105,7 +105,7 @@ METRICS = {
     "ppo/grad_norm": "of the actor, before clipping",
     "ppo/critic_loss": "half the squared error, clipped if so set",
     "ppo/critic_grad_norm": "of the critic, before clipping",
-    "sync/parity": "largest |Δ logprob| of the probe after the weights reached the server",
+    "sync/parity": "mean |Δ logprob| of the probe after the weights reached the server",
     "sync/restarts": "servers restarted so far",
     "evaluation/*": "accuracy and the like on held-out problems, with rows of their own",
     "greedy/*": "the same at temperature 0, before and after training (evaluation.greedy)",

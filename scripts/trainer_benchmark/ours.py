@@ -46,7 +46,6 @@ def recipe_of(case: Case, shape: Shape, model: str, prompt: int) -> Recipe:
                 **case.ppo,
             },
             "servers": {
-                "parity_tolerance": 1.0,
                 "vllm_args": ["--max-model-len", "512"],
             },
         }

@@ -102,4 +102,4 @@ def test_what_makes_its_model_stands_in_a_recipe(
 
 def test_the_recipe_for_a_cpu_is_whole() -> None:
     recipe = load_recipe("smollm2-135m")
-    assert (recipe.task.name, recipe.stopping.sources) == ("leg_counting", ["probe"])
+    assert (recipe.task.name, recipe.stopping.sources) == ("leg_counting", [])

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import pytest_asyncio
@@ -220,7 +221,10 @@ async def test_servers_go_on_whatever_fails_meanwhile(recorder: Recorder) -> Non
 async def test_verify_returns_the_difference(recorder: Recorder) -> None:
     async with WeightPublisher([recorder.url, recorder.url]) as publisher:
         found = await publisher.verify([4, 5, 6], [-1.0, -1.01], version="1", tolerance=0.1)
-    assert found == pytest.approx(0.01)
+        assert found == pytest.approx(0.005)
+        # One unlikely token, rounded in bfloat16: no other weights.
+        found = await publisher.verify([4, 5, 6], [-1.0, -1.15], version="1", tolerance=0.1)
+    assert found == pytest.approx(0.075)
 
 
 @pytest.mark.parametrize("served", [-1.5, float("nan")])
@@ -240,7 +244,7 @@ async def test_verify_refuses_another_version(recorder: Recorder) -> None:
 async def test_verify_values_asks_for_each_prefix(recorder: Recorder) -> None:
     async with WeightPublisher([recorder.url]) as publisher:
         found = await publisher.verify_values(
-            [4, 5, 6], [4.0, 5.01, 6.0], version="1", tolerance=0.1
+            [4, 5, 6], [4.0, 5.03, 6.0], version="1", tolerance=0.1
         )
     assert found == pytest.approx(0.01)
     assert recorder.seen["/pooling"] == {
@@ -304,12 +308,12 @@ async def test_a_server_on_another_machine_reads_a_file(recorder: Recorder, tmp_
 def test_probe_tells_policies_apart() -> None:
     """Else the parity tests with a real server could not fail."""
     one, other = (logprobs(random_model(seed), PROBE) for seed in (0, 1))
-    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
+    assert fmean(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
 
 
 def test_probe_tells_critics_apart() -> None:
     one, other = (values(random_critic(seed), PROBE) for seed in (0, 1))
-    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
+    assert fmean(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.5
 
 
 # Where weights were lost
