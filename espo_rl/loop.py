@@ -299,7 +299,7 @@ class Loop:
                     await score(new, self.grader, self.recipe)
             batch.scored.update(rollout.seed for rollout in new)
             batch.ask_failed_again(RESAMPLES)
-            batch.tokens = await self.count_tokens(batch)
+            await self.count_tokens(batch)
             if not batch.waiting:
                 return
 
@@ -375,7 +375,6 @@ class Loop:
         done: dict[int, ProblemResult] = {}
         while True:
             await self.served.attempt(self.served.catch_up)
-            fault = None
             try:
                 with (
                     self.summary.timed("evaluate"),
@@ -393,9 +392,10 @@ class Loop:
                     )
                 fault = report.errors[0] if report.errors else None
             except EvaluationError as error:
-                fault = str(error)
                 if not await self.fleet.down():
                     raise
+                await self.served.heal(str(error))
+                continue
             if fault is None or not await self.served.heal(fault):
                 break
         await self.fleet.new_tokens()  # none of a batch

@@ -101,7 +101,7 @@ async def check(way: str, options: argparse.Namespace, folder: Path) -> dict[str
             **({"weights_path": folder / "weights.safetensors"} if way == "file" else {}),
         }
     )
-    transfer = transfer_of(config)
+    transfer = transfer_of(config, [url])
     flags = ["--weight-transfer-config", json.dumps({"backend": transfer.backend})]
     flags += ["--dtype", "bfloat16" if gpu else "float32", "--max-model-len", "1024"]
     flags += ["--port", str(port), "--skip-tokenizer-init", "--served-model-name", "policy"]

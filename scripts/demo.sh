@@ -21,14 +21,18 @@ fi
 
 # A quarter of an hour: some of it for the worked examples, once, then eight steps, of which three
 # are warm-up.
-base=runs/demo-real-base
-if [ ! -f $base/worked.json ]; then
+base=runs/demo-base-$(basename "$model") out=runs/demo-real planned=
+for word in "$@"; do
+    case $word in run.output=*) out=${word#run.output=} ;; --dry-run) planned=yes ;; esac
+done
+if [ ! -f "$base/worked.json" ]; then
     echo "$model learns to write the steps out, from worked examples"
-    "$VENV/bin/python" scripts/worked_examples.py --model "$model" --out $base --tasks leg_counting --examples 160
+    "$VENV/bin/python" scripts/worked_examples.py --model "$model" --out "$base" --tasks leg_counting --examples 160
 fi
-"$VENV/bin/python" -m espo_rl.run smollm2-135m model.path=$base run.output=runs/demo-real \
+"$VENV/bin/python" -m espo_rl.run smollm2-135m model.path="$base" run.output="$out" \
     run.steps=8 evaluation.problems=64 stopping.warmup_batches=3 "$@"
-"$VENV/bin/python" -m espo_rl.report runs/demo-real
+[ -z "$planned" ] || exit 0
+"$VENV/bin/python" -m espo_rl.report "$out"
 cat <<'END'
 
 What this shows: the whole loop, on a real model. What it does not: eight steps move the accuracy of

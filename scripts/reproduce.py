@@ -24,7 +24,7 @@ from espo_rl.record.output import OutputError, check_own, json_with
 from study.design import Study, StudyError, load_study
 from study.plots import draw_all
 from study.results import results_of
-from study.runner import Stopped, run_study
+from study.runner import Stopped, check, run_study
 from study.table import markdown
 
 STUDIES = Path(__file__).parent / "studies"
@@ -54,6 +54,8 @@ def main() -> int:
         study = study_of(options)
         results = study.output / "results.json"
         check_own(results, "--output", "results of a study", json_with("runs", "methods"))
+        if options.results_only:
+            check(study)
         failed = [] if options.results_only else run_study(study)
     except (OutputError, StudyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)

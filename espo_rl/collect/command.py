@@ -13,14 +13,12 @@ import pyarrow.parquet as pq
 from espo_gateway.files import written_whole
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Schedule
-from espo_rl.config import Stopping
 from espo_rl.evaluate.command import Command
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
-from espo_rl.rollouts.collector import Collector, ProbePhrase
-from espo_rl.servers.fleet import Fleet
+from espo_rl.rollouts.collector import Collector
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import Problem, Request, Rollout
 
@@ -72,12 +70,9 @@ class CollectCommand(Command):
         probes = {"probe_every": self.options.probe_every} if self.options.probe_every else {}
         return settings | probes
 
-    def collector(self, fleet: Fleet) -> Collector:
-        if not self.options.probe_every:
-            return super().collector(fleet)
-        phrase = ProbePhrase.of(self.prompter.tokenizer, Stopping())
-        rollout = self.recipe.rollout
-        return Collector(fleet.gateway_url, fleet.model, self.prompter, rollout, probe=phrase)
+    @property
+    def probes(self) -> bool:
+        return bool(self.options.probe_every)
 
     async def evaluate(
         self, name: str, problems: Sequence[Problem], collector: Collector, grader: GraderPool
@@ -117,7 +112,10 @@ class CollectCommand(Command):
         file = self.file(name, index)
         if not file.exists():
             return None
-        rollouts, _ = read_rollouts(file)
+        try:
+            rollouts, _ = read_rollouts(file)
+        except ValueError as error:
+            raise EvaluationError(f"{error}; remove it, and the same command asks again") from error
         if rollouts[0].problem != problem:
             raise EvaluationError(
                 f"{file} is of another problem than the data now has at {index}; the data has "

@@ -109,6 +109,12 @@ def parse(
     add = server.add_argument
     add("--url", help="a running vLLM server of the model, http://host:port, instead of a new one")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: float32 if the model is)")
+    add(
+        "--timeout",
+        type=float,
+        default=3600.0,
+        help="seconds that one answer may take, the wait for others included (default: 3600)",
+    )
     add("vllm_args", nargs="*", metavar="-- VLLM ARGUMENTS", help="for the server that is started")
     parser.set_defaults(**(defaults or {}))
     options = parser.parse_args(arguments)
@@ -191,9 +197,15 @@ def read_gate(path: Path | None) -> Gate | None:
     if path is None:
         return None
     try:
-        return gate_from_json(path.read_bytes(), has_critic=False)
+        gate = gate_from_json(path.read_bytes(), has_critic=False)
     except (OSError, InvalidRequest) as error:
         raise EvaluationError(f"--gate {path}: {error}") from error
+    if gate.needs_estimator and gate.estimator and "history" in gate.estimator.sources:
+        raise EvaluationError(
+            f"--gate {path}: its estimate reads how often a problem was solved in earlier steps "
+            "(history), and here there are none; take one that does not"
+        )
+    return gate
 
 
 def make_recipe(options: argparse.Namespace) -> Recipe:
@@ -224,7 +236,11 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
             chat_template_kwargs=options.chat_template_kwargs,
             **{name: getattr(options, name) for name in TASK_FIELDS},
         ),
-        rollout=RolloutSection(max_tokens=options.max_tokens, concurrency=options.concurrency),
+        rollout=RolloutSection(
+            max_tokens=options.max_tokens,
+            concurrency=options.concurrency,
+            timeout=options.timeout,
+        ),
         servers=Servers(
             policy_urls=[options.url] if options.url else [],
             vllm_args=options.vllm_args,
@@ -236,19 +252,17 @@ def asked_as(recipe: Recipe) -> list[str]:
     """The arguments by which the problems of a recipe's evaluation are asked as the recipe asks
     them; none where the command has no such problems."""
     task, usual = recipe.task, TaskSection()
-    part = "eval" if task.eval else "train"
     given: dict[str, Any] = {name: getattr(task, name) for name in ("system", "template")}
     if task.kind == "reasoning-gym" and not task.options:
         words = ["--data", f"reasoning-gym:{task.name}", "--limit", str(recipe.evaluation.problems)]
-    elif task.kind == "dataset":
-        source = str(getattr(task, part))
-        words = ["--data", source]
+    elif task.kind == "dataset" and task.eval:  # else some of what it trains on is held out
+        words = ["--data", task.eval]
         keys = ["problem_column", "answer_column", "answer_pattern"]
-        if not Path(source).is_file():
-            keys += ["subset"] if source == task.train or task.eval_subset else []
-            given["split"] = getattr(task, f"{part}_split")
+        if not Path(task.eval).is_file():
+            keys += ["subset"] if task.eval == task.train or task.eval_subset else []
+            given["split"] = task.eval_split
         for key in keys:
-            given[key] = (part == "eval" and getattr(task, f"eval_{key}")) or getattr(task, key)
+            given[key] = getattr(task, f"eval_{key}") or getattr(task, key)
     else:
         return []
     if task.grader == "regex":

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.supervisor import ServerStartError
-from espo_rl.config import RecipeError, check_model_folder
+from espo_rl.config import RecipeError, Stopping, check_model_folder
 from espo_rl.evaluate.arguments import (
     TASK_FIELDS,
     cannot_load,
@@ -36,7 +36,7 @@ from espo_rl.evaluate.table import as_dict, table
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.provenance import machine, versions
 from espo_rl.rollouts.chat_template import check_chat_template
-from espo_rl.rollouts.collector import Collector, Prompter
+from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.servers.fleet import Fleet, open_fleet
 from espo_rl.servers.server import ServerError, answers
 from espo_rl.tasks.grader_pool import GraderPool
@@ -127,7 +127,14 @@ class Command:
 
     def collector(self, fleet: Fleet) -> Collector:
         """What asks."""
-        return Collector(fleet.gateway_url, fleet.model, self.prompter, self.recipe.rollout)
+        phrase = ProbePhrase.of(self.prompter.tokenizer, Stopping()) if self.probes else None
+        rollout = self.recipe.rollout
+        return Collector(fleet.gateway_url, fleet.model, self.prompter, rollout, probe=phrase)
+
+    @property
+    def probes(self) -> bool:
+        """Whether the policy is asked along each sample how likely the answer is."""
+        return self.gate is not None and "probe" in self.gate.asks
 
     async def evaluate(
         self, name: str, problems: Sequence[Problem], collector: Collector, grader: GraderPool

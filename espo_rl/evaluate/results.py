@@ -154,7 +154,7 @@ class Report:
         without, half_width = self.totals.tokens_without_stopping()
         if not without:
             return 0.0, 0.0
-        used = self.totals.tokens / without
+        used = (self.totals.tokens - sum(self.totals.remaining)) / without
         return 1.0 - used, used * half_width / without
 
 
@@ -166,8 +166,7 @@ def _totals(samples: Sequence[SampleResult], *, gated: bool) -> Totals:
         stopped=sum(sample.end is EndReason.EARLY_STOP for sample in samples),
         audited=len(audited),
         audited_correct=sum(bool(sample.correct_in_full) for sample in audited),
-        # What stopping without audits samples: an audited one up to its stop.
-        tokens=sum(sample.tokens + sample.overshoot for sample in samples),
+        tokens=sum(sample.generated for sample in samples),
         needed=sum(sample.generated - sample.overshoot for sample in samples),
         remaining=[sample.generated - sample.tokens for sample in audited],
     )

@@ -200,8 +200,11 @@ def _write_values(
         rows = [i for i, one in enumerate(rollouts) if one.problem.prompt in held_out]
         full = [rollouts[i] for i in rows]
         values = [next(known)[1:].tolist() if usable([one]) else [] for one in full]
-        table = table.take(pa.array(rows, pa.int64())).append_column(
-            "values", pa.array(values, pa.list_(pa.float64()))
+        others = [column for column in table.column_names if column != "values"]
+        table = (
+            table.select(others)
+            .take(pa.array(rows, pa.int64()))
+            .append_column("values", pa.array(values, pa.list_(pa.float64())))
         )
         name = (
             file.name

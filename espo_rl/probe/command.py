@@ -121,8 +121,11 @@ async def probe_files(
                         tasks = [group.create_task(prober.probed(one)) for one in rollouts]
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
+                told = rollouts_table(0, [task.result() for task in tasks], gate, {})
+                table = pq.read_table(file)  # a critic's values, and what else stands there, stays
+                others = [name for name in table.column_names if name != "probes"]
+                table = table.select(others).append_column("probes", told.column("probes"))
                 with written_whole(options.output / file.name) as scratch:
-                    table = rollouts_table(0, [task.result() for task in tasks], gate, {})
                     pq.write_table(table, scratch, compression="zstd")
                 bar.advance(line)
     if prober.questions:

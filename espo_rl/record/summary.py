@@ -214,5 +214,5 @@ class Summary:
         if self.bound is None:
             return {}
         bound = self.recipe.stopping.bound
-        known = reading[self.bound] if self.totals.audited else "not shown: nothing was audited"
+        known = reading[self.bound] if self.cost.trials else "not shown: nothing was audited"
         return {"bound": f"{bound.cost} under {bound.limit:.1%}, {known}"}

@@ -62,10 +62,10 @@ class ServedModels:
         self._say, self._on_fall, self._on_restart = say, on_fall, on_restart
         self._announce = announce
         self._behind = True  # a server has started since the weights were sent
-        self._actor = WeightPublisher(fleet.policy_urls, transfer=transfer_of(recipe.servers))
+        policies, critics = fleet.policy_urls, [fleet.critic.url] if fleet.critic else []
+        self._actor = WeightPublisher(policies, transfer=transfer_of(recipe.servers, policies))
         self._critic = WeightPublisher(
-            [fleet.critic.url] if fleet.critic else [],
-            transfer=transfer_of(recipe.servers, suffix=".critic"),
+            critics, transfer=transfer_of(recipe.servers, critics, suffix=".critic")
         )
 
     async def __aenter__(self) -> Self:

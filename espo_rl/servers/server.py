@@ -97,15 +97,15 @@ class Server:
 
     async def _until_hung(self, timeout: float) -> None:  # noqa: ASYNC109 (of silence)
         loop = asyncio.get_running_loop()
-        last, since = None, loop.time()
+        sign, since = None, loop.time()
         while loop.time() - since < timeout:
             await asyncio.sleep(min(5.0, timeout / 4))
             if self.samples:
-                sign = await self.generation()
-                alive = sign is not None and (sign != last or not sign.busy)
-                last = sign
-            else:
+                last, sign = sign, await self.generation()
+            if sign is None:  # it says nothing of tokens
                 alive = await answers(f"{self.url}/health")
+            else:
+                alive = sign != last or not sign.busy
             if alive:
                 since = loop.time()
 

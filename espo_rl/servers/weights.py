@@ -228,15 +228,17 @@ def named(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def transfer_of(config: Servers, *, suffix: str | None = None) -> WeightTransfer:
-    """The way that a recipe chooses; suffix: of its file, if that is the way.
+def transfer_of(
+    config: Servers, urls: Sequence[str], *, suffix: str | None = None
+) -> WeightTransfer:
+    """The way that a recipe chooses to these servers; suffix: of its file, if that is the way.
 
     "auto" goes through shared memory, which works on every device of one host; a path, where there
     is one; NCCL to servers on other hosts.
     """
     way = config.weight_transfer
     if way == "auto":
-        remote = not all(is_loopback(urlsplit(url).hostname or "") for url in config.policy_urls)
+        remote = not all(is_loopback(urlsplit(url).hostname or "") for url in urls)
         way = "nccl" if remote and torch.cuda.is_available() else "shared-memory"
     if (path := config.weights_path) is not None:
         return FileTransfer(path if suffix is None else path.with_suffix(suffix))

@@ -107,10 +107,13 @@ class Study(Table):
                     yield Run(self, name, seed)
 
     def only(self, names: list[str]) -> Study:
-        """With these methods and the baseline alone. Raises StudyError."""
+        """With these methods, what they are compared with or have their rate of, and the baseline
+        alone. Raises StudyError."""
         if unknown := [name for name in names if name not in self.methods]:
             raise StudyError(f"there is no method {unknown[0]!r}, only {', '.join(self.methods)}")
-        wanted = {*names, self.baseline, *(self.methods[name].without for name in names)}
+        wanted = {*names, self.baseline}
+        for name in names:
+            wanted |= {self.methods[name].without, self.methods[name].rate_of}
         kept = {name: method for name, method in self.methods.items() if name in wanted}
         return self._changed(methods=kept)
 

@@ -35,6 +35,8 @@ from study.design import Run, Study, StudyError
 
 #: Seconds between two looks at a run's metrics.
 POLL = 0.5
+#: of a share of stopped rollouts that another run is to have
+SHARE_DIGITS = 4
 #: A run that ends in a fault is resumed so many times.
 ATTEMPTS = 2
 
@@ -142,7 +144,10 @@ def stop_share(run: Run) -> float:
         raise StudyError(
             f"{run.folder} stopped nothing, so there is no share to match: see its log"
         )
-    return float(np.mean(steps.column("rollout/stop_share")[gated[0] :]))
+    share = float(np.mean(steps.column("rollout/stop_share")[gated[0] :]))
+    if not 0.0 < round(share, SHARE_DIGITS) < 1.0:
+        raise StudyError(f"{run.folder} stopped {share:.3%} of its rollouts: no share to match")
+    return share
 
 
 def prepare(command: list[str]) -> None:
@@ -156,7 +161,7 @@ def train(run: Run, look: Callable[[], None]) -> None:
     """One run to its end. Raises StudyError when it fails, Stopped after a signal."""
     settings = run.settings
     if (other := run.rate_from) is not None:
-        settings = [*settings, f"stopping.target_share={stop_share(other):.4f}"]
+        settings = [*settings, f"stopping.target_share={stop_share(other):.{SHARE_DIGITS}f}"]
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "settings.json").write_text(json.dumps(about(run)))
     command = [sys.executable, "-m", "espo_rl.run", run.study.recipe, *settings, "--resume", "auto"]

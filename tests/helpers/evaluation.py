@@ -23,6 +23,18 @@ def saying(text: str) -> Script:
     return Script([Token(character, id=1) for character in text])
 
 
+def probe_answer(body: dict[str, Any], logprob: float = -0.5) -> Script:
+    """What a server says to a question of the answer probe: each token asked about is so likely."""
+    tops = [{f"token_id:{token}": logprob for token in body["logprob_token_ids"]}]
+
+    def rewrite(answer: dict[str, Any]) -> dict[str, Any]:
+        logprobs = {"top_logprobs": tops, "token_logprobs": [-0.1]}
+        answer["choices"][0] |= {"token_ids": [0], "logprobs": logprobs}
+        return answer
+
+    return Script([Token("a", id=0)], rewrite=rewrite)
+
+
 Answers = Sequence[Sequence[str | Script]]
 
 

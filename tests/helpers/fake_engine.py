@@ -1,8 +1,9 @@
 """A child process that answers as vLLM's admin routes do; run by test_fleet.py.
 
-Its token count grows with every look at its metrics, unless it is told to be busy and stuck.
+Its token count grows with every look at its metrics, unless it is told to be busy and stuck, or
+to say nothing of tokens (mute).
 
-    python tests/helpers/fake_engine.py PORT [--stuck] [--fail] [--sleepless]
+    python tests/helpers/fake_engine.py PORT [--stuck] [--mute] [--fail] [--sleepless]
 
 What is posted stands in its log.
 """
@@ -21,7 +22,9 @@ class Handler(BaseHTTPRequestHandler):
         bodies = {
             "/health": "",
             "/ready": "",
-            "/metrics": f"vllm:generation_tokens_total {tokens}\nvllm:num_requests_running 1\n",
+            "/metrics": ""
+            if "--mute" in sys.argv
+            else f"vllm:generation_tokens_total {tokens}\nvllm:num_requests_running 1\n",
             "/v1/models": '{"data": [{"id": "fake"}]}',
         }
         body = bodies.get(self.path)

@@ -14,7 +14,7 @@ import pytest
 from espo_rl import run
 from espo_rl.config import RECIPES, Recipe, RecipeError, load_recipe
 from espo_rl.config.explain import explained, meanings, overview, paper_values
-from espo_rl.evaluate.arguments import make_recipe, parse
+from espo_rl.evaluate.arguments import asked_as, make_recipe, parse
 from espo_rl.train import next_commands
 
 
@@ -184,3 +184,9 @@ def test_a_finished_run_is_evaluated_as_its_recipe_asks(
         for key in ("problem_column", "answer_column", "answer_pattern"):
             assert getattr(given, key) == (getattr(task, f"eval_{key}") or getattr(task, key))
     assert evaluation.rollout.max_tokens == run.rollout.max_tokens
+
+
+def test_a_run_that_holds_out_some_of_its_own_data_is_told_no_evaluation() -> None:
+    """The command would ask what was trained on."""
+    run = load_recipe("arithmetic", ["task.kind=dataset", "task.train=train.jsonl"])
+    assert asked_as(run) == []

@@ -13,7 +13,9 @@ import pytest
 import pytest_asyncio
 
 from espo_gateway.stop.rules import Gate
+from espo_rl import loop as looping
 from espo_rl.config import load_recipe
+from espo_rl.evaluate.results import EvaluationError, Report
 from espo_rl.loop import Loop
 from espo_rl.rollouts.in_flight import InFlight
 from espo_rl.servers.sampler import Sampler
@@ -162,6 +164,51 @@ async def test_what_a_fall_costs_is_asked_again_and_nothing_else(loop: Loop) -> 
     await collected
     assert len(first.usable) == 4
     assert first.resampled == 0
+
+
+async def test_tokens_are_counted_once_where_a_server_did_not_say(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: Any = loop.served
+    said = iter([None, 9, 9])
+
+    async def new_tokens() -> int | None:
+        return next(said)
+
+    monkeypatch.setattr(servers, "new_tokens", new_tokens)
+    loop.queue.ahead = 0
+    batch = loop.queue.next(0, 1)
+    for _ in batch.waiting:
+        servers.let.release()
+    await loop.collect(batch)
+    assert await loop.count_tokens(batch) == 4  # what came: the nine are of it and of others
+
+
+async def test_an_evaluation_goes_on_when_the_servers_are_well_again_by_themselves(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: Any = loop.served
+    loop.collector = None  # type: ignore[assignment]
+    asked = 0
+
+    async def fails_once(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise EvaluationError("everything failed")
+        return Report.of([], arguments[3], votes=False)
+
+    async def down() -> list[Any]:
+        return ["the server that was slow to answer"]
+
+    async def heal(fault: str) -> bool:
+        return False
+
+    monkeypatch.setattr(looping, "evaluate", fails_once)
+    monkeypatch.setattr(servers, "down", down)
+    monkeypatch.setattr(servers, "heal", heal)
+    report = await loop.evaluate()
+    assert (asked, report.errors) == (2, [])
 
 
 async def test_the_gateway_is_told_of_new_weights_by_the_newest_gate(loop: Loop) -> None:

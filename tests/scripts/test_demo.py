@@ -52,9 +52,19 @@ def test_a_real_model_by_its_name_or_its_folder(tmp_path: Path, given: str) -> N
     sft, run, report = commands
     model = str(tmp_path / "folder") if given == "folder" else HUB
     assert f"--model {model} " in sft
-    assert run.startswith("-m espo_rl.run smollm2-135m model.path=runs/demo-real-base ")
+    # A base for each model: that of another one is not trained on.
+    base = f"runs/demo-base-{Path(model).name}"
+    assert f"--out {base} " in sft
+    assert run.startswith(f"-m espo_rl.run smollm2-135m model.path={base} ")
     assert run.endswith(" run.steps=2 --overwrite")
     assert report == "-m espo_rl.report runs/demo-real"
+
+
+def test_the_report_is_of_the_run_and_a_plan_has_none(tmp_path: Path) -> None:
+    _, commands = demo(tmp_path, "--real", "run.output=runs/mine")
+    assert commands[-1] == "-m espo_rl.report runs/mine"
+    status, commands = demo(tmp_path / "planned", "--real", "--dry-run")
+    assert (status, len(commands)) == (0, 2)
 
 
 def test_what_fails_ends_it(tmp_path: Path) -> None:

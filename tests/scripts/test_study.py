@@ -134,8 +134,7 @@ def test_a_part_keeps_its_baseline(tmp_path: Path) -> None:
     assert [run.seed for run in study.with_seeds(1).runs()] == [0, 0, 0]
     with pytest.raises(StudyError, match="no method 'grpo'"):
         study.only(["grpo"])
-    with pytest.raises(StudyError, match="rate_of"):
-        study.only(["random"])
+    assert list(study.only(["random"]).methods) == ["ppo", "espo", "random"]
 
 
 class Trainer:
@@ -190,6 +189,12 @@ def test_a_share_that_cannot_be_matched_is_told(tmp_path: Path) -> None:
     finish(espo, tokens=10, accuracy=0.5)
     with pytest.raises(StudyError, match="stopped nothing"):
         stop_share(espo)
+    # A run of a random rule takes no share of 0 or 1.
+    for share, told in ((2e-5, "0.002%"), (1.0, "100.000%")):
+        steps = [row(1, 10, 20.0, **{"stopping/on": True, "rollout/stop_share": share})]
+        (espo.folder / "metrics.jsonl").write_text("".join(json.dumps(one) for one in steps))
+        with pytest.raises(StudyError, match=f"stopped {told} of its rollouts: no share"):
+            stop_share(espo)
 
 
 def test_other_settings_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -197,6 +202,21 @@ def test_other_settings_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     run_study(study_of(tmp_path))
     with pytest.raises(StudyError, match="made with other settings; delete it"):
         run_study(study_of(tmp_path, settings=["run.steps=7"]))
+
+
+def test_a_table_is_not_of_other_settings_than_its_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(monkeypatch, SUCCEEDS)
+    path, output = tmp_path / "study.toml", tmp_path / "study"
+    head = f'recipe = "arithmetic"\noutput = "{output}"\nbaseline = "ppo"\n'
+    path.write_text(head + '[methods.ppo]\ntitle = "PPO"\n')
+    run_study(load_study(path))
+    given = [str(path), "--results-only"]
+    monkeypatch.setattr(sys, "argv", ["reproduce", *given, "--set", "run.steps=7"])
+    assert reproduce.main() == 2
+    assert "made with other settings" in capsys.readouterr().err
+    assert not (output / "results.json").exists()
 
 
 def test_other_weights_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

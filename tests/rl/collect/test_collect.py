@@ -16,6 +16,7 @@ from espo_rl.evaluate.arguments import parse
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.tasks.gym import GymTask
+from tests.helpers.evaluation import probe_answer
 from tests.helpers.models import random_checkpoint
 
 
@@ -48,6 +49,9 @@ async def test_rollouts_are_graded_and_asked_once(tmp_path: Path) -> None:
         assert await collect(server)
         assert sum(body["max_tokens"] > 1 for body in server.bodies) == asked + 2
         assert files[1].exists()
+        files[0].write_bytes(files[0].read_bytes()[:100])
+        with pytest.raises(EvaluationError, match=r"00\.parquet .*damaged.*; remove it"):
+            await collect(server)
 
 
 async def test_problems_of_reasoning_gym_graded_by_its_own_scorer(tmp_path: Path) -> None:
@@ -79,16 +83,7 @@ async def test_probes_are_asked_along_and_kept(tmp_path: Path) -> None:
     data.write_text(json.dumps({"problem": "0", "answer": "0"}) + "\n")
 
     def script(body: dict[str, Any]) -> Script:
-        if "logprob_token_ids" not in body:
-            return saying(body)
-
-        def rewrite(answer: dict[str, Any]) -> dict[str, Any]:
-            tops = [{f"token_id:{token}": -0.5 for token in body["logprob_token_ids"]}]
-            logprobs = {"top_logprobs": tops, "token_logprobs": [-0.1]}
-            answer["choices"][0] |= {"token_ids": [0], "logprobs": logprobs}
-            return answer
-
-        return Script([Token("a", id=0)], rewrite=rewrite)
+        return probe_answer(body) if "logprob_token_ids" in body else saying(body)
 
     async with FakeServer(script) as server:
         arguments = ["--model", str(model), "--data", str(data), "--url", server.url, "--plain"]

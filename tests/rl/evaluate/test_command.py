@@ -14,6 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
+from espo_gateway.stop.gate_json import gate_to_dict
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import TOLD, Schedule
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl.evaluate.__main__ import main
@@ -21,7 +25,7 @@ from espo_rl.evaluate.arguments import make_recipe, parse
 from espo_rl.evaluate.command import Command
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.evaluate.results_folder import ResultsFolder
-from tests.helpers.evaluation import DOUBTFUL, PROBLEMS, Answers, answering, place
+from tests.helpers.evaluation import DOUBTFUL, PROBLEMS, Answers, answering, place, probe_answer
 from tests.helpers.gateway import (
     GATE,
 )
@@ -168,8 +172,31 @@ async def test_a_gate_is_pushed_and_reported(
     assert sums["stopped"]["value"] == 0.5
     assert sums["false_positives"]["value"] == pytest.approx(1 / 3)
     assert sums["tokens_saved"] == pytest.approx(1 - (8 + 6) / (12 + 6))
+    assert sums["overshoot_tokens"] == 0  # an audit goes on by intent
     assert results(tmp_path)["settings"]["gate"]["beta"] == 1.0
     assert "false stops" in capsys.readouterr().out
+
+
+async def test_a_gate_that_reads_the_probe_has_it(arguments: list[str], tmp_path: Path) -> None:
+    schedule = Schedule(every=2, growth=0.0)
+    (tmp_path / "gate.json").write_text(with_estimate("probe", schedule=schedule, p_star=0.6))
+    asked_about: list[str] = []
+
+    def script(body: dict[str, Any]) -> Script:
+        if "logprob_token_ids" not in body:
+            return answering(ANSWERS)(body)
+        asked_about.append(body["model"])
+        return probe_answer(body)
+
+    await run([*arguments, "--gate", str(tmp_path / "gate.json"), "--audit", "1"], script)
+    assert asked_about
+    # Weights of 0: half a chance, and that is below p*.
+    assert results(tmp_path)["results"]["sums"]["stopped"]["value"] > 0.5
+
+
+def test_a_slow_answer_has_time(arguments: list[str]) -> None:
+    assert make_recipe(parse(arguments)).rollout.timeout == 3600.0
+    assert make_recipe(parse([*arguments, "--timeout", "7200"])).rollout.timeout == 7200.0
 
 
 # -- refused ---------------------------------------------------------------------------------------
@@ -370,6 +397,21 @@ def test_a_bad_gate_is_named(
     (tmp_path / "gate.json").write_text('{"rule": "regret-only", "bta": 1.0}')
     said = refusal([*arguments, "--gate", str(tmp_path / "gate.json")], monkeypatch, capsys)
     assert "did you mean beta" in said
+
+
+def with_estimate(source: str, **more: Any) -> str:
+    """A gate whose estimate of success reads a source, and its weight, as JSON."""
+    estimator = SuccessEstimator((0.0,) * (len(FEATURES) + len(TOLD[source])), 0.0, (source,))
+    gate = Gate(rule="success-probability", value="stream", estimator=estimator, **more)
+    return json.dumps(gate_to_dict(gate))
+
+
+def test_an_estimate_that_reads_earlier_steps_is_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    (tmp_path / "gate.json").write_text(with_estimate("history"))
+    said = refusal([*arguments, "--gate", str(tmp_path / "gate.json")], monkeypatch, capsys)
+    assert "earlier steps (history)" in said
 
 
 def test_two_data_sets_of_one_name(

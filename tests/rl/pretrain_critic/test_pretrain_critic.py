@@ -324,6 +324,11 @@ def test_a_head_is_written_as_a_critic(
     ]
     assert sum(map(bool, there)) == 120  # every problem's were held out once
     assert {path.name for path in tmp_path.iterdir()} == {"run", "critic", "values"}
+    # Another critic's values take the place of these.
+    again = ["--head-only", "--values", tmp_path / "again", "--output", tmp_path / "other"]
+    assert command(monkeypatch, tmp_path / "values", "--model", base, *again) == 0
+    for file in (tmp_path / "again").iterdir():
+        assert pq.read_table(file).column_names.count("values") == 1
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
 
 

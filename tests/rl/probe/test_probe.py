@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,22 +19,13 @@ from espo_rl.probe.__main__ import main, parse
 from espo_rl.probe.command import run
 from espo_rl.record.rollout_files import read_rollouts, rollouts_table
 from espo_rl.types import EndReason, Problem, Rollout
+from tests.helpers.evaluation import probe_answer
 from tests.helpers.models import random_checkpoint
 
 
 def saying(body: dict[str, Any]) -> Script:
     """Log-likelihoods that tell how long the prefix was."""
-    length = float(len(body["prompt"]))
-    tops = [{f"token_id:{token}": -length / 10 for token in body["logprob_token_ids"]}]
-
-    def rewrite(answer: dict[str, Any]) -> dict[str, Any]:
-        answer["choices"][0] |= {
-            "token_ids": [0],
-            "logprobs": {"top_logprobs": tops, "token_logprobs": [-0.1]},
-        }
-        return answer
-
-    return Script([Token("a", id=0)], rewrite=rewrite)
+    return probe_answer(body, -len(body["prompt"]) / 10)
 
 
 def rollout(end: EndReason, tokens: int) -> Rollout:
@@ -83,6 +75,19 @@ async def test_every_rollout_is_asked_about_once(tmp_path: Path) -> None:
         assert await probe(server, folder, model) == 0
     assert asked == 6
     assert len(server.bodies) == asked + 3
+
+
+async def test_what_else_stands_in_the_files_stays(tmp_path: Path) -> None:
+    model, folder = random_checkpoint(tmp_path / "model", 0), written(tmp_path / "rollouts", 1)
+    table = pq.read_table(folder / "0.parquet")
+    valued = table.append_column("values", pa.array([[0.5], [0.25], []], pa.list_(pa.float64())))
+    about = {**table.schema.metadata, b"espo.recipe": b"mine"}
+    pq.write_table(valued.replace_schema_metadata(about), folder / "0.parquet")
+    async with FakeServer(saying) as server:
+        assert await probe(server, folder, model) == 0
+    probed = pq.read_table(tmp_path / "probed" / "0.parquet")
+    assert probed["values"].to_pylist() == [[0.5], [0.25], []]
+    assert probed.schema.metadata[b"espo.recipe"] == b"mine"
 
 
 async def test_a_failed_probe_leaves_no_half_file(

@@ -322,7 +322,13 @@ def test_no_bound_where_none_was_to_be_kept(override: str) -> None:
 
 @pytest.mark.parametrize(
     ("finished", "audited", "verdict"),
-    [(3000, 2, "met"), (300, 2, "not shown"), (300, 12, "not met"), (0, 0, "not shown")],
+    [
+        (3000, 2, "met"),
+        (3000, 0, "met"),
+        (300, 2, "not shown"),
+        (300, 12, "not met"),
+        (0, 0, "not shown"),
+    ],
 )
 def test_right_rollouts_lost_are_counted_in_those_that_audits_show(
     finished: int, audited: int, verdict: str
@@ -332,10 +338,13 @@ def test_right_rollouts_lost_are_counted_in_those_that_audits_show(
     batch = [stopped(30, 10, audited=True, correct=True) for _ in range(audited)]
     full = [dataclasses.replace(rollout(5), correct=True) for _ in range(finished)]
     settings = {"stopping.audit_share": "0.1", "rollout.n": "8"}
-    told = summary_of([*batch, *full], **settings).as_dict()
+    summary = summary_of([*batch, *full], **settings)
+    told = summary.as_dict()
     trials = finished / 8 + audited
     assert told["right_lost"] == (pytest.approx(audited / trials) if trials else None)
     assert (told["bound"]["of"], told["bound_kept"]) == ("right-lost", verdict)
+    said = {"met": "met:", "not met": "NOT MET", "not shown": "not shown"}[verdict]
+    assert f"right rollouts lost under 5.0%, {said}" in summary.text()
 
 
 def test_staleness_and_restarts_are_said_where_there_are_any() -> None:

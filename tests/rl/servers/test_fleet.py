@@ -16,6 +16,7 @@ import torch
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
 from espo_rl.config import Recipe, load_recipe
+from espo_rl.servers import server as watched
 from espo_rl.servers.fleet import Fleet, make_fleet, served_model
 from espo_rl.servers.server import Server, ServerError
 
@@ -90,6 +91,24 @@ async def test_a_server_that_makes_no_token_though_it_has_work_hangs(
     assert "the policy server gave no sign of life for 0.2 s" in await servers.failure()
     # It still answered, and is ended so that it can be started anew.
     assert await servers.down() == servers.policies
+
+
+async def test_a_server_that_says_nothing_of_tokens_is_judged_by_its_health(
+    make: Make, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, looks = make("--mute", hang_timeout=0.2), 0
+    await servers.start(said)
+
+    async def healthy(url: str) -> bool:
+        nonlocal looks
+        if url.startswith(servers.policies[0].url):
+            looks += 1
+            if looks == 12:  # four are the time after which silence is a fault
+                child(servers.policies[0]).kill()
+        return True
+
+    monkeypatch.setattr(watched, "answers", healthy)
+    assert "the policy server died" in await servers.failure()
 
 
 @pytest.mark.slow

@@ -354,6 +354,9 @@ def test_fingerprints_tell_tensors_apart(dtype: torch.dtype) -> None:
     assert digest(other) != digest(tensor) == digest(tensor.T.clone().T)
 
 
+HERE, AWAY = "http://127.0.0.1:8000", "http://10.0.0.1:8000"
+
+
 @pytest.mark.parametrize(
     ("settings", "backend"),
     [
@@ -362,16 +365,18 @@ def test_fingerprints_tell_tensors_apart(dtype: torch.dtype) -> None:
         ({"weights_path": "/disk/weights"}, "espo"),
         ({"weight_transfer": "ipc"}, "ipc"),
         ({"weight_transfer": "nccl"}, "nccl"),
-        ({"policy_urls": ["http://10.0.0.1:8000"]}, "espo"),  # no GPU here
     ],
 )
 def test_the_recipe_chooses_the_way(settings: dict[str, object], backend: str) -> None:
-    assert transfer_of(Servers.model_validate(settings)).backend == backend
+    for url in (HERE, AWAY):  # no GPU here
+        assert transfer_of(Servers.model_validate(settings), [url]).backend == backend
 
 
 def test_servers_on_other_hosts_get_them_by_nccl_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert transfer_of(Servers(policy_urls=["http://10.0.0.1:8000"])).backend == "nccl"
-    assert transfer_of(Servers(policy_urls=["http://127.0.0.1:8000"])).backend == "espo"
+    # A critic may be elsewhere than the policy: what counts is where these weights go.
+    config = Servers(policy_urls=[AWAY], critic_url=HERE)
+    assert transfer_of(config, [AWAY]).backend == "nccl"
+    assert transfer_of(config, [HERE]).backend == "espo"
