@@ -111,7 +111,7 @@ class Study(Table):
         alone. Raises StudyError."""
         if unknown := [name for name in names if name not in self.methods]:
             raise StudyError(f"there is no method {unknown[0]!r}, only {', '.join(self.methods)}")
-        wanted = {*names, self.baseline}
+        wanted: set[str | None] = {*names, self.baseline}
         for name in names:
             wanted |= {self.methods[name].without, self.methods[name].rate_of}
         kept = {name: method for name, method in self.methods.items() if name in wanted}

@@ -65,7 +65,11 @@ def finish(run: Run, *, tokens: int, accuracy: float) -> None:
         {"step": 2, "evaluation/avg@1": {"value": accuracy}},
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    summary = {"accuracy_before": 0.5, "accuracy_after": accuracy, "stop_rate": 0.25}
+    summary: dict[str, Any] = {
+        "accuracy_before": 0.5,
+        "accuracy_after": accuracy,
+        "stop_rate": 0.25,
+    }
     summary |= {"restarts": 0, "errors": 0, "tokens_without_stopping": 4 * tokens}
     summary |= {"right_lost_trials": 20.0}
     summary |= {"machine": {"cpus": 2, "processor": f"P{run.seed}"}, "versions": {"torch": "2"}}

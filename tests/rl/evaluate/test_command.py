@@ -17,7 +17,7 @@ import pytest
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.stop.rules import Gate
-from espo_gateway.stop.told import TOLD, Schedule
+from espo_gateway.stop.told import TOLD, Schedule, SourceName
 from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_rl.evaluate.__main__ import main
@@ -399,7 +399,7 @@ def test_a_bad_gate_is_named(
     assert "did you mean beta" in said
 
 
-def with_estimate(source: str, **more: Any) -> str:
+def with_estimate(source: SourceName, **more: Any) -> str:
     """A gate whose estimate of success reads a source, and its weight, as JSON."""
     estimator = SuccessEstimator((0.0,) * (len(FEATURES) + len(TOLD[source])), 0.0, (source,))
     gate = Gate(rule="success-probability", value="stream", estimator=estimator, **more)
