@@ -53,12 +53,17 @@ class CheckpointStore:
                 f"cannot write checkpoint {final}: {getattr(error, 'strerror', None) or error}; "
                 "free space or change run.output"
             ) from error
-        found = sorted(self.folder.glob("step-????????"))
-        # Those of later steps are of a run that was here before, or went on from elsewhere.
-        kept = [path for path in found if path <= final][-self.keep :]
-        for other in set(found) - set(kept):
-            shutil.rmtree(other)
+        self.drop_after(step)
+        for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
+            shutil.rmtree(old)
         return final
+
+    def drop_after(self, step: int) -> None:
+        """Remove those of later steps: they are of a run that was here before, or went on from
+        elsewhere."""
+        for path in self.folder.glob("step-????????"):
+            if path.name > f"step-{step:08d}":
+                shutil.rmtree(path)
 
     @staticmethod
     def read(checkpoint: Path) -> Any:

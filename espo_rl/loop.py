@@ -117,6 +117,7 @@ class Loop:
         async with AsyncExitStack() as stack:
             stack.enter_context(self.log)
             self.rollout_files.drop_after(self.step)
+            self.checkpoints.drop_after(self.step)
             self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
             with self.summary.timed("start"):
                 await self.start(stack)
@@ -157,7 +158,7 @@ class Loop:
         )
         self.prompter = Prompter.of(self.tokenizer, recipe.task)
         phrase = None
-        if "probe" in recipe.stopping.sources:
+        if "probe" in recipe.stopping.read:
             phrase = ProbePhrase.of(self.tokenizer, recipe.stopping)
         self.collector = await enter(
             Collector(
@@ -258,7 +259,7 @@ class Loop:
         self.drawn += count
         audits = self.stopping.draw_audits(count * n)
         modes: list[Mode] = ["shadow" if audited else "enforce" for audited in audits]
-        history = "history" in self.recipe.stopping.sources
+        history = "history" in self.recipe.stopping.read
         known = {"history": self.stopping.history.log_odds} if history else {}
         batch.ask(islice(self.problems, count), n, modes, **known)
 

@@ -48,7 +48,7 @@ def train(options: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if rank:
-            return train_along(recipe)
+            return 0 if options.dry_run else train_along(recipe)
         plan, checkpoint = make_plan(recipe), None
         try:
             if not (options.dry_run or plan.errors):  # before anything there is looked at

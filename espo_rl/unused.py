@@ -120,7 +120,7 @@ IDLE = (
         "model.critic ppo.critic_learning_rate ppo.value_clip",
         NEEDS_CRITIC,
         lambda recipe: not recipe.needs_critic,
-        'a critic: ppo.advantage = "gae"',
+        'a critic: ppo.advantage = "gae" with ppo.baseline = "critic"',
     ),
     Idle(
         "ppo.whiten",
@@ -257,15 +257,21 @@ IDLE = (
         'stopping.value = "constant" with a rule that reads it',
     ),
     _of_rule(
-        "ask_every ask_growth",
         "sources",
+        "rule value",
+        lambda stopping: bool(stopping.sources) and not stopping.read,
+        'an estimate of success: stopping.value = "stream" with a rule that reads it',
+    ),
+    _of_rule(
+        "ask_every ask_growth",
+        "sources rule value",
         lambda stopping: not stopping.asks,
         'stopping.sources = ["probe"] or ["critic"]',
     ),
     _of_rule(
         "probe_phrase probe_end",
-        "sources",
-        lambda stopping: "probe" not in stopping.sources,
+        "sources rule value",
+        lambda stopping: "probe" not in stopping.read,
         'stopping.sources = ["probe"]',
     ),
     _of_rule(

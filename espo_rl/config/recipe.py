@@ -54,7 +54,7 @@ class Recipe(Section):
         """Whether the gate takes V from a critic server, or an estimate that reads it."""
         stopping = self.stopping
         source = value_source(stopping.rule, stopping.value)
-        return source == "critic" or "critic" in stopping.sources
+        return source == "critic" or "critic" in stopping.read
 
     @property
     def needs_critic(self) -> bool:
@@ -93,9 +93,10 @@ class Recipe(Section):
                 "(rollout.prompts_per_step × rollout.n)"
             )
         if self.ppo.baseline == "probe":
-            if "probe" not in self.stopping.sources:
+            if "probe" not in self.stopping.read:
                 raise ValueError(
-                    'ppo.baseline = "probe" needs what probes say: set stopping.sources = ["probe"]'
+                    'ppo.baseline = "probe" needs an estimate that reads what probes say: set '
+                    'stopping.sources = ["probe"], and a rule that estimates'
                 )
             if self.needs_critic or self.ppo.advantage != "gae":
                 raise ValueError(
@@ -149,8 +150,8 @@ class Recipe(Section):
             ):
                 if used:
                     raise ValueError(
-                        f"{key} needs a critic, and ppo.advantage = 'group' trains none: leave it "
-                        "out, or set ppo.advantage = 'gae'"
+                        f"{key} needs a critic, and none is trained: leave it out, or set "
+                        "ppo.advantage = 'gae' and ppo.baseline = 'critic'"
                     )
         return self
 

@@ -293,7 +293,12 @@ class Stopping(Section):
     @property
     def asks(self) -> bool:
         """Whether an estimate reads a source that must be asked."""
-        return not ASKED.isdisjoint(self.sources)
+        return not ASKED.isdisjoint(self.read)
+
+    @property
+    def read(self) -> list[SourceName]:
+        """The sources that are read: none where the rule has no estimate that would."""
+        return self.sources if value_source(self.rule, self.value) == "stream" else []
 
     @property
     def estimates(self) -> bool:
@@ -338,12 +343,6 @@ class Stopping(Section):
                         f"audit_share = 0 with {what}: stopping hides the outcomes it learns from; "
                         "set audit_share above 0 (0.1 is usual)"
                     )
-        if self.sources and source != "stream":
-            raise ValueError(
-                f"sources = {self.sources} are read by the estimate of success, which rule = "
-                f'"{self.rule}" with value = "{self.value}" has none of: set value = "stream" and '
-                "a rule that has a V, or sources = []"
-            )
         if self.rule == "confidence":
             raise ValueError(
                 'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '

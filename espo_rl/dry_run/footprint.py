@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from espo_gateway.vllm_plugin.__main__ import last_value
-from espo_rl.config import Recipe
+from espo_rl.config import Recipe, RecipeError
 from espo_rl.dry_run import memory
 from espo_rl.dry_run.memory import Part, Shape
 
@@ -47,7 +47,10 @@ class Machine:
 
 def tensor_parallel(arguments: list[str]) -> int:
     """On how many GPUs vLLM splits a model."""
-    return int(last_value(arguments, "--tensor-parallel-size") or last_value(arguments, "-tp") or 1)
+    given = last_value(arguments, "--tensor-parallel-size") or last_value(arguments, "-tp") or "1"
+    if not given.isdecimal() or not int(given):
+        raise RecipeError(f"servers.vllm_args: --tensor-parallel-size {given} is no number of GPUs")
+    return int(given)
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def _prompts(plan: RunPlan) -> None:
 
     positions = plan.shapes["actor"].positions
     given = last_value(recipe.servers.vllm_args, "--max-model-len")
-    limit = _tokens(given) if given else positions
+    limit = positions if given in ("", "auto", "-1") else _tokens(given)
     if limit > positions:
         plan.errors.append(
             f"servers.vllm_args: --max-model-len {given} is more than the model's {positions:,} "
@@ -369,12 +369,20 @@ def _disk(plan: RunPlan) -> None:
     if recipe.logs.rollouts:
         largest = memory.rollout_bytes(recipe, plan.longest) * recipe.run.steps
         plan.disk["rollouts, at most"] = min(largest, recipe.logs.rollouts_megabytes * 1e6)
-    needed, free = sum(plan.disk.values()), shutil.disk_usage(there).free
-    plan.disk |= {"together": needed, "free": free}
+    # What a run that goes on, or is overwritten, has there already is part of what it needs.
+    held = sum(
+        file.stat().st_size
+        for part in ("checkpoints", "rollouts", "actor", "critic")
+        for file in (output / part).rglob("*")
+        if file.is_file()
+    )
+    needed, free = sum(plan.disk.values()), shutil.disk_usage(there).free + held
+    plan.disk |= {"together": needed, "free, or the run's": free}
     if needed > free:
         raise RecipeError(
             f"run.output: {needed / 1e9:,.1f} GB are needed in {there}, {free / 1e9:,.1f} GB are "
-            "free: lower checkpoints.keep, raise checkpoints.every, or choose another folder"
+            "free or the run's: lower checkpoints.keep, raise checkpoints.every, or choose another "
+            "folder"
         )
 
 

@@ -74,7 +74,7 @@ class StopController:
         self.z_quantiles: tuple[float, float, float] | None = None
         self._monitor = MonitorConfig(smoothing=config.smoothing, clip=config.clip)
         self._source = value_source(config.rule, config.value)
-        self._sources = in_order(config.sources)
+        self._sources = in_order(config.read)
         self._free: SuccessEstimator | None = None
         self._below = 1.0
         self._threshold = None if config.rule == "none" else make_threshold(config)

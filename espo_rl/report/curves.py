@@ -106,7 +106,7 @@ def panels(runs: Sequence[RunFolder]) -> list[Row]:
 def _panels(run: RunFolder) -> Iterator[tuple[Panel, list[Line]]]:
     steps = run.column("step")
     sampled = run.column("rollout/tokens")
-    total = list(np.cumsum(np.nan_to_num(sampled)))
+    total = tokens_total(run)
     at = dict(zip(map(int, steps), total, strict=True))
     axes: tuple[tuple[Literal["step", "tokens"], Numbers], ...]
     axes = (("step", steps), ("tokens", total))
@@ -215,10 +215,27 @@ def cost(run: RunFolder, steps: Numbers) -> tuple[Panel, list[Line]]:
             ),
             Line("bound", steps, upper),
             Line(
-                "wished (at most)", steps, [bound.limit if audited.any() else math.nan] * len(steps)
+                "wished (at most)",
+                steps,
+                [bound.limit if audited.any() and bounded(run) else math.nan] * len(steps),
             ),
         ],
     )
+
+
+def tokens_total(run: RunFolder) -> Numbers:
+    """Sampled since the run's start, by step; what was sampled before the folder's first step, by a
+    run that this one went on from, is in it."""
+    known = run.column("rollout/tokens_total")
+    if not any(map(math.isfinite, known)):  # runs of before do not say
+        return list(np.cumsum(np.nan_to_num(run.column("rollout/tokens"))))
+    return known
+
+
+def bounded(run: RunFolder) -> bool:
+    """Whether the run was to keep a bound."""
+    unbounded = run.setting("stopping", "rule") in ("none", "random")
+    return not unbounded and run.setting("stopping", "threshold") in ("audit", None)
 
 
 def bound_of(run: RunFolder) -> Bound:
@@ -241,7 +258,7 @@ def tiles(run: RunFolder) -> Row:
         for name, value in row.items()
         if "avg@" in name and isinstance(value, dict)
     ]
-    tokens = float(np.nansum(run.column("rollout/tokens")))
+    tokens = tokens_total(run)[-1]
     without = number(summary.get("tokens_without_stopping"))
     if math.isnan(without):
         without = run.column("rollout/tokens_total_without_stopping")[-1]

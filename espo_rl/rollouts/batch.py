@@ -84,6 +84,7 @@ class Batch:
         """Want the errors again as they were: the server was at fault, not the request."""
         for rollout in self.failed:
             del self.rollouts[rollout.seed]
+            self.scored.discard(rollout.seed)
             self.waiting[rollout.seed] = self._requests[rollout.seed]
 
     @property

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
 
-from espo_rl.tasks.task import fill_template
+from espo_rl.tasks.task import TaskError, fill_template
 from espo_rl.types import Problem
+
+#: problems that are never trained on
+HELD_OUT = 1024
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,17 @@ class Arithmetic:
 
     def training(self, seed: int) -> Iterator[Problem]:
         rng = random.Random(seed)
-        held_out = {problem.id for problem in self.held_out(1024)}
+        held_out = {problem.id for problem in self.held_out(HELD_OUT)}
         while True:
             problem = self.problem(rng)
             if problem.id not in held_out:
                 yield problem
 
     def held_out(self, count: int) -> Sequence[Problem]:
+        if count > HELD_OUT:
+            raise TaskError(
+                f"task.kind = 'arithmetic' holds out {HELD_OUT:,} problems, not {count:,}: lower "
+                "evaluation.problems"
+            )
         rng = random.Random("held-out")
         return [self.problem(rng) for _ in range(count)]

@@ -45,6 +45,10 @@ class Grade:
         return self.score == 1.0
 
 
+#: seconds between two looks at whether the pool still works
+LOOK = 1.0
+
+
 class GraderPool:
     """Grades completions, `task.grader_workers` at a time, each within `task.grader_timeout`.
 
@@ -77,10 +81,15 @@ class GraderPool:
             return Grade(float(self._here(completion, problem)))
         for _ in range(2):
             try:
-                future = self._running_pool().schedule(
-                    _grade, (completion, problem), timeout=timeout
+                pool = self._running_pool()
+                future = asyncio.wrap_future(
+                    pool.schedule(_grade, (completion, problem), timeout=timeout)
                 )
-                score, error = await asyncio.wrap_future(future)
+                # What waits in a pool that is given up is told nothing.
+                while not (await asyncio.wait({future}, timeout=LOOK))[0]:
+                    if not pool.active:
+                        raise RuntimeError("lost its processes")
+                score, error = await future
             except RuntimeError as broken:  # the pool, by another's fault: once more, in a new one
                 score, error = None, str(broken)
                 continue

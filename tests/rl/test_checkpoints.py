@@ -98,6 +98,11 @@ def test_an_abandoned_future_is_no_longer_the_newest(tmp_path: Path) -> None:
     path = store.save(2, "fresh", writer("fresh"))
     assert store.newest() == path
     assert store.load(path, nothing) == "fresh"
+    # Nor is it before the next one is saved, should the run be killed first.
+    for step in (3, 4):
+        store.save(step, "stale", writer("stale"))
+    store.drop_after(3)
+    assert names(tmp_path) == ["step-00000003"]
 
 
 KILLED = """

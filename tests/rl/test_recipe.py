@@ -430,6 +430,21 @@ def test_a_baseline_without_its_probes_is_refused(overrides: list[str]) -> None:
         load_recipe("arithmetic", ["ppo.baseline=probe", *overrides])
 
 
+@pytest.mark.parametrize("rule", ["none", "random", "regret-only"])
+def test_sources_that_a_later_rule_does_not_read_are_idle(tmp_path: Path, rule: str) -> None:
+    """As any setting that an ablation makes idle: said first, they are no mistake."""
+    text = (RECIPES / "arithmetic.toml").read_text()
+    path = tmp_path / "probing.toml"
+    path.write_text(text.replace("[stopping]", '[stopping]\nsources = ["probe", "critic"]'))
+    assert load_recipe(path).stopping.asks
+    recipe = load_recipe(path, [f"stopping.rule={rule}"])
+    assert not recipe.stopping.asks
+    assert not recipe.asks_critic
+    if rule != "none":
+        with pytest.raises(RecipeError, match=r"stopping\.sources"):
+            load_recipe("arithmetic", [f"stopping.rule={rule}", 'stopping.sources=["probe"]'])
+
+
 def test_a_baseline_of_probes_trains_no_critic() -> None:
     settings = ["ppo.baseline=probe", 'stopping.sources=["probe"]', "ppo.lam=0.95"]
     assert not load_recipe("arithmetic", settings).needs_critic

@@ -33,10 +33,12 @@ function showRun(run, index) {
   const audit = run.audited
     ? `${run.audited_correct} of ${run.audited} audited; 95 %: ${percent(run.false_positives_low)}–${percent(run.false_positives_high)}`
     : "nothing was audited";
+  const saved = run.saved === null ? "saved: unknown"
+    : run.saved ? `≈ ${percent(run.saved)} saved of ${count(run.without)}${width}` : "nothing saved";
   tiles.append(
     tile("Steps", String(run.steps), of),
     tile("Accuracy", percent(accuracy), start),
-    tile("Tokens sampled", count(run.tokens), run.saved ? `≈ ${percent(run.saved)} saved of ${count(run.without)}${width}` : "nothing saved"),
+    tile("Tokens sampled", count(run.tokens), saved),
     tile("Stop share", percent(run.stop_share), run.ended ? "while stopping was on" : "in the last step"),
     tile("Right rollouts lost", percent(run.right_lost), run.ended ? "by the audits" : "known when the run has ended"),
     tile("False positives", percent(run.false_positives), audit),

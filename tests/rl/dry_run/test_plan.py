@@ -138,6 +138,8 @@ def test_a_variable_that_the_chat_template_does_not_know(
         ("", 507, r"takes 512: lower rollout\.max_tokens$"),
         ('"--max-model-len", "1k"', 160, "1k is more than the model's 512 positions"),
         ('"--max-model-len", "long"', 160, "--max-model-len long is no number"),
+        ('"--max-model-len", "auto"', 506, None),
+        ('"--max-model-len=-1"', 507, "takes 512"),
     ],
 )
 def test_lengths(
@@ -163,6 +165,8 @@ def test_lengths(
             "critic_vllm_args: --host",
         ),
         ('servers.vllm_args=["-tp", "3"]', EIGHT, 1, "3 does not divide the model's 4 attention"),
+        ('servers.vllm_args=["-tp", "two"]', LAPTOP, 1, "size two is no number of GPUs"),
+        ('servers.vllm_args=["-tp", "0"]', EIGHT, 1, "size 0 is no number of GPUs"),
         ("task.grader=maths", LAPTOP, 1, "task.grader = 'maths': give one of"),
         ("task.grader=foo.bar:baz", LAPTOP, 1, "task.grader = 'foo.bar:baz' cannot be imported"),
         ("run.seed=0", EIGHT, 9, "9 ranks on 8 GPUs"),
@@ -201,6 +205,12 @@ def test_a_full_disk(recipe_with: Callable[..., Recipe], monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
     assert make_plan(recipe, LAPTOP).errors == []
     assert "run.output" in only_error(make_plan(recipe_with("checkpoints.keep=2"), LAPTOP))
+    # Of what a run needs, it has some already when it goes on.
+    there = recipe.run.output / "checkpoints" / "step-00000010" / "actor"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(bytes(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 100))
+    assert make_plan(recipe, LAPTOP).errors == []
 
 
 def test_an_unreadable_task(recipe_with: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_numbers_of_a_batch() -> None:
     assert numbers["stop_share"] == pytest.approx(2 / 5)
     assert numbers["completed_share"] == pytest.approx(2 / 5)
     assert numbers["truncated_share"] == pytest.approx(1 / 5)
-    assert (numbers["length"], numbers["length_completed"]) == (16.0, 15.0)
+    assert (numbers["length"], numbers["length_completed"]) == (20.0, 15.0)
     assert (numbers["length_truncated"], numbers["length_stopped"]) == (40.0, 5.0)
     assert (numbers["tokens"], numbers["overshoot"]) == (103, 3)
     # 10 + 20 + 40 + 24, and 6 with the 20 more that the audited one had.

@@ -86,6 +86,21 @@ def test_right_rollouts_lost_are_of_those_that_audits_show(tmp_path: Path) -> No
     assert lines["cost/wished (at most)"]["y"] == [0.05] * 3
 
 
+def test_nothing_was_wished_where_nothing_was_bounded(tmp_path: Path) -> None:
+    lines = lines_of(make_run(tmp_path / "run", settings=["stopping.threshold=share"]))
+    assert "cost/audited" in lines
+    assert "cost/wished (at most)" not in lines
+
+
+def test_a_run_that_goes_on_elsewhere_counts_what_came_before(tmp_path: Path) -> None:
+    known: dict[str, Any] = {"rollout/tokens_total": 2000.0}
+    folder = make_run(tmp_path / "run", **known)
+    (folder / "summary.json").write_text(json.dumps({"tokens_without_stopping": 4000.0}))
+    run = tiles(read_run(folder))
+    assert (run["tokens"], run["without"], run["saved"]) == (2000, 4000, 0.5)
+    assert lines_of(folder)["tokens-total/sampled"]["y"] == [2000] * 3
+
+
 def test_a_run_of_before_bounded_false_positives(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", settings=FALSE)
     recipe = json.loads((folder / "recipe.json").read_text())

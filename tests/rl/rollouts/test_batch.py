@@ -91,6 +91,17 @@ def test_what_a_server_lost_is_asked_again_under_its_own_seed() -> None:
     assert batch.resampled == 0
 
 
+def test_what_comes_after_all_is_graded() -> None:
+    """Though its error was, as one that nobody could grade."""
+    batch = batch_of(problems=2)
+    for seed in list(batch.waiting):
+        answer(batch, seed, failed=seed == 101)
+    batch.scored.update(batch.rollouts)
+    batch.recall_failed()
+    answer(batch, 101)
+    assert [rollout.seed for rollout in batch.unscored] == [101]
+
+
 def test_a_replacement_stands_with_its_prompts_rollouts() -> None:
     batch = batch_of(problems=2)
     for seed in list(batch.waiting):

@@ -163,6 +163,17 @@ async def test_idle_workers_that_are_killed_are_replaced() -> None:
             assert await told(graders, *[FINE] * 8) == [Grade(1.0)] * 8
 
 
+async def test_what_waits_in_a_pool_that_is_given_up_is_graded_in_another() -> None:
+    """More than a pipe to the workers holds, so that most of it waits in the pool."""
+    long = "18" * 15_000
+    answer = Problem(id="1", prompt="?", answer=long)
+    async with pool("tests.helpers.user_graders:right") as graders:
+        assert await graders.grade([(long, answer)]) == [Grade(1.0)]
+        for worker in workers():
+            worker.kill()
+        assert await graders.grade([(long, answer)] * 128) == [Grade(1.0)] * 128
+
+
 # -- what is left ----------------------------------------------------------------------------------
 
 

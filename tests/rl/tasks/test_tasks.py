@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from espo_rl.config import TaskSection
-from espo_rl.tasks.arithmetic import Arithmetic
+from espo_rl.tasks.arithmetic import HELD_OUT, Arithmetic
 from espo_rl.tasks.graders import exact
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.task import TaskError
@@ -37,6 +37,12 @@ def test_arithmetic_keeps_to_the_numbers_of_steps_it_is_given() -> None:
     drawn = [ord(problem.prompt[3]) - ord("a") + 1 for problem in problems]
     assert {*drawn} == {2, 24}
     assert drawn.count(2) / 600 == pytest.approx(2 / 3, abs=0.06)
+
+
+def test_no_more_are_held_out_than_are_never_trained_on() -> None:
+    assert len(Arithmetic().held_out(HELD_OUT)) == HELD_OUT
+    with pytest.raises(TaskError, match=r"1,024 problems, not 1,025: lower evaluation\.problems"):
+        Arithmetic().held_out(HELD_OUT + 1)
 
 
 def slip_at(at: int, by: int) -> Callable[[int, int], int]:
