@@ -37,5 +37,5 @@ cat <<'END'
 
 What this shows: the whole loop, on a real model. What it does not: eight steps move the accuracy of
 64 problems by less than its interval, and in five steps of stopping a bound on right rollouts lost
-is not proven. scripts/studies/real is the same with more steps and seeds; it has not been run yet.
+is not proven. What longer runs and replays have shown so far: scripts/studies/README.md.
 END

@@ -85,11 +85,14 @@ class GraderPool:
                 future = asyncio.wrap_future(
                     pool.schedule(_grade, (completion, problem), timeout=timeout)
                 )
-                # What waits in a pool that is given up is told nothing.
-                while not (await asyncio.wait({future}, timeout=LOOK))[0]:
-                    if not pool.active:
-                        raise RuntimeError("lost its processes")
-                score, error = await future
+                try:
+                    # What waits in a pool that is given up is told nothing.
+                    while not (await asyncio.wait({future}, timeout=LOOK))[0]:
+                        if not pool.active:
+                            raise RuntimeError("lost its processes")
+                    score, error = await future
+                finally:
+                    future.cancel()
             except RuntimeError as broken:  # the pool, by another's fault: once more, in a new one
                 score, error = None, str(broken)
                 continue
