@@ -214,4 +214,4 @@ async def running(
             gateway.drain()
             await gateway.traffic.over(config.drain_timeout)
             await runner.cleanup()
-            await asyncio.to_thread(gateway.observers.close)
+            await gateway.observers.close()

@@ -23,6 +23,7 @@ from espo_gateway.stream.request import CHAT, TOKENS, Body, Plan, Single, choice
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
 from espo_gateway.telemetry.logs import current
+from espo_gateway.traces.sessions import Turn
 from espo_gateway.upstream.affinity import SESSION_ID
 
 _encode = msgspec.json.Encoder().encode
@@ -53,7 +54,18 @@ async def _admitted(
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
-    turn = gateway.observers.turn(request.headers.get(SESSION_ID), len(planned.singles))
+    with gateway.observers.turn(request.headers.get(SESSION_ID), len(planned.singles)) as turn:
+        return await _monitored(gateway, request, planned, policy, slots, turn)
+
+
+async def _monitored(
+    gateway: Gateway,
+    request: web.Request,
+    planned: Plan,
+    policy: Policy,
+    slots: Slots,
+    turn: Turn | None,
+) -> web.StreamResponse:
     began = partial(gateway.metrics.first_token, request, planned.path)
     sessions = [gateway.session(planned, single, policy, began, turn) for single in planned.singles]
     if planned.tokens:
