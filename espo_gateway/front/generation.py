@@ -19,6 +19,7 @@ from espo_gateway.front.headers import forwarded_headers, generation_headers
 from espo_gateway.front.passthrough import pass_marked
 from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
+from espo_gateway.stream.chunks import Chunk
 from espo_gateway.stream.request import CHAT, TOKENS, Body, Plan, Single, choices_of, plan
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
@@ -67,7 +68,10 @@ async def _monitored(
     turn: Turn | None,
 ) -> web.StreamResponse:
     began = partial(gateway.metrics.first_token, request, planned.path)
-    sessions = [gateway.session(planned, single, policy, began, turn) for single in planned.singles]
+    head: Chunk = {}
+    sessions = [
+        gateway.session(planned, single, policy, began, turn, head) for single in planned.singles
+    ]
     if planned.tokens:
         for session, single in zip(sessions, planned.singles, strict=True):
             session.prompt_token_ids = prompt_ids(single)

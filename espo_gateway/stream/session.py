@@ -62,6 +62,7 @@ class Session:
 
     began: called when its first token comes. followers: of this choice alone. earlier: turns that
         its monitor goes on from. ids: whether token ids are wanted though no source reads them.
+        head: of the answer, which its choices share.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Session:
         followers: Sequence[Follower] = (),
         earlier: Earlier | None = None,
         ids: bool = False,
+        head: Chunk | None = None,
     ) -> None:
         self.gate = control.applied(gate)
         self.mode: Mode = control.mode
@@ -135,6 +137,7 @@ class Session:
             chat=chat,
             finish_reason=policy.finish_reason,
             hide_ids=self.wants_ids and not asked.token_ids,
+            head=head,
         )
         #: whatever a chunk tells beside its text is not for this client
         self._text_only = not (
@@ -423,7 +426,7 @@ class Session:
 
     @property
     def head(self) -> Chunk:
-        """`id` and `model` as the server tells them; empty before the first token."""
+        """`id` and `model` as the client is told them; empty before the answer's first token."""
         return self._outbox.head
 
     @property
