@@ -10,6 +10,7 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
+from espo_gateway.config import CHAT, TOKENS
 from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.front.admission import Slots
 from espo_gateway.front.bodies import decode
@@ -20,7 +21,7 @@ from espo_gateway.front.passthrough import pass_marked
 from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
 from espo_gateway.stream.chunks import Chunk
-from espo_gateway.stream.request import CHAT, TOKENS, Body, Plan, Single, choices_of, plan
+from espo_gateway.stream.request import Body, Plan, Single, choices_of, plan
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
 from espo_gateway.telemetry.logs import current
