@@ -28,6 +28,7 @@ from tests.helpers.gateway import (
     chat_body,
     completion_body,
     gateway_for,
+    get_text,
     until_asked,
 )
 
@@ -197,7 +198,7 @@ async def test_what_is_idle_is_written_without_another_request(tmp_path: Path) -
         kept = gateway.observers.sessions
         assert kept is not None
         while len(kept):
-            await asyncio.sleep(0)
+            await get_text(gateway.url + "/health")
     assert turns(path) == [("a", 1, 0)]
 
 
