@@ -92,9 +92,10 @@ class Session:
         self._weights = [(0, gate.weights_version)]
         self.index = single.index
         self.prompt = single.prompt
-        #: when it began, and when its first token came, by `time.monotonic`
+        #: when it began, when its first token came, and when it was over, by `time.monotonic`
         self.started = time.monotonic()
         self.first_token: float | None = None
+        self.over: float | None = None
         #: tokens of the prompt, None until known
         self.prompt_tokens = single.prompt_tokens
         #: ids of prompt and sampled tokens, kept only for those who read them
@@ -326,6 +327,8 @@ class Session:
 
     def answer(self, token: int, answers: Answers) -> None:
         """Take what sources have answered about a token; a missing one could not be had."""
+        if token not in self._unanswered:
+            return  # asked before it was given up
         assert self.watch is not None
         if "probe" in answers:
             self.probed[token] = answers["probe"]
