@@ -17,7 +17,7 @@ from aiohttp import web
 from espo_gateway.admin.live import Live
 from espo_gateway.admin.routes import admin_routes
 from espo_gateway.admin.scrape import GatewayCollector
-from espo_gateway.config import Config
+from espo_gateway.config import MONITORED, Config
 from espo_gateway.critic.custom import CustomCritic, load_critic
 from espo_gateway.critic.server import CriticServer, EngineCritic, ValueServer
 from espo_gateway.front.abort import abort
@@ -27,7 +27,7 @@ from espo_gateway.front.generation import generate
 from espo_gateway.front.middleware import completion, middleware
 from espo_gateway.front.openapi import description
 from espo_gateway.front.passthrough import list_models, pass_through
-from espo_gateway.front.paths import ABORT, MONITORED, generating_path, upstream_path
+from espo_gateway.front.paths import ABORT, generating_path, upstream_path
 from espo_gateway.telemetry.logs import http_log
 from espo_gateway.telemetry.metrics import Metrics
 from espo_gateway.upstream.connection import Limits
@@ -214,4 +214,4 @@ async def running(
             gateway.drain()
             await gateway.traffic.over(config.drain_timeout)
             await runner.cleanup()
-            await asyncio.to_thread(gateway.observers.close)
+            await gateway.observers.close()

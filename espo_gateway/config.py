@@ -37,6 +37,10 @@ ESPO_GATEWAY_API_KEYS, ESPO_GATEWAY_ADMIN_KEY and ESPO_GATEWAY_UPSTREAM_KEY.
 
 `python -m espo_gateway calibrate --help` tells how to find a gate from recorded traces.
 """
+#: The routes whose generations a monitor can follow: OpenAI's two, and vLLM's for trainers.
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+TOKENS = "/inference/v1/generate"
+MONITORED = frozenset({COMPLETIONS, CHAT, TOKENS})
 #: What may be a finish_reason.
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 #: Choices of one request, unless set otherwise.
@@ -98,7 +102,9 @@ class Config:
     attempts: Count = _setting(3, "tries of a request before its answer has begun")
     connect_timeout: Positive = _setting(5.0, "longest wait for a connection")
     first_token_timeout: Positive = _setting(
-        600.0, "longest wait for an answer to begin, the server's queue included"
+        600.0,
+        "longest wait for an answer to begin, the server's queue included; none of those that "
+        "servers give whole",
     )
     idle_timeout: Positive = _setting(600.0, "longest silence within an answer")
     total_timeout: NotNegative = _setting(0.0, "longest answer; 0: no limit")
@@ -206,6 +212,8 @@ class Config:
         for name, url in servers:
             if url is not None and not re.match(r"https?://[^/]", url):
                 raise ValueError(f"{name}: a server must be like http://host:port, not {url!r}")
+            if url is not None and not _has_port(url):
+                raise ValueError(f"{name}: the port of {url} must be a number from 1 to 65535")
             if url is not None and urlsplit(url).username is not None:
                 # It would stand in every log line and in /ready.
                 raise ValueError(f"{name}: no key in the URL, please; use upstream_key_file")
@@ -244,6 +252,11 @@ class Config:
                     f"finish_reason: must be a word, or words for routes as in "
                     f"length,/v1/completions=stop, and not {one.strip()!r}"
                 )
+            if route and route not in MONITORED:
+                raise ValueError(
+                    f"finish_reason: {route} is none of the routes that are stopped, which are "
+                    f"{', '.join(sorted(MONITORED))}"
+                )
             if route in found:
                 raise ValueError(
                     f"finish_reason: {found[route]!r} and {word!r} are two words for "
@@ -280,6 +293,14 @@ class Config:
     def read_gate(self) -> bytes | None:
         """The gate's JSON. Raises OSError."""
         return self.gate.read_bytes() if isinstance(self.gate, Path) else self.gate
+
+
+def _has_port(url: str) -> bool:
+    """Whether a URL's port is one that can be connected to, or left out."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def parse(
@@ -378,11 +399,22 @@ def _no_such(name: str, known: Iterable[str]) -> str:
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     names = {_variable(one.name): one.name for one in fields(Config)}
-    unknown = [n for n in environment if n.startswith(_variable("")) and n not in names]
-    if unknown:
+    given = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_variable("")) and not _of_kubernetes(name, value)
+    }
+    if unknown := [name for name in given if name not in names]:
         raise ValueError(_no_such(unknown[0], names))
-    found: dict[str, Any] = {names[n]: environment[n] for n in environment if n in names}
+    found: dict[str, Any] = {names[name]: value for name, value in given.items()}
     for name in ("upstreams", "api_keys"):
         if name in found:
             found[name] = tuple(re.split(r"[,\s]+", found[name].strip()))
     return found
+
+
+def _of_kubernetes(variable: str, value: str) -> bool:
+    """Whether it is one that tells a pod of a Service named espo-gateway."""
+    name = variable.removeprefix(_variable(""))
+    told = re.fullmatch(r"(SERVICE|PORT_\d+)_\w+", name) is not None
+    return told or (name == "PORT" and re.match("(tcp|udp|sctp)://", value) is not None)

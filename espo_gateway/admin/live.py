@@ -68,6 +68,7 @@ class Live:
                 "beta": gate.beta,
                 "epsilon": gate.epsilon,
                 "p_star": gate.p_star,
+                "confidence": gate.confidence,
                 "hazard": gate.hazard,
                 "version": gate.version,
             },

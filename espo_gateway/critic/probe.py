@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from espo_gateway.config import COMPLETIONS
 from espo_gateway.critic.metrics import ProbeMetrics
 from espo_gateway.critic.server import FailureLog
 from espo_gateway.errors import EXCERPT, UpstreamError, UpstreamProtocolError
 from espo_gateway.stop.told import Probe
-from espo_gateway.stream.request import COMPLETIONS, WHOLE_POLICY
+from espo_gateway.stream.request import WHOLE_POLICY
 from espo_gateway.upstream.pool import UpstreamPool
 
 #: Tokens of the answer that are asked for at most.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import msgspec
@@ -63,8 +64,8 @@ def _with_all_choices(gateway: Gateway, data: bytes) -> bytes:
         if not isinstance(one, str):
             continue
         known_as = one.removeprefix(_PREFIX)
-        # The first choice's id is what the client of several is told.
-        for request_id in {known_as, known_as.removesuffix("-0")}:
+        # The id of the choice that began first is what the client of several is told.
+        for request_id in {known_as, re.sub(r"-\d+$", "", known_as)}:
             count = gateway.several.get(request_id, 0)
             more += [f"{_PREFIX}{request_id}-{index}" for index in range(count)]
     return msgspec.json.encode({**body, "request_ids": [*given, *more]}) if more else data

@@ -14,8 +14,6 @@ from espo_gateway.stream.templates import Output
 
 _encode = msgspec.json.Encoder().encode
 
-#: What chunks of one answer have in common, whichever choice they are of.
-_SHARED = ("id", "created", "request_id")
 _ALIVE = b": keep-alive\n\n"
 #: Bytes that a client may be behind before its stream waits for it.
 _BEHIND = 64 * 2**10
@@ -48,7 +46,7 @@ class EventStream:
         )
         self._beginning = asyncio.Lock()
         self._chunked = False
-        self._head: Chunk = {}
+        self._told = False
 
     @property
     def flowing(self) -> bool:
@@ -101,7 +99,7 @@ class EventStream:
         await self.certain.wait()
         while True:
             await asyncio.sleep(seconds)
-            if self._head:
+            if self._told:
                 return  # the first chunk is out
             with suppress(ConnectionResetError):  # whoever serves the client notices it, too
                 await self.send(_ALIVE)
@@ -113,14 +111,12 @@ class EventStream:
         return self._response
 
     def _encoded(self, outputs: list[Output]) -> bytes:
+        self._told = self._told or bool(outputs)
         events = []
         for output in outputs:
             if isinstance(output, tuple):
                 template, text = output
                 events.append(template.event(text))
-                continue
-            # Choices of one answer share its id, wherever they come from.
-            head = self._head = self._head or output
-            output.update((name, head[name]) for name in _SHARED if name in head)
-            events.append(event(output))
+            else:
+                events.append(event(output))
         return b"".join(events)

@@ -19,6 +19,7 @@ from espo_gateway.front.headers import ANSWERED, CrossOrigin, answered_headers
 from espo_gateway.front.paths import served
 from espo_gateway.stop.gate_json import Control, gate_from_json
 from espo_gateway.stop.rules import Gate
+from espo_gateway.stream.chunks import Chunk
 from espo_gateway.stream.decided import DecidedSession, can_decide
 from espo_gateway.stream.request import Plan, Single
 from espo_gateway.stream.session import Policy, Session
@@ -99,8 +100,12 @@ class Gateway:
         policy: Policy,
         began: Callable[[], None],
         turn: Turn | None,
+        head: Chunk,
     ) -> Session:
-        """For one choice of a request that begins now: the seam where it is settled who decides."""
+        """For one choice of a request that begins now: the seam where it is settled who decides.
+
+        head: of the answer, which its choices share.
+        """
         gate = self.gate_of(planned.control)
         followers = self.observers.followers(gate, single.body, turn)
         by_server = (
@@ -119,6 +124,7 @@ class Gateway:
             followers=followers,
             earlier=None if turn is None else turn.earlier,
             ids=self.observers.wants_ids(turn),
+            head=head,
         )
 
     def push_gate(self, data: bytes) -> None:

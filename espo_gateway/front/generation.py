@@ -10,6 +10,7 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
+from espo_gateway.config import CHAT, TOKENS
 from espo_gateway.errors import GatewayError, InvalidRequest
 from espo_gateway.front.admission import Slots
 from espo_gateway.front.bodies import decode
@@ -19,10 +20,12 @@ from espo_gateway.front.headers import forwarded_headers, generation_headers
 from espo_gateway.front.passthrough import pass_marked
 from espo_gateway.front.relay import Bodies, OutputSink, follow
 from espo_gateway.stream.answer import Answer, merged, total_usage
-from espo_gateway.stream.request import CHAT, TOKENS, Body, Plan, Single, choices_of, plan
+from espo_gateway.stream.chunks import Chunk
+from espo_gateway.stream.request import Body, Plan, Single, choices_of, plan
 from espo_gateway.stream.session import Policy, Session
 from espo_gateway.stream.tokens import TokensAnswer, merged_tokens, plan_tokens, prompt_ids
 from espo_gateway.telemetry.logs import current
+from espo_gateway.traces.sessions import Turn
 from espo_gateway.upstream.affinity import SESSION_ID
 
 _encode = msgspec.json.Encoder().encode
@@ -53,9 +56,23 @@ async def _admitted(
     if planned.unmonitored is not None:
         gateway.metrics.count_unmonitored(planned.unmonitored)
         return await pass_marked(gateway, request, planned)
-    turn = gateway.observers.turn(request.headers.get(SESSION_ID), len(planned.singles))
+    with gateway.observers.turn(request.headers.get(SESSION_ID), len(planned.singles)) as turn:
+        return await _monitored(gateway, request, planned, policy, slots, turn)
+
+
+async def _monitored(
+    gateway: Gateway,
+    request: web.Request,
+    planned: Plan,
+    policy: Policy,
+    slots: Slots,
+    turn: Turn | None,
+) -> web.StreamResponse:
     began = partial(gateway.metrics.first_token, request, planned.path)
-    sessions = [gateway.session(planned, single, policy, began, turn) for single in planned.singles]
+    head: Chunk = {}
+    sessions = [
+        gateway.session(planned, single, policy, began, turn, head) for single in planned.singles
+    ]
     if planned.tokens:
         for session, single in zip(sessions, planned.singles, strict=True):
             session.prompt_token_ids = prompt_ids(single)

@@ -15,9 +15,9 @@ from urllib.parse import urljoin, urlsplit
 from aiohttp import web
 from multidict import CIMultiDict, MultiMapping
 
+from espo_gateway.config import MONITORED
 from espo_gateway.errors import GatewayError, said
 from espo_gateway.front.auth import Keys
-from espo_gateway.front.paths import MONITORED
 from espo_gateway.stream.request import Body
 from espo_gateway.telemetry.logs import REQUEST_ID, current
 from espo_gateway.upstream.pool import UpstreamPool

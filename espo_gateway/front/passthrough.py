@@ -32,6 +32,7 @@ from espo_gateway.upstream.connection import Reply
 
 class _Named(msgspec.Struct, gc=False):
     model: Any = None
+    stream: Any = None
 
 
 _named = msgspec.json.Decoder(_Named).decode
@@ -70,8 +71,9 @@ async def _passed(
     headers = forwarded_headers(gateway.keys, request)
     model = requested_model(request, data) if len(gateway.pool.servers) > 1 else None
     key = passed_key(gateway.pool.affinity, headers, data)
+    whole = reason is not None and not _named_in(data).stream
     async with gateway.pool.open(
-        request.method, path, headers=headers, data=data, key=key, model=model
+        request.method, path, headers=headers, data=data, key=key, model=model, whole=whole
     ) as upstream:
         request[ANSWERED] = CIMultiDict()
         response = web.StreamResponse(status=upstream.status)
@@ -110,15 +112,20 @@ def requested_model(request: web.Request, data: bytes | None) -> str | None:
     if not data:
         return None
     if request.content_type == "application/json":
-        try:
-            model = _named(data).model
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
+        model = _named_in(data).model
         return model if isinstance(model, str) else None
     if request.content_type == "multipart/form-data":
         found = _FORM_MODEL.search(data)
         return found[1].decode(errors="replace") if found else None
     return None
+
+
+def _named_in(data: bytes | None) -> _Named:
+    """What a body says, where it is JSON."""
+    try:
+        return _named(data or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _Named()
 
 
 async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> web.StreamResponse:
@@ -140,6 +147,7 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
                 data=data,
                 key=key,
                 model=planned.body.get("model"),
+                whole=not planned.asked.stream,
             ) as upstream,
         ):
             gateway.answered(request, upstream)

@@ -11,15 +11,13 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from espo_gateway.config import TOKENS
 from espo_gateway.errors import InvalidRequest
-from espo_gateway.stream.request import CHAT, COMPLETIONS, TOKENS
 
 _CONTROL = frozenset(map(chr, [*range(0x20), 0x7F]))
 
 #: The route that ends requests of vLLM's for trainers.
 ABORT = "/inference/v1/abort_requests"
-#: Routes whose generations a monitor can follow.
-MONITORED = frozenset({COMPLETIONS, CHAT, TOKENS})
 _OF_TRAINERS = [path.split("/")[1:] for path in (TOKENS, ABORT)]
 #: What the servers answer, and not the gateway itself.
 _SERVED = ("/v1/", "/inference/v1/")

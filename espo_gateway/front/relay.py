@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 import msgspec
 
+from espo_gateway.config import CHAT, TOKENS
 from espo_gateway.critic.inquiry import Ask, Inquiry
 from espo_gateway.critic.probe import AnswerProbe
 from espo_gateway.critic.server import ValueServer
@@ -22,7 +24,7 @@ from espo_gateway.stop.told import SourceName
 from espo_gateway.stream.answer import Answer
 from espo_gateway.stream.chunks import decode_chunk
 from espo_gateway.stream.decided import DecidedSession
-from espo_gateway.stream.request import CHAT, TOKENS, Body, Single, upstream_body
+from espo_gateway.stream.request import Body, Single, upstream_body
 from espo_gateway.stream.session import Session
 from espo_gateway.stream.sse import BOM, SSEParser
 from espo_gateway.stream.templates import Output
@@ -128,6 +130,7 @@ async def follow(
             if inquiry is not None:
                 await inquiry.conclude()
     finally:
+        session.over = time.monotonic()
         if inquiry is not None:
             inquiry.close()
     await sink.deliver([*session.drain(), session.finish()])

@@ -101,7 +101,7 @@ class DecidedSession(Session):
         del answer["choices"]
         usage = answer.pop("usage", None)
         self._usage = usage if isinstance(usage, dict) else None
-        self._outbox.head.update(answer)
+        self._outbox.share(answer)
         choice["index"] = self.index
         self._adopt(choice)
         self._outbox.last = {"choices": [choice]}

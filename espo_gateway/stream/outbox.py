@@ -22,6 +22,8 @@ from espo_gateway.stream.request import Asked, Single
 from espo_gateway.stream.templates import Output
 
 _HEAD = ("id", "object", "created", "model", "request_id", "output_mode")
+#: What chunks of one answer have in common, whichever choice they are of.
+_SHARED = ("id", "created", "request_id")
 _NOT_ON_LAST = (*_HEAD, "choices", "usage")
 
 
@@ -40,16 +42,18 @@ class Outbox:
     held: chunks that may still be cut. ready: what may go out now; a template's output may be
         appended while nothing is held.
     last: the choice's last chunk, once it is certain. It waits for `finish`.
-    head: `id`, `object`, `created` and `model` of the first chunk; empty before it.
+    head: `id`, `object`, `created` and `model` of the first chunk of any choice; empty before it.
     tail: what the chunks without choices say, with one of which a server ends its stream.
 
     Args:
         finish_reason: of a choice that is cut.
         hide_ids: the token ids have been asked for by the gateway, not by the client.
+        head: of the answer, which its choices share; None for one alone.
     """
 
     __slots__ = (
         "_asked",
+        "_begun",
         "_chat",
         "_complete",
         "_finish_reason",
@@ -64,12 +68,19 @@ class Outbox:
     )
 
     def __init__(
-        self, asked: Asked, single: Single, *, chat: bool, finish_reason: str, hide_ids: bool
+        self,
+        asked: Asked,
+        single: Single,
+        *,
+        chat: bool,
+        finish_reason: str,
+        hide_ids: bool,
+        head: Chunk | None = None,
     ) -> None:
         self.held: deque[_Held] = deque()
         self.ready: list[Output] = []
         self.last: Chunk | None = None
-        self.head: Chunk = {}
+        self.head: Chunk = {} if head is None else head
         self.tail: Chunk = {}
         self._asked = asked
         self._chat = chat
@@ -77,7 +88,7 @@ class Outbox:
         self._hide_ids = hide_ids
         self._index = single.index
         self._lag = HeldText(single.body)
-        self._complete = False
+        self._begun = self._complete = False
 
     @property
     def lags(self) -> bool:
@@ -96,6 +107,12 @@ class Outbox:
         self._complete = self._complete or bool(choice.get("finish_reason"))
         self.held.append(_Held(chunk, texts, end, lag))
 
+    def share(self, chunk: Chunk) -> None:
+        """Let a chunk tell what the first of all choices has told."""
+        if not self.head:
+            self.head.update((name, chunk[name]) for name in _HEAD if name in chunk)
+        chunk.update((name, self.head[name]) for name in _SHARED if self.head.get(name))
+
     def release(self, cut: int | None, limit: int | None) -> None:
         """Make ready what is certain, stripped of what the client did not ask for.
 
@@ -106,8 +123,8 @@ class Outbox:
         while held and (cut is not None or limit is None or held[0].end < limit):
             item = held.popleft()
             chunk = item.chunk
-            if not self.head:
-                self.head = {name: chunk[name] for name in _HEAD if name in chunk}
+            self._begun = True
+            self.share(chunk)
             choice = chunk["choices"][0]
             if cut is not None and item.end >= cut:
                 self._end_at(cut, item, choice)
@@ -131,7 +148,7 @@ class Outbox:
             UpstreamProtocolError: there is none.
         """
         last = self.last
-        if last is None and done and self.head:
+        if last is None and done and self._begun:
             place: Chunk = {"delta": {}} if self._chat else {"text": ""}
             choice = {"index": self._index, **place, "logprobs": None, "finish_reason": None}
             last = {**self.head, "choices": [choice]}

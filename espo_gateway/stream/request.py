@@ -8,15 +8,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from espo_gateway.config import MAX_CHOICES
+from espo_gateway.config import CHAT, COMPLETIONS, MAX_CHOICES, TOKENS
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import Control, control_from_json
 
 Body = dict[str, Any]
 
-#: The routes that a monitor can follow: OpenAI's two, and vLLM's for trainers (`tokens.py`).
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-TOKENS = "/inference/v1/generate"
 #: What samples from the whole policy: where a request does not say so, vLLM takes what the
 #: checkpoint's generation_config.json has.
 WHOLE_POLICY = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}

@@ -62,6 +62,7 @@ class Session:
 
     began: called when its first token comes. followers: of this choice alone. earlier: turns that
         its monitor goes on from. ids: whether token ids are wanted though no source reads them.
+        head: of the answer, which its choices share.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Session:
         followers: Sequence[Follower] = (),
         earlier: Earlier | None = None,
         ids: bool = False,
+        head: Chunk | None = None,
     ) -> None:
         self.gate = control.applied(gate)
         self.mode: Mode = control.mode
@@ -90,9 +92,10 @@ class Session:
         self._weights = [(0, gate.weights_version)]
         self.index = single.index
         self.prompt = single.prompt
-        #: when it began, and when its first token came, by `time.monotonic`
+        #: when it began, when its first token came, and when it was over, by `time.monotonic`
         self.started = time.monotonic()
         self.first_token: float | None = None
+        self.over: float | None = None
         #: tokens of the prompt, None until known
         self.prompt_tokens = single.prompt_tokens
         #: ids of prompt and sampled tokens, kept only for those who read them
@@ -135,6 +138,7 @@ class Session:
             chat=chat,
             finish_reason=policy.finish_reason,
             hide_ids=self.wants_ids and not asked.token_ids,
+            head=head,
         )
         #: whatever a chunk tells beside its text is not for this client
         self._text_only = not (
@@ -323,6 +327,8 @@ class Session:
 
     def answer(self, token: int, answers: Answers) -> None:
         """Take what sources have answered about a token; a missing one could not be had."""
+        if token not in self._unanswered:
+            return  # asked before it was given up
         assert self.watch is not None
         if "probe" in answers:
             self.probed[token] = answers["probe"]
@@ -423,7 +429,7 @@ class Session:
 
     @property
     def head(self) -> Chunk:
-        """`id` and `model` as the server tells them; empty before the first token."""
+        """`id` and `model` as the client is told them; empty before the answer's first token."""
         return self._outbox.head
 
     @property

@@ -24,6 +24,7 @@ from prometheus_client import (
 )
 
 from espo_gateway.errors import GatewayError, UpstreamError
+from espo_gateway.stream.decided import DecidedSession
 from espo_gateway.stream.record import End
 from espo_gateway.stream.session import Session
 
@@ -174,7 +175,8 @@ class Metrics:
         if record.z is not None:
             self.z.labels("stop" if cut is not None else "none").observe(record.z)
             if session.first_token is not None and tokens > 1:
-                taken = time.monotonic() - session.first_token
+                # Other choices of its request may still have gone on.
+                taken = (session.over or time.monotonic()) - session.first_token
                 self.token_seconds.observe(taken / (tokens - 1))
         if end in ("completed", "length"):
             self._savings.ended(tokens)
@@ -186,7 +188,8 @@ class Metrics:
                 self.saved.inc(self._savings.estimate(cut))
             else:
                 self.shadow_saved.inc(tokens - cut)
-        if session.gate.needs_critic:
+        # What a server that decides has asked itself, it does not tell.
+        if session.gate.needs_critic and not isinstance(session, DecidedSession):
             self.critic_tokens.labels("asked").inc(session.asked)
             self.critic_tokens.labels("avoided").inc(tokens - session.asked)
 

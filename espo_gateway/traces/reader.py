@@ -215,13 +215,13 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
             by, correct = next((one for one in found if one[1] is not None), (None, None))
             session = row["session"] if by == "session" else None
         cut = about.end == "early_stop"
-        prompt = str(about.prompt or about.prompt_token_ids or "") or None
+        prompt = _first(about.prompt, about.prompt_token_ids or None)
         if about.session is not None:
             if about.session not in begun or about.turn == 1:
                 begun[about.session] = prompt
             prompt = begun[about.session]
         trace = Trace(
-            key=prompt or str(about.session or about.request or about.id or where),
+            key=prompt or _first(about.session, about.request, about.id) or where,
             by_prompt=prompt is not None,
             logprobs=logprobs,
             max_logprobs=max_logprobs,
@@ -245,6 +245,11 @@ def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
         turn = (None, None) if about.turn is None else (about.session, about.turn + 1)
     if last is not None:
         yield last
+
+
+def _first(*names: object) -> str | None:
+    """The first that there is, in words: 0 is one, and "" is none."""
+    return next((str(name) for name in names if name not in (None, "")), None)
 
 
 def _joined(before: Trace, trace: Trace) -> Trace:

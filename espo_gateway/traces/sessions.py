@@ -3,15 +3,17 @@
 A session's requests are its turns. Their traces wait here until the session is over, so that they
 stand together in the file, in order; and where that is wanted, a turn's monitor goes on where the
 last one's ended. A session is over once it has been idle for so long; when there are too many, or
-they hold too much, the one that was used least recently is over before its time. A later request
-begins it anew.
+they hold too much, the one that was used least recently is over before its time, those with a turn
+under way last. A later request begins it anew.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-import time
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -27,13 +29,19 @@ _SANE = re.compile(r"[\x21-\x7e]{1,128}")
 
 @dataclass(eq=False)
 class Kept:
-    """One session. over: nobody looks for it any more."""
+    """One session. over: nobody looks for it any more.
+
+    turns: the number of its last turn, and sampled: of its last one that got a token. running:
+    turns under way. expiry: ends it, unless a turn begins before.
+    """
 
     name: str
-    used: float
     turns: int = 0
+    sampled: int = 0
+    running: int = 0
     waiting: list[tuple[int, int, Line]] = field(default_factory=list)
     earlier: Earlier | None = None
+    expiry: asyncio.TimerHandle | None = None
     over: bool = False
 
     @property
@@ -46,7 +54,7 @@ class Kept:
 class Turn:
     """One request of a session, the `number`th. earlier: what its monitor goes on from.
 
-    alone: whether it has one choice.
+    alone: whether it has one choice, and no other turn was under way when it began.
     """
 
     of: Kept
@@ -66,34 +74,51 @@ class Sessions:
 
     def __init__(self, recorder: Recorder | None, *, idle: float, carried: bool) -> None:
         self._recorder = recorder
-        self._idle = idle
+        self._idle_seconds = idle
         self._carried = carried
         #: by name, those used least recently first
-        self._kept: dict[str, Kept] = {}
+        self._running: dict[str, Kept] = {}
+        self._idle: dict[str, Kept] = {}
         self._numbers = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._running) + len(self._idle)
 
-    def begin(self, session_id: str, choices: int) -> Turn:
-        """A request of a session begins; it has so many choices."""
-        self.end_idle()
+    @contextmanager
+    def turn(self, session_id: str, choices: int) -> Iterator[Turn]:
+        """A request of a session, from its beginning to its end; it has so many choices."""
         name = session_id
         if not _SANE.fullmatch(name):
             name = blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-        kept = self._kept.pop(name, None) or Kept(name, time.monotonic())
-        self._kept[name] = kept
-        kept.used = time.monotonic()
+        kept = self._running.pop(name, None) or self._idle.pop(name, None) or Kept(name)
+        self._running[name] = kept
+        if kept.expiry is not None:
+            kept.expiry.cancel()
+        # Of several choices, or requests at once, nobody knows which the session goes on with.
+        alone = choices == 1 and not kept.running
+        kept.running += 1
         kept.turns += 1
-        earlier = kept.earlier
-        if earlier is not None:
+        if len(self) > MAX_SESSIONS:
+            self._end_one()
+        try:
+            yield Turn(kept, kept.turns, alone, kept.earlier if alone else None)
+        finally:
+            kept.running -= 1
+            if not kept.running:
+                kept.turns = kept.sampled  # a try that failed was none
+                if not kept.over:
+                    self._idle[name] = self._running.pop(name)
+                    loop = asyncio.get_running_loop()
+                    kept.expiry = loop.call_later(self._idle_seconds, self._end, kept)
+
+    def sampled(self, turn: Turn) -> None:
+        """A turn has got a token: what it went on from is no other's any more."""
+        kept = turn.of
+        kept.sampled = max(kept.sampled, turn.number)
+        if not kept.over:
             self._numbers -= kept.numbers
-            kept.earlier = None  # two requests at once do not both go on from it
+            kept.earlier = None
             self._numbers += kept.numbers
-        if len(self._kept) > MAX_SESSIONS:
-            self._end(next(iter(self._kept.values())))
-        alone = choices == 1
-        return Turn(kept, kept.turns, alone, earlier if alone else None)
 
     def finished(self, turn: Turn, session: Session, columns: Columns, line: Line) -> None:
         """Take a choice of a turn, which has ended. line: its trace."""
@@ -108,28 +133,24 @@ class Sessions:
         self._numbers -= kept.numbers
         if self._recorder is not None:
             kept.waiting.append((turn.number, session.index, line))
-        # Of several choices, or requests at once, nobody knows which the session goes on with.
         if self._carried and turn.alone and turn.number == kept.turns:
             kept.earlier = _carried(turn, session, columns)
         self._numbers += kept.numbers
-        kept.used = time.monotonic()
-        self._kept[kept.name] = self._kept.pop(kept.name)
         while self._numbers > MAX_NUMBERS:
-            self._end(next(iter(self._kept.values())))
-
-    def end_idle(self) -> None:
-        """End the sessions that have been idle for too long."""
-        before = time.monotonic() - self._idle
-        while self._kept and (kept := next(iter(self._kept.values()))).used < before:
-            self._end(kept)
+            self._end_one()
 
     def close(self) -> None:
         """End all of them."""
-        for kept in list(self._kept.values()):
-            self._end(kept)
+        while self._idle or self._running:
+            self._end_one()
+
+    def _end_one(self) -> None:
+        self._end(next(iter((self._idle or self._running).values())))
 
     def _end(self, kept: Kept) -> None:
-        del self._kept[kept.name]
+        del (self._running if kept.running else self._idle)[kept.name]
+        if kept.expiry is not None:
+            kept.expiry.cancel()
         self._numbers -= kept.numbers
         kept.over = True
         if self._recorder is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from espo_gateway.config import Config
@@ -46,11 +48,11 @@ class Observers:
             self.sessions = Sessions(self.recorder, idle=config.session_idle, carried=carried)
         self._record_ids = config.record_ids == "sessions"
 
-    def turn(self, session_id: str | None, choices: int) -> Turn | None:
-        """A request with so many choices begins; what it is of its session."""
+    def turn(self, session_id: str | None, choices: int) -> AbstractContextManager[Turn | None]:
+        """A request with so many choices, to its end; what it is of its session."""
         if self.sessions is None or not session_id:
-            return None
-        return self.sessions.begin(session_id, choices)
+            return nullcontext()
+        return self.sessions.turn(session_id, choices)
 
     def wants_ids(self, turn: Turn | None) -> bool:
         """Whether the token ids of a request's choices are recorded."""
@@ -74,10 +76,10 @@ class Observers:
     ) -> Gate | None:
         """Take a choice that has ended. Returns the gate to be in force, when that is another."""
         watch = session.watch
-        if self.sessions is not None:
-            self.sessions.end_idle()
         if watch is None:
             return None
+        if turn is not None and self.sessions is not None:
+            self.sessions.sampled(turn)
         changed = None
         for follower in session.followers:
             if isinstance(follower, Columns):
@@ -108,10 +110,13 @@ class Observers:
             "recording": recorder.report() if recorder is not None else None,
         }
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Write to the files what is not there yet. May take as long as the disk does."""
         if self.sessions is not None:
-            self.sessions.close()
+            self.sessions.close()  # its timers are the event loop's
+        await asyncio.to_thread(self._close_files)
+
+    def _close_files(self) -> None:
         if self.recorder is not None:
             self.recorder.close()
         if self._state is not None and self.tuning is not None:

@@ -53,11 +53,13 @@ class Catalogue:
         silent = [s for s in self._servers if s.models is None]
         if (not holders or silent) and self._clock() - self._asked >= _ASKED_AGAIN:
             self._asked = self._clock()
-            self._asking |= {asyncio.create_task(self.learn(s, headers)) for s in self._servers}
+            for server in self._servers:
+                task = asyncio.create_task(self.learn(server, headers))
+                task.add_done_callback(self._asking.discard)
+                self._asking.add(task)
         while self._asking and not holders:
             # One that hangs holds up nobody whose model another has.
-            done, _ = await asyncio.wait(self._asking, return_when=asyncio.FIRST_COMPLETED)
-            self._asking -= done
+            await asyncio.wait(self._asking, return_when=asyncio.FIRST_COMPLETED)
             holders = self._holders(model)
         if any(server.available for server in holders):
             return holders

@@ -140,14 +140,15 @@ def server_command(
         # Of these there may be several: it stands beside those that are given.
         given[:0] = ["--middleware", ENGINE_ROUTE]
         if head:
-            if not (Path(head).expanduser() / "config.json").is_file():
+            folder = Path(head).expanduser()
+            if not (folder / "config.json").is_file():
                 raise LaunchError(
                     f"--value-head: {head} is no folder with a config.json; make one with `python "
                     "-m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
                 )
             defaults |= {
                 "--worker-cls": VALUE_WORKER,
-                "--additional-config": json.dumps({VALUE_HEAD: head}),
+                "--additional-config": json.dumps({VALUE_HEAD: str(folder)}),
             }
             environment = VALUE_ENVIRONMENT | dict(environment)
 

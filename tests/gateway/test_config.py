@@ -44,6 +44,10 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ([], {"ESPO_GATEWAY_STATE": "x"}, "", "ESPO_GATEWAY_STATE: has no effect without"),
         ([], {}, "window = 9", r"g\.toml: window: has no effect without --target-share"),
         (["--upstream", "a"], {}, "", "--upstream: a server must be like http://host:port"),
+        (["--upstream", "http://a:80000"], {}, "", "--upstream: the port of http://a:80000 must"),
+        (["--upstream", "http://a:8000x"], {}, "", "--upstream: the port of http://a:8000x must"),
+        (["--critic", "http://a:0/v1"], {}, "", "--critic: the port of http://a:0/v1 must"),
+        (["--finish-reason", "/v1/completion=stop"], {}, "", "--finish-reason: /v1/completion is"),
         (["--log-level", "x"], {}, "", "--log-level: invalid choice"),
         (["--record-ids", "sessions"], {}, "", "--record-ids: has no effect without --record"),
         (
@@ -80,3 +84,17 @@ def test_a_bad_setting_is_named_with_its_source(
         parse(["--config", str(tmp_path / "g.toml"), *UPSTREAM, *flags], environment)
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_kubernetes_says_of_a_service_of_that_name_is_no_setting() -> None:
+    service = {
+        "ESPO_GATEWAY_SERVICE_HOST": "10.0.0.1",
+        "ESPO_GATEWAY_SERVICE_PORT": "8100",
+        "ESPO_GATEWAY_SERVICE_PORT_HTTP": "8100",
+        "ESPO_GATEWAY_PORT": "tcp://10.0.0.1:8100",
+        "ESPO_GATEWAY_PORT_8100_TCP": "tcp://10.0.0.1:8100",
+        "ESPO_GATEWAY_PORT_8100_TCP_PROTO": "tcp",
+        "ESPO_GATEWAY_PORT_8100_TCP_PORT": "8100",
+        "ESPO_GATEWAY_PORT_8100_TCP_ADDR": "10.0.0.1",
+    }
+    assert parse(UPSTREAM, service) == parse(UPSTREAM, {})

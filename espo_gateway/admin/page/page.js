@@ -113,6 +113,8 @@ function constants(gate) {
     case "value-only":
     case "success-probability":
       return `p* ${constant(gate.p_star)}${source}`;
+    case "confidence":
+      return `confidence ${constant(gate.confidence)}`;
     case "random":
       return `hazard ${constant(gate.hazard)}`;
     default:

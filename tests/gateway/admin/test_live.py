@@ -51,6 +51,7 @@ async def test_an_idle_gateway() -> None:
             "beta": 1.0,
             "epsilon": 0.2,
             "p_star": 0.05,
+            "confidence": 1.0,
             "hazard": 0.0,
             "version": 3,
         }

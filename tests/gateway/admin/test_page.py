@@ -134,6 +134,9 @@ async def test_the_numbers_of_a_load(browser: Browser, width: int) -> None:
             await seen.text("version", "4")
             await seen.text("rule-note", "p* 0.125, V constant")
             await expect(seen.page.locator("#level-name")).to_have_text("V")
+            gateway.push_gate(b'{"version": 5, "rule": "confidence", "confidence": 0.25}')
+            await seen.text("version", "5")
+            await seen.text("rule-note", "confidence 0.25")
 
 
 @both

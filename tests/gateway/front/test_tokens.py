@@ -18,6 +18,7 @@ from tests.helpers.gateway import (
     CRITIC_GATE,
     FAILING,
     GOOD,
+    advance,
     gateway_for,
     metric,
     post,
@@ -262,6 +263,33 @@ async def test_every_server_is_told_whom_to_abort_and_of_every_choice() -> None:
         await asked
         await aborted(gateway.url, {"request_ids": ids})
         assert one.aborts[-1] == ids
+
+
+async def test_whichever_choice_begins_first_the_answer_has_one_id() -> None:
+    async with (
+        FakeServer(FAILING, gated=True) as one,
+        FakeServer(FAILING, gated=True) as two,
+        gateway_for(one, two) as gateway,
+        aiohttp.ClientSession() as session,
+    ):
+        options = {"include_usage": True}
+        body = tokens_body({"n": 2}, stream=True, stream_options=options)
+        asked = asyncio.create_task(session.post(gateway.url + TOKENS, json=body))
+        await until_running(one, 1)
+        await until_running(two, 1)
+        second = one if one.bodies[0]["request_id"] == "r-1" else two
+        await advance(second, 1)
+        async with await asked as response:
+            events = [await response.content.readuntil(b"\n\n")]
+            # By that id the client may end all of it.
+            await aborted(gateway.url, {"request_ids": ["generate-tokens-r-1"]})
+            assert {"generate-tokens-r-0", "generate-tokens-r-1"} <= {*one.aborts[0]}
+            for server in (one, two):
+                server.release(100)
+            events += (await response.read()).split(b"\n\n")
+    told = [json.loads(event[6:]) for event in events if event.startswith(b"data: {")]
+    assert told[-1]["choices"] == []
+    assert {chunk["request_id"] for chunk in told} == {"generate-tokens-r-1"}
 
 
 async def test_an_aborted_rollout_is_no_stopped_one() -> None:

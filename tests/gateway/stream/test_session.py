@@ -15,7 +15,7 @@ from espo_gateway.stop.recorded import Recorded
 from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stream.request import plan
-from espo_gateway.stream.session import Session
+from espo_gateway.stream.session import Policy, Session
 from tests.helpers.streams import CALM, EAGER, WILD, chunk
 
 #: Stops where the hash of the stream says so: at any token, the last included.
@@ -53,6 +53,26 @@ def test_the_token_that_completes_a_rollout_stops_nothing(chunking: list[int], m
         finish = "stop" if start == len(logprobs) else None
         chunks.append(chunk(logprobs[start - size : start], finish))
     assert ending(played(chunks, mode=mode)) == ("stop", None, False)
+
+
+def test_what_is_answered_after_it_was_given_up_changes_nothing() -> None:
+    gate = Gate(rule="value-gated", value="critic", beta=2.0, epsilon=0.5, min_tokens=1)
+    planned = plan({"model": "m", "prompt": [1, 2, 3]}, chat=False)
+    one = Session(
+        *(gate, Control(), planned.asked, planned.singles[0]),
+        chat=False,
+        policy=Policy(refuse=False),
+    )
+    one.receive(chunk([CALM, WILD, WILD, WILD]))
+    asked = list(one.questions)
+    one.give_up("not today")
+    one.receive(chunk([WILD], "stop"))
+    for token in asked:
+        one.answer(token, {"critic": [0.0]})
+    one.drain()
+    assert asked
+    assert one.decided
+    assert ending(one) == ("stop", None, False)
 
 
 def test_only_the_last_token_of_a_merged_final_chunk_is_exempt() -> None:

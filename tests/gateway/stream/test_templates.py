@@ -181,7 +181,7 @@ LATER: dict[str, tuple[tuple[str, ...], Any]] = {
     "token ids": (("choices",), {"token_ids": [5], "delta": {"content": "b"}}),
     "an extra": ((), {"service_tier": "x"}),
     "an extra object": ((), {"timings": {"n": 1}, "model": "another"}),
-    "another head": ((), {"id": "another"}),
+    "another head": ((), {"model": "another"}),
 }
 
 

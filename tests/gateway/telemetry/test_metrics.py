@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import re
 from typing import Any
@@ -19,6 +21,7 @@ from tests.helpers.gateway import (
     COMPLETIONS,
     FAILING,
     GOOD,
+    advance,
     chat_body,
     completion_body,
     gateway_for,
@@ -164,6 +167,46 @@ async def test_critic_calls_asked_and_avoided() -> None:
         assert 0 < asked < 20
         assert seen["espo_gateway_critic_tokens_total{outcome=asked}"] == asked
         assert seen["espo_gateway_critic_tokens_total{outcome=avoided}"] == 20 - asked
+
+
+async def test_nobody_knows_what_a_server_that_decides_has_asked() -> None:
+    gate = json.dumps({"rule": "value-gated", "value": "critic", "beta": 2.0}).encode()
+    script = dataclasses.replace(FAILING, values=(0.0,) * 16)
+    async with (
+        FakeServer(script, decides=True, values=True) as server,
+        gateway_for(server, gate=gate, critic="engine") as gateway,
+    ):
+        _, answer = await post(gateway.url + COMPLETIONS, completion_body())
+        assert answer["choices"][0]["espo"]["stopped"]
+        seen = await settled(gateway)
+        assert not [name for name in seen if name.startswith("espo_gateway_critic_tokens_total")]
+
+
+async def test_a_choice_is_over_when_its_own_last_token_has_come() -> None:
+    def script(body: dict[str, Any]) -> Script:
+        return Script([GOOD] * (3 if body["seed"] == 1 else 10))
+
+    async with FakeServer(script, gated=True) as server, gateway_for(server) as gateway:
+        asked = asyncio.create_task(post(gateway.url + COMPLETIONS, completion_body(n=2, seed=1)))
+        await server.until(lambda: server.running == 2)
+        sessions = list(gateway.sessions)
+        short, long = sorted(sessions, key=lambda session: session.index)
+        await advance(server, 8)
+        await server.until(lambda: server.finished == 1)
+        while short.over is None:
+            await samples(gateway)
+        assert long.over is None
+        assert {short, long} == gateway.sessions
+        server.release(100)
+        await asked
+        # Made known, it is by its own times.
+        name = "espo_gateway_time_per_output_token_seconds"
+        before = await settled(gateway)
+        short.first_token, short.over = 1.0, 5.0
+        gateway.metrics.count(short)
+        after = await settled(gateway)
+        assert after[f"{name}_count{{}}"] == before[f"{name}_count{{}}"] + 1 == 3
+        assert after[f"{name}_bucket{{le=2.5}}"] == before[f"{name}_bucket{{le=2.5}}"] + 1
 
 
 async def test_unmonitored_requests_by_reason() -> None:

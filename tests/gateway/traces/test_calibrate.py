@@ -288,6 +288,18 @@ def test_outcomes_may_come_from_a_file_of_their_own(tmp_path: Path) -> None:
         assert len(read_outcomes(outcomes, "good")) == 300
 
 
+@pytest.mark.parametrize("name", ["prompt", "session", "request", "id"])
+def test_what_is_named_by_a_number_may_be_0(tmp_path: Path, name: str) -> None:
+    told = [line(r, 0, request=None, id=None) for r in simulate(4, 0)]
+    for number, row in enumerate(told):
+        row[name] = number % 2
+    path = write(tmp_path / "t.jsonl", told)
+    [traces] = read_traces([path], outcome="correct", known=None)
+    first, second, third, fourth = traces.keys.tolist()
+    assert first == third != second == fourth
+    assert traces.by_prompt.tolist() == [name == "prompt"] * 4
+
+
 def test_a_dump_of_the_trainers_gives_the_same(tmp_path: Path) -> None:
     rollouts = [
         dataclasses.replace(r, problem=dataclasses.replace(r.problem, prompt=f"r{number}"))

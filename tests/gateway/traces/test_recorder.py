@@ -8,6 +8,7 @@ import math
 import resource
 import threading
 from array import array
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tests.helpers.gateway import (
     completion_body,
     gateway_for,
     post,
+    post_stream,
 )
 
 
@@ -88,6 +90,30 @@ async def test_requests_that_ask_the_same_are_told_by_the_same_hash(tmp_path: Pa
             await post(gateway.url + COMPLETIONS, completion_body(**fields))
     one, same, other = (line["prompt"] for line in lines(path))
     assert one == same != other
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_choice_has_the_id_that_its_client_was_told(
+    tmp_path: Path, stream: bool
+) -> None:
+    path = tmp_path / "traces.jsonl"
+    numbers = count()
+
+    def named(chunk: dict[str, Any]) -> dict[str, Any]:
+        return {**chunk, "id": f"cmpl-{next(numbers)}"}
+
+    async with (
+        FakeServer(Script([GOOD] * 3, rewrite=named)) as server,
+        gateway_for(server, record=path) as gateway,
+    ):
+        url, body = gateway.url + COMPLETIONS, completion_body(prompt=["a", "b"], n=2)
+        if stream:
+            told = {chunk["id"] for chunk in await post_stream(url, {**body, "stream": True})}
+        else:
+            _, answer = await post(url, body)
+            told = {answer["id"]}
+    assert len(told) == 1
+    assert [line["id"] for line in lines(path)] == [*told] * 4
 
 
 async def test_every_kind_of_end_is_told_and_a_stop_is_kept_to_its_cut(tmp_path: Path) -> None:

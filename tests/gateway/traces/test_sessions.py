@@ -28,6 +28,7 @@ from tests.helpers.gateway import (
     chat_body,
     completion_body,
     gateway_for,
+    get_text,
     until_asked,
 )
 
@@ -187,6 +188,38 @@ async def test_what_is_idle_is_over(tmp_path: Path) -> None:
     assert [line["carried"] for line in lines(path)] == [0, 0, 0]
 
 
+async def test_what_is_idle_is_written_without_another_request(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    async with (
+        FakeServer(WORSE) as server,
+        gateway_for(server, record=path, session_idle=1e-9) as gateway,
+    ):
+        await ask(gateway.url, "a")
+        kept = gateway.observers.sessions
+        assert kept is not None
+        while len(kept):
+            await get_text(gateway.url + "/health")
+    assert turns(path) == [("a", 1, 0)]
+
+
+async def test_a_session_with_a_turn_under_way_is_not_idle(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    async with (
+        FakeServer(WORSE, gated=True) as server,
+        gateway_for(server, record=path, session_idle=1e-9) as gateway,
+    ):
+        server.queue += [Script([GOOD] * 4), Script([BAD])]
+        first = asyncio.create_task(ask(gateway.url, "a"))
+        await until_asked(server, 1)
+        second = asyncio.create_task(ask(gateway.url, "a"))
+        await until_asked(server, 2)
+        await advance(server, 2)
+        await second
+        await advance(server, 3)
+        await first
+    assert turns(path) == [("a", 1, 0), ("a", 2, 0)]
+
+
 async def test_nothing_is_kept_where_nothing_is_wanted() -> None:
     async with FakeServer(WORSE) as server, gateway_for(server) as gateway:
         await ask(gateway.url, "a")
@@ -261,6 +294,47 @@ async def test_several_choices_and_requests_at_once_begin_anew() -> None:
         answer = await both
         assert await third is None
     assert [choice["espo"]["cut"] for choice in answer["choices"]] == [None, None]
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_a_try_that_failed_is_no_turn(tmp_path: Path, choices: int) -> None:
+    path = tmp_path / "t.jsonl"
+    async with (
+        FakeServer(WORSE) as server,
+        gateway_for(server, record=path, carry_over="session", attempts=1) as gateway,
+    ):
+        await ask(gateway.url, "a")
+        for status in (429, 500, 400):
+            server.queue += [dataclasses.replace(WORSE, status=status)] * choices
+            async with (
+                aiohttp.ClientSession() as client,
+                client.post(
+                    gateway.url + COMPLETIONS,
+                    json=completion_body(n=choices),
+                    headers={"X-Session-ID": "a"},
+                ) as response,
+            ):
+                assert response.status >= 400
+            server.queue.clear()
+        server.queue.append(BAD_FIRST)
+        assert await stopped_at(gateway.url, "a") == 1
+    assert [(line["turn"], line["carried"]) for line in lines(path)] == [(1, 0), (2, 7)]
+
+
+async def test_what_follows_requests_at_once_begins_anew() -> None:
+    async with (
+        FakeServer(WORSE, gated=True) as server,
+        gateway_for(server, carry_over="session") as gateway,
+    ):
+        server.queue += [Script([GOOD] * 4), WORSE, BAD_FIRST]
+        first = asyncio.create_task(ask(gateway.url, "a"))
+        await until_asked(server, 1)
+        second = asyncio.create_task(ask(gateway.url, "a"))
+        await advance(server, 11)
+        await asyncio.gather(first, second)
+        third = asyncio.create_task(stopped_at(gateway.url, "a"))
+        await advance(server, 10)
+        assert await third is None
 
 
 # -- read back -------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from weakref import ref
 
 import aiohttp
 import pytest
@@ -45,10 +47,14 @@ class World:
         self.models = dict(zip(self.servers, models, strict=True))
         self.hanging: set[Upstream] = set()
         self.asked: list[str] = []
+        self.tasks: list[ref[asyncio.Task[object]]] = []
         self.catalogue = Catalogue(self.servers, self._ask, self.clock)
 
     async def _ask(self, server: Upstream, headers: Mapping[str, str]) -> Models | None:
         self.asked.append(server.url[-1])
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.append(ref(task))
         if server in self.hanging:
             await asyncio.Event().wait()
         models = self.models[server]
@@ -120,6 +126,18 @@ async def test_one_that_hangs_holds_up_only_what_nobody_else_has() -> None:
     assert not any(task.done() for task in waiting)
     world.catalogue.close()
     assert await asyncio.gather(*waiting) == ["a", "a"]
+
+
+async def test_what_has_been_answered_is_forgotten() -> None:
+    world = World("x", None)
+    for _ in range(20):
+        assert await world.serving("x") == "a"
+        world.clock.now += 1.0
+        for _ in range(3):
+            await asyncio.sleep(0)
+    gc.collect()
+    assert len(world.asked) == 40
+    assert [task for task in world.tasks if task() is not None] == []
 
 
 async def test_when_those_that_have_it_are_down_one_that_does_not_say_may_try() -> None:

@@ -364,7 +364,9 @@ async def test_an_answer_must_begin_in_time(data: bytes) -> None:
         assert (len(server.bodies), pool.servers[0].failures) == (1, 1)
 
 
-@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 2}, {"espo": {"mode": "off"}}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"stream": True}, {"n": 2}, {"stream": True, "espo": {"mode": "off"}}]
+)
 async def test_a_generation_that_does_not_begin_is_an_error(fields: dict[str, Any]) -> None:
     async with (
         FakeServer(FAILING, gated=True) as server,
@@ -373,6 +375,37 @@ async def test_a_generation_that_does_not_begin_is_an_error(fields: dict[str, An
         status, answer = await post(gateway.url + COMPLETIONS, completion_body(**fields))
         assert (status, answer["error"]["type"]) == (504, "upstream_timeout")
         await server.until(lambda: server.running == 0)
+
+
+class Responding(FakeServer):
+    def _add_routes(self, app: web.Application) -> None:
+        super()._add_routes(app)
+        app.router.add_post("/v1/responses", self._generate)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (COMPLETIONS, {"espo": {"mode": "off"}}),
+        (COMPLETIONS, {"use_beam_search": True}),
+        ("/v1/responses", {}),
+    ],
+)
+async def test_an_answer_that_is_not_streamed_begins_when_all_of_it_is_there(
+    path: str, fields: dict[str, Any]
+) -> None:
+    async with (
+        Responding(FAILING, gated=True) as server,
+        gateway_for(server, first_token_timeout=0.02) as gateway,
+    ):
+        whole = asyncio.create_task(post(gateway.url + path, completion_body(**fields)))
+        await server.until(lambda: server.running == 1)
+        # One that may not take as long, begun later, has been given up.
+        status, _ = await post(gateway.url + COMPLETIONS, completion_body())
+        assert status == 504
+        server.release(100)
+        status, answer = await whole
+        assert (status, answer["choices"][0]["text"]) == (200, "aaaaaabbbbbbbbbb")
 
 
 async def test_an_unmonitored_stream_that_stalls_ends_in_words() -> None:

@@ -85,6 +85,14 @@ def test_a_head_makes_the_engine_tell_v(flag: tuple[str, ...], tmp_path: Path) -
             build(*given, other)
 
 
+def test_a_head_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell leaves this ~ to the program.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    command, _ = build("--value-head=~")
+    assert json.loads(last_value(command, "--additional-config")) == {VALUE_HEAD: str(tmp_path)}
+
+
 @pytest.mark.parametrize("given", [[], ["--port"], ["/nowhere/at/all"]])
 def test_a_head_that_is_none_is_refused(given: list[str]) -> None:
     with pytest.raises(LaunchError, match=r"--value-head: (give a|/nowhere/at/all is no) folder"):
