@@ -28,6 +28,16 @@ class Examples:
     features: NDArray[np.float32]  # [tokens, features], those of the sources last
     outcomes: NDArray[np.bool_]  # [tokens]
     weights: NDArray[np.float32]  # [tokens]
+    rollouts: NDArray[np.int32]  # which of the batch each is of, [tokens]
+
+    def where(self, chosen: NDArray[np.bool_]) -> Examples:
+        """Some of them. chosen: [tokens]."""
+        return Examples(
+            self.features[chosen],
+            self.outcomes[chosen],
+            self.weights[chosen],
+            self.rollouts[chosen],
+        )
 
 
 def examples(
@@ -51,11 +61,15 @@ def examples(
     stride = np.maximum(place[:, -1:] // TOKENS_PER_ROLLOUT, 1)
     chosen &= place % stride == 0
     rows, _ = np.nonzero(chosen)
+    # A rollout is one outcome however many of its tokens are looked at: weighing one each against
+    # the fit's penalty, they would have the first few rollouts learnt by heart.
+    each = weights / np.maximum(chosen.sum(axis=1), 1)
     features = [recorded.features_where(chosen), *([] if told is None else [told[chosen]])]
     return Examples(
         features=np.concatenate(features, axis=-1).astype(np.float32),
         outcomes=correct[rows],
-        weights=weights[rows].astype(np.float32),
+        weights=each[rows].astype(np.float32),
+        rollouts=rows.astype(np.int32),
     )
 
 

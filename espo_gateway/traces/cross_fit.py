@@ -124,7 +124,7 @@ def learn(
         CalibrationError: no traces, or no outcomes to fit an estimator to.
     """
     count, total, squares = 0, 0.0, 0.0
-    dealt: list[list[Examples]] = [[] for _ in range(folds)]
+    dealt: list[list[Dealt]] = [[] for _ in range(folds)]
     prompts: set[int] = set()
     cut = spared = fitted = 0
     first = sys.maxsize
@@ -236,8 +236,12 @@ class _Seen:
     spared: int
     known: int
     prompts: set[int]
-    dealt: list[Examples]
+    dealt: list[Dealt]
     asked: int | None = None
+
+
+#: Examples, and which are of spared traces: what these weigh is known when all are counted.
+Dealt = tuple[Examples, NDArray[np.bool_]]
 
 
 @dataclass
@@ -263,28 +267,14 @@ class _Look:
             asked=_first_asked(recorded, self.sources),
         )
 
-    def _dealt(self, traces: Traces, known: NDArray[np.bool_]) -> list[Examples]:
-        """Weights are 1 for a spared trace and 0 for others: how many were cut is known later."""
+    def _dealt(self, traces: Traces, known: NDArray[np.bool_]) -> list[Dealt]:
         if np.isnan(traces.recorded.prompt_tokens).any():
             raise CalibrationError("the estimator needs prompt_tokens, and a trace has none")
         traces = traces.where(known)
-        # In the place of its weight each brings the number of its trace.
-        every = examples(
-            traces.recorded,
-            traces.correct == 1.0,
-            np.arange(len(traces), dtype=float),
-            self.sources,
-        )
-        number = every.weights.astype(np.int64)
-        folds = traces.keys[number] % self.folds
-        return [
-            Examples(
-                every.features[folds == k],
-                every.outcomes[folds == k],
-                traces.spared[number[folds == k]].astype(np.float32),
-            )
-            for k in range(self.folds)
-        ]
+        every = examples(traces.recorded, traces.correct == 1.0, np.ones(len(traces)), self.sources)
+        folds = traces.keys[every.rollouts] % self.folds
+        spared = traces.spared[every.rollouts]
+        return [(every.where(folds == k), spared[folds == k]) for k in range(self.folds)]
 
 
 def _first_asked(recorded: Recorded, sources: Sequence[SourceName]) -> int | None:
@@ -299,8 +289,10 @@ def _first_asked(recorded: Recorded, sources: Sequence[SourceName]) -> int | Non
     return int(asked.argmax()) + 1 if asked.any() else None
 
 
-def _weighted(parts: list[Examples], spared: float) -> list[Examples]:
+def _weighted(parts: list[Dealt], weight: float) -> list[Examples]:
     return [
-        dataclasses.replace(part, weights=np.where(part.weights, spared, 1.0).astype(np.float32))
-        for part in parts
+        dataclasses.replace(
+            part, weights=np.where(spared, weight, 1.0).astype(np.float32) * part.weights
+        )
+        for part, spared in parts
     ]
