@@ -181,14 +181,14 @@ def learn(
         dataclasses.replace(gate, estimator=frees[0]),
         [estimator for estimator in frees[1:] if estimator is not None],
     )
-    parts = [part for parts in weighted for part in parts]
+    fitted_on = [part for fold in weighted for part in fold]
     asking = dataclasses.replace(
         gate,
         estimator=whole,
         free=frees[0],
         schedule=Schedule(
             every=-(-max(every, 1) // first) * first,
-            below=_below(whole, frees[0], parts),
+            below=_below(whole, frees[0], fitted_on),
         ),
     )
     return CrossFit(asking, own, free)

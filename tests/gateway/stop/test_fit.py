@@ -101,6 +101,20 @@ def test_what_a_rollout_gives_to_fit_on_does_not_hang_on_the_longest(longest: in
     assert len(examples.outcomes) - len(alone.outcomes) - 3 in range(40, 60)
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 40, 400])
+def test_a_rollout_weighs_as_one_outcome_however_long_it_is(tokens: int) -> None:
+    rollouts = [resized(one, tokens) for one in simulate(3, 0)] + simulate(2, 1)
+    examples = KnownRollouts.of(rollouts, 1.0).examples()
+    assert np.bincount(examples.rollouts, examples.weights) == pytest.approx(np.ones(5))
+
+
+def test_few_rollouts_are_not_learnt_by_heart() -> None:
+    """Outcomes that have nothing to do with the streams: there is nothing to say but how many."""
+    few = [dataclasses.replace(one, correct=i % 2 == 0) for i, one in enumerate(simulate(16, 0))]
+    said = probabilities(estimated(fit(few), recorded_of(simulate(200, 1))))
+    assert np.abs(said - 0.5).mean() < 0.1
+
+
 def resized(rollout: Rollout, tokens: int) -> Rollout:
     return dataclasses.replace(
         rollout,
