@@ -59,10 +59,6 @@ def _of_the_hub(subset: str, source: str) -> Idle:
     )
 
 
-def _bounded(stopping: Any) -> bool:
-    return stopping.threshold == "audit" and stopping.rule != "random"
-
-
 IDLE = (
     _of_kind("arithmetic", "min_steps max_steps steps"),
     _of_kind(
@@ -217,7 +213,7 @@ IDLE = (
     _of_rule(
         "right_lost false_positives confidence evidence",
         "threshold rule",
-        lambda stopping: not _bounded(stopping),
+        lambda stopping: not stopping.bounded,
         'stopping.threshold = "audit"',
     ),
     _of_rule(

@@ -32,7 +32,7 @@ from espo_gateway.vllm_plugin.client import WeightClient
 from espo_rl.config import Servers
 from espo_rl.ppo.parameters import gathered, tensor_specs
 from espo_rl.record.output import OutputError, check_own, json_with
-from espo_rl.servers.weights import WeightPublisher, transfer_of
+from espo_rl.servers.weights import TOLERANCE, WeightPublisher, transfer_of
 
 WAYS = ("shared-memory", "file", "ipc", "nccl")
 PROBE = list(range(5, 69))
@@ -47,7 +47,11 @@ def parse() -> argparse.Namespace:
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     add("--reloads", type=int, default=5, help="of each way (default: %(default)s)")
     add("--requests", type=int, default=16, help="that run meanwhile (default: %(default)s)")
-    add("--tolerance", type=float, help="of logprobs (default: 0.3 in bfloat16, 1e-3 on a CPU)")
+    add(
+        "--tolerance",
+        type=float,
+        help="of the mean |Δ logprob| (default: 0.3 in bfloat16, 1e-3 on a CPU)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     return parser.parse_args()
 
@@ -134,7 +138,8 @@ async def reloads(
     model: PreTrainedModel,
     publisher: WeightPublisher,
 ) -> dict[str, Any]:
-    tolerance = options.tolerance or (0.3 if torch.cuda.is_available() else 1e-3)
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    tolerance = options.tolerance or TOLERANCE[dtype]
     seconds, parity = [], []
     async with (
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as asker,
@@ -204,7 +209,7 @@ def copying(model: PreTrainedModel) -> float:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    numbers = ("MB", "first, s", "reload, s", "copy, s", "max |Δ logprob|", "requests", "asleep")
+    numbers = ("MB", "first, s", "reload, s", "copy, s", "mean |Δ logprob|", "requests", "asleep")
     table, console = Table("way", *numbers), Console(soft_wrap=True)
     for way, found in results.items():
         if "reason" in found:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from espo_rl.record.json_files import nulls
 from espo_rl.record.output import OutputError, check_own, json_with
-from study.design import Study, StudyError, load_study
+from study.design import Run, Study, StudyError, load_study
 from study.plots import draw_all
 from study.results import results_of
 from study.runner import Stopped, check, run_study
@@ -54,9 +54,11 @@ def main() -> int:
         study = study_of(options)
         results = study.output / "results.json"
         check_own(results, "--output", "results of a study", json_with("runs", "methods"))
+        failed: list[Run] = []
         if options.results_only:
             check(study)
-        failed = [] if options.results_only else run_study(study)
+        else:
+            failed = run_study(study)
     except (OutputError, StudyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2

@@ -221,6 +221,10 @@ def spared_weight(cut: int, spared: int) -> float:
     return (cut + spared) / spared if spared else 1.0
 
 
+#: Examples, and which are of spared traces: what these weigh is known when all are counted.
+Dealt = tuple[Examples, NDArray[np.bool_]]
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What some traces bring to `learn`.
@@ -238,10 +242,6 @@ class _Seen:
     prompts: set[int]
     dealt: list[Dealt]
     asked: int | None = None
-
-
-#: Examples, and which are of spared traces: what these weigh is known when all are counted.
-Dealt = tuple[Examples, NDArray[np.bool_]]
 
 
 @dataclass

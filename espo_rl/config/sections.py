@@ -323,19 +323,23 @@ class Stopping(Section):
         return key, getattr(self, key)
 
     @property
+    def bounded(self) -> bool:
+        """Whether the threshold keeps the bound."""
+        return self.threshold == "audit" and self.rule not in ("none", "random")
+
+    @property
     def bound(self) -> Bound:
         """What threshold = "audit" keeps."""
         return Bound.chosen(self.right_lost, self.false_positives, self.confidence)
 
     @model_validator(mode="after")
     def _together(self) -> Stopping:
-        bounded = self.threshold == "audit" and self.rule not in ("none", "random")
         explained = self.warmup == "explained-variance" and self.rule != "none"
         source = value_source(self.rule, self.value)
         if self.audit_share == 0.0:
             for needed, what in (
                 (source == "stream", "an estimator"),
-                (bounded, 'threshold = "audit"'),
+                (self.bounded, 'threshold = "audit"'),
                 (explained and source != "critic", 'warmup = "explained-variance"'),
             ):
                 if needed:

@@ -36,7 +36,7 @@ from espo_rl.pretrain_critic.quality import Quality, qualities
 from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.record.output import check_empty
 from espo_rl.record.progress import progress_bar
-from espo_rl.record.rollout_files import read_rollouts
+from espo_rl.record.rollout_files import read_rollouts, with_column
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.types import Rollout
 
@@ -200,11 +200,10 @@ def _write_values(
         rows = [i for i, one in enumerate(rollouts) if one.problem.prompt in held_out]
         full = [rollouts[i] for i in rows]
         values = [next(known)[1:].tolist() if usable([one]) else [] for one in full]
-        others = [column for column in table.column_names if column != "values"]
-        table = (
-            table.select(others)
-            .take(pa.array(rows, pa.int64()))
-            .append_column("values", pa.array(values, pa.list_(pa.float64())))
+        table = with_column(
+            table.take(pa.array(rows, pa.int64())),
+            "values",
+            pa.array(values, pa.list_(pa.float64())),
         )
         name = (
             file.name

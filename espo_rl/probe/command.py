@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
@@ -27,7 +28,7 @@ from espo_rl.evaluate.command import model_files
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.evaluate.results_folder import ResultsFolder
 from espo_rl.record.progress import progress_bar
-from espo_rl.record.rollout_files import read_rollouts, rollouts_table
+from espo_rl.record.rollout_files import SCHEMA, read_rollouts, with_column
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.rollouts.collector import ProbePhrase
 from espo_rl.servers.server import ServerError, call
@@ -115,16 +116,15 @@ async def probe_files(
         with progress_bar() as bar:
             line = bar.add_task("probing files", total=len(waiting))
             for file in waiting:
-                rollouts, gate = read_rollouts(file)
+                rollouts, _ = read_rollouts(file)
                 try:
                     async with asyncio.TaskGroup() as group:
                         tasks = [group.create_task(prober.probed(one)) for one in rollouts]
                 except BaseExceptionGroup as errors:
                     raise errors.exceptions[0] from None
-                told = rollouts_table(0, [task.result() for task in tasks], gate, {})
-                table = pq.read_table(file)  # a critic's values, and what else stands there, stays
-                others = [name for name in table.column_names if name != "probes"]
-                table = table.select(others).append_column("probes", told.column("probes"))
+                told = [task.result().probes for task in tasks]
+                probes = pa.array(told, SCHEMA.field("probes").type)
+                table = with_column(pq.read_table(file), "probes", probes)
                 with written_whole(options.output / file.name) as scratch:
                     pq.write_table(table, scratch, compression="zstd")
                 bar.advance(line)

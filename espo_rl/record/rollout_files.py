@@ -167,6 +167,12 @@ def rollouts_table(
     return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(notes))
 
 
+def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    """The table with this column last, in the place of one of that name; all else stays."""
+    others = [other for other in table.column_names if other != name]
+    return table.select(others).append_column(name, column)
+
+
 def _rollout(row: dict[str, Any]) -> Rollout:
     row.pop("step")
     problem = Problem(**{field: row.pop(name) for name, field in _OF_PROBLEM.items()})

@@ -78,7 +78,7 @@ class Summary:
         None where nothing was to be kept: the threshold follows another aim.
         """
         stopping = self.recipe.stopping
-        if stopping.threshold != "audit" or stopping.rule in ("none", "random"):
+        if not stopping.bounded:
             return None
         low, high = self.cost.interval
         if high <= stopping.bound.limit:

@@ -19,13 +19,11 @@ from espo_rl.servers.fleet import Fleet
 from espo_rl.servers.sampling_proof import SamplingTest
 from espo_rl.servers.server import Say, ServerError
 from espo_rl.servers.weight_source import nothing
-from espo_rl.servers.weights import WeightParityError, WeightPublisher, transfer_of
+from espo_rl.servers.weights import TOLERANCE, WeightParityError, WeightPublisher, transfer_of
 from espo_rl.types import EndReason, Problem, Request
 
 #: how many rollouts, of how many tokens at most, prove that a server samples as it should
 PROOF_ROLLOUTS, PROOF_TOKENS = 64, 32
-#: mean |Δ logprob| that is rounding; of 135 M parameters in bfloat16 it is 0.04
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 T = TypeVar("T")
 
 

@@ -188,7 +188,7 @@ async def test_an_evaluation_goes_on_when_the_servers_are_well_again_by_themselv
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers: Any = loop.served
-    loop.collector = None  # type: ignore[assignment]
+    loop.collector = servers
     asked = 0
 
     async def fails_once(*arguments: Any, **options: Any) -> Any:

@@ -52,6 +52,19 @@ async def ask(
         return answer
 
 
+async def ask_two_at_once(server: FakeServer, url: str) -> None:
+    """Two turns of one session, of 4 tokens and of 1; the second ends first."""
+    server.queue += [Script([GOOD] * 4), Script([BAD])]
+    first = asyncio.create_task(ask(url, "a"))
+    await until_asked(server, 1)
+    second = asyncio.create_task(ask(url, "a"))
+    await until_asked(server, 2)
+    await advance(server, 2)
+    await second
+    await advance(server, 3)
+    await first
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -89,15 +102,7 @@ async def test_the_turns_of_a_session_stand_together(tmp_path: Path) -> None:
 async def test_turns_stand_in_the_order_they_began(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     async with FakeServer(WORSE, gated=True) as server, gateway_for(server, record=path) as gateway:
-        server.queue += [Script([GOOD] * 4), Script([BAD])]
-        first = asyncio.create_task(ask(gateway.url, "a"))
-        await until_asked(server, 1)
-        second = asyncio.create_task(ask(gateway.url, "a"))
-        await until_asked(server, 2)
-        await advance(server, 2)
-        await second
-        await advance(server, 3)
-        await first
+        await ask_two_at_once(server, gateway.url)
     assert [(line["turn"], len(line["logprobs"])) for line in lines(path)] == [(1, 4), (2, 1)]
 
 
@@ -208,15 +213,7 @@ async def test_a_session_with_a_turn_under_way_is_not_idle(tmp_path: Path) -> No
         FakeServer(WORSE, gated=True) as server,
         gateway_for(server, record=path, session_idle=1e-9) as gateway,
     ):
-        server.queue += [Script([GOOD] * 4), Script([BAD])]
-        first = asyncio.create_task(ask(gateway.url, "a"))
-        await until_asked(server, 1)
-        second = asyncio.create_task(ask(gateway.url, "a"))
-        await until_asked(server, 2)
-        await advance(server, 2)
-        await second
-        await advance(server, 3)
-        await first
+        await ask_two_at_once(server, gateway.url)
     assert turns(path) == [("a", 1, 0), ("a", 2, 0)]
 
 
