@@ -22,31 +22,99 @@ def math(completion: str, answer: str, tags: TaskSection = USUAL) -> bool:
     reference such as `B`, `(B) 12`, `option B` is a choice: `(B)`, `B) 12`, "the answer is B" are
     right. May take for ever on an absurd answer: for a process that can be killed.
     """
-    from math_verify import verify
-
     text = final_text(completion, tags)
     if word := _wanted(answer):
         return word.text == word.kind.given(text)
-    reference = _parsed(f"${answer}$")
-    if verify(reference, _given(text), timeout_seconds=None):
+    reference = _parsed(f"${_one_line(answer)}$")
+    if _equal(reference, _given(text)):
         return True
     # A reference of several values may be answered in as many boxes, with words between them.
     parts = len(getattr(reference[0], "args", ())) if _is_list(reference) else 0
     boxes = list(dict.fromkeys(box.text for box in _boxes(text)))[-parts:]
     given = _boxed(boxes) if 1 < parts == len(boxes) else []
-    return bool(verify(reference, given, timeout_seconds=None))
+    return _equal(reference, given)
 
 
 def math_answer(completion: str, answer: str, tags: TaskSection = USUAL) -> str | None:
-    """What `math` compares with the reference: sympy's writing of it, or a word."""
+    """What `math` compares with the reference: sympy's writing of it, or a word.
+
+    Equal numbers are written alike: `x = 0.50` as `1/2`.
+    """
     text = final_text(completion, tags)
     if word := _wanted(answer):
         return word.kind.given(text)
     given = _given(text)
-    return str(given[0]) if given else None
+    if not given:
+        return None
+    try:
+        return str(_exact(_unnamed(given[0])))
+    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return str(given[-1])
 
 
 # -- values ----------------------------------------------------------------------------------------
+
+
+def _equal(reference: list[Any], given: list[Any]) -> bool:
+    """math-verify's comparison, by size for what is small, and with or without a percent sign."""
+    from math_verify import verify
+
+    def same(wanted: list[Any], answer: list[Any]) -> bool:
+        found = verify(
+            wanted, answer, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=False
+        )
+        return bool(found) and _near(_unnamed(wanted[0]), _unnamed(answer[0]))
+
+    if not reference or not given:
+        return False
+    if same(reference, given):
+        return True
+    bare = [_unnamed(parsed[0]) for parsed in (reference, given)]
+    wanted, answer = map(_without_percent, bare)
+    return (wanted is bare[0]) is not (answer is bare[1]) and same([wanted], [answer])
+
+
+def _near(wanted: Any, answer: Any) -> bool:
+    """That two numbers which math-verify takes for equal are so relative to their size.
+
+    It compares six decimals, or what is left above 1e-16, so all that is smaller is alike to it.
+    """
+    numbers = [getattr(value, "is_number", False) for value in (wanted, answer)]
+    if all(numbers) and wanted != answer:
+        one, other = (value.doit().evalf() for value in (wanted, answer))
+        near = abs(one - other) <= NEAR * max(abs(one), abs(other), key=float)
+        # Of what is 0 but does not look like it, rounding leaves a size as good as any.
+        return bool(near) or bool((wanted - answer).doit().equals(0))
+    parts = [getattr(value, "args", ()) for value in (wanted, answer)]
+    if any(numbers) or type(wanted) is not type(answer) or len(parts[0]) != len(parts[1]):
+        return True
+    return all(map(_near, *parts))
+
+
+#: of the size of two equal numbers, how far apart they may be: as six decimals are for 0.1
+NEAR = 1e-5
+
+
+def _unnamed(value: Any) -> Any:
+    """The value of x = value; any other as it is."""
+    named = type(value).__name__ == "Equality" and value.lhs.is_Symbol
+    return value.rhs if named else value
+
+
+def _without_percent(value: Any) -> Any:
+    """12.5 of 12.5 %; any other as it is."""
+    factors = getattr(value, "args", ()) if getattr(value, "is_Mul", False) else ()
+    rest = [factor for factor in factors if type(factor).__name__ != "UnevaluatedExpr"]
+    return value.func(*rest) if len(rest) == len(factors) - 1 else value
+
+
+def _exact(value: Any) -> Any:
+    """With fractions in the place of decimals."""
+    from sympy import Basic, Rational
+
+    if not isinstance(value, Basic):
+        return value
+    return value.replace(lambda part: part.is_Float, lambda part: Rational(str(part)))
 
 
 def _given(text: str) -> list[Any]:
@@ -80,6 +148,13 @@ def _parsed(text: str, *extraction: Any) -> list[Any]:
 
 def _is_list(parsed: list[Any]) -> bool:
     return bool(parsed) and type(parsed[0]).__name__ == "FiniteSet"
+
+
+def _one_line(answer: str) -> str:
+    """A reference without line breaks and without the marks of a formula around it."""
+    answer = " ".join(answer.split())
+    display = re.fullmatch(r"\\\[(.*)\\\]|\$\$(.*)\$\$", answer)
+    return answer if display is None else display[1] or display[2]
 
 
 def _tidy(text: str) -> str:
@@ -154,13 +229,15 @@ class Kind(NamedTuple):
     reference: re.Pattern[str]
     boxed: re.Pattern[str]
     stated: re.Pattern[str]
+    named: re.Pattern[str]  # in passing, which counts where none is stated
 
     def given(self, text: str) -> str | None:
         """The word that a completion answers with."""
         if boxes := _boxes(text):
             return _first(self.boxed.match(_bare(boxes[-1].text)))
         text = _bare(text)
-        *_, last = None, *self.stated.finditer(text)
+        *_, last = None, *self.named.finditer(text)
+        *_, last = last, *self.stated.finditer(text)
         return _first(last or self.reference.fullmatch(text))
 
 
@@ -190,7 +267,8 @@ def _bare(text: str) -> str:
 
 
 _MARKUP = re.compile(r"\\(?:text|math|boxed|fbox)[a-z]*(?=\s*\{)|\\[()\[\],;:! ]|[{}$*~]")
-_SAID = r"(?i:answer(?: is)?|(?:option|choice) is) ?:? ?"
+_SAID = r"(?i:(?:answer|option|choice) is:?|answer ?:) ?"
+_NAMED = r"(?i:answer) "
 _OPTION = r"(?i:option |choice )?\(? ?"
 _TRUTH = "((?i:true|false|yes|no))"
 _DATE = r"(\d{4}-\d\d-\d\d)"  # as a value, a difference
@@ -199,12 +277,14 @@ _KINDS = (
         re.compile(rf"{_OPTION}([A-Z]) ?(?:$|[).:]+(?: |$))"),
         re.compile(rf"{_OPTION}([A-Za-z])(?: ?[).:]|$|(?<=[A-Z]) ?=)"),
         re.compile(rf"{_SAID}{_OPTION}([A-Z])(?![\w'])"),
+        re.compile(rf"{_NAMED}{_OPTION}([A-Z])(?![\w'])"),
     ),
     *(
         Kind(
             re.compile(rf"{word}\.?$"),
             re.compile(rf"{word}\.?$"),
             re.compile(rf"{_SAID}{word}(?![\w'])"),
+            re.compile(rf"{_NAMED}{word}(?![\w'])"),
         )
         for word in (_TRUTH, _DATE)
     ),

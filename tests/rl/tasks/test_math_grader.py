@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from espo_rl.tasks.math_grader import math
+from espo_rl.tasks.math_grader import math, math_answer
 
 
 def limit(box: str, answer: str, right: bool, reason: str) -> Any:
@@ -77,6 +77,18 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         ("1 1/2", "1", False),
         (r"-1\ 1/2", "-1.5", True),
         ("1.5", "1 1/2", True),
+        # Small ones, which differ by less than any decimals
+        ("2.5e-7", "1.5e-7", False),
+        ("1.5e-7", "1.5e-7", True),
+        ("x = 2.5e-7", "1.5e-7", False),
+        (r"1.38\times10^{-23}", r"6.63\times10^{-34}", False),
+        (r"6.63\times10^{-34}", "6.63e-34", True),
+        (r"\frac{1}{3}\cdot 10^{-20}", r"\frac{10^{-20}}{3}", True),
+        ("(1e-9, 2)", "(2e-9, 2)", False),
+        ("(1e-9, 2)", "(10^{-9}, 2)", True),
+        ("0.0000001", "0", False),
+        ("0", "1e-9", False),
+        (r"(\sqrt{3} + 1)(\sqrt{3} - 1) - 2", "0", True),
         # Signs
         ("-5", "-5", True),
         ("−5", "-5", True),
@@ -94,7 +106,11 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         (r"\left[0,\frac12\right)", r"[0,\frac{1}{2})", True),
         (r"(-\infty, 2) \cup (3, \infty)", r"(-\infty,2)\cup(3,\infty)", True),
         (r"x \in [0,1)", "[0,1)", True),
-        limit("1<x<2", "(1,2)", True, "chained relations are not made intervals"),
+        ("x<2", r"(-\infty, 2)", True),
+        (r"(-\infty, 2)", "x<2", True),
+        (r"x \ge 1", r"[1, \infty)", True),
+        (r"x \le 2", r"(-\infty, 2)", False),
+        ("1<x<2", "(1,2)", True),
         (r"\{1,2,3\}", r"\{3,2,1\}", True),
         ("3, 2, 1", r"\{1,2,3\}", True),
         (r"\{1,2\}", r"\{1,2,3\}", False),
@@ -111,6 +127,12 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         (r"50\%", "50", True),
         ("0.5", r"50\%", True),
         ("0.5", "50", False),
+        (r"12.5\%", "12.5", True),
+        ("12.5", r"12.5\%", True),
+        ("0.125", r"12.5\%", True),
+        (r"x = 12.5\%", "12.5", True),
+        (r"12.5\%", r"\frac{25}{2}", True),
+        (r"12.6\%", "12.5", False),
         (r"90^\circ", "90", True),
         ("90°", r"90^{\circ}", True),
         (r"90\text{ degrees}", "90", True),
@@ -167,6 +189,13 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         ("no", "yes", False),
         limit("seat", "east", False, "a word is a product of its letters"),
         limit(r"\text{the answer is }5", "5", True, "words in the box"),
+        # References as they stand in a text
+        ("2", "\\begin{pmatrix}1\\\\\n2\\end{pmatrix}", False),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "\\begin{pmatrix}1\\\\\n2\\end{pmatrix}", True),
+        ("x + 1", r"\[x + 1\]", True),
+        ("x + 1", "\\[\nx + 1\n\\]", True),
+        ("x + 1", r"\(x + 1\)", True),
+        ("x + 1", "$$x + 1$$", True),
         # Space, nothing
         (" \n18 ", "18\n", True),
         (r"\ 18\ ", " 18", True),
@@ -220,6 +249,11 @@ def test_math_in_a_box(box: str, answer: str, right: bool) -> None:
         ("The answer is B.", "B", True),
         ("The answer is **(B)**, not A", "B", True),
         ("The answer is A. No: the answer is B", "B", True),
+        ("The answer is C. Answer choice D is incorrect.", "C", True),
+        ("The answer is C. Answer choice D is incorrect.", "D", False),
+        ("The answer is B, because answer A is too small", "B", True),
+        ("Answer B", "B", True),
+        ("Answer: B. Answer A is wrong.", "B", True),
         ("The answer is A.", "B", False),
         ("The answer is a Bear", "B", False),
         ("(B)", "B", True),
@@ -257,6 +291,21 @@ def test_math_in_a_text(completion: str, answer: str, right: bool) -> None:
 )
 def test_math_in_several_boxes(completion: str, answer: str, right: bool) -> None:
     assert math(completion, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("box", "written"),
+    [
+        *((box, "18") for box in ("18", "18.00", "x = 18", r"\$18")),
+        *((box, "1/4") for box in ("0.25", "1/4", r"\frac14", "x = .25")),
+        *((box, "Interval.open(1/2, 2)") for box in ("(0.5, 2)", r"(\frac12, 2)")),
+        # sympy works it out, but Python does not write so long a number
+        (r"\binom{20000}{10000}", r"\binom{20000}{10000}"),
+        ("", None),
+    ],
+)
+def test_equal_answers_are_one_vote(box: str, written: str | None) -> None:
+    assert math_answer(rf"\boxed{{{box}}}", "7") == written
 
 
 def test_a_text_that_repeats_itself_is_read_in_its_time() -> None:
