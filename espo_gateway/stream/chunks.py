@@ -7,11 +7,13 @@ logprob entries count tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
 
+from espo_gateway.stop.regret import MISSING_LOGPROB
 from espo_gateway.stop.tracks import token_confidence
 
 Chunk = dict[str, Any]
@@ -24,6 +26,9 @@ class TextDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     reasoning: str | None = None
     reasoning_content: str | None = None
 
+
+#: No token is likelier than one with more than half of all.
+HALF = math.log(0.5)
 
 #: Where a chat's delta may have its text.
 TEXT_FIELDS = TextDelta.__struct_fields__
@@ -150,15 +155,22 @@ def largest_logprob(logprob: float | None, alternatives: Iterable[float | None])
     """The largest logprob at a position, None if it cannot be known.
 
     The sampled token alone is not enough (g would be 0 whatever was sampled), and an unreadable
-    alternative may have been the largest.
+    alternative may have been the largest. So may a placeholder beside no other token: so vLLM's V1
+    worker answers whoever shares a step with a request that lists `logprob_token_ids`.
     """
     if logprob is None:
         return None
-    largest, known = logprob, False
+    largest, known, another, withheld = logprob, False, False, False
     for alternative in alternatives:
         if alternative is None or alternative != alternative:
             return None
         known = True
         if alternative > largest:
             largest = alternative
+        elif alternative <= MISSING_LOGPROB:
+            withheld = True
+        elif alternative != logprob:
+            another = True
+    if withheld and not another and largest == logprob < HALF:
+        return None
     return largest if known else None

@@ -12,7 +12,7 @@ import secrets
 
 import msgspec
 
-from espo_gateway.stream.chunks import Chunk, TextDelta, largest_logprob
+from espo_gateway.stream.chunks import HALF, Chunk, TextDelta, largest_logprob
 
 _encode = msgspec.json.Encoder().encode
 #: Stands for the text while a chunk is made into a template; in no server's answer.
@@ -159,6 +159,8 @@ def _chat(data: bytes) -> tuple[str, str, Logprobs]:
         for top in tops:
             if top.logprob > largest:
                 largest = top.logprob
+        if largest == logprob < HALF:
+            largest = largest_logprob(logprob, [top.logprob for top in tops])
         logprobs.append((logprob, largest))
     return field if text is not None else "", text or "", logprobs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -66,3 +67,22 @@ async def test_it_is_the_models_likelihood_up_to_where_it_says_another_thing(
         assert best == pytest.approx(float(rows[0].max()), abs=1e-3)
         assert first == pytest.approx(wanted[0], abs=1e-3)
         assert likelihood == pytest.approx(max(sum(wanted[:until]), -20.0), abs=1e-3)
+
+
+async def test_who_shares_its_steps_with_a_question_still_gets_the_largest_logprobs(
+    vllm_server: VllmServer,
+) -> None:
+    """vLLM's V1 sampler alone gives it padding, and a regret of 0 whatever was sampled."""
+    await publish(vllm_server, random_model(BASE_SEED), version="base")
+    url = vllm_server.url + COMPLETIONS
+    common = {"prompt": PROMPT, "max_tokens": 48, "ignore_eos": True, "seed": 3, "logprobs": 1}
+    stream = body_for(vllm_server, COMPLETIONS, **common)
+    question = body_for(vllm_server, COMPLETIONS, **common, logprob_token_ids=[5, 6, 7])
+    alone = await post(url, stream)
+    beside, _ = await asyncio.gather(post(url, stream), post(url, question))
+    tops, expected = (
+        answer["choices"][0]["logprobs"]["top_logprobs"] for _, answer in (beside, alone)
+    )
+    assert [max(top.values()) for top in tops] == pytest.approx(
+        [max(top.values()) for top in expected], abs=1e-3
+    )

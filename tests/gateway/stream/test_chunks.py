@@ -80,6 +80,29 @@ def test_bad_numbers_carry_no_regret(logprob: float | None, tops: list[float | N
         assert surrogate_regret(token.logprob, token.max_logprob) is None
 
 
+@pytest.mark.parametrize(
+    ("logprob", "tops", "largest"),
+    [
+        (-3.2, [-3.2, -9999.0], None),  # vLLM's V1 worker, beside a request that lists tokens
+        (-3.2, [-9999.0], None),
+        (-3.2, [-3.2, -0.1, -9999.0], -0.1),
+        (-0.7, [-0.7, -0.71, -9999.0], -0.7),
+        (-0.2, [-0.2, -9999.0], -0.2),  # nothing is likelier than what has more than half of all
+        (0.0, [0.0, -9999.0], 0.0),  # top_k = 1, where the server tells what it samples from
+        (-3.2, [-3.2], -3.2),
+    ],
+)
+def test_a_placeholder_beside_the_sampled_token_alone_tells_nothing(
+    logprob: float, tops: list[float], largest: float | None
+) -> None:
+    named = {str(i): top for i, top in enumerate(tops)}
+    for choice in (
+        {"logprobs": {"content": [entry("a", logprob, *tops)]}},
+        {"logprobs": completion(["a"], [logprob], [named])},
+    ):
+        assert sampled_tokens(choice)[0].max_logprob == largest
+
+
 def test_top_logprobs_missing_altogether_is_no_evidence() -> None:
     for top in (None, [None]):
         logprobs = {"tokens": ["a"], "token_logprobs": [-4.0], "top_logprobs": top}

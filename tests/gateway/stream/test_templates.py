@@ -36,7 +36,7 @@ def objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def token(draw: Any) -> tuple[str, float, float | None]:
-    return draw(TEXTS), draw(LOGPROBS), draw(st.one_of(st.none(), LOGPROBS))
+    return draw(TEXTS), draw(LOGPROBS), draw(st.one_of(st.none(), LOGPROBS, st.just(-9999.0)))
 
 
 def chat_choice(field: str, tokens: list[tuple[str, float, float | None]]) -> dict[str, Any]:
