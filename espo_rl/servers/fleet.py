@@ -33,6 +33,17 @@ OF_RANKS = re.compile(
 MOST_SEQUENCES = 2048
 
 
+def seats(recipe: Recipe) -> int:
+    """Requests that a policy server of the run's own takes at a time, `--max-num-seqs`.
+
+    What asks about rollouts must not queue behind them: a question of each where there is a probe,
+    and under `refill` the proof of the weights.
+    """
+    rollouts = recipe.rollout.concurrency
+    questions = rollouts if "probe" in recipe.stopping.read else 0
+    return min(rollouts + questions + bool(recipe.rollout.ahead), MOST_SEQUENCES)
+
+
 class Fleet:
     """All servers of a run. Use `open_fleet`, which stops them whatever happens."""
 
@@ -260,7 +271,7 @@ def make_fleet(
                 config.policy_gpus[number] if config.policy_gpus else None,
                 model_path,
                 *("--logprobs-mode", config.logprobs_mode),
-                *("--max-num-seqs", str(min(recipe.rollout.concurrency, MOST_SEQUENCES))),
+                *("--max-num-seqs", str(seats(recipe))),
                 *config.vllm_args,
             )
             for number in range(config.policy_servers)

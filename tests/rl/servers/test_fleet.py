@@ -17,7 +17,7 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
 from espo_rl.config import Recipe, load_recipe
 from espo_rl.servers import server as watched
-from espo_rl.servers.fleet import Fleet, make_fleet, served_model
+from espo_rl.servers.fleet import Fleet, make_fleet, seats, served_model
 from espo_rl.servers.server import Server, ServerError
 
 FAKE = str(Path(__file__).parents[2] / "helpers" / "fake_engine.py")
@@ -38,6 +38,22 @@ def server(folder: Path, name: str, *flags: str, samples: bool = False) -> Serve
 def recipe(**settings: object) -> Recipe:
     overrides = [f"servers.{key}={value}" for key, value in settings.items()]
     return load_recipe("arithmetic", ["model.path=none", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ([], 64),
+        (["stopping.sources=['probe']"], 128),
+        # The rule reads none.
+        (["stopping.sources=['probe']", "stopping.rule=none"], 64),
+        (["rollout.schedule=refill"], 65),
+        (["rollout.concurrency=5000"], 2048),
+    ],
+)
+def test_what_asks_about_rollouts_has_seats_beside_them(settings: list[str], wanted: int) -> None:
+    asked = ["model.path=none", "rollout.concurrency=64", *settings]
+    assert seats(load_recipe("arithmetic", asked)) == wanted
 
 
 class Said(list[str]):
