@@ -23,6 +23,7 @@ from espo_rl.record.output import (
     listed,
 )
 from espo_rl.servers.weight_files import is_ours
+from espo_rl.servers.weights import CRITIC_SUFFIX
 from espo_rl.unused import NEEDS_CRITIC
 
 #: What a resumed run must have as before, and why: keys, or whole sections. All other keys may
@@ -107,7 +108,8 @@ def starting_point(recipe: Recipe, resume: str | None, *, overwrite: bool) -> Pa
         elif not own:
             check_empty(output, "run.output", _fix(output))
         if (file := recipe.servers.weights_path) is not None:
-            check_own(file, "servers.weights_path", "file of an earlier run's weights", is_ours)
+            for one in (file, file.with_suffix(CRITIC_SUFFIX)):
+                check_own(one, "servers.weights_path", "file of an earlier run's weights", is_ours)
     except OutputError as error:
         raise RecipeError(str(error)) from error
     if checkpoint is not None:
@@ -186,7 +188,8 @@ def _check_unbegun(recipe: Recipe, there: list[str]) -> None:
         before, due = recipe, 1  # nobody knows when one was due
     if steps:
         check_changes(before, recipe, output)
-    if finished or steps >= due:
+    # One more than was due: the checkpoint comes after its step is logged.
+    if finished or steps > due:
         what = "a finished run" if finished else f"{steps} steps of a run"
         raise OutputError(
             f"run.output: {output} holds {what} but no checkpoint to go on from: --overwrite "

@@ -19,7 +19,13 @@ from espo_rl.servers.fleet import Fleet
 from espo_rl.servers.sampling_proof import SamplingTest
 from espo_rl.servers.server import Say, ServerError
 from espo_rl.servers.weight_source import nothing
-from espo_rl.servers.weights import TOLERANCE, WeightParityError, WeightPublisher, transfer_of
+from espo_rl.servers.weights import (
+    CRITIC_SUFFIX,
+    TOLERANCE,
+    WeightParityError,
+    WeightPublisher,
+    transfer_of,
+)
 from espo_rl.types import EndReason, Problem, Request
 
 #: how many rollouts, of how many tokens at most, prove that a server samples as it should
@@ -63,7 +69,7 @@ class ServedModels:
         policies, critics = fleet.policy_urls, [fleet.critic.url] if fleet.critic else []
         self._actor = WeightPublisher(policies, transfer=transfer_of(recipe.servers, policies))
         self._critic = WeightPublisher(
-            critics, transfer=transfer_of(recipe.servers, critics, suffix=".critic")
+            critics, transfer=transfer_of(recipe.servers, critics, suffix=CRITIC_SUFFIX)
         )
 
     async def __aenter__(self) -> Self:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Self
@@ -26,6 +27,9 @@ from espo_rl.ppo.parameters import TensorSpec
 from espo_rl.servers.weight_engines import EngineTransfer
 from espo_rl.servers.weight_files import FileTransfer
 from espo_rl.servers.weight_source import Loaded, Tensors, WeightTransfer, nothing, raise_first
+
+#: of a critic's weights beside a policy's
+CRITIC_SUFFIX = ".critic"
 
 #: mean |Δ logprob| that is rounding; of 135 M parameters in bfloat16 it is 0.04
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
@@ -55,6 +59,8 @@ class WeightPublisher:
         self._transfer = transfer or FileTransfer()
         #: fingerprints of what was sent last, by name
         self._sent: dict[str, int] = {}
+        #: what was expected of the probe at first, and when it had last moved by more than rounding
+        self._earlier: list[Sequence[float]] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -145,7 +151,8 @@ class WeightPublisher:
             the mean difference found, of the worst server.
 
         Raises:
-            WeightParityError: when a server has another version or computes other logprobs.
+            WeightParityError: when a server has another version, computes other logprobs, or such
+                as lie nearer to those of earlier weights.
         """
         return await self._verify(
             lambda client: client.prompt_logprobs(token_ids),
@@ -196,20 +203,38 @@ class WeightPublisher:
                 raise WeightParityError(
                     f"{client.url} has weights version {found_version!r}, not {version!r}"
                 )
-            found = fmean(abs(a - b) for a, b in zip(await ask(client), expected, strict=True))
+            told = await ask(client)
+            found = distance(told, expected)
+            problem = f"{client.url} does not compute with the published weights: a {name} of the "
             # Asked like this, NaN is too large too.
             if not found <= tolerance:
                 raise WeightParityError(
-                    f"{client.url} does not compute with the published weights: a {name} of the "
-                    f"probe differs by {found:.3g} in the mean, more than {tolerance:g}"
+                    f"{problem}probe differs by {found:.3g} in the mean, more than {tolerance:g}"
+                )
+            # In bfloat16 that is more than many steps move it by; mere rounding it is not.
+            nearest = min((distance(told, one) for one in earlier), default=math.inf)
+            if nearest < found / 2 and found > tolerance / 100:
+                raise WeightParityError(
+                    f"{problem}probe differs by {found:.3g} in the mean, and by {nearest:.3g} from "
+                    "what earlier ones gave"
                 )
             return found
+
+        earlier = [one for one in self._earlier if len(one) == len(expected)]
 
         differences = await asyncio.gather(
             *map(mean_difference, self._clients), return_exceptions=True
         )
         raise_first(differences)
-        return max(difference for difference in differences if isinstance(difference, float))
+        worst = max(difference for difference in differences if isinstance(difference, float))
+        if not earlier or distance(expected, earlier[-1]) > 4 * worst:
+            self._earlier = [*earlier[:1], list(expected)]
+        return worst
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean absolute difference."""
+    return fmean(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def fingerprint(tensor: torch.Tensor) -> int:

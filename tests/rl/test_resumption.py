@@ -77,7 +77,7 @@ REFUSED: list[tuple[Callable[[Path], object], str | None, bool, tuple[str, ...]]
     (lambda o: o.write_text("a file"), None, True, ("another folder",)),
     # No checkpoint to go on from, and more there than the steps to the first one.
     (finished, "auto", False, ("--overwrite", "finished run")),
-    (lambda o: run_there(o, steps=5), "auto", False, ("--overwrite", "5 steps")),
+    (lambda o: run_there(o, steps=6), "auto", False, ("--overwrite", "6 steps")),
     (other_models, "auto", False, ("actor",)),
     # Only a run is overwritten.
     (some_file, None, True, ("thesis.tex", "no run's folder")),

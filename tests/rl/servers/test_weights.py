@@ -222,6 +222,7 @@ async def test_verify_returns_the_difference(recorder: Recorder) -> None:
     async with WeightPublisher([recorder.url, recorder.url]) as publisher:
         found = await publisher.verify([4, 5, 6], [-1.0, -1.01], version="1", tolerance=0.1)
         assert found == pytest.approx(0.005)
+    async with WeightPublisher([recorder.url, recorder.url]) as publisher:
         # One unlikely token, rounded in bfloat16: no other weights.
         found = await publisher.verify([4, 5, 6], [-1.0, -1.15], version="1", tolerance=0.1)
     assert found == pytest.approx(0.075)
@@ -233,6 +234,25 @@ async def test_verify_refuses_other_logprobs(recorder: Recorder, served: float) 
     async with WeightPublisher([recorder.url]) as publisher:
         with pytest.raises(WeightParityError, match="differs by"):
             await publisher.verify([4, 5, 6], [-1.5, -1.0], version="1", tolerance=0.1)
+
+
+@pytest.mark.parametrize("older", [1, 4])
+async def test_verify_refuses_what_earlier_weights_gave(recorder: Recorder, older: int) -> None:
+    """Within what rounding may do in bfloat16, so that the tolerance would never tell."""
+
+    def expected(step: int) -> list[float]:
+        return [-1.0 - 0.05 * step, -1.0 - 0.05 * step]
+
+    async with WeightPublisher([recorder.url]) as publisher:
+        for step in (1, 2, 3, 4):
+            recorder.probe_logprob = -1.0 - 0.05 * step + 0.01
+            await publisher.verify([4, 5, 6], expected(step), version="1", tolerance=0.3)
+            # The same weights once more, and rounded another way.
+            recorder.probe_logprob -= 0.02
+            await publisher.verify([4, 5, 6], expected(step), version="1", tolerance=0.3)
+        recorder.probe_logprob = -1.0 - 0.05 * older + 0.01
+        with pytest.raises(WeightParityError, match="from what earlier ones gave"):
+            await publisher.verify([4, 5, 6], expected(5), version="1", tolerance=0.3)
 
 
 async def test_verify_refuses_another_version(recorder: Recorder) -> None:
