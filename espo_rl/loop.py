@@ -121,8 +121,6 @@ class Loop:
             self.log.say(f"starting the policy server with {recipe.model.path}, and the gateway")
             with self.summary.timed("start"):
                 await self.start(stack)
-                # The server holds the base model; after a resume that is not the policy.
-                await self.served.attempt(self.served.sync)
                 await self.served.attempt(self.prove_sampling)
             await self.evaluate_policy("before")
             self.stepping = True
@@ -132,9 +130,10 @@ class Loop:
                 if self.interrupted.is_set():
                     raise Interrupted
             self.stepping = False
-            await self.evaluate_policy("after")
+            # Before the evaluation, which may take long and fail.
             self.trainer.save_models(recipe.run.output)
             self.tokenizer.save_pretrained(recipe.run.output / "actor")
+            await self.evaluate_policy("after")
             path = self.summary.write(recipe.run.output / "summary.json")
             self.log.say(f"\n{self.summary.text()}\n\nlogs, models and {path.name}: {path.parent}")
             return path
@@ -191,6 +190,8 @@ class Loop:
 
     async def prove_sampling(self) -> None:
         """Prove that what is sampled is the trainer's policy."""
+        # A server that has just started holds the base model, which after a resume is another.
+        await self.served.catch_up()
         problems = self.task.held_out(PROOF_ROLLOUTS)
         await self.served.prove_sampling(problems, self.prompter)
 

@@ -37,6 +37,8 @@ FAULTS = (
     LogError,
     UpdateError,
 )
+#: what a launcher does of a Ctrl-C: `deepspeed` ends rank 0's servers with the ranks
+STOPPING = "to finish a step, save and end: kill -INT {pid} (the launcher's Ctrl-C saves nothing)"
 INTERRUPTED = "espo: interrupted; go on with --resume auto"
 
 
@@ -63,6 +65,8 @@ def train(options: argparse.Namespace) -> int:
         loop = Loop(recipe)
         for warning in plan.warnings:
             loop.log.say(f"warning: {warning}")
+        if "RANK" in os.environ:
+            loop.log.say(STOPPING.format(pid=os.getpid()))
         if checkpoint is not None:
             loop.resume(checkpoint)
         if options.overwrite and not (checkpoint and options.resume == "auto"):

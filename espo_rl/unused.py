@@ -119,6 +119,13 @@ IDLE = (
         'a critic: ppo.advantage = "gae" with ppo.baseline = "critic"',
     ),
     Idle(
+        "ppo.clip_low ppo.clip_high ppo.dual_clip ppo.value_clip",
+        "ppo.epochs ppo.minibatches",
+        # What an update compares with is what the models say as it begins.
+        lambda recipe: recipe.ppo.epochs == recipe.ppo.minibatches == 1,
+        "a second optimizer step in an update, so ppo.epochs or ppo.minibatches above 1",
+    ),
+    Idle(
         "ppo.whiten",
         "ppo.advantage",
         lambda recipe: recipe.ppo.advantage != "gae",

@@ -35,7 +35,8 @@ def register() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    for hook in ("admission.check_requests", "admission.tell_weights", "listed_tokens.tell_largest"):
+    hooks = ("admission.check_requests", "admission.tell_weights", "listed_tokens.tell_largest")
+    for hook in hooks:
         resolve_obj_by_qualname(f"espo_gateway.vllm_plugin.{hook}")()
 
     if BACKEND not in WeightTransferEngineFactory._registry:

@@ -427,8 +427,13 @@ _OF_THE_RECIPE = {
     "optimizer.params.lr": "ppo.learning_rate",
     "optimizer.params.weight_decay": "ppo.weight_decay",
     "gradient_clipping": "ppo.max_grad_norm",
+    # A step's gradient is of all its rollouts; DeepSpeed would divide it once more.
+    "gradient_accumulation_steps": "ppo.micro_batch_tokens",
+    "train_batch_size": "rollout.prompts_per_step and rollout.n",
+    "train_micro_batch_size_per_gpu": "ppo.micro_batch_tokens",
     "zero_optimization.stage": "deepspeed.zero_stage",
     "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype",
 }
 
 

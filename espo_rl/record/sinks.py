@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from espo_gateway.files import written_whole
 from espo_rl.config import Recipe
 from espo_rl.record.json_files import nulls
 from espo_rl.record.log_errors import LogError, log_errors
@@ -35,10 +36,13 @@ class JsonLines:
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
         with log_errors(path):
-            rows = path.read_text().splitlines() if start and path.exists() else []
-            kept = [row for row in rows if 0 <= _step_of(row) <= start]
-            path.write_text("".join(row + "\n" for row in kept))
-            self._file: TextIO = path.open("a")
+            there = path.read_text() if start and path.exists() else ""
+            rows = [row for row in there.splitlines() if 0 <= _step_of(row) <= start]
+            kept = "".join(row + "\n" for row in rows)
+            if kept != there:
+                with written_whole(path) as scratch:
+                    scratch.write_text(kept)
+            self._file: TextIO = path.open("a" if start else "w")
 
     def write(self, step: int, row: Mapping[str, Metric]) -> None:
         with log_errors(self._path):

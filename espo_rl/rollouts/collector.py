@@ -139,7 +139,17 @@ class Collector:
         self._config = config
         self._probe = probe
         self._client = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1", api_key="EMPTY", timeout=config.timeout, max_retries=0
+            base_url=f"{base_url}/v1",
+            api_key="EMPTY",
+            timeout=config.timeout,
+            max_retries=0,
+            # By itself it opens 1,000 connections at most, and lets requests wait for one.
+            http_client=openai.DefaultAsyncHttpxClient(
+                limits=type(openai.DEFAULT_CONNECTION_LIMITS)(
+                    max_keepalive_connections=config.concurrency
+                ),
+                timeout=config.timeout,
+            ),
         )
 
     async def __aenter__(self) -> Collector:

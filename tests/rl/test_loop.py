@@ -19,6 +19,7 @@ from espo_rl.evaluate.results import EvaluationError, Report
 from espo_rl.loop import Loop
 from espo_rl.rollouts.in_flight import InFlight
 from espo_rl.servers.sampler import Sampler
+from espo_rl.servers.server import ServerError
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import EndReason, Request, Rollout
 from tests.helpers.models import random_checkpoint
@@ -220,3 +221,43 @@ async def test_the_gateway_is_told_of_new_weights_by_the_newest_gate(loop: Loop)
     [gate] = servers.gates
     assert gate.weights_version == "step-1"
     assert gate.version == loop.queue.batches[-1].gate.version
+
+
+async def test_models_are_saved_before_an_evaluation_that_may_fail(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without checkpoints nothing else is left of the run."""
+
+    async def nothing(*_: Any) -> None:
+        pass
+
+    async def evaluate(when: str) -> None:
+        if when == "after":
+            raise ServerError("the policy server is gone")
+
+    loop.step = loop.recipe.run.steps
+    monkeypatch.setattr(loop, "start", nothing)
+    monkeypatch.setattr(loop, "prove_sampling", nothing)
+    monkeypatch.setattr(loop, "evaluate_policy", evaluate)
+    with pytest.raises(ServerError, match="is gone"):
+        await loop.run()
+    assert (loop.recipe.run.output / "actor" / "model.safetensors").exists()
+    assert (loop.recipe.run.output / "actor" / "tokenizer.json").exists()
+
+
+async def test_a_server_that_has_just_started_gets_the_weights_before_they_are_proven(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    async def catch_up() -> None:
+        done.append("weights")
+
+    async def prove(*_: Any) -> None:
+        done.append("proof")
+
+    monkeypatch.setattr(loop.served, "catch_up", catch_up)
+    monkeypatch.setattr(loop.served, "prove_sampling", prove, raising=False)
+    monkeypatch.setattr(loop, "prompter", None, raising=False)
+    await loop.prove_sampling()
+    assert done == ["weights", "proof"]

@@ -94,6 +94,14 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
             ["ppo.lr_warmup_steps", "deepspeed.extra.scheduler"],
         ),
         (
+            ["deepspeed.extra={gradient_accumulation_steps = 8}"],
+            ["extra.gradient_accumulation_steps", "ppo.micro_batch_tokens"],
+        ),
+        (
+            ["deepspeed.extra={fp16 = {enabled = true}}"],
+            ["extra.fp16.enabled", "model.dtype"],
+        ),
+        (
             ["deepspeed.extra={optimizer = {params = {lr = 1.0}}}"],
             ["deepspeed", "extra.optimizer.params.lr", "ppo.learning_rate"],
         ),
@@ -181,6 +189,8 @@ IDLE = [
     (["stopping.rule=regret-only", "stopping.window=3"], "stopping.window"),
     (["stopping.rule=length", "stopping.beta_max=300"], "stopping.beta_max"),
     (["ppo.advantage=group", "ppo.whiten=false"], "ppo.whiten"),
+    (["ppo.minibatches=1", "ppo.clip_high=0.28"], "ppo.clip_high"),
+    (["ppo.minibatches=1", "ppo.value_clip=0.2"], "ppo.value_clip"),
     (["servers.critic_vllm_args=['--x']"], "servers.critic_vllm_args"),
     (["task.grader_workers=3"], "task.grader_workers"),
     (["task.grader_timeout=3"], "task.grader_timeout"),

@@ -257,6 +257,25 @@ def test_a_full_disk_ends_the_run_with_a_clear_error(tmp_path: Path) -> None:
         write_steps(recipe_for(tmp_path), 1)
 
 
+def test_a_full_disk_at_a_resume_takes_no_row_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+
+    def full(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(LogError, match="No space left"):
+            JsonLines(path, 2)
+    JsonLines(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_full_disk_under_tensorboard_is_seen_in_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,6 +287,21 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
     assert max(seen) == 3
 
 
+async def test_as_many_requests_at_once_as_allowed() -> None:
+    """The client by itself opens a thousand connections."""
+    many = 1100
+    config = RolloutSection(max_tokens=20, concurrency=many)
+    async with (
+        FakeServer(lambda body: Script([GOOD]), gated=True) as server,
+        Collector(server.url, "fake", PROMPTER, config) as collector,
+    ):
+        collecting = asyncio.create_task(collector.collect(samples(many), temperature=1.0))
+        await until_running(server, many)
+        collecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await collecting
+
+
 # -- failures --------------------------------------------------------------------------------------
 
 
