@@ -159,9 +159,9 @@ def _chat(data: bytes) -> tuple[str, str, Logprobs]:
         for top in tops:
             if top.logprob > largest:
                 largest = top.logprob
-        if largest == logprob < HALF:
-            largest = largest_logprob(logprob, [top.logprob for top in tops])
-        logprobs.append((logprob, largest))
+        known = largest != logprob or logprob >= HALF
+        told = largest if known else largest_logprob(logprob, [top.logprob for top in tops])
+        logprobs.append((logprob, told))
     return field if text is not None else "", text or "", logprobs
 
 

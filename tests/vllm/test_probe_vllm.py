@@ -79,7 +79,7 @@ async def test_who_shares_its_steps_with_a_question_still_gets_the_largest_logpr
     stream = body_for(vllm_server, COMPLETIONS, **common)
     question = body_for(vllm_server, COMPLETIONS, **common, logprob_token_ids=[5, 6, 7])
     alone = await post(url, stream)
-    beside, _ = await asyncio.gather(post(url, stream), post(url, question))
+    beside = (await asyncio.gather(post(url, stream), post(url, question)))[0]
     tops, expected = (
         answer["choices"][0]["logprobs"]["top_logprobs"] for _, answer in (beside, alone)
     )
