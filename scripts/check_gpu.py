@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ def move(model: PreTrainedModel) -> None:
         parameter.mul_(1.0 + 0.05 * torch.randn_like(parameter))
 
 
+def server_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Of a server on one GPU: the first of those that this process is left."""
+    first, _, _ = given.get("CUDA_VISIBLE_DEVICES", "0").partition(",")
+    return {
+        **given,
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "CUDA_VISIBLE_DEVICES": first.strip(),
+    }
+
+
 async def check(way: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One way: a server, requests, reloads, proofs."""
     gpu, url = torch.cuda.is_available(), f"http://127.0.0.1:{(port := free_port())}"
@@ -122,7 +132,7 @@ async def check(way: str, options: argparse.Namespace, folder: Path) -> dict[str
         log_path=folder / f"{way}.log",
         ready_url=f"{url}/health",
         name="vLLM",
-        env={**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "CUDA_VISIBLE_DEVICES": "0"},
+        env=server_environment(os.environ),
     )
     try:
         async with WeightPublisher([url], transfer=transfer) as publisher:

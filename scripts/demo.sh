@@ -21,7 +21,7 @@ fi
 
 # A quarter of an hour: some of it for the worked examples, once, then eight steps, of which three
 # are warm-up.
-base=runs/demo-base-$(basename "$model") out=runs/demo-real planned=
+base=runs/demo-base-${model//\//--} out=runs/demo-real planned=
 for word in "$@"; do
     case $word in run.output=*) out=${word#run.output=} ;; --dry-run) planned=yes ;; esac
 done

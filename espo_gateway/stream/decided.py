@@ -8,6 +8,7 @@ runs.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -122,6 +123,7 @@ class DecidedSession(Session):
         """Take what the engine says at the choice's end, and say it in the client's words."""
         told = told_by(choice.get("stop_reason"))
         watch = self.watch = Watch(self.gate, self.prompt_tokens or 0)
+        watch.z = math.nan  # this one follows nothing: only the server can tell
         if told is None:
             found = choice.get("finish_reason") in _OUTSIDE
             if not found and type(choice.get("stop_reason")) is not str:
@@ -135,7 +137,8 @@ class DecidedSession(Session):
             self.give_up(told.fault)
             return
         watch.cut, watch.threshold, watch.value = told.cut, told.threshold, told.value
-        watch.z = told.z if told.z is not None else 0.0
+        if told.z is not None:
+            watch.z = told.z
         if self._trace is not None:
             self._trace.adopt(told.trace or [])
         if self._cut is not None:
@@ -169,3 +172,8 @@ class DecidedSession(Session):
     @property
     def usage(self) -> Chunk | None:
         return self._usage
+
+    @property
+    def value(self) -> float | None:
+        """As `Session.value`; V at a stop is the record's, and at other ends the server's alone."""
+        return self.gate.constant if self.gate.source == "constant" else None

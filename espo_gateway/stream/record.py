@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,7 +78,7 @@ class Record:
             tokens=watch.tokens,
             overshoot=watch.tokens - cut if stopped and cut is not None else 0,
             missing=watch.missing,
-            z=watch.z if watch.tokens and reason is None else None,
+            z=watch.z if watch.tokens and reason is None and not math.isnan(watch.z) else None,
             threshold=watch.threshold,
             value=watch.value,
             beta=gate.beta,

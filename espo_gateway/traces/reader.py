@@ -132,7 +132,7 @@ def read_traces(paths: Iterable[Path], *, outcome: str, known: Known | None) -> 
 
     Args:
         outcome: the field or column that says whether a trace was right.
-        known: outcomes by id, in the place of that field.
+        known: outcomes by id, in the place of that field; of JSON lines alone.
 
     Raises:
         TraceError: naming the file, and the line where there is one.
@@ -185,6 +185,11 @@ def read_outcomes(path: Path, outcome: str) -> dict[tuple[str, int | None], bool
 
 def _read(path: Path, outcome: str, known: Known | None) -> Iterator[Trace]:
     if path.suffix == ".parquet":
+        if known is not None:
+            raise TraceError(
+                f"{path}: --outcomes has no effect on a dump of rollouts, which has its own in a "
+                "column (--outcome); leave it out, and write those of JSON lines into the lines"
+            )
         yield from _read_parquet(path, outcome)
         return
     # Of a session whose monitor went on from turn to turn, which stand together: one rollout.

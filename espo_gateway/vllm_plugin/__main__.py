@@ -146,10 +146,7 @@ def server_command(
                     f"--value-head: {head} is no folder with a config.json; make one with `python "
                     "-m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
                 )
-            defaults |= {
-                "--worker-cls": VALUE_WORKER,
-                "--additional-config": json.dumps({VALUE_HEAD: str(folder)}),
-            }
+            defaults |= {"--worker-cls": VALUE_WORKER} | told_of_head(str(folder), given)
             environment = VALUE_ENVIRONMENT | dict(environment)
 
     chosen = {name_of(flag) for flag in given if flag.startswith("-")}
@@ -179,18 +176,38 @@ def server_command(
     return command, environment
 
 
-def taken_out(given: list[str], name: str) -> str:
-    """The value of a flag of ours, which is taken out of what vLLM gets; "" where it is not given.
+def told_of_head(folder: str, given: list[str]) -> dict[str, str]:
+    """The flag by which the engine is told of a head, with what is given of the same setting.
+
+    Raises LaunchError: that is no JSON object.
+    """
+    name, text = "--additional-config", "{}"
+    if any(name_of(word).startswith(f"{name}.") for word in given):
+        # Of a setting that is given key by key vLLM takes nothing else.
+        return {f"{name}.{VALUE_HEAD}": json.dumps(folder)}
+    while more := taken_out(given, name, "JSON object"):
+        text = more
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise LaunchError(f"{name}: {text} is no JSON object, so no --value-head can be added")
+    return {name: json.dumps(config | {VALUE_HEAD: folder})}
+
+
+def taken_out(given: list[str], name: str, what: str = "folder") -> str:
+    """The value of a flag, which is taken out of what vLLM gets; "" where it is not given.
 
     Raises LaunchError: it has none.
     """
     for position, word in enumerate(given):
-        flag, equals, value = word.partition("=")
-        if flag == name:
+        _, equals, value = word.partition("=")
+        if word.startswith("-") and name_of(word) == name:
             if not equals:
                 value = (*given, "")[position + 1]
             if not value or value.startswith("-"):
-                raise LaunchError(f"{name}: give a folder")
+                raise LaunchError(f"{name}: give a {what}")
             del given[position : position + (1 if equals else 2)]
             return value
     return ""

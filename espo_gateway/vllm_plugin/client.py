@@ -101,12 +101,25 @@ class WeightClient:
             await self._drop_cache()
         except BaseException as error:
             try:
-                await asyncio.shield(self.post("/resume"))
+                await self._resume()
             except WeightRouteError as resume_error:
                 # The first error is the reason; but nobody should wait for a paused server.
                 error.add_note(f"and the server is still paused: {resume_error}")
             raise
-        await self.post("/resume")
+        await self._resume()
+
+    async def _resume(self) -> None:
+        """To its end, however often whoever waits is cancelled. Raises WeightRouteError."""
+        resuming = asyncio.ensure_future(self.post("/resume"))
+        try:
+            await asyncio.shield(resuming)
+        except asyncio.CancelledError as cancelled:
+            while not resuming.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([resuming])
+            if (failure := resuming.exception()) is not None:
+                cancelled.add_note(f"and the server is still paused: {failure}")
+            raise
 
     async def start(self) -> None:
         """Begin an update. Raises WeightRouteError."""

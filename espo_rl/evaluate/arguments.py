@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from espo_rl.types import Problem
 
 #: fields of the task that the results depend on; where the data lies is none of them
 TASK_FIELDS = ("chat", "system", "template", "grader", "pattern", "answer_pattern")
+#: more of them; told only where given, so that what was begun before there were any goes on
+LATER_FIELDS = ("chat_template_kwargs", "thought_tags", "answer_tags")
 
 SAMPLING = (
     "The defaults are what reasoning models are usually evaluated with (DeepSeek-R1, arXiv "
@@ -98,6 +101,20 @@ def parse(
         "package.module:function (default: %(default)s)",
     )
     add("--pattern", help="regex: group 1 of its last match is the answer given")
+    for name, what in (
+        ("thought", "thoughts, which built-in graders do not read"),
+        ("answer", "answers: of a text with such tags the last one alone is graded"),
+    ):
+        usual = getattr(task, f"{name}_tags")
+        add(
+            f"--{name}-tags",
+            nargs="*",
+            action=_Pairs,
+            default=usual,
+            metavar="TAG",
+            help=f"OPEN CLOSE, or several such pairs, or none: the tags of {what} "
+            f"(default: {' '.join(chain(*usual))})",
+        )
     add("--problem-column", default=task.problem_column, help="(default: %(default)s)")
     add("--answer-column", default=task.answer_column, help="(default: %(default)s)")
     add("--answer-pattern", help="group 1 of its last match in there: '#### (.*)' for GSM8K's own")
@@ -145,6 +162,10 @@ def parse(
             f"--pattern has no effect with --grader {options.grader}",
         ),
         (
+            options.answer_tags != task.answer_tags and ":" in options.grader,
+            "--answer-tags has no effect with a grader of your own, which gets the whole text",
+        ),
+        (
             # One out of bounds is named with them.
             options.gate is None and options.audit is not None and 0.0 <= options.audit <= 1.0,
             "--audit has no effect without --gate",
@@ -177,6 +198,21 @@ def _stopping(parser: argparse.ArgumentParser) -> None:
         help="of the samples are generated to their end although stopped, to know what stopping "
         "saves and costs; 1 for exact numbers (default: 0.1)",
     )
+
+
+class _Pairs(argparse.Action):
+    """Words as pairs, in the place of the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if len(values) % 2:
+            raise argparse.ArgumentError(self, "must be OPEN CLOSE, or several such pairs")
+        setattr(namespace, self.dest, list(zip(values[::2], values[1::2], strict=True)))
 
 
 def _variables(text: str) -> dict[str, Any]:
@@ -233,8 +269,7 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
             eval_split=options.split,
             problem_column=options.problem_column,
             answer_column=options.answer_column,
-            chat_template_kwargs=options.chat_template_kwargs,
-            **{name: getattr(options, name) for name in TASK_FIELDS},
+            **{name: getattr(options, name) for name in (*TASK_FIELDS, *LATER_FIELDS)},
         ),
         rollout=RolloutSection(
             max_tokens=options.max_tokens,
@@ -270,6 +305,9 @@ def asked_as(recipe: Recipe) -> list[str]:
     defaults = usual.model_dump() | {"split": usual.eval_split}
     words += ["--grader", task.grader, "--max-tokens", str(recipe.rollout.max_tokens)]
     words += [f"{_flag(key)}={value}" for key, value in given.items() if value != defaults[key]]
+    for key in ("thought_tags", "answer_tags"):
+        if (tags := getattr(task, key)) != defaults[key]:
+            words += [_flag(key), *chain(*tags)]
     if task.chat_template_kwargs:
         words.append(f"--chat-template-kwargs={json.dumps(task.chat_template_kwargs)}")
     return words if task.chat else [*words, "--plain"]

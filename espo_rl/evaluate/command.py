@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from espo_gateway.stop.gate_json import gate_to_dict
 from espo_gateway.supervisor import ServerStartError
-from espo_rl.config import RecipeError, Stopping, check_model_folder
+from espo_rl.config import RecipeError, Stopping, TaskSection, check_model_folder
 from espo_rl.evaluate.arguments import (
+    LATER_FIELDS,
     TASK_FIELDS,
     cannot_load,
     explain,
@@ -86,7 +87,8 @@ class Command:
 
     def settings(self) -> dict[str, Any]:
         """All that the results depend on, beside the problems, which stand in the results."""
-        variables = self.recipe.task.chat_template_kwargs
+        task, usual = self.recipe.task, TaskSection()
+        later = {name: getattr(task, name) for name in LATER_FIELDS}
         names = ["k", "temperature", "top_p", "max_tokens", "seed", "vllm_args"]
         gate = None if self.gate is None else gate_to_dict(self.gate)
         return {
@@ -94,9 +96,8 @@ class Command:
             "model_files": model_files(Path(self.options.model)),
             "dtype": self.recipe.model.dtype,
             **{name: getattr(self.options, name) for name in names},
-            **{name: getattr(self.recipe.task, name) for name in TASK_FIELDS},
-            # Only where given, so that what was begun before there were any goes on.
-            **({"chat_template_kwargs": variables} if variables else {}),
+            **{name: getattr(task, name) for name in TASK_FIELDS},
+            **{name: value for name, value in later.items() if value != getattr(usual, name)},
             "gate": gate,
             "audit": self.options.audit if gate else None,
         }

@@ -10,6 +10,7 @@ command. A sample that fails, or cannot be graded, is an error and never a wrong
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sam
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import AnswerReader
 from espo_rl.types import EndReason, Problem, Request, Rollout
+
+log = logging.getLogger(__name__)
 
 
 class Grader(Protocol):
@@ -80,6 +83,7 @@ class _Work:
         self.left: dict[int, int] = {}  # samples that a problem still waits for
         self.failed_in_a_row = 0
         self.reading = asyncio.Lock()
+        self.unread = False  # whether any answer could not be read
 
     async def run(self, done: Mapping[int, ProblemResult]) -> list[ProblemResult]:
         queue = self.queue(done)
@@ -160,5 +164,20 @@ class _Work:
             # shares its tables. It ends, since the grader has read the text in its time: one that
             # it has not has an error, and no answer.
             async with self.reading:
-                answer = await asyncio.to_thread(self.read_answer, rollout.answer, problem)
+                answer = await self.read(rollout.answer, problem)
         return SampleResult(correct=grade.correct, answer=answer, **counts)
+
+    async def read(self, completion: str, problem: Problem) -> str | None:
+        """A wrong answer; None where it cannot be read, as it is graded already."""
+        assert self.read_answer is not None
+        try:
+            return await asyncio.to_thread(self.read_answer, completion, problem)
+        except Exception as error:
+            if not self.unread:  # one tells of all of its kind
+                log.warning(
+                    "an answer to problem %s cannot be read, so it has no vote: %r",
+                    problem.id,
+                    error,
+                )
+            self.unread = True
+            return None

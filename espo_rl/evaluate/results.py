@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from espo_gateway.stop.gate_json import Mode
 from espo_rl.config import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from espo_rl.evaluate.scores import Graded, Scores, score
-from espo_rl.record.intervals import Share
+from espo_rl.record.intervals import ProblemMean
 from espo_rl.record.totals import Totals
 from espo_rl.types import EndReason, Problem, Request, first_seed
 
@@ -107,7 +107,9 @@ class Report:
     problems: int
     samples: int  # usable ones
     tokens: float  # a sample's mean length, to its stop
-    truncated: Share  # ran into max_tokens
+    truncated: ProblemMean  # share of samples that ran into max_tokens
+    stopped: ProblemMean  # share of samples that were
+    false_positives: ProblemMean  # of the audited stopped ones, those that would have been right
     errors: list[str]  # of failed samples, which the scores leave out
     totals: Totals  # of stopping
 
@@ -124,13 +126,14 @@ class Report:
             ]
             for result in results
         ]
-        lengths = sum(sample.end is EndReason.LENGTH for sample in usable)
         return cls(
             scores=score(graded, sampling.k, votes=votes),
             problems=len(results),
             samples=len(usable),
             tokens=sum(sample.tokens for sample in usable) / max(len(usable), 1),
-            truncated=Share(lengths, len(usable)),
+            truncated=_share(results, lambda sample: sample.end is EndReason.LENGTH),
+            stopped=_share(results, lambda sample: sample.end is EndReason.EARLY_STOP),
+            false_positives=_share(results, lambda sample: sample.correct_in_full),
             errors=[sample.error for sample in every if sample.error],
             totals=_totals(usable, gated=sampling.gated),
         )
@@ -140,22 +143,30 @@ class Report:
         return self.totals.gated > 0
 
     @property
-    def stopped(self) -> Share:
-        return Share(self.totals.stopped, self.totals.gated)
-
-    @property
-    def false_positives(self) -> Share:
-        """Of the audited stopped samples, those that would have been right."""
-        return Share(self.totals.audited_correct, self.totals.audited)
-
-    @property
     def saved(self) -> tuple[float, float]:
-        """Share of tokens saved by stopping, audits not counted, and its 95 % half width."""
+        """Share of tokens saved by stopping, audits not counted, and its 95 % half width: over
+        samples, not problems."""
         without, half_width = self.totals.tokens_without_stopping()
         if not without:
             return 0.0, 0.0
         used = (self.totals.tokens - sum(self.totals.remaining)) / without
         return 1.0 - used, used * half_width / without
+
+
+def _share(
+    results: Sequence[ProblemResult], holds: Callable[[SampleResult], bool | None]
+) -> ProblemMean:
+    """Of the usable samples, those of which something holds; None: one that does not count."""
+    told = [
+        [
+            said
+            for sample in result.samples
+            if not sample.error and (said := holds(sample)) is not None
+        ]
+        for result in results
+    ]
+    known = [said for said in told if said]
+    return ProblemMean.of([sum(said) / len(said) for said in known], [*map(len, known)])
 
 
 def _totals(samples: Sequence[SampleResult], *, gated: bool) -> Totals:

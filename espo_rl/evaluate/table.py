@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from espo_rl.evaluate.results import Report
-from espo_rl.record.intervals import ProblemMean, Share
+from espo_rl.record.intervals import ProblemMean
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     return content
 
 
-def _estimate(share: ProblemMean | Share | None) -> dict[str, Any] | None:
+def _estimate(share: ProblemMean | None) -> dict[str, Any] | None:
     if share is None or math.isnan(share.value):
         return None
     return {"value": share.value, "interval": list(share.interval)}
@@ -47,7 +47,10 @@ def _estimate(share: ProblemMean | Share | None) -> dict[str, Any] | None:
 def table(title: str, reports: Mapping[str, Report]) -> Table:
     """A row for each data set: percentages, their intervals below."""
     rows = {name: _row(report) for name, report in reports.items()}
-    shown = Table(title=f"{title} (%, 95 % interval over problems)", title_justify="left")
+    over = "problems"
+    if any(report.gated for report in reports.values()):
+        over += ", of saved tokens over samples"
+    shown = Table(title=f"{title} (%, 95 % interval over {over})", title_justify="left")
     shown.add_column("data")
     for heading in next(iter(rows.values())):
         shown.add_column(heading, justify="right")
@@ -78,7 +81,7 @@ def _row(report: Report) -> dict[str, str]:
     return row
 
 
-def _cell(share: ProblemMean | Share) -> str:
+def _cell(share: ProblemMean) -> str:
     if math.isnan(share.value):
         return "unknown"
     low, high = share.interval

@@ -97,6 +97,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("learning_rate", "epochs", "patience"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0, and finite")
+    for name in ("learning_rate", "epochs", "patience", "seed"):
+        if options.head_only and getattr(options, name) != parser.get_default(name):
+            parser.error(
+                f"--{name.replace('_', '-')} has no effect with --head-only, whose fit is exact; "
+                "leave it out"
+            )
     return options
 
 

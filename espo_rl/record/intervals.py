@@ -49,8 +49,11 @@ class ProblemMean:
     problems: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> ProblemMean:
+    def of(cls, values: Sequence[float], weights: Sequence[float] | None = None) -> ProblemMean:
         """From one value for each problem, however many samples that came from.
+
+        weights: how much each counts. By their numbers of samples the mean of their shares is that
+        of all samples; SE is then linearised, and their number Kish's effective one.
 
         The problems are the units: samples of one problem are alike, so an interval that counts
         samples is too narrow. It is Wilson's at the effective sample size p(1-p)/SE², SE over the
@@ -66,13 +69,17 @@ class ProblemMean:
         count = len(values)
         if not count:
             return cls(math.nan, (math.nan, math.nan), 0)
-        mean = min(max(float(np.mean(values)), 0.0), 1.0)
-        if count == 1:
-            return cls(mean, (0.0, 1.0), 1)  # one problem tells nothing of others
-        squared_error = float(np.var(values, ddof=1)) / count
+        mean = min(max(float(np.average(values, weights=weights)), 0.0), 1.0)
+        parts = np.ones(count) if weights is None else np.asarray(weights, dtype=float)
+        parts = parts / parts.sum()
+        effective = 1 / float(np.sum(parts**2))
+        if effective < 1.01:
+            return cls(mean, (0.0, 1.0), count)  # one problem tells nothing of others
+        squared_error = float(np.sum((parts * (np.asarray(values) - mean)) ** 2))
+        squared_error *= count / (count - 1)
         # Equal values leave rounding errors, not zeros.
-        size = mean * (1 - mean) / squared_error if squared_error > 1e-12 else count
-        return cls(mean, wilson(mean, size, float(stdtrit(count - 1, 0.975))), count)
+        size = mean * (1 - mean) / squared_error if squared_error > 1e-12 else effective
+        return cls(mean, wilson(mean, size, float(stdtrit(effective - 1, 0.975))), count)
 
     def __str__(self) -> str:
         if not self.problems:

@@ -158,6 +158,8 @@ def test_a_finished_run_says_what_comes_next(tmp_path: Path) -> None:
         ("espo-1.5b", ["task.eval_answer_column=solution", "task.system=- Think."]),
         ("espo-1.5b", ["task.grader=regex", "task.pattern='is (.*)'", "task.chat=false"]),
         ("espo-1.5b", ["task.chat_template_kwargs={ enable_thinking = false }"]),
+        ("espo-1.5b", ['task.thought_tags=[["<a>", "</a>"], ["[b]", "[/b]"]]', "task.chat=false"]),
+        ("espo-1.5b", ["task.thought_tags=[]", 'task.answer_tags=[["so: ", "."]]']),
         ("smollm2-135m", ["task.options={}"]),
         ("smollm2-135m", None),
     ],
@@ -176,7 +178,8 @@ def test_a_finished_run_is_evaluated_as_its_recipe_asks(
     words = shlex.split(command.partition("espo_rl.evaluate ")[2])
     evaluation = make_recipe(parse([*words, "--dtype", "bfloat16"]))
     task, given = run.task, evaluation.task
-    for key in ("name", "chat", "system", "template", "grader", "pattern", "chat_template_kwargs"):
+    keys = ["name", "chat", "system", "template", "grader", "pattern", "chat_template_kwargs"]
+    for key in (*keys, "thought_tags", "answer_tags"):
         assert getattr(given, key) == getattr(task, key)
     if task.kind == "dataset":
         assert (given.train, given.eval_split) == (task.eval, task.eval_split)

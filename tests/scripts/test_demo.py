@@ -52,8 +52,8 @@ def test_a_real_model_by_its_name_or_its_folder(tmp_path: Path, given: str) -> N
     sft, run, report = commands
     model = str(tmp_path / "folder") if given == "folder" else HUB
     assert f"--model {model} " in sft
-    # A base for each model: that of another one is not trained on.
-    base = f"runs/demo-base-{Path(model).name}"
+    # A base for each model: that of another one is not trained on, though its name ends alike.
+    base = f"runs/demo-base-{model.replace('/', '--')}"
     assert f"--out {base} " in sft
     assert run.startswith(f"-m espo_rl.run smollm2-135m model.path={base} ")
     assert run.endswith(" run.steps=2 --overwrite")

@@ -236,6 +236,25 @@ async def test_what_counts_counts() -> None:
     assert live["servers"][0]["decides"] is False  # nobody has asked
 
 
+@pytest.mark.parametrize(
+    ("gate", "value"),
+    [
+        ({"value": "stream", "estimator": ESTIMATOR, "p_star": 0.01}, None),
+        ({"value": "constant", "constant": 0.6, "p_star": 0.01}, 0.6),
+    ],
+)
+async def test_the_live_page_shows_no_v_that_was_not_told(gate: Body, value: float | None) -> None:
+    given = json.dumps({"rule": "value-only", "version": 3, **gate}).encode()
+    async with (
+        FakeServer(Script([GOOD] * 6), decides=True) as server,
+        gateway_for(server, decide="engine", gate=given) as gateway,
+    ):
+        await get_text(gateway.url + "/espo/live")  # what has ended is told to who looks
+        await post(gateway.url + COMPLETIONS, completion_body())
+        [stream] = json.loads(await get_text(gateway.url + "/espo/live"))["ended"]
+    assert (stream["cut"], stream["tokens"], stream["value"]) == (None, 6, value)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_is_the_servers_end(stream: bool) -> None:
     """vLLM finds it outside its engine: what that has seen is not told, and the tokens are."""
@@ -244,12 +263,14 @@ async def test_a_stop_string_is_the_servers_end(stream: bool) -> None:
         async with gateway_for(server, decide="engine") as gateway:
             body = completion_body(stop=["a"], stream=stream)
             answer = await answered(gateway.url, COMPLETIONS, body)
+            measured = await metric(gateway, "espo_gateway_regret_z_count")
             shadow = completion_body(stop=["a"], espo={"mode": "shadow"})
             await post(gateway.url + COMPLETIONS, shadow)
         [choice] = answer["choices"]
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "a")
         record = choice["espo"]
         assert (record["stopped"], record["cut"], record["tokens"]) == (False, None, 6)
+        assert (record["z"], measured) == (None, 0)
         # Of one that is to be watched beyond its cut the gateway wants to know more.
         assert [bool(ordered(body)) for body in server.bodies] == [True, False]
 

@@ -288,6 +288,16 @@ def test_outcomes_may_come_from_a_file_of_their_own(tmp_path: Path) -> None:
         assert len(read_outcomes(outcomes, "good")) == 300
 
 
+def test_outcomes_of_a_file_are_not_those_of_a_dump(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces, dump = recorded(tmp_path, simulate(20, 0)), tmp_path / "rollouts.parquet"
+    outcomes = write(tmp_path / "outcomes.jsonl", [{"id": "cmpl-0", "correct": True}])
+    for paths in ([dump], [traces, dump]):
+        told = refused(capsys, *paths, "--outcomes", outcomes)
+        assert f"{dump}: --outcomes has no effect" in told
+
+
 @pytest.mark.parametrize("name", ["prompt", "session", "request", "id"])
 def test_what_is_named_by_a_number_may_be_0(tmp_path: Path, name: str) -> None:
     told = [line(r, 0, request=None, id=None) for r in simulate(4, 0)]

@@ -85,6 +85,41 @@ def test_a_head_makes_the_engine_tell_v(flag: tuple[str, ...], tmp_path: Path) -
             build(*given, other)
 
 
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        (("--additional-config", '{"a": {"b": 1}}'), {"a": {"b": 1}}),
+        (('--additional_config={"a": 1}', "--additional-config", '{"c": 2}'), {"c": 2}),
+    ],
+)
+def test_a_head_is_told_beside_what_is_given_of_its_setting(
+    given: tuple[str, ...], others: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    command, _ = build("--value-head", str(tmp_path), *given)
+    told = json.loads(last_value(command, "--additional-config"))
+    assert told == {**others, VALUE_HEAD: str(tmp_path)}
+    assert sum("additional" in word for word in command) == 1
+
+
+def test_a_head_is_told_beside_keys_of_its_setting(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    given = ["--additional_config.a", "1", "--additional-config.b.c=2"]
+    command, _ = build("--value-head", str(tmp_path), *given)
+    # vLLM puts keys together to the one JSON that it then reads.
+    assert "--additional-config" not in command
+    told = command.index(f"--additional-config.{VALUE_HEAD}")
+    assert json.loads(command[told + 1]) == str(tmp_path)
+    assert command[-3:] == given
+
+
+@pytest.mark.parametrize("given", ["[1]", "{", "--port"])
+def test_a_setting_that_a_head_cannot_be_added_to_is_refused(given: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LaunchError, match=r"--additional-config: .* JSON object"):
+        build("--value-head", str(tmp_path), "--additional-config", given)
+
+
 def test_a_head_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A shell leaves this ~ to the program.
     monkeypatch.setenv("HOME", str(tmp_path))

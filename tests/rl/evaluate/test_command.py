@@ -234,6 +234,8 @@ def refusal(arguments: list[str], monkeypatch: Any, capsys: Any) -> str:
         (["--system", "s"], "system"),
         (["--template", "a {problem}"], "template"),
         (["--grader", "math"], "grader"),
+        (["--thought-tags", "<a>", "</a>"], "thought_tags"),
+        (["--answer-tags"], "answer_tags: None there, [] now"),
         (["--gate", "gate.json"], "gate"),
     ],
 )
@@ -356,6 +358,9 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:99999"], "--url: "),
         (["--plain", "--system", "s"], "--system has no effect with --plain"),
         (["--pattern", "is (.*)"], "--pattern has no effect with --grader"),
+        (["--thought-tags", "<a>"], "--thought-tags: must be OPEN CLOSE"),
+        (["--answer-tags", "<a>", ""], "--answer-tags: String should have at least 1 character"),
+        (["--answer-tags", "--grader", "my:own"], "--answer-tags has no effect with a grader of"),
         (["--audit", "0.5"], "--audit has no effect without --gate"),
         (["--audit", "0"], "--audit has no effect without --gate"),
         (["--subset", "main"], "--subset has no effect with a file"),

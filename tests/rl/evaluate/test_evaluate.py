@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +16,15 @@ from espo_gateway.testing import FakeServer, Script
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection, TaskSection
 from espo_rl.evaluate.evaluator import evaluate
-from espo_rl.evaluate.results import EvaluationError, ProblemResult, Sampling
+from espo_rl.evaluate.results import (
+    EvaluationError,
+    ProblemResult,
+    Report,
+    SampleResult,
+    Sampling,
+)
+from espo_rl.evaluate.table import table
+from espo_rl.record.intervals import Share
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.tasks.grader_pool import Grade
 from espo_rl.tasks.graders import exact_answer, make_answer_reader
@@ -171,6 +181,25 @@ async def test_without_an_answer_reader_there_is_no_majority() -> None:
     assert report.scores.average.value == pytest.approx(1 / 3)
 
 
+async def test_a_wrong_answer_that_cannot_be_read_has_no_vote(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of another kind than those that were foreseen; it is graded all the same."""
+
+    def read(completion: str, problem: Problem) -> str | None:
+        raise ZeroDivisionError(completion)
+
+    answers = [["0", "7", "7", "7"]] * 3
+    async with FakeServer(answering(answers)) as server, collector_of(server) as collector:
+        sampling = Sampling(k=4, temperature=0.6)
+        report = await evaluate(collector, ByAnswer(), PROBLEMS, sampling, read)
+    assert (report.samples, report.errors) == (12, [])
+    assert report.scores.majority is not None
+    assert report.scores.majority.value == pytest.approx(1 / 3)  # one right answer has the vote
+    [told] = [record for record in caplog.records if "cannot be read" in record.message]
+    assert "ZeroDivisionError" in told.message
+
+
 # -- early stopping --------------------------------------------------------------------------------
 
 
@@ -188,7 +217,7 @@ async def test_a_stopped_sample_is_wrong_whatever_it_would_have_become() -> None
     assert report.scores.average.value == pytest.approx(1 / 6)
     assert report.scores.majority.value == pytest.approx(1 / 3)  # the stopped ones do not vote
     assert report.stopped.value == 0.5
-    assert report.false_positives.trials == 0
+    assert math.isnan(report.false_positives.value)
     assert report.saved[0] != report.saved[0]  # unknown
     stopped = handed[0].samples[0]
     assert (stopped.end, stopped.tokens, stopped.answer) == (EndReason.EARLY_STOP, 8, None)
@@ -201,9 +230,29 @@ async def test_the_audit_tells_what_stopping_saves_and_costs() -> None:
     assert server.aborted == 0
     assert report.scores.average.value == pytest.approx(1 / 6)
     # Of three stopped ones only the first problem's ends with its answer.
-    assert (report.false_positives.successes, report.false_positives.trials) == (1, 3)
+    assert report.false_positives.value == pytest.approx(1 / 3)
     assert report.saved == (pytest.approx(1 - (8 + 6) / (12 + 6)), 0.0)
     assert report.tokens == (8 + 6) / 2
+
+
+def test_intervals_are_over_problems() -> None:
+    """All samples of a problem end alike, so that many of them tell no more than one."""
+    stopped = SampleResult(EndReason.EARLY_STOP, correct=False, tokens=8, generated=8)
+    full = replace(stopped, correct_in_full=True), replace(stopped, correct_in_full=False)
+    cut_off = SampleResult(EndReason.LENGTH, correct=False, tokens=20, generated=20)
+    sampling = Sampling(k=32, temperature=0.6, gated=True, audit=1.0)
+    results = [
+        ProblemResult(index, f"p{index}", "", "", [sample] * 32)
+        for index, sample in enumerate([*full, cut_off, cut_off] * 20)
+    ]
+    report = Report.of(results, sampling, votes=False)
+    for share in (report.truncated, report.stopped):
+        assert (share.value, share.problems) == (0.5, 80)
+        assert share.interval == pytest.approx(Share(40, 80).interval, abs=0.01)
+    share = report.false_positives
+    assert (share.value, share.problems) == (0.5, 40)
+    assert share.interval == pytest.approx(Share(20, 40).interval, abs=0.01)
+    assert "over problems, of saved tokens over samples" in str(table("m", {"d": report}).title)
 
 
 async def test_a_part_is_audited_always_the_same() -> None:

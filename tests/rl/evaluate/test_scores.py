@@ -144,6 +144,36 @@ def test_samples_of_one_problem_are_not_counted_as_independent() -> None:
     assert (low, high) == pytest.approx(Share(20, 40).interval, abs=0.01)
 
 
+def test_weighted_by_their_samples_problems_give_the_share_of_all_samples() -> None:
+    shares, samples = [1.0, 0.5, 0.0], [1, 4, 5]
+    mean = ProblemMean.of(shares, samples)
+    assert mean.value == pytest.approx(3 / 10)
+    even = ProblemMean.of(shares, [7] * 3)
+    assert even.interval == pytest.approx(ProblemMean.of(shares).interval)
+    # Where one has nearly all samples, little is known of others.
+    for shares in ([0.0] * 30, [0.2] + [0.0, 1.0] * 7):
+        low, high = ProblemMean.of(shares, [1000] + [1] * (len(shares) - 1)).interval
+        assert high - low > 0.9
+
+
+def test_the_interval_of_weighted_shares_holds_that_of_all() -> None:
+    """As of audited stops: few of a problem, fewer the easier it is."""
+    rng = np.random.default_rng(7)
+    problems, trials, held = 100, 1000, 0
+    difficulty = rng.beta(0.7, 0.7, 200_000)
+    stops, right = 1 + 8 * difficulty, 0.3 * (1 - difficulty)
+    truth = float(np.average(right, weights=stops))
+    for _ in range(trials):
+        drawn = rng.integers(len(difficulty), size=problems)
+        counts = rng.poisson(stops[drawn])
+        hits = rng.binomial(counts, right[drawn])
+        some = counts > 0
+        shares = hits[some] / counts[some]
+        low, high = ProblemMean.of(shares.tolist(), counts[some].tolist()).interval
+        held += low <= truth <= high
+    assert 0.92 <= held / trials <= 0.985
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_the_interval_of_all_or_nothing_has_a_width(value: float) -> None:
     mean = ProblemMean.of([value] * 30)

@@ -355,3 +355,17 @@ def test_fewer_layers_are_for_a_head_alone(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         parse(["runs", "--model", "m", "--output", "o", "--layers", "3"])
     assert "--head-only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given", ["--learning-rate=1e-3", "--epochs=3", "--patience=1", "--seed=4"]
+)
+def test_what_a_head_alone_does_not_read_is_refused(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["runs", "--model", "m", "--output", "o", given]
+    parse(arguments)
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--head-only"])
+    name, _, _ = given.partition("=")
+    assert f"{name} has no effect with --head-only" in capsys.readouterr().err

@@ -405,6 +405,20 @@ def test_outcomes_that_tell_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_outcomes_of_a_file_are_not_those_of_a_dump(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = dump(tmp_path / "a.parquet", make_rollouts(40, 20))
+    traces, known = tmp_path / "traces.jsonl", tmp_path / "outcomes.jsonl"
+    trace = {"id": "a", "logprobs": [-1.0], "max_logprobs": [0.0], "end": "completed"}
+    traces.write_text(json.dumps(trace))
+    known.write_text('{"id": "a", "correct": true}\n')
+    for inputs in ([path], [traces, path], [traces, "--fit-on", path]):
+        told = ["--outcomes", str(known), "--output", str(tmp_path / "out")]
+        assert main([*map(str, inputs), *told]) == 1
+        assert "a.parquet: --outcomes has no effect" in capsys.readouterr().err
+
+
 def test_a_folder_without_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert "holds no rollouts" in capsys.readouterr().err

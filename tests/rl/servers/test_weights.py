@@ -176,6 +176,53 @@ async def test_a_cancelled_update_resumes_the_server(recorder: Recorder) -> None
         assert recorder.routes[-1] == "/resume"
 
 
+@pytest.mark.parametrize("failing", [False, True])
+async def test_who_is_cancelled_while_it_resumes_the_server_resumes_it(
+    recorder: Recorder, failing: bool
+) -> None:
+    reached, going_on, resumed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def resume(_: web.Request) -> web.Response:
+        reached.set()
+        await going_on.wait()
+        resumed.set()
+        return web.json_response({})
+
+    recorder.behaviour["/resume"] = resume
+    if failing:
+        recorder.behaviour["/update_weights"] = fail(500)
+    async with WeightClient(recorder.url) as client:
+        update = asyncio.create_task(client.update(["/a"], version="7"))
+        await reached.wait()
+        for _ in range(2):
+            update.cancel()
+            await asyncio.sleep(0)  # it takes note of it
+        going_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await update
+        assert resumed.is_set()
+
+
+async def test_a_cancelled_resume_that_fails_is_told(recorder: Recorder) -> None:
+    reached, failing = asyncio.Event(), asyncio.Event()
+
+    async def refuse(request: web.Request) -> web.Response:
+        reached.set()
+        await failing.wait()
+        return fail(503)(request)
+
+    recorder.behaviour["/resume"] = refuse
+    async with WeightClient(recorder.url) as client:
+        update = asyncio.create_task(client.update(["/a"], version="7"))
+        await reached.wait()
+        update.cancel()
+        await asyncio.sleep(0)
+        failing.set()
+        with pytest.raises(asyncio.CancelledError) as error:
+            await update
+    assert "still paused" in error.value.__notes__[0]
+
+
 async def test_a_server_that_is_not_there_is_named() -> None:
     async with WeightClient("http://127.0.0.1:1") as client:
         with pytest.raises(WeightRouteError, match=r"http://127.0.0.1:1/init.*no answer"):
