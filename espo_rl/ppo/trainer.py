@@ -193,13 +193,22 @@ class PpoTrainer:
             self.critic.begin(self.updates + 1)
             metrics["critic_learning_rate"] = self.critic.learning_rate
         steps: dict[ModelName, list[Step]] = defaultdict(list)
+        idle = self._idle(samples) if single else np.zeros(len(samples), dtype=bool)
+        others = np.flatnonzero(idle)
+        unmoved = self._forward([samples[i] for i in others], actor=True) if others.size else []
         for _ in range(ppo.epochs):
             for chosen in np.array_split(self._rng.permutation(len(samples)), parts):
                 of_minibatch = [samples[i] for i in chosen]
-                for name, step in self._minibatch(of_minibatch, trains_actor, said):
+                weights = aggregation_weights([one.kept for one in of_minibatch], ppo.aggregation)
+                for sample, share in zip(of_minibatch, weights, strict=True):
+                    sample.columns["weights"] = torch.full((sample.kept,), share)
+                learning = chosen[~idle[chosen]]
+                of_these = [samples[i] for i in learning]
+                for name, step in self._minibatch(of_these, trains_actor, said):
                     steps[name].append(step)
         if said is not None:
-            for i, of_sample in zip(chosen, self._everyones(said), strict=True):
+            now = [*self._everyones(said), *unmoved]
+            for i, of_sample in zip([*learning, *others], now, strict=True):
                 of_sample.reference, of_sample.values = before[i].reference, before[i].values
                 before[i] = of_sample
             metrics |= compare(samples, before, ppo)[1]
@@ -220,6 +229,14 @@ class PpoTrainer:
         """Whether nothing moves before the actor is trained, nor has to be known of it: then what
         it says in its only pass is what it would have said before."""
         return self._ppo.epochs == parts == 1 and not self._ppo.kl_in_reward
+
+    def _idle(self, samples: Sequence[Sample]) -> NDArray[np.bool_]:
+        """Which have no part in the gradient, as all rewards of their group are alike: a forward
+        pass without one tells all that there is to report of them."""
+        ppo = self._ppo
+        idle = np.array([not one.columns["advantages"].any() for one in samples])
+        moved_by_more = self.critic is not None or ppo.entropy_bonus or ppo.kl_coefficient
+        return np.zeros_like(idle) if moved_by_more or idle.all() else idle
 
     def _judge(self, faults: list[str]) -> None:
         """Say which steps were not taken; end it all when that has become a habit."""
@@ -280,11 +297,9 @@ class PpoTrainer:
     ) -> Iterator[tuple[ModelName, Step]]:
         """One optimizer step of each engine, with this rank's share of what there is to report.
 
+        samples: with the column `weights`, shares of the whole minibatch.
         said: where the actor has not been asked before, what it says now goes there.
         """
-        weights = aggregation_weights([sample.kept for sample in samples], self._ppo.aggregation)
-        for sample, share in zip(samples, weights, strict=True):
-            sample.columns["weights"] = torch.full((sample.kept,), share)
         engines = {
             name: engine
             for name, engine in self._engines.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -277,3 +278,34 @@ def test_in_a_single_pass_the_actor_is_asked_once(
     assert (asked < next(counts)) is single
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
     assert_same_update(weights_of(ours), weights_of(twice))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
+def test_a_group_without_an_advantage_is_not_passed_back(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch, aggregation: str
+) -> None:
+    """And what comes of it is what would come of passing it back as well."""
+    settings = {"advantage": "group", "epochs": 1, "minibatches": 1, "micro_batch_tokens": 20}
+    settings |= {"aggregation": aggregation, "entropy_bonus": 0.0, "kl_coefficient": 0.0}
+    ours, whole = trainer(paths, **settings), trainer(paths, **settings)
+    rollouts = make_rollouts()  # in the first group rewards differ, in the second they do not
+    trained: Counter[str] = Counter()
+
+    def count(name: str, of: PpoTrainer) -> None:
+        backward = of.actor.backward
+
+        def counted(loss: Tensor) -> None:
+            trained[name] += 1
+            backward(loss)
+
+        monkeypatch.setattr(of.actor, "backward", counted)
+
+    count("ours", ours)
+    count("whole", whole)
+    found = ours.update(rollouts)
+    monkeypatch.setattr(whole, "_idle", lambda samples: np.zeros(len(samples), dtype=bool))
+    expected = whole.update(rollouts)
+    assert 0 < trained["ours"] < trained["whole"]
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
+    assert_same_update(weights_of(ours), weights_of(whole))
