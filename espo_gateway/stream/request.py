@@ -27,6 +27,9 @@ _FIELDS = {
     **dict.fromkeys(("n", "best_of", "seed", "top_logprobs", "prompt_logprobs"), _INT),
 }
 
+#: The largest that vLLM takes for a seed.
+_LARGEST_SEED = 2**63 - 1
+
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _ABOUT_LOGPROBS = re.compile("log_?prob|probs$", re.IGNORECASE)
 
@@ -218,11 +221,18 @@ def _singles(body: Body, max_choices: int, *, chat: bool) -> list[Single]:
             if "best_of" in body:
                 single["best_of"] = 1
             if isinstance(seed, int):
-                single["seed"] = seed + i  # as vLLM seeds the children of one request
+                single["seed"] = child_seed(seed, i)
             if request_id is not None:
                 single["request_id"] = f"{request_id}-{index}"
             singles.append(Single(index, p, single, _length(body, prompt)))
     return singles
+
+
+def child_seed(seed: int, index: int) -> int:
+    """A choice's, as vLLM seeds the children of one request; -1 is none, for all of them."""
+    child = seed if seed == -1 else seed + index
+    # vLLM counts on past what it takes, and torch takes either for the same.
+    return child - 2**64 if seed <= _LARGEST_SEED < child else child
 
 
 def choices_of(planned: Plan) -> int:

@@ -25,6 +25,7 @@ from espo_gateway.stream.request import (
     about_logprobs,
     at_least,
     checked_choices,
+    child_seed,
     lax,
     stream_asked,
 )
@@ -91,7 +92,7 @@ def _singles(body: Body, max_choices: int) -> list[Single]:
     for index in range(n):
         own = {**sampling, "n": 1}
         if isinstance(seed, int):
-            own["seed"] = seed + index
+            own["seed"] = child_seed(seed, index)
         single = {**body, "sampling_params": own}
         if request_id is not None:
             single["request_id"] = f"{request_id}-{index}"
