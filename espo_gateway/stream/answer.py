@@ -133,8 +133,9 @@ class Answer:
             message[name] = _grown(message.get(name), text)
         if self._calls:
             message["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
-        if message.get("tool_calls") and not message["content"]:
-            message["content"] = None
+        said = any(text for name, text in texts.items() if name != "content")
+        if (said or message.get("tool_calls")) and not message["content"]:
+            message["content"] = None  # the "" that a stream begins with
         self.choice["message"] = message
         return self.choice
 
