@@ -101,7 +101,7 @@ class EventStream:
             await asyncio.sleep(seconds)
             if self._told:
                 return  # the first chunk is out
-            with suppress(ConnectionResetError):  # whoever serves the client notices it, too
+            with suppress(ConnectionError):  # whoever serves the client notices it, too
                 await self.send(_ALIVE)
 
     async def close(self, end: bytes) -> web.StreamResponse:
