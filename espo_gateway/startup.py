@@ -197,7 +197,7 @@ async def check_critic(url: str, timeout: float) -> None:  # noqa: ASYNC109 (of 
             await critic.value([0], [])
         except UpstreamError as error:
             raise UpstreamError(
-                f"--critic {url} gives no values: {error}; start it with "
+                f"--critic {url} gives no values ({error.in_full}); start it with "
                 "`python -m espo_gateway.vllm_plugin MODEL --critic`"
             ) from error
 

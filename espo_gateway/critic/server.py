@@ -18,7 +18,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from espo_gateway.critic.metrics import CriticMetrics
-from espo_gateway.errors import UpstreamError, UpstreamProtocolError
+from espo_gateway.errors import EXCERPT, UpstreamError, UpstreamProtocolError
 from espo_gateway.upstream.connection import Limits
 from espo_gateway.upstream.pool import UpstreamPool
 from espo_gateway.vllm_plugin.pooling import ROUTE, pooled_values, pooling_body
@@ -172,17 +172,18 @@ class CriticServer:
                 self._fail(batch.keys() - asked.keys(), f"{self.url}: {problem}")
                 values = await self._request(model.name, list(asked.values())) if asked else []
         except Exception as error:
+            excerpt = ""
             if isinstance(error, TimeoutError):
                 problem = f"{self.url}: no values within {self.timeout:g} s"
             elif isinstance(error, UpstreamError):
-                problem = error.message
+                problem, excerpt = error.message, error.excerpt
             else:
                 log.exception("a request to the critic failed")
                 problem = repr(error)
             self._failing = True
             self._model = None  # another server may come back
             self._metrics.requests.labels("failed").inc()
-            self._fail(batch, problem)
+            self._fail(batch, problem, excerpt)
             return
         self._failing = False
         self._metrics.requests.labels("answered").inc()
@@ -208,17 +209,20 @@ class CriticServer:
             try:
                 if response.status == 200:
                     return pooled_values(msgspec.json.decode(body), len(prefixes))
-                problem = f"HTTP {response.status}: {body[:300].decode(errors='replace')}"
+                problem = f"HTTP {response.status}"
             except ValueError as error:  # msgspec's too
                 problem = str(error)
-        raise UpstreamProtocolError(f"{self.url}{ROUTE}: {problem}")
+        excerpt = body[:EXCERPT].decode(errors="replace")
+        raise UpstreamProtocolError(f"{self.url}{ROUTE}: {problem}", excerpt=excerpt)
 
-    def _fail(self, answers: Iterable[asyncio.Future[float]], problem: str) -> None:
+    def _fail(
+        self, answers: Iterable[asyncio.Future[float]], problem: str, excerpt: str = ""
+    ) -> None:
         """End questions without a value; the log hears of it now and then."""
         unanswered = 0
         for answer in answers:
             if not answer.done():
                 # One each: an exception raised in many tasks collects the tracebacks of all.
-                answer.set_exception(UpstreamError(problem))
+                answer.set_exception(UpstreamError(problem, excerpt=excerpt))
                 unanswered += 1
         self._failures.tell(problem, unanswered)

@@ -80,8 +80,8 @@ async def _passed(
         response.headers.extend(answered_headers(upstream.headers, gateway.pool.urls, anew=False))
         if 300 <= upstream.status < 400 and leads_back(response.headers, request):
             raise UpstreamProtocolError(
-                f"the upstream redirects to {upstream.headers.get('Location')}; give the gateway "
-                "the address that answers (--upstream)"
+                "the upstream redirects; give the gateway the address that answers (--upstream)",
+                excerpt=upstream.headers["Location"],
             )
         if reason is not None:
             response.headers[UNMONITORED] = reason

@@ -270,7 +270,8 @@ async def check_stream(reply: Reply) -> None:
     data = await reply.body()
     raise UpstreamProtocolError(
         f"the upstream answered a streaming request with {reply.content_type} "
-        f"(status {reply.status}): {data[:EXCERPT]!r}"
+        f"(status {reply.status})",
+        excerpt=repr(data[:EXCERPT]),
     )
 
 
@@ -295,6 +296,6 @@ def check_place(reply: Reply) -> None:
     if 300 <= reply.status < 400:
         # Followed by the client it would lead around the gateway, or back into it.
         raise UpstreamProtocolError(
-            f"the upstream redirects to {reply.headers.get('Location', 'nowhere')}; give the "
-            "gateway the address that answers (--upstream)"
+            "the upstream redirects; give the gateway the address that answers (--upstream)",
+            excerpt=reply.headers.get("Location", "nowhere"),
         )

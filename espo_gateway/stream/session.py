@@ -471,5 +471,5 @@ def _decoded(data: bytes) -> Chunk:
         return decode_chunk(data)
     except ValueError as error:
         raise UpstreamProtocolError(
-            f"the upstream sent no JSON object: {data[:EXCERPT]!r}"
+            "the upstream sent no JSON object", excerpt=repr(data[:EXCERPT])
         ) from error

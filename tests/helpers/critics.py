@@ -31,7 +31,7 @@ def stop_at(token: int) -> Callable[[list[int]], float]:
 
 
 FAULTS = {
-    "error": "HTTP 500: .*as scripted",
+    "error": "HTTP 500",
     "reset": "broke off",
     "garbage": "malformed",
     "short": "not one score for each of 1",
