@@ -214,4 +214,6 @@ async def running(
             gateway.drain()
             await gateway.traffic.over(config.drain_timeout)
             await runner.cleanup()
+            # It does not wait for those that it breaks off last, which are yet to be recorded.
+            await gateway.traffic.ended(_CLEAN_UP)
             await gateway.observers.close()
