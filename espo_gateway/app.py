@@ -184,7 +184,7 @@ async def running(
                 "registry": metrics.registry,
             }
             critic = await stack.enter_async_context(
-                CriticServer(config.critic, **options)
+                CriticServer(config.critic, headers=keys.upstream_headers, **options)
                 if config.critic_class is None
                 else CustomCritic(load_critic(config.critic), name=config.critic, **options)
             )

@@ -103,7 +103,7 @@ async def check_servers(config: Config, keys: Keys) -> None:
         log.info("the servers serve different models, and a request goes by its model (%s)", what)
     if critic is not None and critic in found:
         log.info("%s serves %s", critic, ", ".join(_names(found[critic])) or "unknown")
-        await check_critic(critic, config.critic_timeout)
+        await check_critic(critic, config.critic_timeout, keys.upstream_headers)
 
 
 async def _check_upstream(
@@ -190,9 +190,13 @@ def _top_logprob(answer: Any) -> float | None:
     return top if math.isfinite(top) else None
 
 
-async def check_critic(url: str, timeout: float) -> None:  # noqa: ASYNC109 (of its requests)
+async def check_critic(
+    url: str,
+    timeout: float,  # noqa: ASYNC109 (of its requests)
+    headers: Mapping[str, str],
+) -> None:
     """Ask for one value. Raises UpstreamError: a wrong address would else be met by every token."""
-    async with CriticServer(url, timeout=timeout) as critic:
+    async with CriticServer(url, timeout=timeout, headers=headers) as critic:
         try:
             await critic.value([0], [])
         except UpstreamError as error:

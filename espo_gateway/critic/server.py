@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, Self
 
 import msgspec
@@ -85,13 +85,20 @@ class CriticServer:
         timeout: seconds for one request, may be changed at any time; a reload of the critic's
             weights holds requests up.
         registry: where its metrics are to be found.
+        headers: of all that it is asked, such as a key.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 60.0, registry: CollectorRegistry | None = None
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        registry: CollectorRegistry | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.timeout = timeout
-        self._pool = UpstreamPool([url], limits=Limits(first=timeout, idle=timeout))
+        limits = Limits(first=timeout, idle=timeout)
+        self._pool = UpstreamPool([url], limits=limits, headers=headers)
         self.url = self._pool.servers[0].url
         self._model: _Model | None = None
         #: questions not yet sent: the prefix each asks about
@@ -111,6 +118,15 @@ class CriticServer:
             request.cancel()
         await asyncio.gather(*self._requests, return_exceptions=True)
         await self._pool.__aexit__()
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of all that it is asked; may be changed at any time."""
+        return self._pool.headers
+
+    @headers.setter
+    def headers(self, headers: Mapping[str, str]) -> None:
+        self._pool.headers = headers
 
     async def answers(self) -> bool:
         """Whether the server answers at all, within a few seconds."""
@@ -204,7 +220,8 @@ class CriticServer:
 
     async def _request(self, model: str, prefixes: list[list[int]]) -> list[float]:
         data = msgspec.json.encode(pooling_body(model, prefixes))
-        async with self._pool.open("POST", ROUTE, headers=_HEADERS, data=data) as response:
+        headers = {**self.headers, **_HEADERS}
+        async with self._pool.open("POST", ROUTE, headers=headers, data=data) as response:
             body = await response.body()
             try:
                 if response.status == 200:

@@ -14,6 +14,7 @@ from espo_gateway.errors import UpstreamError
 from espo_gateway.front.auth import read_keys
 from espo_gateway.startup import check_servers
 from espo_gateway.testing import FakeServer, Script
+from tests.helpers.critics import LockedCritic
 from tests.helpers.gateway import GOOD, listening, start
 
 FINE = Script([GOOD._replace(logprob=-1.0)] * 10)
@@ -110,6 +111,14 @@ async def test_a_server_that_wants_a_key(found: Found, tmp_path: Path) -> None:
             await found(server, api_keys=("right",))
         # Without keys of its own the gateway hands on the clients'.
         assert "clients must send theirs" in await found(server)
+
+
+async def test_a_critic_that_wants_a_key(found: Found) -> None:
+    async with FakeServer(FINE) as server, LockedCritic(lambda prefix: 0.0) as critic:
+        said = await found(server, critic=critic.url, upstream_key="right")
+        assert f"{critic.url} serves critic" in said
+        with pytest.raises(UpstreamError, match="gives no values"):
+            await found(server, critic=critic.url)
 
 
 async def test_different_models_are_told(found: Found) -> None:
