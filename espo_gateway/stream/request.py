@@ -262,7 +262,7 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
     Nothing else is touched, so the server samples what it would have sampled without us. A value
     it would refuse is left for it to refuse.
 
-    alternatives: logprobs a token that the rule reads.
+    alternatives: logprobs a token that the rule reads; 0 for no logprobs but the client's.
     """
     body = dict(single.body)
     options: Body = {**(body.get("stream_options") or {}), "include_usage": True}
@@ -274,13 +274,13 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
         body.pop("stream_interval", None)
     body["stream"] = True
     body["stream_options"] = options
-    if chat:
+    if chat and alternatives:
         top = body.get("top_logprobs")
         if body.get("logprobs") or not top:
             body["logprobs"] = True
             # With 1 vLLM sends the sampled token only, and g would always be 0.
             body["top_logprobs"] = at_least(max(alternatives, 2), top)
-    else:
+    elif alternatives:
         body["logprobs"] = at_least(alternatives, body.get("logprobs"))
     if token_ids:
         body["return_token_ids"] = True

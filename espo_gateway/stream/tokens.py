@@ -108,7 +108,7 @@ def upstream_tokens_body(single: Single, *, alternatives: int = 1) -> Body:
         options["continuous_usage_stats"] = True
     sampling = dict(body["sampling_params"])
     asked = sampling.get("logprobs")
-    if asked is None or type(asked) is int:
+    if alternatives and (asked is None or type(asked) is int):
         # With 1 vLLM sends the sampled token only, as in a chat.
         sampling["logprobs"] = at_least(max(alternatives, 2), asked)
     return {**body, "stream": True, "stream_options": options, "sampling_params": sampling}

@@ -88,6 +88,16 @@ async def test_a_server_without_logprobs(script: Script, found: Found) -> None:
             await found(server, unmonitored="refuse")
 
 
+async def test_a_server_with_too_few_logprobs_for_chats(found: Found) -> None:
+    def script(body: dict[str, Any]) -> Script:
+        return Script([GOOD], status=400) if body["logprobs"] > 1 else FINE
+
+    async with FakeServer(script) as server:
+        said = await found(server, unmonitored="refuse")
+        assert "logprobs one (HTTP 400: as scripted)" in said
+        assert "refuses 2 logprobs a token, without which no chat can be stopped" in said
+
+
 async def test_a_server_that_fails_at_the_start_may_recover(found: Found) -> None:
     async with FakeServer(Script([GOOD], status=500)) as server:
         assert "logprobs unknown (HTTP 500" in await found(server, unmonitored="refuse")
