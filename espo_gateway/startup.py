@@ -250,7 +250,8 @@ def summary(config: Config, keys: Keys) -> list[str]:
     elif not config.loopback:
         administration = "off (--admin-key-file turns it on)"
     else:
-        administration = "from this machine" + (" with an API key" if keys.api else ", without key")
+        how = " with an API key" if keys.api else ", without key"
+        administration = f"from this machine{how} (a proxy that adds no headers is taken for it)"
     upstream = "the gateway's own" if keys.upstream else "none"
     if keys.pass_clients:
         upstream = "the clients'"
