@@ -44,6 +44,8 @@ async def serve(config: Config) -> None:
     """Serve until a signal. Raises OSError, TimeoutError or GatewayError when it cannot start."""
     stop = asyncio.Event()
     _on_stop(stop.set)
+    hung_up, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)  # else it would end what is not up yet
     keys = read_keys(config)
     try:
         # Taken before anything is waited for: a busy port is known at once.
@@ -61,8 +63,10 @@ async def serve(config: Config) -> None:
         if not stop.is_set():
             check.result()
             async with running(config, sock=sock) as gateway:
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, gateway)
-                for line in summary(config, keys):
+                loop.add_signal_handler(signal.SIGHUP, _reload, gateway)
+                if hung_up.is_set():
+                    _reload(gateway)
+                for line in summary(config, gateway.keys):
                     log.info("%s", line)
                 log.info("listening on %s, rule %s", gateway.url, gateway.gate.rule)
                 await stopped

@@ -184,7 +184,7 @@ async def running(
                 "registry": metrics.registry,
             }
             critic = await stack.enter_async_context(
-                CriticServer(config.critic, **options)
+                CriticServer(config.critic, headers=keys.upstream_headers, **options)
                 if config.critic_class is None
                 else CustomCritic(load_critic(config.critic), name=config.critic, **options)
             )
@@ -214,4 +214,6 @@ async def running(
             gateway.drain()
             await gateway.traffic.over(config.drain_timeout)
             await runner.cleanup()
+            # It does not wait for those that it breaks off last, which are yet to be recorded.
+            await gateway.traffic.ended(_CLEAN_UP)
             await gateway.observers.close()

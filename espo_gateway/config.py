@@ -200,7 +200,7 @@ class Config:
         None, "key of /espo; without one these routes are there only on a loopback address"
     )
     upstream_key: SecretStr | None = None
-    upstream_key_file: Path | None = _setting(None, "the key that is sent to the servers")
+    upstream_key_file: Path | None = _setting(None, "the key that servers and critic are sent")
 
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "how much is logged")
     log_format: Literal["text", "json"] = _setting("text", "lines to read, or JSON")

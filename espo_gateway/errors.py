@@ -122,27 +122,43 @@ class Conflict(GatewayError):
 
 
 class UpstreamError(GatewayError):
-    """A server behind the gateway failed."""
+    """A server behind the gateway failed.
+
+    excerpt: of what it has sent, for who has asked it: the message, which is logged, has none.
+    """
 
     status = 502
     type = "upstream_error"
+
+    def __init__(
+        self, message: str, *, excerpt: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, headers=headers)
+        self.excerpt = excerpt
+
+    @property
+    def in_full(self) -> str:
+        """The message and the excerpt."""
+        return f"{self.message}: {self.excerpt}" if self.excerpt else self.message
+
+    def body(self) -> dict[str, Any]:
+        body = super().body()
+        body["error"]["message"] = self.in_full
+        return body
 
 
 class UpstreamStatusError(UpstreamError):
     """A server answered with an error status, or sent an error within its stream."""
 
     def __init__(self, status: int, answer: Any, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(f"the upstream answered with status {status}", headers=headers)
+        excerpt = answer if isinstance(answer, str) else ""
+        said = f"the upstream answered with status {status}"
+        super().__init__(said, excerpt=excerpt, headers=headers)
         self.status = status
         self.answer = answer
 
     def body(self) -> dict[str, Any]:
-        if isinstance(self.answer, dict):
-            return self.answer
-        body = super().body()
-        if self.answer:
-            body["error"]["message"] += f": {self.answer}"
-        return body
+        return self.answer if isinstance(self.answer, dict) else super().body()
 
 
 class UpstreamUnavailable(UpstreamError):

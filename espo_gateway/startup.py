@@ -47,9 +47,11 @@ class JsonAnswer:
 
 
 class Probe(NamedTuple):
-    """mode: "raw", or "processed" by temperature and the like; β depends on it. why: or why not."""
+    """mode: "raw", or "processed" by temperature and the like, on which β depends; or "one" a token
+    and no more, which is too few for chats. why: or why not.
+    """
 
-    mode: Literal["raw", "processed", "none", "unknown"]
+    mode: Literal["raw", "processed", "one", "none", "unknown"]
     why: str = ""
 
 
@@ -103,7 +105,7 @@ async def check_servers(config: Config, keys: Keys) -> None:
         log.info("the servers serve different models, and a request goes by its model (%s)", what)
     if critic is not None and critic in found:
         log.info("%s serves %s", critic, ", ".join(_names(found[critic])) or "unknown")
-        await check_critic(critic, config.critic_timeout)
+        await check_critic(critic, config.critic_timeout, keys.upstream_headers)
 
 
 async def _check_upstream(
@@ -129,6 +131,8 @@ async def _check_upstream(
         probe = await _probe(session, url, str(models[0]["id"]), keys, alternatives)
     why = f" ({probe.why})" if probe.why else ""
     log.info("%s serves %s%s, logprobs %s%s", url, names, length, probe.mode, why)
+    if probe.mode == "one":
+        log.warning("%s refuses 2 logprobs a token, without which no chat can be stopped", url)
     if probe.mode == "none":
         problem = f"{url} gives no logprobs, without which nothing can be stopped ({probe.why})"
         if config.unmonitored == "refuse":
@@ -144,27 +148,29 @@ async def _probe(
     alternatives: how many logprobs a token the rule reads; a server may give fewer.
     """
     tops: list[float] = []
-    for temperature in (1.0, 2.0):
+    # A chat is asked for 2 at least.
+    for temperature, count in ((1.0, alternatives), (2.0, max(2, alternatives))):
         body: dict[str, Any] = {
             "model": model,
             "prompt": "The",
             "max_tokens": 1,
             "temperature": temperature,
             "seed": 0,
-            "logprobs": alternatives,
+            "logprobs": count,
         }
         answer = await _ask(session, url + "/v1/completions", keys.upstream_headers, body)
         if answer is not None and answer.status in (404, 405):
             # It may serve chats only.
             del body["prompt"]
             body |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
-            body |= {"top_logprobs": max(2, alternatives)}
+            body |= {"top_logprobs": max(2, count)}
             answer = await _ask(session, url + "/v1/chat/completions", keys.upstream_headers, body)
         if answer is None:
             return Probe("unknown", f"no answer to a short completion within {_PATIENCE:g} s")
         if answer.status != 200:
             refused = 400 <= answer.status < 500 and answer.status != 429
-            return Probe("none" if refused else "unknown", answer.words)
+            mode: Literal["one", "none"] = "one" if tops else "none"
+            return Probe(mode if refused else "unknown", answer.words)
         top = _top_logprob(answer.data)
         if top is None:
             return Probe("none", "its answer has none")
@@ -190,14 +196,18 @@ def _top_logprob(answer: Any) -> float | None:
     return top if math.isfinite(top) else None
 
 
-async def check_critic(url: str, timeout: float) -> None:  # noqa: ASYNC109 (of its requests)
+async def check_critic(
+    url: str,
+    timeout: float,  # noqa: ASYNC109 (of its requests)
+    headers: Mapping[str, str],
+) -> None:
     """Ask for one value. Raises UpstreamError: a wrong address would else be met by every token."""
-    async with CriticServer(url, timeout=timeout) as critic:
+    async with CriticServer(url, timeout=timeout, headers=headers) as critic:
         try:
             await critic.value([0], [])
         except UpstreamError as error:
             raise UpstreamError(
-                f"--critic {url} gives no values: {error}; start it with "
+                f"--critic {url} gives no values ({error.in_full}); start it with "
                 "`python -m espo_gateway.vllm_plugin MODEL --critic`"
             ) from error
 
@@ -240,7 +250,8 @@ def summary(config: Config, keys: Keys) -> list[str]:
     elif not config.loopback:
         administration = "off (--admin-key-file turns it on)"
     else:
-        administration = "from this machine" + (" with an API key" if keys.api else ", without key")
+        how = " with an API key" if keys.api else ", without key"
+        administration = f"from this machine{how} (a proxy that adds no headers is taken for it)"
     upstream = "the gateway's own" if keys.upstream else "none"
     if keys.pass_clients:
         upstream = "the clients'"

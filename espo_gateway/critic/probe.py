@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from espo_gateway.config import COMPLETIONS
 from espo_gateway.critic.metrics import ProbeMetrics
 from espo_gateway.critic.server import FailureLog
-from espo_gateway.errors import EXCERPT, UpstreamError, UpstreamProtocolError
+from espo_gateway.errors import UpstreamError, UpstreamProtocolError
 from espo_gateway.stop.told import Probe
 from espo_gateway.stream.request import WHOLE_POLICY
 from espo_gateway.upstream.pool import UpstreamPool
@@ -111,7 +111,7 @@ class AnswerProbe:
                 body = await reply.body()
                 if reply.status == 200:
                     return read_probe(probe, msgspec.json.decode(body))
-                problem = f"HTTP {reply.status}: {body[:EXCERPT].decode(errors='replace')}"
+                problem = f"HTTP {reply.status}"
         except TimeoutError as error:
             raise UpstreamError(f"no answer within {self._timeout:g} s") from error
         except ValueError as error:  # msgspec's too
@@ -155,5 +155,5 @@ def read_probe(probe: Probe, answer: Any) -> Probed:
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(
             "the server does not tell the logprobs of given tokens (logprob_token_ids, vLLM 0.31 "
-            f"and later): {str(answer)[:EXCERPT]}"
+            "and later)"
         ) from error

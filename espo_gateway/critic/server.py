@@ -11,14 +11,14 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, Self
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
 from espo_gateway.critic.metrics import CriticMetrics
-from espo_gateway.errors import UpstreamError, UpstreamProtocolError
+from espo_gateway.errors import EXCERPT, UpstreamError, UpstreamProtocolError
 from espo_gateway.upstream.connection import Limits
 from espo_gateway.upstream.pool import UpstreamPool
 from espo_gateway.vllm_plugin.pooling import ROUTE, pooled_values, pooling_body
@@ -85,13 +85,20 @@ class CriticServer:
         timeout: seconds for one request, may be changed at any time; a reload of the critic's
             weights holds requests up.
         registry: where its metrics are to be found.
+        headers: of all that it is asked, such as a key.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 60.0, registry: CollectorRegistry | None = None
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        registry: CollectorRegistry | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.timeout = timeout
-        self._pool = UpstreamPool([url], limits=Limits(first=timeout, idle=timeout))
+        limits = Limits(first=timeout, idle=timeout)
+        self._pool = UpstreamPool([url], limits=limits, headers=headers)
         self.url = self._pool.servers[0].url
         self._model: _Model | None = None
         #: questions not yet sent: the prefix each asks about
@@ -111,6 +118,15 @@ class CriticServer:
             request.cancel()
         await asyncio.gather(*self._requests, return_exceptions=True)
         await self._pool.__aexit__()
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of all that it is asked; may be changed at any time."""
+        return self._pool.headers
+
+    @headers.setter
+    def headers(self, headers: Mapping[str, str]) -> None:
+        self._pool.headers = headers
 
     async def answers(self) -> bool:
         """Whether the server answers at all, within a few seconds."""
@@ -172,17 +188,18 @@ class CriticServer:
                 self._fail(batch.keys() - asked.keys(), f"{self.url}: {problem}")
                 values = await self._request(model.name, list(asked.values())) if asked else []
         except Exception as error:
+            excerpt = ""
             if isinstance(error, TimeoutError):
                 problem = f"{self.url}: no values within {self.timeout:g} s"
             elif isinstance(error, UpstreamError):
-                problem = error.message
+                problem, excerpt = error.message, error.excerpt
             else:
                 log.exception("a request to the critic failed")
                 problem = repr(error)
             self._failing = True
             self._model = None  # another server may come back
             self._metrics.requests.labels("failed").inc()
-            self._fail(batch, problem)
+            self._fail(batch, problem, excerpt)
             return
         self._failing = False
         self._metrics.requests.labels("answered").inc()
@@ -203,22 +220,26 @@ class CriticServer:
 
     async def _request(self, model: str, prefixes: list[list[int]]) -> list[float]:
         data = msgspec.json.encode(pooling_body(model, prefixes))
-        async with self._pool.open("POST", ROUTE, headers=_HEADERS, data=data) as response:
+        headers = {**self.headers, **_HEADERS}
+        async with self._pool.open("POST", ROUTE, headers=headers, data=data) as response:
             body = await response.body()
             try:
                 if response.status == 200:
                     return pooled_values(msgspec.json.decode(body), len(prefixes))
-                problem = f"HTTP {response.status}: {body[:300].decode(errors='replace')}"
+                problem = f"HTTP {response.status}"
             except ValueError as error:  # msgspec's too
                 problem = str(error)
-        raise UpstreamProtocolError(f"{self.url}{ROUTE}: {problem}")
+        excerpt = body[:EXCERPT].decode(errors="replace")
+        raise UpstreamProtocolError(f"{self.url}{ROUTE}: {problem}", excerpt=excerpt)
 
-    def _fail(self, answers: Iterable[asyncio.Future[float]], problem: str) -> None:
+    def _fail(
+        self, answers: Iterable[asyncio.Future[float]], problem: str, excerpt: str = ""
+    ) -> None:
         """End questions without a value; the log hears of it now and then."""
         unanswered = 0
         for answer in answers:
             if not answer.done():
                 # One each: an exception raised in many tasks collects the tracebacks of all.
-                answer.set_exception(UpstreamError(problem))
+                answer.set_exception(UpstreamError(problem, excerpt=excerpt))
                 unanswered += 1
         self._failures.tell(problem, unanswered)

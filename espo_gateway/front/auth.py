@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from pydantic import SecretStr
 
 from espo_gateway.addresses import is_loopback
@@ -140,10 +140,15 @@ def authorize(request: web.Request, keys: Keys, *, loopback: bool) -> None:
     if is_administration(request):
         if keys.admin is not None:
             needed = (keys.admin,)
-        elif not loopback or any(name in request.headers for name in _PROXIED):
+        # nginx's proxy_pass alone adds no header, and has spoken HTTP/1.0 for long.
+        elif (
+            not loopback
+            or request.version < HttpVersion11
+            or any(name in request.headers for name in _PROXIED)
+        ):
             raise Forbidden(
-                "administration is off, because others than this machine can reach the gateway; "
-                "start it with --admin-key-file FILE"
+                "administration is off where others than this machine may ask, by the gateway's "
+                "address or through a proxy; start it with --admin-key-file FILE"
             )
         _check_page(request, keyed=keys.admin is not None)
     if not needed:

@@ -19,13 +19,15 @@ class Traffic:
     def __init__(self) -> None:
         self.count = 0
         self.draining = False
-        self._over = asyncio.Event()
+        self._over, self._none = asyncio.Event(), asyncio.Event()
+        self._none.set()
 
     @contextmanager
     def one(self) -> Iterator[None]:
         if self.draining:
             raise Draining("the gateway is stopping; send the request to another one")
         self.count += 1
+        self._none.clear()
         try:
             yield
         finally:
@@ -48,6 +50,14 @@ class Traffic:
             async with asyncio.timeout(seconds):
                 await self._over.wait()
 
+    async def ended(self, seconds: float) -> None:
+        """Until none is under way, abandoned or not; at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._none.wait()
+
     def _look(self) -> None:
+        if not self.count:
+            self._none.set()
         if self.draining and not self.count:
             self._over.set()

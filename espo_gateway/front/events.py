@@ -82,7 +82,7 @@ class EventStream:
 
     @asynccontextmanager
     async def kept_alive(self, seconds: float) -> AsyncIterator[None]:
-        """Until the first event a comment every so many seconds, once it is `certain`; 0: none.
+        """Until the first token a comment every so many seconds, once it is `certain`; 0: none.
 
         Clients and load balancers give up on an answer that does not begin.
         """
@@ -100,8 +100,8 @@ class EventStream:
         while True:
             await asyncio.sleep(seconds)
             if self._told:
-                return  # the first chunk is out
-            with suppress(ConnectionResetError):  # whoever serves the client notices it, too
+                return
+            with suppress(ConnectionError):  # whoever serves the client notices it, too
                 await self.send(_ALIVE)
 
     async def close(self, end: bytes) -> web.StreamResponse:
@@ -110,13 +110,24 @@ class EventStream:
         await self._response.write_eof()
         return self._response
 
+    def sees(self, chunk: Chunk) -> None:
+        """Take note of a chunk that is about to be sent: with the first token our comments end."""
+        if self._told:
+            return
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            delta = choice.get("delta") if isinstance(choice, dict) else None
+            # A chat may begin with a chunk that has nothing but the role.
+            more = not isinstance(delta, dict) or any({**delta, "role": None}.values())
+            self._told = self._told or more or bool(choice.get("finish_reason"))
+
     def _encoded(self, outputs: list[Output]) -> bytes:
-        self._told = self._told or bool(outputs)
         events = []
         for output in outputs:
             if isinstance(output, tuple):
                 template, text = output
                 events.append(template.event(text))
             else:
+                self.sees(output)
                 events.append(event(output))
         return b"".join(events)

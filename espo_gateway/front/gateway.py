@@ -10,7 +10,7 @@ from aiohttp import web
 
 from espo_gateway.config import WORD, Config
 from espo_gateway.critic.probe import AnswerProbe
-from espo_gateway.critic.server import ValueServer
+from espo_gateway.critic.server import CriticServer, ValueServer
 from espo_gateway.errors import Conflict, InvalidRequest
 from espo_gateway.front.admission import Admission
 from espo_gateway.front.auth import Keys, read_keys
@@ -182,6 +182,8 @@ class Gateway:
             raise InvalidRequest(said, param=error.param) from error
         self.keys, self._gate_read = keys, data
         self.pool.headers = keys.upstream_headers
+        if isinstance(self.critic, CriticServer):
+            self.critic.headers = keys.upstream_headers
         log.info("read keys and gate again: %d API keys, gate %s", len(keys.api), self.gate.version)
 
     def answered(self, request: web.Request, reply: Reply) -> None:

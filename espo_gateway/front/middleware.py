@@ -42,7 +42,7 @@ def middleware(gateway: Gateway) -> Middleware:
             response = await _answered(gateway, request, handler, entry)
             status = str(response.status)
             return response
-        except (asyncio.CancelledError, ConnectionResetError) as error:
+        except (asyncio.CancelledError, ConnectionError) as error:
             if generates:
                 metrics.cancelled.inc()
             # Which of the two it is is chance; aiohttp logs the second as a failure of ours.
@@ -85,7 +85,7 @@ async def _answered(
         refused = GatewayError(f"{error.reason}: {request.method} {request.rel_url.raw_path}")
         refused.status, refused.type = error.status, "invalid_request_error"
         refused.headers = {k: v for k, v in error.headers.items() if k == "Allow"}
-    except ConnectionResetError:
+    except ConnectionError:
         raise
     except RecursionError:
         refused = InvalidRequest("the request is nested too deeply")

@@ -80,8 +80,8 @@ async def _passed(
         response.headers.extend(answered_headers(upstream.headers, gateway.pool.urls, anew=False))
         if 300 <= upstream.status < 400 and leads_back(response.headers, request):
             raise UpstreamProtocolError(
-                f"the upstream redirects to {upstream.headers.get('Location')}; give the gateway "
-                "the address that answers (--upstream)"
+                "the upstream redirects; give the gateway the address that answers (--upstream)",
+                excerpt=upstream.headers["Location"],
             )
         if reason is not None:
             response.headers[UNMONITORED] = reason
@@ -156,7 +156,7 @@ async def pass_marked(gateway: Gateway, request: web.Request, planned: Plan) -> 
                 return await _marked_whole(upstream, mark)
             stream.certain.set()
             while received := await upstream.read():
-                marked = [_marked(data, mark) for data in parser.feed(received)]
+                marked = [_marked(data, mark, stream) for data in parser.feed(received)]
                 comments = parser.take_comments()
                 if marked or comments:
                     lines = (data.replace(b"\n", b"\ndata: ") for data in marked)
@@ -182,12 +182,14 @@ async def _marked_whole(upstream: Reply, mark: dict[str, Any]) -> web.Response:
     return response
 
 
-def _marked(data: bytes, mark: dict[str, Any]) -> bytes:
+def _marked(data: bytes, mark: dict[str, Any], stream: EventStream | None = None) -> bytes:
     """With the mark on every choice that is finished; anything else stays as it is."""
     try:
         answer = decode_chunk(data)
     except ValueError:
         return data
+    if stream is not None:
+        stream.sees(answer)
     choices = answer.get("choices")
     finished = [
         choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -34,10 +34,15 @@ from espo_gateway.upstream.connection import Reply
 from espo_gateway.upstream.pool import UpstreamPool
 
 _encode = msgspec.json.Encoder().encode
+#: Statuses of a request that the server does not take.
+_REFUSED = frozenset({400, 422})
 #: What tells the choices of one prompt apart.
 _OWN = ("seed", "request_id", "sampling_params", "vllm_xargs")
 #: Of a client's request, those that a question about it needs.
 _OWN_HEADERS = frozenset({"authorization", "accept-encoding", SESSION_ID})
+
+#: What a server is asked for: what is watched here, less where it decides, or no logprobs of ours.
+Kind = Literal["watched", "decided", "bare"]
 
 
 class OutputSink(Protocol):
@@ -61,17 +66,14 @@ class Bodies:
     """
 
     def __init__(self) -> None:
-        self._shared: dict[tuple[int, bool], bytes] = {}
+        self._shared: dict[tuple[int, Kind], bytes] = {}
 
     def encoded(
-        self, single: Single, body: Body, *, decided: bool = False
+        self, single: Single, body: Body, kind: Kind = "watched"
     ) -> tuple[bytes | memoryview, ...]:
-        """A body's JSON, in pieces; what is the choice's own is taken out of the body.
-
-        decided: by the server, which is asked for less.
-        """
+        """A body's JSON, in pieces; what is the choice's own is taken out of the body."""
         own = {name: body.pop(name) for name in _OWN if name in body}
-        key = (single.prompt, decided)
+        key = (single.prompt, kind)
         shared = self._shared.get(key)
         if shared is None:
             shared = self._shared[key] = _encode(body)
@@ -98,9 +100,9 @@ async def follow(
     bodies: of all choices of the request.
     answered: told of the server's answer, of whatever status, once its head is there.
     The upstream's request is over, cancelled if need be, before the last chunk is delivered.
+    A server that refuses logprobs is asked once more without, where that is served.
     Raises the kinds of `UpstreamError`.
     """
-    body = _body_of(path, single, session)
     key = affinity_key(pool.affinity, headers, single.body)
     sources: dict[SourceName, Ask] = {}
     if critic is not None and session.gate.needs_critic:
@@ -110,12 +112,14 @@ async def follow(
         key = key or affinity_key("prefix", headers, single.body)
         sources["probe"] = partial(_probed, answer_probe, session, headers, key)
     inquiry = Inquiry(sources, session) if sources and session.wants_ids else None
-    try:
+
+    async def ask(kind: Kind) -> None:
+        body = _body_of(path, single, session, kind)
         async with pool.open(
             "POST",
             path,
             headers=headers,
-            data=bodies.encoded(single, body, decided=isinstance(session, DecidedSession)),
+            data=bodies.encoded(single, body, kind),
             key=key,
             model=single.body.get("model"),
             whole=not body.get("stream"),
@@ -126,9 +130,27 @@ async def follow(
                 sink.adopt(*session.take_whole(await reply.body()))
                 return
             await check_stream(reply)
+            if kind == "bare" and session.gate.rule != "none":
+                session.give_up(
+                    "the upstream refuses logprobs, so nothing can be monitored: allow them there "
+                    '(vLLM\'s --max-logprobs), or send "espo": {"mode": "off"}'
+                )
             await _Relay(reply, session, sink, inquiry).run()
             if inquiry is not None:
                 await inquiry.conclude()
+
+    kind: Kind = "decided" if isinstance(session, DecidedSession) else "watched"
+    try:
+        try:
+            await ask(kind)
+        except UpstreamStatusError as error:
+            # Of any other fault the client is told at once.
+            about = error.status in _REFUSED and "logprob" in str(error.answer).lower()
+            if not (about and session.goes_without_logprobs):
+                raise
+            if _body_of(path, single, session, kind) == _body_of(path, single, session, "bare"):
+                raise
+            await ask("bare")
     finally:
         session.over = time.monotonic()
         if inquiry is not None:
@@ -136,11 +158,11 @@ async def follow(
     await sink.deliver([*session.drain(), session.finish()])
 
 
-def _body_of(path: str, single: Single, session: Session) -> Body:
-    """As it goes to the server, which decides by itself or else is asked for what decides."""
+def _body_of(path: str, single: Single, session: Session, kind: Kind) -> Body:
+    """As it goes to the server."""
     if isinstance(session, DecidedSession):
         return session.body(single.body, tokens=path == TOKENS)
-    alternatives = session.gate.top_logprobs
+    alternatives = session.gate.top_logprobs if kind == "watched" else 0
     if path == TOKENS:
         return upstream_tokens_body(single, alternatives=alternatives)
     return upstream_body(
@@ -270,7 +292,8 @@ async def check_stream(reply: Reply) -> None:
     data = await reply.body()
     raise UpstreamProtocolError(
         f"the upstream answered a streaming request with {reply.content_type} "
-        f"(status {reply.status}): {data[:EXCERPT]!r}"
+        f"(status {reply.status})",
+        excerpt=repr(data[:EXCERPT]),
     )
 
 
@@ -295,6 +318,6 @@ def check_place(reply: Reply) -> None:
     if 300 <= reply.status < 400:
         # Followed by the client it would lead around the gateway, or back into it.
         raise UpstreamProtocolError(
-            f"the upstream redirects to {reply.headers.get('Location', 'nowhere')}; give the "
-            "gateway the address that answers (--upstream)"
+            "the upstream redirects; give the gateway the address that answers (--upstream)",
+            excerpt=reply.headers.get("Location", "nowhere"),
         )

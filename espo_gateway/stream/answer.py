@@ -1,4 +1,7 @@
-"""A stream's chunks merged to the one answer a server would have given without streaming. Pure."""
+"""A stream's chunks merged to the one answer a server would have given without streaming. Pure.
+
+What is in no stream is lost: the `routed_experts` of vLLM's completions and chats.
+"""
 
 from __future__ import annotations
 
@@ -133,8 +136,9 @@ class Answer:
             message[name] = _grown(message.get(name), text)
         if self._calls:
             message["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
-        if message.get("tool_calls") and not message["content"]:
-            message["content"] = None
+        said = any(text for name, text in texts.items() if name != "content")
+        if (said or message.get("tool_calls")) and not message["content"]:
+            message["content"] = None  # the "" that a stream begins with
         self.choice["message"] = message
         return self.choice
 

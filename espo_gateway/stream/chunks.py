@@ -81,7 +81,7 @@ def only_choice(choices: Any) -> Chunk:
     for name, kind in _TYPES:
         value = choice.get(name)
         if value is not None and type(value) is not kind:
-            raise ValueError(f"{name} is {value!r:.80}")
+            raise ValueError(f"{name} is {type(value).__name__}")
     return choice
 
 
@@ -148,7 +148,7 @@ def _position(
 def _number(value: object) -> float | None:
     if value is None or type(value) is int:
         return None if value is None else float(value)  # a whole number may be too large for it
-    raise TypeError(f"{value!r:.80} is no logprob")
+    raise TypeError(f"{type(value).__name__} is no logprob")
 
 
 def largest_logprob(logprob: float | None, alternatives: Iterable[float | None]) -> float | None:

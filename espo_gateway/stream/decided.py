@@ -96,7 +96,7 @@ class DecidedSession(Session):
             answer = decode_chunk(data)
         except ValueError as error:
             raise UpstreamProtocolError(
-                f"the upstream sent no JSON object: {data[:EXCERPT]!r}"
+                "the upstream sent no JSON object", excerpt=repr(data[:EXCERPT])
             ) from error
         choice = self._choice(answer)
         del answer["choices"]

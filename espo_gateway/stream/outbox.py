@@ -96,6 +96,11 @@ class Outbox:
         return self._lag.holds
 
     @property
+    def begun(self) -> bool:
+        """Whether the server has told anything of the choice."""
+        return self._begun or bool(self.held)
+
+    @property
     def complete(self) -> bool:
         """Whether the server has told the choice's end."""
         return self._complete

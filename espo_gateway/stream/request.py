@@ -27,6 +27,9 @@ _FIELDS = {
     **dict.fromkeys(("n", "best_of", "seed", "top_logprobs", "prompt_logprobs"), _INT),
 }
 
+#: The largest that vLLM takes for a seed.
+_LARGEST_SEED = 2**63 - 1
+
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _ABOUT_LOGPROBS = re.compile("log_?prob|probs$", re.IGNORECASE)
 
@@ -218,11 +221,18 @@ def _singles(body: Body, max_choices: int, *, chat: bool) -> list[Single]:
             if "best_of" in body:
                 single["best_of"] = 1
             if isinstance(seed, int):
-                single["seed"] = seed + i  # as vLLM seeds the children of one request
+                single["seed"] = child_seed(seed, i)
             if request_id is not None:
                 single["request_id"] = f"{request_id}-{index}"
             singles.append(Single(index, p, single, _length(body, prompt)))
     return singles
+
+
+def child_seed(seed: int, index: int) -> int:
+    """A choice's, as vLLM seeds the children of one request; -1 is none, for all of them."""
+    child = seed if seed == -1 else seed + index
+    # vLLM counts on past what it takes, and torch takes either for the same.
+    return child - 2**64 if seed <= _LARGEST_SEED < child else child
 
 
 def choices_of(planned: Plan) -> int:
@@ -252,7 +262,7 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
     Nothing else is touched, so the server samples what it would have sampled without us. A value
     it would refuse is left for it to refuse.
 
-    alternatives: logprobs a token that the rule reads.
+    alternatives: logprobs a token that the rule reads; 0 for no logprobs but the client's.
     """
     body = dict(single.body)
     options: Body = {**(body.get("stream_options") or {}), "include_usage": True}
@@ -264,13 +274,13 @@ def upstream_body(single: Single, *, chat: bool, token_ids: bool, alternatives: 
         body.pop("stream_interval", None)
     body["stream"] = True
     body["stream_options"] = options
-    if chat:
+    if chat and alternatives:
         top = body.get("top_logprobs")
         if body.get("logprobs") or not top:
             body["logprobs"] = True
             # With 1 vLLM sends the sampled token only, and g would always be 0.
             body["top_logprobs"] = at_least(max(alternatives, 2), top)
-    else:
+    elif alternatives:
         body["logprobs"] = at_least(alternatives, body.get("logprobs"))
     if token_ids:
         body["return_token_ids"] = True

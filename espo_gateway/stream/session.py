@@ -318,6 +318,12 @@ class Session:
             self.questions.clear()
             self._unanswered.clear()
 
+    @property
+    def goes_without_logprobs(self) -> bool:
+        """Whether it may be had again without a monitor: nothing has come, and it is served so."""
+        excused = self.gate.rule == "none" or not self._policy.refuse
+        return excused and not self._outbox.begun
+
     def _collect_ids(self, chunk: Chunk, choice: Chunk) -> None:
         # Completions tell the prompt's ids in the choice, chat at the top; both once.
         for place in (choice, chunk):
@@ -471,5 +477,5 @@ def _decoded(data: bytes) -> Chunk:
         return decode_chunk(data)
     except ValueError as error:
         raise UpstreamProtocolError(
-            f"the upstream sent no JSON object: {data[:EXCERPT]!r}"
+            "the upstream sent no JSON object", excerpt=repr(data[:EXCERPT])
         ) from error

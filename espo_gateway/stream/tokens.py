@@ -25,6 +25,7 @@ from espo_gateway.stream.request import (
     about_logprobs,
     at_least,
     checked_choices,
+    child_seed,
     lax,
     stream_asked,
 )
@@ -91,7 +92,7 @@ def _singles(body: Body, max_choices: int) -> list[Single]:
     for index in range(n):
         own = {**sampling, "n": 1}
         if isinstance(seed, int):
-            own["seed"] = seed + index
+            own["seed"] = child_seed(seed, index)
         single = {**body, "sampling_params": own}
         if request_id is not None:
             single["request_id"] = f"{request_id}-{index}"
@@ -107,7 +108,7 @@ def upstream_tokens_body(single: Single, *, alternatives: int = 1) -> Body:
         options["continuous_usage_stats"] = True
     sampling = dict(body["sampling_params"])
     asked = sampling.get("logprobs")
-    if asked is None or type(asked) is int:
+    if alternatives and (asked is None or type(asked) is int):
         # With 1 vLLM sends the sampled token only, as in a chat.
         sampling["logprobs"] = at_least(max(alternatives, 2), asked)
     return {**body, "stream": True, "stream_options": options, "sampling_params": sampling}

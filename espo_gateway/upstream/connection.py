@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import socket
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ from espo_gateway.upstream.inflation import INFLATED, Inflation
 
 #: Of an answer's head, and of a body that nobody reads yet.
 MAX_HEAD_BYTES, MAX_BUFFERED_BYTES = 64 * 2**10, 256 * 2**10
+
+#: Seconds of silence until the system asks whether the server's machine is there, seconds between
+#: its questions, and how many may go unanswered. Of an answer that comes whole there is no other
+#: sign that its machine has gone.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 #: Of a request, written without waiting until it is taken.
 _AT_ONCE = 64 * 2**10
@@ -251,6 +257,11 @@ class Reply(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):  # not every system has them all
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._look()
 
     def pause_writing(self) -> None:

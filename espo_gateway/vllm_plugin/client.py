@@ -192,7 +192,7 @@ class WeightClient:
         try:
             return pooled_values(answer, len(prefixes))
         except ValueError as error:
-            raise WeightRouteError(self.url, ROUTE, 200, str(error)) from error
+            raise WeightRouteError(self.url, ROUTE, 200, f"{error}: {answer}"[:500]) from error
 
     async def workers(self) -> int:
         """How many processes hold the server's weights, all its replicas counted."""

@@ -31,4 +31,4 @@ def pooled_values(answer: Any, prefixes: int) -> list[float]:
             return [math.nan if score is None else float(score) for [score] in scores]
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError(f"not one score for each of {prefixes} prefixes: {str(answer)[:300]}")
+    raise ValueError(f"not one score for each of {prefixes} prefixes")

@@ -14,6 +14,7 @@ from espo_gateway.errors import UpstreamError
 from espo_gateway.front.auth import read_keys
 from espo_gateway.startup import check_servers
 from espo_gateway.testing import FakeServer, Script
+from tests.helpers.critics import LockedCritic
 from tests.helpers.gateway import GOOD, listening, start
 
 FINE = Script([GOOD._replace(logprob=-1.0)] * 10)
@@ -87,6 +88,16 @@ async def test_a_server_without_logprobs(script: Script, found: Found) -> None:
             await found(server, unmonitored="refuse")
 
 
+async def test_a_server_with_too_few_logprobs_for_chats(found: Found) -> None:
+    def script(body: dict[str, Any]) -> Script:
+        return Script([GOOD], status=400) if body["logprobs"] > 1 else FINE
+
+    async with FakeServer(script) as server:
+        said = await found(server, unmonitored="refuse")
+        assert "logprobs one (HTTP 400: as scripted)" in said
+        assert "refuses 2 logprobs a token, without which no chat can be stopped" in said
+
+
 async def test_a_server_that_fails_at_the_start_may_recover(found: Found) -> None:
     async with FakeServer(Script([GOOD], status=500)) as server:
         assert "logprobs unknown (HTTP 500" in await found(server, unmonitored="refuse")
@@ -110,6 +121,14 @@ async def test_a_server_that_wants_a_key(found: Found, tmp_path: Path) -> None:
             await found(server, api_keys=("right",))
         # Without keys of its own the gateway hands on the clients'.
         assert "clients must send theirs" in await found(server)
+
+
+async def test_a_critic_that_wants_a_key(found: Found) -> None:
+    async with FakeServer(FINE) as server, LockedCritic(lambda prefix: 0.0) as critic:
+        said = await found(server, critic=critic.url, upstream_key="right")
+        assert f"{critic.url} serves critic" in said
+        with pytest.raises(UpstreamError, match="gives no values"):
+            await found(server, critic=critic.url)
 
 
 async def test_different_models_are_told(found: Found) -> None:

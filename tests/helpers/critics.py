@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from aiohttp import web
+
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer
 from espo_gateway.testing.critic import FakeCritic
@@ -31,13 +33,31 @@ def stop_at(token: int) -> Callable[[list[int]], float]:
 
 
 FAULTS = {
-    "error": "HTTP 500: .*as scripted",
+    "error": "HTTP 500",
     "reset": "broke off",
     "garbage": "malformed",
     "short": "not one score for each of 1",
     "labels": "not one score for each of 1",
     "hang": r"no values within 0\.2 s",
 }
+
+
+class LockedCritic(FakeCritic):
+    """Answers only who has its key."""
+
+    key = "right"
+
+    def _check(self, request: web.Request) -> None:
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
+            raise web.HTTPUnauthorized
+
+    async def _models(self, request: web.Request) -> web.Response:
+        self._check(request)
+        return await super()._models(request)
+
+    async def _pooling(self, request: web.Request) -> web.StreamResponse:
+        self._check(request)
+        return await super()._pooling(request)
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from espo_gateway.critic.server import CONCURRENCY
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script, Token
 from espo_gateway.testing.critic import FakeCritic
-from tests.helpers.critics import ASKED, FAULTS, PROMPT, gateway_with, stop_at, total
+from tests.helpers.critics import ASKED, FAULTS, PROMPT, LockedCritic, gateway_with, stop_at, total
 from tests.helpers.gateway import (
     COMPLETIONS,
     CRITIC_GATE,
@@ -53,6 +54,21 @@ async def test_the_cut_is_where_the_critic_says(stream: bool) -> None:
         asked = [prefix for request in critic.requests for prefix in request]
         assert asked[:3] == [[*PROMPT, *range(token)] for token in (8, 9, 10)]
         assert await metric(gateway, "espo_gateway_critic_questions_total") >= len(asked)
+
+
+async def test_a_critic_is_shown_the_upstream_key_that_is_in_force(tmp_path: Path) -> None:
+    (path := tmp_path / "key").write_text("right")
+    async with (
+        FakeServer(FAILING) as server,
+        LockedCritic(stop_at(10)) as critic,
+        gateway_with(server, critic, upstream_key_file=path) as gateway,
+    ):
+        for key in ("right", "another"):
+            path.write_text(key)
+            critic.key = key
+            gateway.reload()
+            _, answer = await post(gateway.url + COMPLETIONS, completion_body())
+            assert answer["choices"][0]["espo"]["cut"] == 10
 
 
 async def test_what_a_critic_says_is_read_in_its_own_unit() -> None:

@@ -188,6 +188,18 @@ async def test_administration_has_a_key_of_its_own(
             assert "--admin-key-file" in body["error"]["message"]
 
 
+@pytest.mark.parametrize(("key", "status"), [(None, 403), ("a", 200)])
+async def test_a_proxy_may_be_told_by_its_http_alone(key: str | None, status: int) -> None:
+    """nginx's, without another line, asks in HTTP/1.0 for the address that it was given."""
+    async with FakeServer(FAILING) as server, gateway_for(server, admin_key=key) as gateway:
+        head = ("Connection: close", f"Authorization: Bearer {key}")
+        for method, path in (("GET", "/espo/live"), ("PUT", "/espo/gate")):
+            told = await administer(gateway, method, path, ["127.0.0.1:PORT"], *head, version="1.0")
+            assert told == status
+        told = await administer(gateway, "GET", "/health", ["127.0.0.1:PORT"], version="1.0")
+        assert told == 200
+
+
 EVIL, ORIGIN = "evil.example", "http://evil.example"
 #: Every way in, and some that lead nowhere.
 ADMINISTRATION = [
@@ -206,13 +218,13 @@ ADMINISTRATION = [
 
 
 async def administer(
-    gateway: Gateway, method: str, path: str, hosts: list[str], *headers: str
+    gateway: Gateway, method: str, path: str, hosts: list[str], *headers: str, version: str = "1.1"
 ) -> int:
     """The status, of a request with just these headers."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.url.split(":")[-1]))
     named = [f"Host: {host.replace('PORT', gateway.url.split(':')[-1])}" for host in hosts]
     own = [line.replace("PORT", gateway.url.split(":")[-1]) for line in headers]
-    head = [f"{method} {path} HTTP/1.1", *named, *own, f"Content-Length: {len(GATE)}", "", ""]
+    head = [f"{method} {path} HTTP/{version}", *named, *own, f"Content-Length: {len(GATE)}", "", ""]
     writer.write("\r\n".join(head).encode() + GATE)
     status = int((await reader.readline()).split()[1])
     writer.close()

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from espo_gateway.app import running
 from espo_gateway.config import Config
@@ -188,6 +189,32 @@ async def test_sighup_reads_keys_and_gate_again(tmp_path: Any) -> None:
             process.send_signal(signal.SIGHUP)
             assert b"2 API keys" in await process.stderr.readline()
             assert "invalid_api_key" in await get_text(url + "/v1/models")
+        finally:
+            process.terminate()
+            assert await process.wait() == 0
+
+
+async def test_sighup_does_not_end_one_that_waits_for_its_servers(tmp_path: Any) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class Busy(FakeServer):
+        async def _models(self, request: web.Request) -> web.Response:
+            asked.set()
+            await go_on.wait()
+            return await super()._models(request)
+
+    (keys := tmp_path / "keys").write_text("key-1\n")
+    async with Busy(FINE) as server:
+        process = await start(
+            *("--upstream", server.url, "--port", "0", "--wait", "60"),
+            *("--api-keys-file", str(keys)),
+        )
+        try:
+            await asked.wait()
+            process.send_signal(signal.SIGHUP)
+            go_on.set()
+            _, logged = await listening(process)
+            assert "read keys and gate again: 1 API keys" in logged
         finally:
             process.terminate()
             assert await process.wait() == 0

@@ -17,6 +17,7 @@ from tests.helpers.gateway import (
     CHAT,
     COMPLETIONS,
     FAILING,
+    GATE,
     GOOD,
     chat_body,
     client_of,
@@ -103,23 +104,33 @@ async def test_a_client_that_does_not_stream_gets_none() -> None:
 
 
 @pytest.mark.parametrize("kind", ASKED)
-async def test_comments_of_our_own_keep_a_silent_stream_alive(kind: str) -> None:
+@pytest.mark.parametrize("gate", [GATE, None], ids=["gate", "none"])
+async def test_comments_of_our_own_keep_a_silent_stream_alive(
+    kind: str, gate: bytes | None
+) -> None:
     async with (
         FakeServer(FAILING, gated=True) as server,
-        gateway_for(server, sse_keep_alive=0.01) as gateway,
+        gateway_for(server, gate=gate, sse_keep_alive=0.01) as gateway,
         asked(gateway, kind) as response,
     ):
         for _ in range(3):
             line = await response.content.readuntil(b"\n\n")
-            if kind != "unmonitored" or line.startswith(b":"):
+            if b'"role"' not in line:
                 assert line == b": keep-alive\n\n"
         assert server.generated == 0
-        server.release(1000)
+        server.release(1)
+        while b'"logprobs":' not in line or b'"role"' in line:
+            line = await response.content.readuntil(b"\n\n")
+        # As long as another, which has none yet, is sent some.
+        async with asked(gateway, kind) as other:
+            for _ in range(4):
+                await other.content.readuntil(b"\n\n")
+            server.release(1000)
         rest = await response.read()
         assert rest.endswith(b"data: [DONE]\n\n")
         assert b"data: {" in rest
         # Nothing between tokens, which need none.
-        assert b": keep-alive" not in rest.partition(b'"finish_reason":"')[2]
+        assert b": keep-alive" not in rest
 
 
 @pytest.mark.parametrize("kind", ASKED)

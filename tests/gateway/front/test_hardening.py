@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from espo_gateway.telemetry.metrics import total
 from espo_gateway.testing import Fake, FakeServer, Script
 from tests.helpers.everything import Everything, everything, get, send
 from tests.helpers.gateway import (
@@ -19,6 +20,8 @@ from tests.helpers.gateway import (
     LONG,
     completion_body,
     gateway_for,
+    get_text,
+    raw_request,
 )
 
 # -- paths -------------------------------------------------------------------------------------
@@ -301,3 +304,21 @@ async def test_a_departed_client_is_not_an_error(caplog: pytest.LogCaptureFixtur
         writer.transport.abort()
         await server.until(lambda: server.aborted == 1)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_nor_is_one_that_was_slow(n: int, caplog: pytest.LogCaptureFixture) -> None:
+    """What waits for it is told of its departure in another way than what writes to it."""
+    script = Script([GOOD._replace(text="a" * 10_000)] * 100_000)
+    async with FakeServer(script) as server, gateway_for(server) as gateway:
+        body = completion_body(stream=True, n=n, max_tokens=100_000)
+        _, writer = await raw_request(gateway.url, COMPLETIONS, body)
+        await server.until(lambda: server.running == n)
+        sent = -1
+        while server.generated > sent:  # until all wait for the client
+            sent = server.generated
+            await get_text(gateway.url + "/health")
+        writer.transport.abort()
+        await server.until(lambda: server.aborted == n)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert total(gateway.metrics.requests, status="499") == 1

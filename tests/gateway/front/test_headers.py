@@ -270,5 +270,5 @@ async def test_a_redirect_in_a_circle_is_told_for_what_it_is() -> None:
         for path, body_ in ((COMPLETIONS, completion_body()), (CHAT, chat_body(espo=OFF))):
             status, _, body = await ask(gateway, path, json=body_)
             assert status == 502
-            assert "the upstream redirects to" in json.loads(body)["error"]["message"]
+            assert "the upstream redirects;" in json.loads(body)["error"]["message"]
             assert "--upstream" in json.loads(body)["error"]["message"]

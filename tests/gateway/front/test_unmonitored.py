@@ -7,8 +7,10 @@ import json
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from espo_gateway.testing import FakeServer
+from espo_gateway.telemetry.metrics import total
+from espo_gateway.testing import Body, FakeServer, Script
 from tests.helpers.gateway import (
     CHAT,
     COMPLETIONS,
@@ -50,6 +52,71 @@ async def test_without_logprobs_an_answer_is_refused(chat: bool, stream: bool) -
         assert status == 502
         assert "no logprobs" in answer["error"]["message"]
         await server.until(lambda: server.running == 0)
+
+
+class Refuses(FakeServer):
+    """Takes at most so many logprobs a token, none for -1, and says so as vLLM does."""
+
+    def __init__(self, most: int, *, in_stream: bool) -> None:
+        super().__init__(FAILING)
+        self.most, self.in_stream = most, in_stream
+
+    async def _play(self, request: web.Request, body: Body, script: Script) -> web.StreamResponse:
+        asked = body.get("logprobs")
+        top = -1 if asked in (None, False) else body.get("top_logprobs") or int(asked)
+        if top <= self.most:
+            return await super()._play(request, body, script)
+        error = {"error": {"message": f"{top} logprobs", "code": 400}}
+        if not (self.in_stream and body.get("stream")):
+            return web.json_response(error, status=400)
+        text = f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n"
+        return web.Response(text=text, content_type="text/event-stream")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("in_stream", [True, False])
+async def test_where_logprobs_are_refused_an_answer_is_served_and_says_so(
+    chat: bool, stream: bool, in_stream: bool
+) -> None:
+    async with Refuses(-1, in_stream=in_stream) as server, gateway_for(server) as gateway:
+        choice = await generate(gateway.url, chat=chat, stream=stream)
+        assert choice["text"] == "a" * 6 + "b" * 10
+        assert choice["espo"]["mode"] == "off"
+        assert "refuses logprobs" in choice["espo"]["reason"]
+        assert [body.get("logprobs") for body in server.bodies] == [True if chat else 1, None]
+        assert total(gateway.metrics.unmonitored, reason="the upstream refuses logprobs") == 1
+        # What the client itself asks for is the server's to refuse, and it is told so once.
+        fields = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+        body = (chat_body if chat else completion_body)(**fields)
+        status, answer = await post(gateway.url + (CHAT if chat else COMPLETIONS), body)
+        assert (status, answer["error"]["message"]) == (400, "2 logprobs")
+        assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_chat_has_the_logprobs_it_asks_for_where_more_are_refused(stream: bool) -> None:
+    async with Refuses(1, in_stream=True) as server, gateway_for(server) as gateway:
+        choice = await generate(gateway.url, chat=True, stream=stream, logprobs=True)
+        assert choice["text"] == "a" * 6 + "b" * 10
+        assert choice["logprobs"]["content"]
+        assert choice["espo"]["mode"] == "off"
+        choice = await generate(gateway.url, chat=False, stream=stream)
+        assert choice["espo"]["cut"] == 8
+
+
+async def test_where_logprobs_are_refused_so_is_the_request_if_that_is_insisted_on() -> None:
+    async with (
+        Refuses(-1, in_stream=True) as server,
+        gateway_for(server, unmonitored="refuse") as gateway,
+    ):
+        status, answer = await post(gateway.url + CHAT, chat_body())
+        assert (status, answer["error"]["message"]) == (400, "2 logprobs")
+    async with (
+        Refuses(-1, in_stream=True) as server,
+        gateway_for(server, gate=None, unmonitored="refuse") as gateway,
+    ):
+        assert (await post(gateway.url + CHAT, chat_body()))[0] == 200
 
 
 async def test_a_rule_that_never_stops_needs_no_logprobs() -> None:

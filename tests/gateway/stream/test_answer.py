@@ -1,4 +1,4 @@
-"""The usage of several choices is what one request for all of them would have had."""
+"""A stream's chunks merged are what a server would have answered without one, usage and all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from espo_gateway.stream.answer import total_usage
+from espo_gateway.stream.answer import Answer, total_usage
 
 ODD: list[Any] = ["3", {}, [], 1.5, True]
 
@@ -19,6 +19,28 @@ def usage(prompt: int, completion: int, **details: Any) -> dict[str, Any]:
         "total_tokens": total,
         **details,
     }
+
+
+@pytest.mark.parametrize(
+    ("deltas", "content"),
+    [
+        ([{"reasoning": "so"}, {"reasoning": " on"}], None),
+        ([{"reasoning_content": "so on"}, {"content": ""}], None),
+        ([{"refusal": "no"}], None),
+        ([{"tool_calls": [{"index": 0, "id": "1"}]}], None),
+        ([{"reasoning": "so"}, {"content": "yes"}], "yes"),
+        ([{"reasoning": ""}], ""),
+        ([], ""),
+    ],
+    ids=str,
+)
+def test_what_says_something_else_has_no_content_instead_of_an_empty_one(
+    deltas: list[dict[str, Any]], content: str | None
+) -> None:
+    answer = Answer(chat=True)
+    for delta in [{"role": "assistant", "content": ""}, *deltas]:
+        answer.add({"choices": [{"index": 0, "delta": delta}]})
+    assert answer.finished()["message"]["content"] == content
 
 
 def test_choices_of_one_prompt_share_its_tokens() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from espo_gateway.stream.request import plan, upstream_body
+from espo_gateway.stream.tokens import plan_tokens
 
 CHAT: dict[str, Any] = {"model": "m", "messages": []}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "p"}
@@ -110,6 +111,28 @@ def test_the_best_of_as_many_as_are_wanted_is_each_of_them(n: int) -> None:
     for single in sent({**TEXT, "n": n, "best_of": n}, chat=False):
         assert (single["n"], single["best_of"]) == (1, 1)
     assert "best_of" in (plan({**TEXT, "n": n, "best_of": n + 1}, chat=False).unmonitored or "")
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"),
+    [
+        (7, [7, 8, 9]),
+        (None, [None] * 3),
+        # No seed, so that no choice may have one.
+        (-1, [-1, -1, -1]),
+        # A child's -1 is none to vLLM's engine, too.
+        (-2, [-2, -1, 0]),
+        # What is sent must be a seed, and 2**63 and -2**63 are the same one.
+        (2**63 - 2, [2**63 - 2, 2**63 - 1, -(2**63)]),
+        # The server's to refuse.
+        (2**63, [2**63, 2**63 + 1, 2**63 + 2]),
+    ],
+)
+def test_choices_are_seeded_as_vllm_seeds_them(seed: int | None, seeds: list[int | None]) -> None:
+    for body, chat in ((CHAT, True), (TEXT, False)):
+        assert [one["seed"] for one in sent({**body, "n": 3, "seed": seed}, chat=chat)] == seeds
+    tokens = plan_tokens({"token_ids": [1], "sampling_params": {"n": 3, "seed": seed}})
+    assert [one.body["sampling_params"]["seed"] for one in tokens.singles] == seeds
 
 
 @pytest.mark.parametrize(

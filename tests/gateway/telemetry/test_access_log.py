@@ -10,17 +10,24 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from multidict import CIMultiDict
 
+from espo_gateway.critic.probe import AnswerProbe
+from espo_gateway.errors import UpstreamError
+from espo_gateway.stop.told import Probe
 from espo_gateway.testing import FakeServer, Script
+from espo_gateway.upstream.pool import UpstreamPool
 from tests.helpers.gateway import (
     COMPLETIONS,
+    CRITIC_GATE,
     FAILING,
     GATE,
     GOOD,
     completion_body,
     gateway_for,
     listening,
+    post,
     raw_request,
     start,
 )
@@ -150,6 +157,69 @@ async def test_a_client_that_left_has_a_line_too(caplog: pytest.LogCaptureFixtur
         writer.transport.abort()
         await server.until(lambda: server.aborted == 1)
     assert [line["status"] for line in lines(caplog)] == [499]
+
+
+class Says(FakeServer):
+    """Answers everything it is asked to generate, or to value, with this."""
+
+    def __init__(self, text: str, *, decides: bool = False, **answer: Any) -> None:
+        super().__init__(FAILING, decides=decides)
+        self._answer = {"text": text, "content_type": "text/event-stream", **answer}
+
+    def _add_routes(self, app: web.Application) -> None:
+        super()._add_routes(app)
+        app.router.add_post("/pooling", self._generate)
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(**self._answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"text": "data: secret\n\n"},
+        {"text": 'data: {"choices": [{"text": ["secret"]}]}\n\n'},
+        {"text": 'data: {"choices": [{"logprobs": {"token_logprobs": ["secret"]}}]}\n\n'},
+        {"text": 'data: {"error": {"message": "secret"}}\n\n'},
+        {"text": "secret", "content_type": "application/json"},
+        {"text": "secret", "decides": True},
+        {"text": '{"choices": [{"text": ["secret"]}]}', "decides": True},
+        {"text": "secret", "status": 400},
+        {"text": "", "status": 307, "headers": {"Location": "http://elsewhere/v1?secret"}},
+    ],
+    ids=str,
+)
+async def test_what_a_server_answers_is_told_and_not_logged(
+    answer: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "espo_gateway")
+    async with Says(**answer) as server, gateway_for(server, unmonitored="refuse") as gateway:
+        status, told = await post(gateway.url + COMPLETIONS, completion_body())
+        assert status >= 400
+        # Where it quotes the server at all.
+        assert "[" in answer["text"] or "secret" in told["error"]["message"]
+    assert "WARNING" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_nor_is_what_a_critic_or_a_probe_answers(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "espo_gateway")
+    answer = '{"data": ["secret"], "choices": ["secret"]}'
+    async with (
+        Says(answer, status=status) as says,
+        FakeServer(FAILING) as server,
+        gateway_for(server, gate=CRITIC_GATE, critic=says.url) as gateway,
+    ):
+        assert (await post(gateway.url + COMPLETIONS, completion_body()))[0] == 200
+        with pytest.raises(UpstreamError):
+            async with UpstreamPool([says.url]) as pool:
+                await AnswerProbe(pool).ask(Probe([1], [2]), "fake", [3])
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [line.partition(":")[0] for line in warned] == ["critic", "answer probe"]
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("style", ["json", "text"])

@@ -16,6 +16,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from espo_gateway.app import running
+from espo_gateway.config import Config
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.stop.gate_json import gate_from_json
 from espo_gateway.stop.recorded import Recorded
@@ -33,6 +35,8 @@ from tests.helpers.gateway import (
     gateway_for,
     post,
     post_stream,
+    raw_request,
+    until_running,
 )
 
 
@@ -73,6 +77,24 @@ async def test_the_numbers_are_those_received(tmp_path: Path) -> None:
         "cut": None,
     }
     assert "secret" not in path.read_text()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_choices_that_the_gateways_end_breaks_off_are_recorded(
+    tmp_path: Path, n: int
+) -> None:
+    path = tmp_path / "traces.jsonl"
+    async with FakeServer(Script([GOOD] * 100), gated=True) as server:
+        config = Config((server.url,), port=0, drain_timeout=0.0, record=path)
+        async with running(config) as gateway:
+            body = completion_body(stream=True, n=n)
+            reader, writer = await raw_request(gateway.url, COMPLETIONS, body)
+            await until_running(server, n)
+            server.release(n)
+            for _ in range(n):
+                await reader.readuntil(b"data: ")
+        writer.close()
+    assert [line["end"] for line in lines(path)] == ["aborted"] * n
 
 
 async def test_requests_that_ask_the_same_are_told_by_the_same_hash(tmp_path: Path) -> None:

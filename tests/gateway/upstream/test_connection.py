@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,20 @@ async def test_a_body_however_its_end_is_told(answer: bytes, ends: bool) -> None
         assert one.asked.startswith(b"GET /v1/x?y=1 HTTP/1.1\r\nHost: 127.0.0.1:")
         assert b"\r\nA: b\r\n" in one.asked
         assert b"\r\nConnection: close\r\n" in one.asked
+
+
+async def test_a_server_whose_machine_has_gone_is_noticed_however_long_it_may_be_silent() -> None:
+    async with peer() as one:
+        sock = socket.create_connection(("127.0.0.1", int(one.url.rpartition(":")[2])))
+        sock.setblocking(False)
+        _, reply = await asyncio.get_running_loop().create_connection(
+            lambda: Reply(one.url, Limits(), empty=False), sock=sock
+        )
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        idle, between, unanswered = (sock.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+        assert idle + between * unanswered <= 300
+        reply.close()
 
 
 async def test_a_head_request_has_no_body() -> None:
