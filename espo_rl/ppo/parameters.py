@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,25 @@ def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             added = layer.scaling["default"] * (second.float() @ first.float())
             if layer.fan_in_fan_out:
                 added = added.T
-            yield name, (parameter.float() + added).to(parameter.dtype)
+            yield name, dithered(parameter.float() + added, parameter.dtype, name)
+
+
+def dithered(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """float32 numbers as bfloat16, rounded up or down by chance, so that they are right in the mean.
+
+    A published weight is a bfloat16 number. Rounded to the nearest, what early training adds to it
+    would be lost, of every weight, until it is half of the step to the next such number: tens of
+    updates at usual rates. Each weight of a name has its own threshold, always the same, so weights
+    that have not moved stay as they are, and those that have are the same each time.
+    """
+    if dtype != torch.bfloat16:
+        return exact.to(dtype)
+    generator = torch.Generator(exact.device).manual_seed(zlib.crc32(name.encode()))
+    below = torch.randint(
+        2**16, exact.shape, generator=generator, dtype=torch.int32, device=exact.device
+    )
+    # The upper half of a float32 is a bfloat16: a carry out of the lower half rounds up, by size.
+    return ((exact.view(torch.int32) + below) & -(2**16)).view(torch.float32).to(dtype)
 
 
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

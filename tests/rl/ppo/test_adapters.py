@@ -14,7 +14,7 @@ from espo_rl.config import Model, Recipe
 from espo_rl.dry_run.memory import training_parts
 from espo_rl.dry_run.plan import load_shape
 from espo_rl.ppo.adapters import AdapterError, adapt
-from espo_rl.ppo.parameters import adapters, gathered, tensor_specs
+from espo_rl.ppo.parameters import adapters, dithered, gathered, tensor_specs
 from espo_rl.ppo.trainer import PpoTrainer
 from tests.helpers.models import random_model
 from tests.helpers.trainer import Paths, make_models, make_rollouts, recipe_of, weights_of
@@ -144,6 +144,22 @@ def test_what_is_adapted_and_by_how_much(settings: dict[str, Any]) -> None:
     )
     for name, value in gathered(model):
         torch.testing.assert_close(value, expected.get(name, before[name]), msg=name)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.5])
+def test_in_bfloat16_a_step_smaller_than_rounding_arrives_in_the_mean(share: float) -> None:
+    """share: of the step from one bfloat16 number to the next, by which every weight has moved."""
+    torch.manual_seed(0)
+    base = torch.randn(300, 400).bfloat16()
+    exponent = torch.frexp(base.float()).exponent
+    step = torch.ldexp(base.float().sign(), exponent - 8)  # away from 0, where all are alike
+    moved = base.float() + share * step
+    found = dithered(moved, torch.bfloat16, "layer.weight")
+    arrived = (found.float() - base.float()) / step
+    assert arrived.mean().item() == pytest.approx(share, abs=0.01)
+    assert set(arrived.unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(found, dithered(moved, torch.bfloat16, "layer.weight"))
+    assert torch.equal(dithered(moved, torch.float32, "layer.weight"), moved)
 
 
 @pytest.mark.parametrize(
