@@ -27,7 +27,7 @@ for word in "$@"; do
 done
 if [ ! -f "$base/worked.json" ]; then
     echo "$model learns to write the steps out, from worked examples"
-    "$VENV/bin/python" scripts/worked_examples.py --model "$model" --out "$base" --tasks leg_counting --examples 160
+    "$VENV/bin/python" scripts/worked_examples.py --model "$model" --out "$base" --tasks leg_counting
 fi
 "$VENV/bin/python" -m espo_rl.run smollm2-135m model.path="$base" run.output="$out" \
     run.steps=8 evaluation.problems=64 stopping.warmup_batches=3 "$@"

@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct answers neither as it is. Some hundred worked examples tea
 the matter: how many legs a lobster has and what 15 times 10 is, it must know or learn from rewards,
 and its errors come as they come. No example is of a held-out problem.
 
-  python scripts/worked_examples.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out runs/real/base
+  python scripts/worked_examples.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+      --out runs/real/base --tasks leg_counting
 
 Writes a Hugging Face checkpoint, and beside it worked.json: examples, tokens, seconds, losses.
 """
@@ -59,7 +60,7 @@ WORKED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "letter_counting": letters,
 }
 #: of the data sets, as the recipe and the studies ask for them
-OPTIONS: dict[str, dict[str, Any]] = {"leg_counting": {"max_animals": 5}}
+OPTIONS: dict[str, dict[str, Any]] = {"leg_counting": {"max_animals": 3, "max_instances": 9}}
 
 
 def section(task: str) -> TaskSection:

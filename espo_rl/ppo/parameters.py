@@ -67,7 +67,7 @@ def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def dithered(exact: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """float32 numbers as bfloat16, rounded up or down by chance, so that they are right in the mean.
+    """float32 numbers as bfloat16, rounded up or down by chance, so right in the mean.
 
     A published weight is a bfloat16 number. Rounded to the nearest, what early training adds to it
     would be lost, of every weight, until it is half of the step to the next such number: tens of
