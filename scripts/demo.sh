@@ -19,7 +19,7 @@ if [ -z "${model:-}" ]; then
     exec "$VENV/bin/python" -m espo_rl.run arithmetic "$@"
 fi
 
-# A quarter of an hour: some of it for the worked examples, once, then eight steps, of which three
+# Twenty minutes: half of it for the worked examples, once, then eight steps, of which three
 # are warm-up.
 base=runs/demo-base-${model//\//--} out=runs/demo-real planned=
 for word in "$@"; do

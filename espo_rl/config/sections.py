@@ -78,9 +78,9 @@ class Model(Section):
     path: str  # of the policy
     critic: str | None = None  # where the critic begins; the policy itself when not given
     reference: str | None = None  # for the KL term; the initial policy when not given
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of weights, in the trainer and in the servers
-    )
+    # Of weights, in the trainer and in the servers. In bfloat16 a change shows when it has grown to
+    # half of a number's last place: at 1e-6 after tens of updates, so for short runs float32
+    dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False  # less memory in the update, for a third more time
     liger: bool = False  # Liger's fused kernels in the update, on a GPU
     # LoRA: the policy's weights stay as they are, adapters of this rank beside its linear layers
