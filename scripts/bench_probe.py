@@ -83,7 +83,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-probe-") as folder, progress_bar() as bar:
         line = bar.add_task("starting", total=2 * (options.rounds + 1))
         async with (
-            open_fleet(recipe, options.model, Path(folder)) as fleet,
+            open_fleet(recipe, options.model, Path(folder), probes=True) as fleet,
             Collector(
                 fleet.gateway_url,
                 fleet.model,

@@ -114,7 +114,9 @@ class Command:
             self.say(f"starting the policy server with {recipe.model.path}, and the gateway")
         started = time.monotonic()
         async with (
-            open_fleet(recipe, recipe.model.path, self.folder.path / "logs") as fleet,
+            open_fleet(
+                recipe, recipe.model.path, self.folder.path / "logs", probes=self.probes
+            ) as fleet,
             self.collector(fleet) as asker,
             self.grader as grader,
         ):

@@ -33,14 +33,16 @@ OF_RANKS = re.compile(
 MOST_SEQUENCES = 2048
 
 
-def seats(recipe: Recipe) -> int:
+def seats(recipe: Recipe, *, probes: bool = False) -> int:
     """Requests that a policy server of the run's own takes at a time, `--max-num-seqs`.
 
     What asks about rollouts must not queue behind them: a question of each where there is a probe,
     and under `refill` the proof of the weights.
+
+    probes: an answer probe is asked, though the recipe's rule has none.
     """
     rollouts = recipe.rollout.concurrency
-    questions = rollouts if "probe" in recipe.stopping.read else 0
+    questions = rollouts if probes or "probe" in recipe.stopping.read else 0
     return min(rollouts + questions + bool(recipe.rollout.ahead), MOST_SEQUENCES)
 
 
@@ -207,6 +209,7 @@ async def open_fleet(
     log_folder: Path,
     *,
     critic_path: Path | None = None,
+    probes: bool = False,
     say: Say = print,
 ) -> AsyncIterator[Fleet]:
     """Start what the recipe does not name by URL; stop it, whatever happens, at the end.
@@ -215,12 +218,13 @@ async def open_fleet(
         model_path: checkpoint that the policy servers start with.
         critic_path: of the critic server, a folder with a classifier's config; its weights come
             with the first sync. None: no critic server.
+        probes: as for `seats`.
         say: is told of waiting and restarts.
 
     Raises:
         ServerError, ServerStartError: naming the server and what to do.
     """
-    servers = make_fleet(recipe, model_path, log_folder, critic_path)
+    servers = make_fleet(recipe, model_path, log_folder, critic_path, probes=probes)
     try:
         await servers.start(say)
         yield servers
@@ -229,7 +233,12 @@ async def open_fleet(
 
 
 def make_fleet(
-    recipe: Recipe, model_path: str, log_folder: Path, critic_path: Path | None
+    recipe: Recipe,
+    model_path: str,
+    log_folder: Path,
+    critic_path: Path | None,
+    *,
+    probes: bool = False,
 ) -> Fleet:
     config = recipe.servers
 
@@ -271,7 +280,7 @@ def make_fleet(
                 config.policy_gpus[number] if config.policy_gpus else None,
                 model_path,
                 *("--logprobs-mode", config.logprobs_mode),
-                *("--max-num-seqs", str(seats(recipe))),
+                *("--max-num-seqs", str(seats(recipe, probes=probes))),
                 *config.vllm_args,
             )
             for number in range(config.policy_servers)
