@@ -38,7 +38,7 @@ FAULTS = (
     UpdateError,
 )
 #: what a launcher does of a Ctrl-C: `deepspeed` ends rank 0's servers with the ranks
-STOPPING = "to finish a step, save and end: kill -INT {pid} (the launcher's Ctrl-C saves nothing)"
+TO_END = "to finish a step, save and end: kill -INT {pid} (the launcher's Ctrl-C saves nothing)"
 INTERRUPTED = "espo: interrupted; go on with --resume auto"
 
 
@@ -66,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
         for warning in plan.warnings:
             loop.log.say(f"warning: {warning}")
         if "RANK" in os.environ:
-            loop.log.say(STOPPING.format(pid=os.getpid()))
+            loop.log.say(TO_END.format(pid=os.getpid()))
         if checkpoint is not None:
             loop.resume(checkpoint)
         if options.overwrite and not (checkpoint and options.resume == "auto"):

@@ -23,6 +23,10 @@ VALUE_HEAD = "espo_value_head"
 VALUES = "espo_values"
 
 
+#: what is changed inside vLLM, in whatever process it is; functions in this folder
+HOOKS = ("admission.check_requests", "admission.tell_weights", "listed_tokens.tell_largest")
+
+
 def head_folder(additional_config: object) -> Path | None:
     """The folder that `VALUE_HEAD` names in vLLM's setting of that name, if it does."""
     named = isinstance(additional_config, Mapping) and additional_config.get(VALUE_HEAD)
@@ -32,12 +36,17 @@ def head_folder(additional_config: object) -> Path | None:
 def register() -> None:
     """Register what is ours; vLLM calls this in each of its processes, perhaps repeatedly."""
     yield_to_streams()
+    import vllm
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    hooks = ("admission.check_requests", "admission.tell_weights", "listed_tokens.tell_largest")
-    for hook in hooks:
-        resolve_obj_by_qualname(f"espo_gateway.vllm_plugin.{hook}")()
+    is_tested, *hooks = (
+        resolve_obj_by_qualname(f"espo_gateway.vllm_plugin.{name}")
+        for name in ("admission.is_tested", *HOOKS)
+    )
+    if is_tested(vllm.__version__):  # another one's insides are not known
+        for hook in hooks:
+            hook()
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(

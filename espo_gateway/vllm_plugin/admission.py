@@ -71,10 +71,6 @@ def check_order(order: Order, params: Any, model_config: Any, *, has_values: boo
 @functools.cache
 def check_requests() -> None:
     """Have vLLM's input processor check orders, in whatever process it is; once."""
-    import vllm
-
-    if not is_tested(vllm.__version__):
-        return
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
@@ -109,10 +105,6 @@ def tell_weights() -> None:
 
     It keeps account of them, and tells on its route for tokens alone.
     """
-    import vllm
-
-    if not is_tested(vllm.__version__):
-        return
     from vllm.v1.engine.output_processor import RequestState
 
     finished = RequestState._new_completion_output

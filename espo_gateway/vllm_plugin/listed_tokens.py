@@ -10,16 +10,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from espo_gateway.vllm_plugin.admission import is_tested
-
 
 @functools.cache
 def tell_largest() -> None:
     """Have vLLM's V1 sampler gather, for a request that lists no tokens, its likeliest; once."""
-    import vllm
-
-    if not is_tested(vllm.__version__):
-        return
     from vllm.v1.sample.sampler import Sampler
 
     gather = Sampler.gather_specific_token_logprobs

@@ -198,13 +198,10 @@ class PpoTrainer:
         unmoved = self._forward([samples[i] for i in others], actor=True) if others.size else []
         for _ in range(ppo.epochs):
             for chosen in np.array_split(self._rng.permutation(len(samples)), parts):
-                of_minibatch = [samples[i] for i in chosen]
-                weights = aggregation_weights([one.kept for one in of_minibatch], ppo.aggregation)
-                for sample, share in zip(of_minibatch, weights, strict=True):
-                    sample.columns["weights"] = torch.full((sample.kept,), share)
+                self._weigh([samples[i] for i in chosen])
                 learning = chosen[~idle[chosen]]
-                of_these = [samples[i] for i in learning]
-                for name, step in self._minibatch(of_these, trains_actor, said):
+                of_minibatch = [samples[i] for i in learning]
+                for name, step in self._minibatch(of_minibatch, trains_actor, said):
                     steps[name].append(step)
         if said is not None:
             now = [*self._everyones(said), *unmoved]
@@ -237,6 +234,12 @@ class PpoTrainer:
         idle = np.array([not one.columns["advantages"].any() for one in samples])
         moved_by_more = self.critic is not None or ppo.entropy_bonus or ppo.kl_coefficient
         return np.zeros_like(idle) if moved_by_more or idle.all() else idle
+
+    def _weigh(self, samples: Sequence[Sample]) -> None:
+        """Give each token its share of a minibatch: the column `weights`."""
+        weights = aggregation_weights([one.kept for one in samples], self._ppo.aggregation)
+        for sample, share in zip(samples, weights, strict=True):
+            sample.columns["weights"] = torch.full((sample.kept,), share)
 
     def _judge(self, faults: list[str]) -> None:
         """Say which steps were not taken; end it all when that has become a habit."""

@@ -197,6 +197,8 @@ class WeightPublisher:
         tolerance: float,
         name: str,
     ) -> float:
+        earlier = [one for one in self._earlier if len(one) == len(expected)]
+
         async def mean_difference(client: WeightClient) -> float:
             found_version = await client.weight_version()
             if found_version != version:
@@ -205,22 +207,20 @@ class WeightPublisher:
                 )
             told = await ask(client)
             found = distance(told, expected)
-            problem = f"{client.url} does not compute with the published weights: a {name} of the "
+            problem = (
+                f"{client.url} does not compute with the published weights: a {name} of the probe "
+                f"differs by {found:.3g} in the mean"
+            )
             # Asked like this, NaN is too large too.
             if not found <= tolerance:
-                raise WeightParityError(
-                    f"{problem}probe differs by {found:.3g} in the mean, more than {tolerance:g}"
-                )
+                raise WeightParityError(f"{problem}, more than {tolerance:g}")
             # In bfloat16 that is more than many steps move it by; mere rounding it is not.
             nearest = min((distance(told, one) for one in earlier), default=math.inf)
             if nearest < found / 2 and found > tolerance / 100:
                 raise WeightParityError(
-                    f"{problem}probe differs by {found:.3g} in the mean, and by {nearest:.3g} from "
-                    "what earlier ones gave"
+                    f"{problem}, and by {nearest:.3g} from what earlier ones gave"
                 )
             return found
-
-        earlier = [one for one in self._earlier if len(one) == len(expected)]
 
         differences = await asyncio.gather(
             *map(mean_difference, self._clients), return_exceptions=True

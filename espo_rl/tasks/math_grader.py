@@ -60,10 +60,8 @@ def _equal(reference: list[Any], given: list[Any]) -> bool:
     from math_verify import verify
 
     def same(wanted: list[Any], answer: list[Any]) -> bool:
-        found = verify(
-            wanted, answer, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=False
-        )
-        return bool(found) and _near(_unnamed(wanted[0]), _unnamed(answer[0]))
+        found = verify(wanted, answer, allow_set_relation_comp=True, timeout_seconds=None)
+        return found and _near(_unnamed(wanted[0]), _unnamed(answer[0]))
 
     if not reference or not given:
         return False
