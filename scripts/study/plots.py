@@ -36,7 +36,7 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
     paths = []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         for name, (title, y, panels) in PLOTS.items():
-            figure = Figure(figsize=(3.5 + 4 * len(panels), 4.6), layout="constrained")
+            figure = Figure(figsize=(2.5 + 4 * len(panels), 4.8), layout="constrained")
             figure.suptitle(title)
             every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
             for axes, (x, draw) in zip(every, panels.items(), strict=True):
@@ -45,8 +45,11 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
                 for (method, runs), style in zip(curves.items(), styles(), strict=False):
                     draw(axes, runs, {**style, "label": study.methods[method].title})
             every[0].set(ylabel=y)
+            if name in SHARES:  # an interval by Student's t may leave what can be
+                low, high = every[0].get_ylim()
+                every[0].set_ylim(max(low, 0.0), min(high, 1.0))
             if (named := every[0].get_legend_handles_labels())[1]:
-                figure.legend(*named, loc="outside right upper", frameon=False, fontsize=9)
+                figure.legend(*named, loc="outside lower center", frameon=False, fontsize=9)
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=130)
     return paths
@@ -127,6 +130,11 @@ def _false_positives(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> N
     axes.plot(runs[0]["step"][:steps], share, **style)
 
 
+#: plots whose y is between 0 and 1
+SHARES = {
+    *("accuracy-by-step", "accuracy-by-tokens", "accuracy-by-cost"),
+    *("false-positives", "auc-within-prompts"),
+}
 _TOKENS = {"thousand tokens generated": _accuracy("evaluated_tokens")}
 _SECONDS = {"seconds of training": _accuracy("evaluated_seconds")}
 #: name: title, y, and of each panel x and what draws a method's line

@@ -80,7 +80,8 @@ def markdown(results: dict[str, Any]) -> str:
 def _made_on(run: dict[str, Any]) -> str:
     machine = run["machine"]
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
-    return f"{machine.get('cpus', '?')} cores, {machine.get('processor', 'unknown')}; {versions}."
+    on = [f"{machine.get('cpus', '?')} cores", machine.get("processor", "unknown")]
+    return f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
 
 
 def _time(results: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from espo_gateway.supervisor import ServerProcess, free_port
@@ -20,6 +21,9 @@ from tests.helpers.models import random_checkpoint
 
 STRICT = json.dumps({"rule": "regret-only", "beta": 0.2}).encode()
 
+
+#: so that several servers share a GPU, and none counts what another takes or gives back meanwhile
+ON_GPU = ["--gpu-memory-utilization", "0.02", "--kv-cache-memory-bytes", "1G", "--enforce-eager"]
 
 #: seed of the weights that the servers start with
 BASE_SEED = 0
@@ -45,6 +49,8 @@ async def launch(path: Path, *flags: str, name: str = "policy") -> VllmServer:
     url = f"http://127.0.0.1:{(port := free_port())}"
     launcher = [sys.executable, "-m", "espo_gateway.vllm_plugin", str(path), "--port", str(port)]
     limits = ["--dtype", "float32", "--max-model-len", "512", "--served-model-name", name]
+    if torch.cuda.is_available():
+        limits += ON_GPU
     process = await ServerProcess.start(
         [*launcher, *limits, *flags],
         log_path=path.with_suffix(".log"),

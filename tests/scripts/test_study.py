@@ -72,7 +72,8 @@ def finish(run: Run, *, tokens: int, accuracy: float) -> None:
     }
     summary |= {"restarts": 0, "errors": 0, "tokens_without_stopping": 4 * tokens}
     summary |= {"right_lost_trials": 20.0}
-    summary |= {"machine": {"cpus": 2, "processor": f"P{run.seed}"}, "versions": {"torch": "2"}}
+    machine = {"cpus": 2, "processor": f"P{run.seed}", "gpus": ["G"] * run.seed}
+    summary |= {"machine": machine, "versions": {"torch": "2"}}
     (run.folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -364,7 +365,7 @@ def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
     assert "| 0.75 [0.75, 0.75] | 3 [3, 3] |" in told
     assert "| 10.0% [4.0%, 23.1%] | 25.0% [10.2%, 49.5%] |" in told
     # Of the machines that trained, not of the one that writes the table.
-    assert told.count("2 cores, P0; torch 2.") == told.count("2 cores, P1; torch 2.") == 1
+    assert told.count("2 cores, P0; torch 2.") == told.count("2 cores, P1, G; torch 2.") == 1
     assert "Not done: " in told
     paths = draw_all(done, tmp_path / "plots")
     assert [path.stem for path in paths] == list(PLOTS)

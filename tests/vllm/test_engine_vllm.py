@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from espo_gateway.stop.estimate import FEATURES
 from espo_gateway.stop.gate_json import gate_from_json
@@ -174,10 +175,15 @@ async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, ru
     same = 0
     for one, other in zip(by_engine, by_gateway, strict=True):
         found, expected = one["espo"], other["espo"]
+        length = min(len(one["token_ids"]), len(other["token_ids"]))
         if found["cut"] != expected["cut"]:
             # In other company a logprob has other last bits, and a z at its threshold another side.
-            length = min(len(one["token_ids"]), len(other["token_ids"]))
             assert one["token_ids"][:length] == other["token_ids"][:length]
+            told, told_other = (
+                choice["logprobs"]["token_logprobs"][:length] for choice in (one, other)
+            )
+            # Its draws are of these bits, which on a GPU often differ.
+            same += rule == "random" and told != told_other
             continue
         same += 1
         assert one["token_ids"] == other["token_ids"]
@@ -190,13 +196,21 @@ async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, ru
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--data-parallel-size", "2"),
-        (
-            "--speculative-config",
-            json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}),
+        pytest.param(
+            ("--data-parallel-size", "2"),
+            marks=pytest.mark.skipif(torch.cuda.device_count() == 1, reason="takes two GPUs"),
+            id="two engines",
+        ),
+        pytest.param(
+            (
+                "--speculative-config",
+                json.dumps(
+                    {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+                ),
+            ),
+            id="speculative decoding",
         ),
     ],
-    ids=["two engines", "speculative decoding"],
 )
 async def test_in_another_setup_of_the_engine(tmp_path: Path, flags: tuple[str, ...]) -> None:
     server = await serve(tmp_path, *flags)

@@ -179,6 +179,13 @@ def test_gpu_keeps_vllms_own_choices() -> None:
     assert not environment.keys() & {"OMP_WAIT_POLICY", "TORCH_COMPILE_DISABLE"}
 
 
+def test_float32_is_float32_on_a_gpu() -> None:
+    """Under Triton's own default, TF32, the proof of the weights fails: seen on an H200."""
+    assert build(cpu=False)[1]["TRITON_F32_DEFAULT"] == "ieee"
+    assert build(cpu=False, TRITON_F32_DEFAULT="tf32")[1]["TRITON_F32_DEFAULT"] == "tf32"
+    assert "TRITON_F32_DEFAULT" not in build()[1]
+
+
 def test_one_word_makes_a_critic() -> None:
     command, _ = build("--critic", "--port", "8001")
     assert "--critic" not in command
