@@ -1,0 +1,149 @@
+"""How many rollouts a step a rule needs: its bound, played over runs without stopping.
+
+    python scripts/replay_bound.py runs/study/none/seed-* --joined 1 5
+
+The runs are of one recipe with `stopping.rule=none`, so that their rollouts are full ones. The
+trainer's own controller learns from them step by step and stops them by the stream alone; of each
+rollout it sees what it would have seen, with the trainer's audits. `--joined 5` makes one run of
+five, whose steps hold the rollouts of all. What the policy would have learnt from cut rollouts is
+not in it. Prints a Markdown table: means over the runs and over draws of the audits, in brackets
+from the least to the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from espo_gateway.stop.replay import first_stops
+from espo_rl.config import Stopping
+from espo_rl.gate.audits import Audits
+from espo_rl.gate.batch_gates import StopController
+from espo_rl.gate.outcomes import recorded_of
+from espo_rl.record.progress import progress_bar
+from espo_rl.record.rollout_files import read_rollouts
+from espo_rl.record.run_folder import RunFolderError, read_run
+from espo_rl.types import EndReason, Rollout
+
+Steps = list[list[Rollout]]
+
+#: those that a stream's own numbers and the bound decide
+RULES = ("success-probability", "regret-only", "value-gated", "surprise")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders of runs")
+    add("--joined", nargs="+", type=int, default=[1], metavar="N", help="runs (%(default)s)")
+    add("--rule", choices=RULES, default=RULES[0], help="(default: %(default)s)")
+    add("--draws", type=int, default=3, help="of the audits (%(default)s)")
+    options = parser.parse_args()
+    if options.draws < 1:
+        parser.error("--draws must be at least 1")
+    if wrong := [n for n in options.joined if not 1 <= n <= len(options.runs)]:
+        parser.error(f"--joined {wrong[0]}: {len(options.runs)} runs are given")
+    return options
+
+
+def steps_of(folder: Path) -> tuple[Steps, int]:
+    """A run's rollouts by step, and how many of them a prompt has.
+
+    Raises RunFolderError: it has no rollouts, or they were stopped.
+    """
+    run = read_run(folder)
+    if run.setting("stopping", "rule") != "none" or not run.rollout_files:
+        raise RunFolderError(f"{folder} has no full rollouts: give runs of stopping.rule=none")
+    return [read_rollouts(file)[0] for file in run.rollout_files], run.setting("rollout", "n")
+
+
+def joined(runs: Sequence[Steps]) -> Steps:
+    """One run of several: a step has the rollouts of all, and prompts stay apart."""
+    together = []
+    for batches in zip(*runs, strict=False):
+        step: list[Rollout] = []
+        for batch in batches:
+            first = 1 + max((rollout.group for rollout in step), default=-1)
+            step += [dataclasses.replace(r, group=first + r.group) for r in batch]
+        together.append(step)
+    return together
+
+
+def cut(rollout: Rollout, kept: int, *, audited: bool) -> Rollout:
+    """What training sees of a full rollout that is stopped."""
+    seen = dataclasses.replace(rollout, end=EndReason.EARLY_STOP, kept=kept, audited=audited)
+    if audited:
+        return seen
+    return dataclasses.replace(
+        seen,
+        correct=None,
+        token_ids=rollout.token_ids[:kept],
+        logprobs=rollout.logprobs[:kept],
+        max_logprobs=rollout.max_logprobs[:kept],
+    )
+
+
+def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, float, float]:
+    """Shares of a run: of the tokens those saved, of the right rollouts those that are lost but for
+    the audits, of the rollouts those stopped."""
+    audits = Audits.of(config.audit_share, n)
+    controller = StopController(config, len(steps), random.Random(seed), audits=audits)
+    tokens = saved = right = lost = stopped = count = 0
+    for step in steps:
+        audited = controller.draw_audits(len(step))
+        cuts = first_stops(controller.gate(""), recorded_of(step)).tolist()
+        seen = []
+        for rollout, kept, spared in zip(step, cuts, audited, strict=True):
+            length = len(rollout.token_ids)
+            tokens, count, right = tokens + length, count + 1, right + bool(rollout.correct)
+            if not kept:
+                seen.append(rollout)
+                continue
+            stopped += 1
+            if not spared:
+                saved += length - kept
+                lost += bool(rollout.correct)
+            seen.append(cut(rollout, kept, audited=spared))
+        controller.observe(seen, None)
+    return saved / tokens, lost / max(1, right), stopped / count
+
+
+def row(runs: Sequence[Steps], config: Stopping, n: int, number: int, draws: int) -> list[str]:
+    """Of so many runs joined; each run is in one group at least."""
+    starts = range(0, len(runs), number)
+    groups = [joined([runs[(start + i) % len(runs)] for i in range(number)]) for start in starts]
+    tasks = [(group, seed) for group in groups for seed in range(draws)]
+    with progress_bar() as progress:
+        bar = progress.add_task(f"{number} joined", total=len(tasks))
+        played = []
+        for group, seed in tasks:
+            played.append(play(group, config, n, seed))
+            progress.advance(bar)
+    told = [
+        f"{sum(values) / len(values):.1%} [{min(values):.1%}, {max(values):.1%}]"
+        for values in zip(*played, strict=True)
+    ]
+    return [str(len(groups[0][0])), str(len(played)), *told]
+
+
+def main() -> None:
+    options = parse()
+    try:
+        read = [steps_of(folder) for folder in options.runs]
+    except RunFolderError as error:
+        raise SystemExit(f"replay_bound: {error}") from error
+    runs, n = [steps for steps, _ in read], read[0][1]
+    config = Stopping.model_validate({"rule": options.rule, "sources": []})
+    rows = [row(runs, config, n, number, options.draws) for number in options.joined]
+    heads = ["rollouts a step", "played", "tokens saved", "right rollouts lost", "stopped"]
+    for line in (heads, ["---"] * len(heads), *rows):
+        print(f"| {' | '.join(line)} |")
+
+
+if __name__ == "__main__":
+    main()
