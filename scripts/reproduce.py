@@ -5,8 +5,8 @@
   python scripts/reproduce.py scripts/studies/mine.toml        a study of your own
   python scripts/reproduce.py --results-only                   tables and plots of what is done
 
-Runs one training run after another and goes on where it was interrupted. Writes into the study's
-output folder: results.json, results.md, and the plots as PNG.
+Runs one training run after another, or several at a time by --jobs, and goes on where it was
+interrupted. Writes into the study's output folder: results.json, results.md, the plots as PNG.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmark.arguments import count
 from espo_rl.record.json_files import nulls
 from espo_rl.record.output import OutputError, check_own, json_with
 from study.design import Run, Study, StudyError, load_study
@@ -48,6 +49,13 @@ def main() -> int:
         default=[],
         help="for every run; a method's own come after",
     )
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="runs at a time, where there is room for them; their seconds are then no measurement",
+    )
     parser.add_argument("--results-only", action="store_true", help="run nothing")
     options = parser.parse_args()
     try:
@@ -58,7 +66,7 @@ def main() -> int:
         if options.results_only:
             check(study)
         else:
-            failed = run_study(study)
+            failed = run_study(study, options.jobs)
     except (OutputError, StudyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2

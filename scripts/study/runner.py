@@ -1,4 +1,4 @@
-"""The runs of a study, one after another; what is done is not done again.
+"""The runs of a study, one after another or several at a time; what is done is not done again.
 
 Each is a `python -m espo_rl.run` of its own, resumed from its checkpoint where it was broken off. A
 signal reaches it once: it finishes its step, saves and ends, and the study with it.
@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ class Stopped(Exception):
     """A signal ended the study; what is done is kept."""
 
 
-def run_study(study: Study) -> list[Run]:
-    """Do all that is left; returns the runs that failed. Raises StudyError and Stopped."""
+def run_study(study: Study, jobs: int = 1) -> list[Run]:
+    """Do all that is left, so many runs at a time; returns those that failed.
+
+    Raises StudyError and Stopped.
+    """
     check(study)
     for preparation in study.prepare:
         if preparation.makes.exists():
@@ -55,28 +59,49 @@ def run_study(study: Study) -> list[Run]:
         check(study)  # runs of before may be of other weights
         if not preparation.makes.exists():
             raise StudyError(f"{' '.join(preparation.command)} did not make {preparation.makes}")
-    runs, failed = list(study.runs()), []
-    with progress_bar() as progress:
-        total = sum(steps_of(run) for run in runs)
-        bar = progress.add_task("", total=total)
-        for run in runs:
-            label = f"{run.name}, seed {run.seed}"
-            done = sum(steps_done(each) for each in runs) - steps_done(run)
-            progress.update(bar, description=label, completed=done + steps_done(run))
-            if summary_of(run) is not None:
-                continue
+    runs, failed = list(study.runs()), list[Run]()
+    left = [run for run in runs if summary_of(run) is None]
+    going: list[Training] = []
 
-            def look(run: Run = run, done: int = done) -> None:
-                progress.update(bar, completed=done + steps_done(run))
+    def startable() -> Iterator[Run]:
+        """What is left and waits for the rate of no other."""
+        waited_for = [*left, *(training.run for training in going)]
+        return (run for run in left if run.rate_from not in waited_for)
 
-            try:
-                began = time.monotonic()
-                train(run, look)
-                progress.console.print(f"{label}: done in {time.monotonic() - began:.0f} s")
-            except StudyError as error:
-                progress.console.print(f"[red]{label}: {error}")
-                failed.append(run)
+    with progress_bar() as progress, signals() as received:
+        bar = progress.add_task("", total=sum(map(steps_of, runs)))
+
+        def fail(run: Run, error: StudyError) -> None:
+            progress.console.print(f"[red]{label(run)}: {error}")
+            failed.append(run)
+
+        while going or (left and not received):
+            while len(going) < jobs and not received and (run := next(startable(), None)):
+                left.remove(run)
+                try:
+                    going.append(Training(run))
+                except StudyError as error:
+                    fail(run, error)
+            for training in [*going]:
+                try:
+                    if not training.ended(received):
+                        continue
+                    if not received:
+                        progress.console.print(f"{label(training.run)}: done in {training.told}")
+                except StudyError as error:
+                    fail(training.run, error)
+                going.remove(training)
+            names = ", ".join(label(training.run) for training in going)
+            progress.update(bar, description=names, completed=sum(map(steps_done, runs)))
+            if going:
+                time.sleep(POLL)
+    if received:
+        raise Stopped
     return failed
+
+
+def label(run: Run) -> str:
+    return f"{run.name}, seed {run.seed}"
 
 
 def check(study: Study) -> None:
@@ -150,55 +175,94 @@ def stop_share(run: Run) -> float:
     return share
 
 
-def prepare(command: list[str]) -> None:
-    """Run this Python with a command's arguments, in sight."""
-    Console(stderr=True).print("preparing: python " + " ".join(command), style="bold")
-    if code := follow(subprocess.Popen([sys.executable, *command], **_CHILD), lambda: None):
-        raise StudyError(f"python {' '.join(command)} ended with exit code {code}")
-
-
-def train(run: Run, look: Callable[[], None]) -> None:
-    """One run to its end. Raises StudyError when it fails, Stopped after a signal."""
-    settings = run.settings
-    if (other := run.rate_from) is not None:
-        settings = [*settings, f"stopping.target_share={stop_share(other):.{SHARE_DIGITS}f}"]
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "settings.json").write_text(json.dumps(about(run)))
-    command = [sys.executable, "-m", "espo_rl.run", run.study.recipe, *settings, "--resume", "auto"]
-    log = run.folder / "output.log"
-    for _ in range(ATTEMPTS):
-        with log.open("ab") as file:
-            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **_CHILD)
-        if follow(child, look) == 0:
-            return
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-    raise StudyError(f"it failed {ATTEMPTS} times; see {log}\n{tail}")
-
-
 #: Signals come from here alone, and it ends when this process does, however that ends.
 _CHILD: dict[str, Any] = {"start_new_session": True, "preexec_fn": die_with_guard}
 
 
-def follow(child: subprocess.Popen[bytes], look: Callable[[], None]) -> int:
-    """Wait for a child; its exit code. Raises Stopped when it ended by a signal to this process."""
-    received: list[int] = []
+class Child:
+    """A process that gets the signals that come to this one, as SIGINT."""
 
-    def hand_on(number: int, frame: object) -> None:
-        received.append(number)
-        child.send_signal(signal.SIGINT)
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self._process = subprocess.Popen(command, **_CHILD, **options)
+        self._handed_on = 0
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while child.poll() is None:
-            look()
+    def poll(self, received: list[int]) -> int | None:
+        """Its exit code, once there is one. received: all signals so far."""
+        for _ in received[self._handed_on :]:
+            self._process.send_signal(signal.SIGINT)
+        self._handed_on = len(received)
+        return self._process.poll()
+
+
+def prepare(command: list[str]) -> None:
+    """Run this Python with a command's arguments, in sight. Raises StudyError and Stopped."""
+    Console(stderr=True).print("preparing: python " + " ".join(command), style="bold")
+    with signals() as received:
+        child = Child([sys.executable, *command])
+        while (code := child.poll(received)) is None:
             time.sleep(POLL)
+    if received:
+        raise Stopped
+    if code:
+        raise StudyError(f"python {' '.join(command)} ended with exit code {code}")
+
+
+class Training:
+    """A run under way: its process, begun again where it failed.
+
+    Raises StudyError: it needs the rate of a run that is not done, or stopped nothing.
+    """
+
+    def __init__(self, run: Run) -> None:
+        settings = run.settings
+        if (other := run.rate_from) is not None:
+            settings = [*settings, f"stopping.target_share={stop_share(other):.{SHARE_DIGITS}f}"]
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "settings.json").write_text(json.dumps(about(run)))
+        self.run = run
+        self._command = [
+            *(sys.executable, "-m", "espo_rl.run", run.study.recipe, *settings),
+            *("--resume", "auto"),
+        ]
+        self._log = run.folder / "output.log"
+        self._began, self._attempts = time.monotonic(), 0
+        self._start()
+
+    def _start(self) -> None:
+        self._attempts += 1
+        with self._log.open("ab") as file:
+            self._child = Child(self._command, stdout=file, stderr=subprocess.STDOUT)
+
+    @property
+    def told(self) -> str:
+        """How long it has taken."""
+        return f"{time.monotonic() - self._began:.0f} s"
+
+    def ended(self, received: list[int]) -> bool:
+        """Whether it has; after a signal it is not begun again. Raises StudyError: it failed."""
+        code = self._child.poll(received)
+        if code is None:
+            return False
+        if code == 0 or received:
+            return True
+        if self._attempts < ATTEMPTS:
+            self._start()
+            return False
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
+        raise StudyError(f"it failed {ATTEMPTS} times; see {self._log}\n{tail}")
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """The signals to this process that have come, to which it does nothing by itself."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
+    try:
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    look()
-    if received:
-        raise Stopped
-    return child.returncode
 
 
 def summary_of(run: Run) -> dict[str, Any] | None:

@@ -272,6 +272,44 @@ signal.pause()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_several_run_at_a_time_and_none_before_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Each of the baseline waits until the other is there, so one after the other would never end.
+    meets = f"""
+import sys, time
+from pathlib import Path
+here = Path(sys.argv[1])
+(here / "began").touch()
+while here.parent.name == "ppo" and len([*Path({str(tmp_path)!r}).glob("ppo/*/began")]) < 2:
+    time.sleep(0.01)
+"""
+    study, trainer = study_of(tmp_path), Trainer(monkeypatch, meets + SUCCEEDS)
+    assert run_study(study, jobs=4) == []
+    assert len(trainer.commands) == 7
+    rates = [s for c in trainer.commands for s in c if s.startswith("stopping.target_share=")]
+    assert rates == ["stopping.target_share=0.3000"] * 2
+
+
+def test_a_signal_reaches_all_that_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waits = f"""
+import os, signal, sys, time
+from pathlib import Path
+here = Path(sys.argv[1])
+signal.signal(signal.SIGINT, lambda *_: (here / "saved").touch() or sys.exit(130))
+(here / "ready").touch()
+while len([*Path({str(tmp_path)!r}).glob("*/*/ready")]) < 2:
+    time.sleep(0.01)
+if here.parent.name == "ppo":
+    os.kill({os.getpid()}, signal.SIGTERM)
+signal.pause()
+"""
+    trainer = Trainer(monkeypatch, waits)
+    with pytest.raises(Stopped):
+        run_study(study_of(tmp_path), jobs=2)
+    assert len(trainer.commands) == len([*tmp_path.glob("*/*/saved")]) == 2
+
+
 def test_preparations_are_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = tmp_path / "base"
     code = f"open({str(tmp_path / 'log')!r}, 'a').write('x'); open({str(made)!r}, 'w')"
