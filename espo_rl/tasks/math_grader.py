@@ -47,8 +47,10 @@ def math_answer(completion: str, answer: str, tags: TaskSection = USUAL) -> str 
     if not given:
         return None
     try:
-        return str(_exact(_unnamed(given[0])))
-    except (ValueError, RecursionError):  # Python writes no number of more than 4,300 digits
+        return str(_exact(_unnamed(_result(given[0]))))
+    except (ValueError, RecursionError, AttributeError):
+        # Python writes no number of more than 4,300 digits; a chain in which two sides are one
+        # number cannot be written anew.
         return str(given[-1])
 
 
@@ -91,6 +93,14 @@ def _near(wanted: Any, answer: Any) -> bool:
 
 #: of the size of two equal numbers, how far apart they may be: as six decimals are for 0.1
 NEAR = 1e-5
+
+
+def _result(value: Any) -> Any:
+    """What a chain of equations comes to, as math-verify takes it: 25 of 5 · 5 = 25; any other
+    value as it is."""
+    links = getattr(value, "_unsorted_args", [value])
+    chained = all(type(link).__name__ == "Equality" for link in links)
+    return links[-1].rhs if chained and not links[-1].rhs.free_symbols else value
 
 
 def _unnamed(value: Any) -> Any:

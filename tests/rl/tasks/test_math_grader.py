@@ -302,6 +302,12 @@ def test_math_in_several_boxes(completion: str, answer: str, right: bool) -> Non
         # sympy works it out, but Python does not write so long a number
         (r"\binom{20000}{10000}", r"\binom{20000}{10000}"),
         ("", None),
+        (r"5 \times 5 = 25", "25"),
+        (r"5 \times 5 = 25 = 25.0", "25"),
+        ("x = 2.50 = 5/2", "5/2"),
+        ("a = b = 0.5", "1/2"),
+        ("3.5 = 3.5 = y", "3.5 = 3.5 = y"),
+        ("y = 2x + 1", "2*x + 1"),
     ],
 )
 def test_equal_answers_are_one_vote(box: str, written: str | None) -> None:
