@@ -3,11 +3,11 @@
     python scripts/replay_bound.py runs/study/none/seed-* --joined 1 5
 
 The runs are of one recipe with `stopping.rule=none`, so that their rollouts are full ones. The
-trainer's own controller learns from them step by step and stops them by the stream alone; of each
-rollout it sees what it would have seen, with the trainer's audits. `--joined 5` makes one run of
-five, whose steps hold the rollouts of all. What the policy would have learnt from cut rollouts is
-not in it. Prints a Markdown table: means over the runs and over draws of the audits, in brackets
-from the least to the most.
+trainer's own controller, by its default settings, learns from them step by step and stops them by
+the stream alone; of each rollout it sees what it would have seen, with its audits. `--joined 5`
+makes one run of five, whose steps hold the rollouts of all. What the policy would have learnt from
+cut rollouts is not in it. Prints a Markdown table: means over the runs and over draws of the
+audits, in brackets from the least to the most.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def steps_of(folder: Path) -> tuple[Steps, int]:
 def joined(runs: Sequence[Steps]) -> Steps:
     """One run of several: a step has the rollouts of all, and prompts stay apart."""
     together = []
-    for batches in zip(*runs, strict=False):
+    for batches in zip(*runs, strict=True):
         step: list[Rollout] = []
         for batch in batches:
             first = 1 + max((rollout.group for rollout in step), default=-1)
@@ -99,6 +99,8 @@ def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, floa
         cuts = first_stops(controller.gate(""), recorded_of(step)).tolist()
         seen = []
         for rollout, kept, spared in zip(step, cuts, audited, strict=True):
+            if rollout.end is EndReason.ERROR:
+                continue
             length = len(rollout.token_ids)
             tokens, count, right = tokens + length, count + 1, right + bool(rollout.correct)
             if not kept:
@@ -135,9 +137,11 @@ def main() -> None:
     options = parse()
     try:
         read = [steps_of(folder) for folder in options.runs]
-    except RunFolderError as error:
+    except ValueError as error:
         raise SystemExit(f"replay_bound: {error}") from error
     runs, n = [steps for steps, _ in read], read[0][1]
+    if len({(len(steps), each) for steps, each in read}) > 1:
+        raise SystemExit("replay_bound: give runs of one recipe, with all steps' rollouts there")
     config = Stopping.model_validate({"rule": options.rule, "sources": []})
     rows = [row(runs, config, n, number, options.draws) for number in options.joined]
     heads = ["rollouts a step", "played", "tokens saved", "right rollouts lost", "stopped"]

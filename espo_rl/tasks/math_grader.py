@@ -96,11 +96,12 @@ NEAR = 1e-5
 
 
 def _result(value: Any) -> Any:
-    """What a chain of equations comes to, as math-verify takes it: 25 of 5 · 5 = 25; any other
-    value as it is."""
-    links = getattr(value, "_unsorted_args", [value])
+    """What a chain of equations, or one of numbers alone, comes to: 25 of 5 · 5 = 25; any other
+    value as it is, such as a curve's equation."""
+    links = value._unsorted_args if type(value).__name__ == "And" else [value]
     chained = all(type(link).__name__ == "Equality" for link in links)
-    return links[-1].rhs if chained and not links[-1].rhs.free_symbols else value
+    known = links[-1].rhs if len(links) > 1 else value
+    return links[-1].rhs if chained and not known.free_symbols else value
 
 
 def _unnamed(value: Any) -> Any:

@@ -49,7 +49,10 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
                 low, high = every[0].get_ylim()
                 every[0].set_ylim(max(low, 0.0), min(high, 1.0))
             if (named := every[0].get_legend_handles_labels())[1]:
-                figure.legend(*named, loc="outside lower center", frameon=False, fontsize=9)
+                columns = 1 + (len(named[1]) > 4)
+                figure.legend(
+                    *named, loc="outside lower center", frameon=False, fontsize=9, ncols=columns
+                )
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=130)
     return paths

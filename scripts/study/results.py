@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from espo_rl.record.intervals import Share
 from espo_rl.record.run_folder import number, read_run
 from study.design import Run, Study
-from study.runner import summary_of
+from study.runner import jobs_of, summary_of
 
 #: Steps at the end of a run whose mean is "at the end".
 LAST = 5
@@ -150,6 +150,7 @@ def result_of(run: Run) -> dict[str, Any] | None:
         "seconds_to_target": seconds_to(curves, run.study.target),
         "restarts": summary["restarts"],
         "errors": summary["errors"],
+        "jobs": jobs_of(run),
         "machine": summary.get("machine", {}),
         "versions": summary.get("versions", {}),
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,7 +32,7 @@ from rich.progress import (
 
 from espo_gateway.supervisor import die_with_guard
 from espo_rl.config import RecipeError, load_recipe
-from espo_rl.record.run_folder import read_run
+from espo_rl.record.run_folder import RunFolderError, read_run
 from study.design import Run, Study, StudyError
 
 #: Seconds between two looks at a run's metrics.
@@ -62,6 +63,7 @@ def run_study(study: Study, jobs: int = 1) -> list[Run]:
     runs, failed = list(study.runs()), list[Run]()
     left = [run for run in runs if summary_of(run) is None]
     going: list[Training] = []
+    done = {run.folder: steps_done(run) for run in runs}
 
     def startable() -> Iterator[Run]:
         """What is left and waits for the rate of no other."""
@@ -72,14 +74,14 @@ def run_study(study: Study, jobs: int = 1) -> list[Run]:
         bar = progress.add_task("", total=sum(map(steps_of, runs)))
 
         def fail(run: Run, error: StudyError) -> None:
-            progress.console.print(f"[red]{label(run)}: {error}")
+            progress.console.print(f"[red]{label(run)}: {escape(str(error))}")
             failed.append(run)
 
         while going or (left and not received):
             while len(going) < jobs and not received and (run := next(startable(), None)):
                 left.remove(run)
                 try:
-                    going.append(Training(run))
+                    going.append(Training(run, jobs))
                 except StudyError as error:
                     fail(run, error)
             for training in [*going]:
@@ -91,8 +93,10 @@ def run_study(study: Study, jobs: int = 1) -> list[Run]:
                 except StudyError as error:
                     fail(training.run, error)
                 going.remove(training)
-            names = ", ".join(label(training.run) for training in going)
-            progress.update(bar, description=names, completed=sum(map(steps_done, runs)))
+            under_way = [training.run for training in going]
+            done |= {run.folder: steps_done(run) for run in under_way}
+            names = ", ".join(map(label, under_way)) if len(going) < 3 else f"{len(going)} runs"
+            progress.update(bar, description=names, completed=sum(done.values()))
             if going:
                 time.sleep(POLL)
     if received:
@@ -120,6 +124,7 @@ def check(study: Study) -> None:
                 )
         else:
             known, now = json.loads(told.read_text()), about(run)
+            known.pop("jobs", None)
             weights, there = known.pop("weights", {}), now.pop("weights")
             changed = [path for path in weights if there.get(path, weights[path]) != weights[path]]
             if known != now or changed:
@@ -163,7 +168,10 @@ def stop_share(run: Run) -> float:
     steps after that stops none in them. Raises StudyError."""
     if summary_of(run) is None:
         raise StudyError(f"{run.folder} is not done, whose share of stopped rollouts it needs")
-    steps = read_run(run.folder)
+    try:
+        steps = read_run(run.folder)
+    except RunFolderError as error:
+        raise StudyError(str(error)) from error
     gated = np.flatnonzero(np.array(steps.column("stopping/on")) == 1.0)
     if not gated.size:
         raise StudyError(
@@ -208,17 +216,17 @@ def prepare(command: list[str]) -> None:
 
 
 class Training:
-    """A run under way: its process, begun again where it failed.
+    """A run under way: its process, begun again where it failed; jobs: how many are at a time.
 
     Raises StudyError: it needs the rate of a run that is not done, or stopped nothing.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, jobs: int) -> None:
         settings = run.settings
         if (other := run.rate_from) is not None:
             settings = [*settings, f"stopping.target_share={stop_share(other):.{SHARE_DIGITS}f}"]
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "settings.json").write_text(json.dumps(about(run)))
+        (run.folder / "settings.json").write_text(json.dumps(about(run) | {"jobs": jobs}))
         self.run = run
         self._command = [
             *(sys.executable, "-m", "espo_rl.run", run.study.recipe, *settings),
@@ -269,6 +277,12 @@ def summary_of(run: Run) -> dict[str, Any] | None:
     """summary.json of a run that is done."""
     path = run.folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def jobs_of(run: Run) -> int:
+    """How many runs were at a time when it began last."""
+    told = run.folder / "settings.json"
+    return int(json.loads(told.read_text()).get("jobs", 1)) if told.exists() else 1
 
 
 def steps_of(run: Run) -> int:

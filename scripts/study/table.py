@@ -81,7 +81,9 @@ def _made_on(run: dict[str, Any]) -> str:
     machine = run["machine"]
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
     on = [f"{machine.get('cpus', '?')} cores", machine.get("processor", "unknown")]
-    return f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
+    several = f" Up to {run['jobs']} runs at a time: their seconds are no measurement."
+    said = f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
+    return said + (several if run["jobs"] > 1 else "")
 
 
 def _time(results: dict[str, Any]) -> list[str]:

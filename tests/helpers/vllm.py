@@ -22,7 +22,8 @@ from tests.helpers.models import random_checkpoint
 STRICT = json.dumps({"rule": "regret-only", "beta": 0.2}).encode()
 
 
-#: so that several servers share a GPU, and none counts what another takes or gives back meanwhile
+#: so that several servers share a GPU, none counts what another takes or gives back meanwhile, and
+#: each is there in half the time
 ON_GPU = ["--gpu-memory-utilization", "0.02", "--kv-cache-memory-bytes", "1G", "--enforce-eager"]
 
 #: seed of the weights that the servers start with

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from espo_rl.config import Stopping
+from espo_gateway.stop.rules import Gate
+from espo_rl.config import Stopping, load_recipe
+from espo_rl.record.rollout_files import RolloutFiles
 from replay_bound import cut, joined, play
 from tests.helpers.simulated import LENGTH, simulate
 
@@ -42,21 +42,46 @@ def test_more_rollouts_a_step_save_more_under_the_same_bound() -> None:
     assert 0.2 < many[2] < 0.7
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--joined", "2"], "--joined 2: 1 runs are given"),
-        (["--draws", "0"], "--draws must be at least 1"),
-        ([], "has no full rollouts: give runs of stopping.rule=none"),
-    ],
-)
-def test_what_cannot_be_played_is_refused(arguments: list[str], said: str, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rollout/tokens": 9}\n')
-    (tmp_path / "recipe.json").write_text(json.dumps({"stopping": {"rule": "regret-only"}}))
+def make_run(folder: Path, seed: int, *, steps: int = 8, rule: str = "none") -> Path:
+    """The folder of a run without stopping, or as if."""
+    recipe = load_recipe("arithmetic", [f"run.output={folder}", "rollout.n=1"])
+    files = RolloutFiles(recipe)
+    for step in range(1, steps + 1):
+        files.write(step, simulate(16, 100 * seed + step), Gate(rule="none"))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "rollout/tokens": 9}\n')
+    told = {"stopping": {"rule": rule}, "rollout": {"n": 1}}
+    (folder / "recipe.json").write_text(json.dumps(told))
+    return folder
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).parents[2] / "scripts" / "replay_bound.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *arguments], capture_output=True, text=True
-    )
-    assert done.returncode
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_table_is_of_runs_alone_and_joined(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(seed), seed) for seed in range(3)]
+    done = run_script(*runs, "--joined", 1, 3, "--draws", 2)
+    assert not done.returncode, done.stderr
+    alone, together = ([*map(str.strip, line.split("|"))] for line in done.stdout.splitlines()[2:])
+    assert alone[1:3] == ["16", "6"]
+    assert together[1:3] == ["48", "2"]
+
+
+def test_what_cannot_be_played_is_refused(tmp_path: Path) -> None:
+    whole, short = make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1, steps=3)
+    stopped = make_run(tmp_path / "c", 2, rule="regret-only")
+    damaged = make_run(tmp_path / "d", 3)
+    (damaged / "rollouts" / "step-00000002.parquet").write_text("x")
+    for arguments, said in (
+        ((whole, "--joined", 2), "--joined 2: 1 runs are given"),
+        ((whole, "--draws", 0), "--draws must be at least 1"),
+        ((stopped,), "has no full rollouts: give runs of stopping.rule=none"),
+        ((whole, short), "give runs of one recipe, with all steps' rollouts there"),
+        ((damaged,), "holds no rollouts, or is damaged"),
+    ):
+        done = run_script(*arguments)
+        assert done.returncode
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

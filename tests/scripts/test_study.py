@@ -19,7 +19,7 @@ from study import runner
 from study.design import Preparation, Run, Study, StudyError, load_study
 from study.plots import PLOTS, draw_all, styles
 from study.results import curves_of, results_of, spread
-from study.runner import Stopped, check, run_study, stop_share
+from study.runner import Stopped, check, jobs_of, run_study, stop_share
 from study.table import markdown
 
 STUDIES = Path(reproduce.__file__).parent / "studies"
@@ -286,6 +286,8 @@ while here.parent.name == "ppo" and len([*Path({str(tmp_path)!r}).glob("ppo/*/be
 """
     study, trainer = study_of(tmp_path), Trainer(monkeypatch, meets + SUCCEEDS)
     assert run_study(study, jobs=4) == []
+    assert run_study(study) == []  # whatever the number, they are the same runs
+    assert {jobs_of(run) for run in study.runs()} == {4}
     assert len(trainer.commands) == 7
     rates = [s for c in trainer.commands for s in c if s.startswith("stopping.target_share=")]
     assert rates == ["stopping.target_share=0.3000"] * 2
@@ -405,9 +407,19 @@ def test_tables_and_plots(done: Study, tmp_path: Path) -> None:
     # Of the machines that trained, not of the one that writes the table.
     assert told.count("2 cores, P0; torch 2.") == told.count("2 cores, P1, G; torch 2.") == 1
     assert "Not done: " in told
+    assert "no measurement" not in told
     paths = draw_all(done, tmp_path / "plots")
     assert [path.stem for path in paths] == list(PLOTS)
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_seconds_of_runs_beside_others_are_no_measurement(done: Study, tmp_path: Path) -> None:
+    shutil.copytree(done.output, tmp_path / "study")
+    study = done.model_copy(update={"output": tmp_path / "study"})
+    for told in study.output.glob("*/*/summary.json"):
+        (told.parent / "settings.json").write_text('{"jobs": 6}')
+    told_of = markdown(results_of(study))
+    assert "Up to 6 runs at a time: their seconds are no measurement." in told_of
 
 
 def test_results_of_more_runs_are_not_replaced(

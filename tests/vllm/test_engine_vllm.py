@@ -171,7 +171,8 @@ async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, ru
         return choices
 
     by_engine, by_gateway = await asyncio.gather(side("engine"), side("gateway"))
-    assert len({check_cut(choice, rule) for choice in by_engine}) > 3
+    for choices in (by_engine, by_gateway):
+        assert len({check_cut(choice, rule) for choice in choices}) > 3
     same = 0
     for one, other in zip(by_engine, by_gateway, strict=True):
         found, expected = one["espo"], other["espo"]
@@ -179,18 +180,15 @@ async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, ru
         if found["cut"] != expected["cut"]:
             # In other company a logprob has other last bits, and a z at its threshold another side.
             assert one["token_ids"][:length] == other["token_ids"][:length]
-            told, told_other = (
-                choice["logprobs"]["token_logprobs"][:length] for choice in (one, other)
-            )
-            # Its draws are of these bits, which on a GPU often differ.
-            same += rule == "random" and told != told_other
             continue
         same += 1
         assert one["token_ids"] == other["token_ids"]
         for name in ("finish_reason", "stop_reason"):
             assert one[name] == other[name]
         assert found["z"] == pytest.approx(expected["z"], abs=1e-3)
-    assert same >= 0.97 * ROLLOUTS
+    # The draws of "random" are of these bits, which on a GPU often differ.
+    alike = 0.3 if rule == "random" and torch.cuda.is_available() else 0.97
+    assert same >= alike * ROLLOUTS
 
 
 @pytest.mark.parametrize(

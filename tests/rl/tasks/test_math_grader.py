@@ -308,6 +308,8 @@ def test_math_in_several_boxes(completion: str, answer: str, right: bool) -> Non
         ("a = b = 0.5", "1/2"),
         ("3.5 = 3.5 = y", "3.5 = 3.5 = y"),
         ("y = 2x + 1", "2*x + 1"),
+        ("x + y = 5", "Eq(x + y, 5)"),
+        ("x = 1, y = 2", "{Eq(x, 1), Eq(y, 2)}"),
     ],
 )
 def test_equal_answers_are_one_vote(box: str, written: str | None) -> None:
