@@ -171,14 +171,13 @@ async def test_the_same_cut_on_both_sides_under_load(vllm_server: VllmServer, ru
         return choices
 
     by_engine, by_gateway = await asyncio.gather(side("engine"), side("gateway"))
-    for choices in (by_engine, by_gateway):
-        assert len({check_cut(choice, rule) for choice in choices}) > 3
+    assert len({check_cut(choice, rule) for choice in by_engine}) > 3
     same = 0
     for one, other in zip(by_engine, by_gateway, strict=True):
         found, expected = one["espo"], other["espo"]
-        length = min(len(one["token_ids"]), len(other["token_ids"]))
         if found["cut"] != expected["cut"]:
             # In other company a logprob has other last bits, and a z at its threshold another side.
+            length = min(len(one["token_ids"]), len(other["token_ids"]))
             assert one["token_ids"][:length] == other["token_ids"][:length]
             continue
         same += 1
