@@ -84,6 +84,7 @@ def run_study(study: Study, jobs: int = 1) -> list[Run]:
                     going.append(Training(run, jobs))
                 except StudyError as error:
                     fail(run, error)
+            under_way = [training.run for training in going]
             for training in [*going]:
                 try:
                     if not training.ended(received):
@@ -93,9 +94,10 @@ def run_study(study: Study, jobs: int = 1) -> list[Run]:
                 except StudyError as error:
                     fail(training.run, error)
                 going.remove(training)
-            under_way = [training.run for training in going]
             done |= {run.folder: steps_done(run) for run in under_way}
-            names = ", ".join(map(label, under_way)) if len(going) < 3 else f"{len(going)} runs"
+            names = (
+                ", ".join(label(t.run) for t in going) if len(going) < 3 else f"{len(going)} runs"
+            )
             progress.update(bar, description=names, completed=sum(done.values()))
             if going:
                 time.sleep(POLL)
