@@ -27,6 +27,7 @@ from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.record.run_folder import RunFolderError, read_run
 from espo_rl.types import EndReason, Rollout
+from study.table import markdown_table
 
 Steps = list[list[Rollout]]
 
@@ -145,8 +146,7 @@ def main() -> None:
     config = Stopping.model_validate({"rule": options.rule, "sources": []})
     rows = [row(runs, config, n, number, options.draws) for number in options.joined]
     heads = ["rollouts a step", "played", "tokens saved", "right rollouts lost", "stopped"]
-    for line in (heads, ["---"] * len(heads), *rows):
-        print(f"| {' | '.join(line)} |")
+    print(markdown_table(heads, rows))
 
 
 if __name__ == "__main__":

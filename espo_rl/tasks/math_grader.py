@@ -99,9 +99,11 @@ def _result(value: Any) -> Any:
     """What a chain of equations, or one of numbers alone, comes to: 25 of 5 · 5 = 25; any other
     value as it is, such as a curve's equation."""
     links = value._unsorted_args if type(value).__name__ == "And" else [value]
-    chained = all(type(link).__name__ == "Equality" for link in links)
-    known = links[-1].rhs if len(links) > 1 else value
-    return links[-1].rhs if chained and not known.free_symbols else value
+    if any(type(link).__name__ != "Equality" for link in links):
+        return value
+    result = links[-1].rhs
+    known = value if len(links) == 1 else result
+    return value if known.free_symbols else result
 
 
 def _unnamed(value: Any) -> Any:

@@ -66,9 +66,9 @@ def markdown(results: dict[str, Any]) -> str:
         [
             f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
             "right rollouts lost and false positives by the audits of all seeds, with Wilson's.",
-            _table(heads, rows),
+            markdown_table(heads, rows),
             f"Against {methods[base]['title']}, paired by seed:",
-            _table(["method", *(head for head, _ in _AGAINST.values())], against),
+            markdown_table(["method", *(head for head, _ in _AGAINST.values())], against),
             *_time(results),
             *_paper(paper),
             *made_on,
@@ -100,7 +100,7 @@ def _time(results: dict[str, Any]) -> list[str]:
             for method in methods.values()
         ]
         heads = ["method", "seeds that reach it", "seconds of training until then", "s/step"]
-        parts += [f"Time to a held-out accuracy of {target:.0%}:", _table(heads, rows)]
+        parts += [f"Time to a held-out accuracy of {target:.0%}:", markdown_table(heads, rows)]
     if rows := [
         [
             method["title"],
@@ -123,7 +123,7 @@ def _time(results: dict[str, Any]) -> list[str]:
         parts += [
             "Saved against the same method without stopping, paired by seed; ratio: time saved to "
             "tokens saved:",
-            _table(heads, rows),
+            markdown_table(heads, rows),
         ]
     return parts
 
@@ -132,7 +132,7 @@ def _paper(rows: list[list[str]]) -> list[str]:
     if not rows:
         return []
     heads = ["method", "accuracy", "mean length", "tokens generated"]
-    return ["The paper's own, 7B (accuracy on AIME24, %):", _table(heads, rows)]
+    return ["The paper's own, 7B (accuracy on AIME24, %):", markdown_table(heads, rows)]
 
 
 def _million(tokens: float | None) -> str:
@@ -148,6 +148,7 @@ def _cell(known: dict[str, float], say: Say) -> str:
     return text
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """Cells as a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

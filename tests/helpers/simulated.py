@@ -13,6 +13,7 @@ from espo_gateway.stop.replay import first_stops
 from espo_gateway.stop.rules import Gate
 from espo_rl.gate.outcomes import recorded_of
 from espo_rl.types import EndReason, Problem, Rollout
+from replay_bound import cut
 
 LENGTH, SLIP = 40, 0.03
 
@@ -69,18 +70,10 @@ def censored(
     """What training sees of them: stopped ones without an outcome, but for the audited share."""
     rng = random.Random(seed)
     seen = []
-    for rollout, cut in zip(rollouts, cuts(rollouts, gate), strict=True):
-        if not cut:
+    for rollout, kept in zip(rollouts, cuts(rollouts, gate), strict=True):
+        if not kept:
             seen.append(rollout)
             continue
-        stopped = dataclasses.replace(
-            rollout, end=EndReason.EARLY_STOP, kept=cut, gate_version=gate.version
-        )
-        stopped.audited = rng.random() < audit_share
-        if not stopped.audited:
-            stopped.correct = None
-            stopped.token_ids = rollout.token_ids[:cut]
-            stopped.logprobs = rollout.logprobs[:cut]
-            stopped.max_logprobs = rollout.max_logprobs[:cut]
-        seen.append(stopped)
+        stopped = cut(rollout, kept, audited=rng.random() < audit_share)
+        seen.append(dataclasses.replace(stopped, gate_version=gate.version))
     return seen
