@@ -326,6 +326,8 @@ class Loop:
                 if self.stopping.needs_values:  # as they were said, so before the update
                     known = with_outcome(batch.usable)
                     values = await self.in_thread(self.trainer.critic_values, known)
+                    for rollout, said in zip(known, values, strict=True):
+                        rollout.values = said
                 baselines = None
                 if self.recipe.ppo.baseline == "probe":
                     baselines = self.stopping.baselines(rollouts)
@@ -445,6 +447,7 @@ class Loop:
             audits = self.stopping.audits
             self.stopping = state["stopping"]
             self.stopping.audits = audits
+            self.stopping.config = self.recipe.stopping  # the same, of this version
             self.stopping.warmup.extend(self.recipe.run.steps)
         if batches and any(key.startswith(OF_A_BATCH) for key in changes):
             # Sampled ahead under the old settings: they are drawn again, the same problems.

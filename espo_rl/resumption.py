@@ -156,6 +156,7 @@ def _check_overwritten(recipe: Recipe, there: list[str], checkpoint: Path | None
     needed = {
         "--resume": None if checkpoint is None else str(checkpoint),
         **{f"model.{key}": getattr(recipe.model, key) for key in ("path", "critic", "reference")},
+        "stopping.value_head": recipe.stopping.head and str(recipe.stopping.head),
         **{f"task.{key}": getattr(recipe.task, key) for key in ("train", "eval")},
     }
     gone = [(output / name).resolve() for name in OF_A_RUN]

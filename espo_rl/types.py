@@ -69,6 +69,8 @@ class Rollout:
     """One sampled completion.
 
     probes: what an answer probe said (`espo_gateway.stop.told`).
+    values: V of each token, [tokens], as servers told it; None where nobody did, or its outcome is
+        unknown.
 
     An audited rollout was generated to its end although the rule stopped it: `end` is EARLY_STOP
     and `kept` is where it was stopped, but the tokens past the cut and the outcome are known.
@@ -98,6 +100,7 @@ class Rollout:
     audited_right: AuditedRight = "whole"  # what it would be
     opened: str = ""  # the tag of a thought that the prompt opens, so that the text lacks it
     grader_timed_out: bool = False
+    values: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @property
     def answer(self) -> str:

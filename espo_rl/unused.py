@@ -14,7 +14,7 @@ from typing import Any
 from espo_gateway.stop.rules import BETA, P_STAR, threshold_of, value_source
 
 #: the keys that say whether a critic server is asked, and whether there is a critic at all
-ASKS_CRITIC = "stopping.rule stopping.value stopping.sources"
+ASKS_CRITIC = "stopping.rule stopping.value stopping.sources stopping.value_head"
 NEEDS_CRITIC = f"ppo.advantage ppo.baseline {ASKS_CRITIC}"
 
 
@@ -141,7 +141,7 @@ IDLE = (
         "servers.critic_url servers.critic_gpus servers.critic_vllm_args",
         ASKS_CRITIC,
         lambda recipe: not recipe.asks_critic,
-        'stopping.value = "critic" with a rule that reads it',
+        'stopping.value = "critic" with a rule that reads it, and no stopping.value_head',
     ),
     Idle(
         "servers.critic_gpus servers.critic_vllm_args",
@@ -266,10 +266,16 @@ IDLE = (
         'an estimate of success: stopping.value = "stream" with a rule that reads it',
     ),
     _of_rule(
-        "ask_every ask_growth",
+        "value_head",
         "sources rule value",
+        lambda stopping: not stopping.reads_critic,
+        'stopping.sources = ["critic"], or stopping.value = "critic" with a rule that reads it',
+    ),
+    _of_rule(
+        "ask_every ask_growth",
+        "sources rule value value_head",
         lambda stopping: not stopping.asks,
-        'stopping.sources = ["probe"] or ["critic"]',
+        'stopping.sources = ["probe"], or ["critic"] without stopping.value_head',
     ),
     _of_rule(
         "probe_phrase probe_end",

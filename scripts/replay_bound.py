@@ -5,9 +5,10 @@
 The runs are of one recipe with `stopping.rule=none`, so that their rollouts are full ones. The
 trainer's own controller, by its default settings, learns from them step by step and stops them by
 the stream alone; of each rollout it sees what it would have seen, with its audits. `--joined 5`
-makes one run of five, whose steps hold the rollouts of all. What the policy would have learnt from
-cut rollouts is not in it. Prints a Markdown table: means over the runs and over draws of the
-audits, in brackets from the least to the most.
+makes one run of five, whose steps hold the rollouts of all. With `--head` the estimate reads V of a
+head, too, as a run records it that has one (`stopping.value_head`) and a warm-up of all its steps.
+What the policy would have learnt from cut rollouts is not in it. Prints a Markdown table: means
+over the runs and over draws of the audits, in brackets from the least to the most.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import first_stops
 from espo_rl.config import Stopping
 from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
-from espo_rl.gate.outcomes import recorded_of
+from espo_rl.gate.outcomes import recorded_of, with_outcome
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.record.run_folder import RunFolderError, read_run
@@ -43,6 +47,7 @@ def parse() -> argparse.Namespace:
     add("runs", nargs="+", type=Path, help="folders of runs")
     add("--joined", nargs="+", type=int, default=[1], metavar="N", help="runs (%(default)s)")
     add("--rule", choices=RULES, default=RULES[0], help="(default: %(default)s)")
+    add("--head", action="store_true", help="the estimate reads the recorded V, too")
     add("--draws", type=int, default=3, help="of the audits (%(default)s)")
     options = parser.parse_args()
     if options.draws < 1:
@@ -58,9 +63,10 @@ def steps_of(folder: Path) -> tuple[Steps, int]:
     Raises RunFolderError: it has no rollouts, or they were stopped.
     """
     run = read_run(folder)
-    if run.setting("stopping", "rule") != "none" or not run.rollout_files:
+    steps = [read_rollouts(file)[0] for file in run.rollout_files]
+    if not steps or any(rollout.stopped for step in steps for rollout in step):
         raise RunFolderError(f"{folder} has no full rollouts: give runs of stopping.rule=none")
-    return [read_rollouts(file)[0] for file in run.rollout_files], run.setting("rollout", "n")
+    return steps, run.setting("rollout", "n")
 
 
 def joined(runs: Sequence[Steps]) -> Steps:
@@ -89,6 +95,11 @@ def cut(rollout: Rollout, kept: int, *, audited: bool) -> Rollout:
     )
 
 
+def said_of(rollout: Rollout) -> Array:
+    """V of each token, NaN where nobody told it, [tokens]."""
+    return np.full(len(rollout.token_ids), np.nan) if rollout.values is None else rollout.values
+
+
 def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, float, float]:
     """Shares of a run: of the tokens those saved, of the right rollouts those that are lost but for
     the audits, of the rollouts those stopped."""
@@ -97,7 +108,8 @@ def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, floa
     tokens = saved = right = lost = stopped = count = 0
     for step in steps:
         audited = controller.draw_audits(len(step))
-        cuts = first_stops(controller.gate(""), recorded_of(step)).tolist()
+        told = [said_of(rollout) for rollout in step] if controller.needs_values else None
+        cuts = first_stops(controller.gate(""), recorded_of(step, told)).tolist()
         seen = []
         for rollout, kept, spared in zip(step, cuts, audited, strict=True):
             if rollout.end is EndReason.ERROR:
@@ -112,7 +124,8 @@ def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, floa
                 saved += length - kept
                 lost += bool(rollout.correct)
             seen.append(cut(rollout, kept, audited=spared))
-        controller.observe(seen, None)
+        known = [said_of(rollout) for rollout in with_outcome(seen)] if told else None
+        controller.observe(seen, None, values=known)
     return saved / tokens, lost / max(1, right), stopped / count
 
 
@@ -143,7 +156,10 @@ def main() -> None:
     runs, n = [steps for steps, _ in read], read[0][1]
     if len({(len(steps), each) for steps, each in read}) > 1:
         raise SystemExit("replay_bound: give runs of one recipe, with all steps' rollouts there")
-    config = Stopping.model_validate({"rule": options.rule, "sources": []})
+    if options.head and not any(rollout.values is not None for rollout in runs[0][0]):
+        raise SystemExit(f"replay_bound: --head: {options.runs[0]} recorded no V of one")
+    head = {"sources": ["critic"], "value_head": "recorded"} if options.head else {}
+    config = Stopping.model_validate({"rule": options.rule, "sources": [], **head})
     rows = [row(runs, config, n, number, options.draws) for number in options.joined]
     heads = ["rollouts a step", "played", "tokens saved", "right rollouts lost", "stopped"]
     print(markdown_table(heads, rows))

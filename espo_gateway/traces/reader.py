@@ -370,6 +370,8 @@ def _rollouts(batch: Any, outcome: str, path: Path, first: int) -> Iterator[Trac
         cut = stopped and not row["audited"]
         tokens = row["kept"] if cut else None
         rows = {name: column[number][:tokens] for name, column in numbers.items()}
+        if "values" in rows and not len(rows["values"]):
+            del rows["values"]  # of this one nobody told any
         if len({*map(len, rows.values())}) > 1:
             raise TraceError(f"{where}: {' and '.join(rows)} differ in length")
         yield Trace(

@@ -3,10 +3,9 @@
     vllm serve MODEL --worker-cls espo_gateway.vllm_plugin.value_head.ValueWorker \\
         --additional-config '{"espo_value_head": "FOLDER"}'
 
-The folder is a critic of the policy's first layers (`python -m espo_rl.pretrain_critic --head-only
---layers N`); of it only the head is read, as the layers are the policy's. Their states vLLM keeps
-where a draft model would read them (`SupportsEagle3`), compiled or not, so that V costs one product
-a token. It goes to the scheduler on the step's output, beside the logprobs.
+The head (`head_file.py`) stands on the policy's first layers. Their states vLLM keeps where a draft
+model would read them (`SupportsEagle3`), compiled or not, so that V costs one product a token. It
+goes to the scheduler on the step's output, beside the logprobs.
 
 V is of the state that a token is sampled in, as V(s_t) is in the paper: a critic server, asked
 about the same token, has read that as well.
@@ -14,41 +13,20 @@ about the same token, has read that as well.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.platforms import current_platform
 
 from espo_gateway.vllm_plugin import VALUES, head_folder
+from espo_gateway.vllm_plugin.head_file import read_head
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker
-
-
-def read_head(folder: Path) -> tuple[int, torch.Tensor]:
-    """How many layers a head stands on, and its weights, [hidden size].
-
-    Raises ValueError: the folder holds none, and what does.
-    """
-    try:
-        layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                if "score.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
-                    return layers, tensors.get_tensor("score.weight").float().flatten()
-        problem = "no file of it holds score.weight"
-    except (OSError, ValueError, LookupError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise ValueError(
-        f"--value-head {folder}: no head of V ({problem}); make one with "
-        "`python -m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
-    )
 
 
 class ValueHead:
@@ -58,17 +36,16 @@ class ValueHead:
     """
 
     def __init__(self, folder: Path, runner: Any) -> None:
-        layers, weights = read_head(folder)
         model = runner.get_model()
         text = model.get_language_model() if hasattr(model, "get_language_model") else model
         body = getattr(text, "model", text)
         config = runner.model_config.hf_text_config
-        there = config.num_hidden_layers, config.hidden_size
-        if layers > there[0] or len(weights) != there[1]:
-            raise ValueError(
-                f"--value-head {folder}: of {layers} layers of width {len(weights)}, and the model "
-                f"has {there[0]} of {there[1]}: fit it to this one"
+        try:
+            layers, weights = read_head(
+                folder, layers=config.num_hidden_layers, hidden_size=config.hidden_size
             )
+        except ValueError as error:
+            raise ValueError(f"--value-head {error}") from error
         if not supports_eagle3(model) or not hasattr(body, "norm"):
             raise ValueError(
                 f"--value-head: vLLM does not show the hidden states of {type(model).__name__}; "

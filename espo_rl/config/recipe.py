@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 
 from pydantic import model_validator
 
-from espo_gateway.stop.rules import value_source
 from espo_rl.config.sections import (
     Checkpoints,
     DeepSpeed,
@@ -52,9 +51,7 @@ class Recipe(Section):
     @property
     def asks_critic(self) -> bool:
         """Whether the gate takes V from a critic server, or an estimate that reads it."""
-        stopping = self.stopping
-        source = value_source(stopping.rule, stopping.value)
-        return source == "critic" or "critic" in stopping.read
+        return self.stopping.reads_critic and self.stopping.value_head is None
 
     @property
     def needs_critic(self) -> bool:

@@ -234,7 +234,7 @@ class Stopping(Section):
 
     rule: RuleName = "success-probability"  # value-gated: the paper's; none: plain PPO
     value: ValueName = (
-        "stream"  # where V comes from: stream statistics, a critic server, or "constant"
+        "stream"  # where V comes from: stream statistics, a critic or value_head, "constant"
     )
     # How the threshold is set: β, or p* of the rules that compare a value with it.
     # "audit": as loose as known outcomes allow under the bound below; "share": the paper's
@@ -282,8 +282,12 @@ class Stopping(Section):
     window: Count = 6  # batches that the estimate of success is fitted on
     # What it reads beside the stream's own numbers. "history": how often the prompt was solved in
     # earlier steps; "probe": how likely the policy itself finds the reference answer by now;
-    # "critic": V of a critic server. The latter two are asked along the rollout
+    # "critic": V of a critic server, or of value_head. A probe and a server are asked along the
+    # rollout
     sources: list[SourceName] = []
+    # Folder of a head on the policy's hidden states (`pretrain_critic --head-only --layers N`): the
+    # policy servers tell V by it with every token, at no cost, and there is no critic server
+    value_head: Written | None = None
     ask_every: Tokens = 96  # how far apart they are asked
     ask_growth: NotNegative = 0.25  # further apart as a rollout grows: by so much of its length
     # The probe reads answers after it
@@ -292,8 +296,26 @@ class Stopping(Section):
 
     @property
     def asks(self) -> bool:
-        """Whether an estimate reads a source that must be asked."""
-        return not ASKED.isdisjoint(self.read)
+        """Whether an estimate reads a source that must be asked, at a cost."""
+        return not ASKED.isdisjoint(self.read) and self.value_head is None
+
+    @property
+    def schedule(self) -> tuple[int, float]:
+        """Every how many tokens an estimate's sources are asked, and by how much of a rollout
+        further apart; what costs nothing, at every token."""
+        if "critic" in self.read and self.value_head is not None:
+            return 1, 0.0
+        return self.ask_every if self.asks else 0, self.ask_growth
+
+    @property
+    def reads_critic(self) -> bool:
+        """Whether the rule takes V from a critic, or an estimate that reads it."""
+        return value_source(self.rule, self.value) == "critic" or "critic" in self.read
+
+    @property
+    def head(self) -> Path | None:
+        """The head by which policy servers tell V, if somebody reads it."""
+        return self.value_head if self.reads_critic else None
 
     @property
     def read(self) -> list[SourceName]:
@@ -351,6 +373,11 @@ class Stopping(Section):
             raise ValueError(
                 'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '
                 'not record: set rule = "surprise", or try it on a gateway alone'
+            )
+        if self.value_head is not None and "probe" in self.read:
+            raise ValueError(
+                'value_head has the engine decide, which cannot ask: leave "probe" out of sources, '
+                "or value_head"
             )
         if not self.beta_min < self.beta_max:
             raise ValueError(f"beta_min = {self.beta_min} must be below beta_max = {self.beta_max}")

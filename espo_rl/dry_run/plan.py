@@ -8,6 +8,7 @@ plan.check()        # RecipeError with all that is wrong
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from espo_gateway.vllm_plugin.__main__ import last_value
+from espo_gateway.vllm_plugin.head_file import read_head
 from espo_rl.config import Model, Recipe, RecipeError, check_model_folder
 from espo_rl.dry_run import memory
 from espo_rl.dry_run.footprint import Footprint, Machine, tensor_parallel
@@ -126,6 +128,7 @@ def make_plan(recipe: Recipe, machine: Machine | None = None, ranks: int | None 
     plan = RunPlan(recipe, machine or Machine.here(), ranks)
     checks = (
         _models,
+        _value_head,
         _prompts,
         _grader,
         _ranks,
@@ -168,6 +171,28 @@ def _models(plan: RunPlan) -> None:
         with _collected(plan):
             lora = None if name == "reference" else model
             plan.shapes[name] = load_shape(key, path, classifier=name == "critic", lora=lora)
+
+
+def _value_head(plan: RunPlan) -> None:
+    """That a head is of this model, and its V in the recipe's rewards."""
+    head, ppo, actor = plan.recipe.stopping.head, plan.recipe.ppo, plan.shapes.get("actor")
+    if head is None or actor is None:
+        return
+    try:
+        read_head(head, layers=actor.layers, hidden_size=actor.hidden)
+    except ValueError as error:
+        raise RecipeError(f"stopping.value_head: {error}") from error
+    try:
+        settings = json.loads((head / "report.json").read_text())["settings"]
+        worth = settings["wrong"], settings["right"]
+    except (OSError, ValueError, LookupError):
+        return  # not made by `pretrain_critic`: nobody knows
+    if worth != (ppo.wrong_reward, ppo.right_reward):
+        raise RecipeError(
+            f"stopping.value_head: {head} was fitted to rewards of {worth[0]:g} and {worth[1]:g}, "
+            f"and the recipe's are ppo.wrong_reward = {ppo.wrong_reward:g} and ppo.right_reward = "
+            f"{ppo.right_reward:g}: fit it with --wrong-reward and --right-reward as these"
+        )
 
 
 def load_shape(
@@ -296,9 +321,10 @@ def _servers(plan: RunPlan) -> None:
         ("vllm_args", servers.vllm_args),
         ("critic_vllm_args", servers.critic_vllm_args),
     ):
-        for flag in ("--port", "--host", "--model"):
+        for flag in ("--port", "--host", "--model", "--value-head"):
             if last_value(arguments, flag):
-                plan.errors.append(f"servers.{key}: {flag} is set by the run; leave it out")
+                own = "; set stopping.value_head" if flag == "--value-head" else "; leave it out"
+                plan.errors.append(f"servers.{key}: {flag} is set by the run{own}")
     for url in [*servers.policy_urls, *([servers.critic_url] if servers.critic_url else [])]:
         address = urlsplit(url)
         try:

@@ -174,11 +174,7 @@ class StopController:
             critic_right=self._worth[1],
             estimator=self.estimator,
             free=self._free,
-            schedule=Schedule(
-                every=config.ask_every if config.asks else 0,
-                growth=config.ask_growth,
-                below=self._below,
-            ),
+            schedule=Schedule(*config.schedule, below=self._below),
             min_tokens=config.min_tokens,
         )
 
@@ -188,7 +184,8 @@ class StopController:
     def needs_values(self) -> bool:
         """Whether `observe` has a use for values."""
         learns = self._threshold is not None and self._threshold.learns
-        return (self._source == "critic" and learns) or "critic" in self._sources
+        gates = self._source == "critic" and (learns or self.config.head is not None)
+        return gates or "critic" in self._sources
 
     def observe(
         self,
@@ -202,8 +199,9 @@ class StopController:
         """Learn from a finished batch: statistics, threshold, estimator, warm-up.
 
         Args:
-            critic_loss, critic_explained_variance: of the critic on it; None without a critic.
-            values: what the critic said after each token of the rollouts `with_outcome`, [tokens]
+            critic_loss, critic_explained_variance: of the critic on it; None without a critic. A
+                head is judged by `values` in its place.
+            values: what the critic said of each token of the rollouts `with_outcome`, [tokens]
                 each; without them nothing is learnt of a critic's threshold. They stand for the
                 next gate's, too, whose critic is an update further.
             gated: whether the batch's gate had a rule; None: as the present one has.
@@ -224,6 +222,8 @@ class StopController:
         self.auc_within = None if outcomes is None else known.auc_within(outcomes.levels)
         if self._source == "critic":
             self.explained_variance = critic_explained_variance
+            if self.config.head is not None and (said := known.recorded.critic) is not None:
+                self.explained_variance = known.explained_variance(self._gate("").success(said))
         elif expected is not None:
             self.explained_variance, self.free_variance = self._explained(known, expected)
         self.statistics = updated

@@ -33,7 +33,7 @@ def weights(rollouts: Sequence[Rollout], audit_share: float) -> Array:
 def recorded_of(
     rollouts: Sequence[Rollout], critic: Sequence[Sequence[float] | Array] | None = None
 ) -> Recorded:
-    """Rollouts as arrays. critic: what a critic said after each token, [tokens] each.
+    """Rollouts as arrays. critic: what a critic said of each token, [tokens] each.
 
     How an audited one ended is not recorded; it is taken to have completed, which matters only for
     a decision at its last token.

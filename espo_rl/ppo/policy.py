@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from espo_rl.ppo.losses import Statistics, entropy, token_logprobs
 from espo_rl.ppo.packed import takes_packed
-from espo_rl.ppo.samples import MicroBatch
+from espo_rl.ppo.samples import MicroBatch, View
 
 #: numbers in a slice's logits: on a CPU few enough for its cache, on a GPU enough to keep it busy
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -35,7 +35,7 @@ class Policy:
         self._temperature = temperature
         linear = model.get_output_embeddings()
         self._head = Head(linear) if _says_all(model, linear) else None
-        self._packs = takes_packed(model)
+        self.packs = takes_packed(model)
 
     def __call__(
         self, model: Any, batch: MicroBatch, *, entropy: bool = False, raw: bool = False
@@ -46,18 +46,29 @@ class Policy:
             entropy: wanted, too.
             raw: log π before temperature is wanted, too; it has no gradient.
         """
-        targets, view = batch.targets, batch.view(packs=self._packs)
+        targets, view = batch.targets, batch.view(packs=self.packs)
         if self._head is None:
             logits = model(**view.inputs, use_cache=False).logits.flatten(0, 1)
             kept = logits.index_select(0, view.before).float()
             return _whole(kept, targets, self._temperature, entropy, raw)
-        self._head.question = Question(view.before, targets, self._temperature, entropy, raw)
-        try:
-            answer = model(**view.inputs, use_cache=False).logits
-        finally:
-            self._head.question = None
-        logprobs, spread, before = answer.unbind()
+        asked = Question(view.before, targets, self._temperature, entropy, raw)
+        logprobs, spread, before = self._answer(model, view, asked).unbind()
         return Statistics(logprobs, spread if entropy else None, before.detach() if raw else None)
+
+    def go_by(self, model: Any, view: View) -> None:
+        """One forward pass for those who look on: nothing is asked of the head."""
+        none = view.before[:0]
+        self._answer(model, view, Question(none, none, self._temperature, False, False))
+
+    def _answer(self, model: Any, view: View, asked: Question) -> Tensor:
+        if self._head is not None:
+            self._head.question = asked
+        try:
+            answer: Tensor = model(**view.inputs, use_cache=False).logits
+        finally:
+            if self._head is not None:
+                self._head.question = None
+        return answer
 
 
 @dataclass(frozen=True)

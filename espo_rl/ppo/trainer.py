@@ -39,6 +39,7 @@ from espo_rl.ppo.parameters import TensorSpec, adapters, gathered, tensor_specs
 from espo_rl.ppo.policy import Policy
 from espo_rl.ppo.ranks import Ranks, collective
 from espo_rl.ppo.samples import MicroBatch, Sample, micro_batches
+from espo_rl.ppo.value_head import ValueHead
 from espo_rl.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,9 @@ class PpoTrainer:
             actor.gradient_checkpointing_enable()
         temperature = recipe.rollout.temperature
         self._policies = {"actor": Policy(actor, temperature)}
+        self._value_head: ValueHead | None = None
+        if (head := recipe.stopping.head) is not None:
+            self._value_head = ValueHead(actor, self._policies["actor"], head)
         models = [actor]
         adapt(actor, model)
         self.actor = Engine(recipe, actor, rate)
@@ -440,7 +444,8 @@ class PpoTrainer:
         return self.critic(torch.tensor([list(token_ids)], device=self.critic.device))[0].tolist()
 
     def critic_values(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float64]]:
-        """What the critic's server says now: V after each token, past a cut too, each [tokens]."""
+        """V of each token as servers tell it now, past a cut too, each [tokens]: the critic's has
+        read the token, and a head's is of the state that it was sampled in."""
         full = [replace(rollout, kept=len(rollout.token_ids)) for rollout in rollouts]
         return self._critic_values([Sample.of(rollout) for rollout in full])
 
@@ -449,7 +454,11 @@ class PpoTrainer:
     def _critic_values(self, samples: list[Sample]) -> list[NDArray[np.float64]]:
         mine: dict[int, NDArray[np.float64]] = {}
         for batch in self._batches(samples):
-            flat = {"values": self._values(batch, after=True).double()}
+            if self._value_head is None:
+                values = self._values(batch, after=True)
+            else:
+                values = self._value_head(self.actor, batch)
+            flat = {"values": values.double()}
             for index, parts in self._by_sample(samples, batch, flat):
                 mine[index] = parts["values"].numpy()
         return self._everyones(mine)

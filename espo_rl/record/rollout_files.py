@@ -55,11 +55,13 @@ SCHEMA = pa.schema(
         "error": pa.string(),
         "opened": pa.string(),
         "grader_timed_out": pa.bool_(),
+        "values": _LOGPROBS,  # V of each token; no column where nobody told any
     }
 )
 #: what files of before lack; all of it has defaults
 _LATER = {
     *("audited_right", "weights_changes", "history", "probes", "opened", "grader_timed_out"),
+    "values",
 }
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
@@ -148,8 +150,10 @@ def rollouts_table(
     step: int, rollouts: Sequence[Rollout], gate: Gate, about: Mapping[str, str]
 ) -> pa.Table:
     """What a step's file holds. about: notes on where they come from."""
-    columns = []
-    for field in SCHEMA:
+    schema, columns = SCHEMA, []
+    if all(rollout.values is None for rollout in rollouts):
+        schema = schema.remove(schema.get_field_index("values"))
+    for field in schema:
         name = field.name
         if name == "step":
             values: list[Any] = [step] * len(rollouts)
@@ -161,10 +165,10 @@ def rollouts_table(
             # A lone surrogate, which JSON may carry, has no UTF-8.
             values = [str(value).encode(errors="replace").decode() for value in values]
         elif field.type == _LOGPROBS:
-            values = [np.asarray(value, np.float64) for value in values]
+            values = [None if value is None else np.asarray(value, np.float64) for value in values]
         columns.append(pa.array(values, field.type))
     notes = {**about, "espo.gate": gate_to_json(gate).decode()}
-    return pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(notes))
+    return pa.Table.from_arrays(columns, schema=schema.with_metadata(notes))
 
 
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
@@ -176,6 +180,7 @@ def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 def _rollout(row: dict[str, Any]) -> Rollout:
     row.pop("step")
     problem = Problem(**{field: row.pop(name) for name, field in _OF_PROBLEM.items()})
-    for name in ("logprobs", "max_logprobs"):
-        row[name] = np.array(row[name], np.float64)
+    for name in ("logprobs", "max_logprobs", "values"):
+        if row.get(name) is not None:
+            row[name] = np.array(row[name], np.float64)
     return Rollout(problem=problem, **row | {"end": EndReason(row["end"])})

@@ -240,7 +240,7 @@ def make_fleet(
     *,
     probes: bool = False,
 ) -> Fleet:
-    config = recipe.servers
+    config, head = recipe.servers, recipe.stopping.head
 
     def vllm(name: str, gpus: str | None, *arguments: str) -> Server:
         port = free_port()
@@ -281,6 +281,7 @@ def make_fleet(
                 model_path,
                 *("--logprobs-mode", config.logprobs_mode),
                 *("--max-num-seqs", str(seats(recipe, probes=probes))),
+                *(() if head is None else ("--value-head", str(head))),
                 *config.vllm_args,
             )
             for number in range(config.policy_servers)
@@ -298,6 +299,7 @@ def make_fleet(
             *(str(critic_path), "--critic", "--load-format", "dummy"),
             *config.critic_vllm_args,
         )
+    asked = "engine" if head is not None else critic and critic.url
     port = free_port()
     gateway = Server(
         "gateway",
@@ -307,7 +309,7 @@ def make_fleet(
             # A rollout without logprobs is of no use.
             *("--unmonitored", "refuse"),
             *(argument for policy in policies for argument in ("--upstream", policy.url)),
-            *(("--critic", critic.url) if critic else ()),
+            *(("--critic", asked) if asked else ()),
             # A run that ends wants no rollout any more, and has given its last one up.
             *("--drain-timeout", "0"),
         ],

@@ -54,10 +54,14 @@ class Method(Table):
 
 
 class Preparation(Table):
-    """A command of this environment's Python, run once: when what it makes is not there."""
+    """A command of this environment's Python, run once: when what it makes is not there.
+
+    methods: that need it; none said: all.
+    """
 
     makes: Path
     command: list[str]
+    methods: list[str] = []
 
 
 class Study(Table):
@@ -92,6 +96,11 @@ class Study(Table):
                     f"methods.{name}.without = {method.without!r} is none of the methods"
                 )
             earlier.add(name)
+        for number, preparation in enumerate(self.prepare):
+            if unknown := [name for name in preparation.methods if name not in self.methods]:
+                raise ValueError(
+                    f"prepare.{number}.methods = {unknown[0]!r} is none of the methods"
+                )
         return self
 
     def seeds_of(self, name: str) -> range:
@@ -115,7 +124,12 @@ class Study(Table):
         for name in names:
             wanted |= {self.methods[name].without, self.methods[name].rate_of}
         kept = {name: method for name, method in self.methods.items() if name in wanted}
-        return self._changed(methods=kept)
+        needed = [
+            one.model_copy(update={"methods": [name for name in one.methods if name in kept]})
+            for one in self.prepare
+            if not one.methods or kept.keys() & one.methods
+        ]
+        return self._changed(methods=kept, prepare=needed)
 
     def with_seeds(self, seeds: int) -> Study:
         """With so many seeds of each method. Raises StudyError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -90,3 +91,13 @@ def values(critic: PreTrainedModel, token_ids: list[int]) -> list[float]:
     """V after each token, shape [tokens]."""
     hidden = critic.model(torch.tensor([token_ids])).last_hidden_state
     return critic.score(hidden)[0, :, 0].tolist()
+
+
+def headed(policy: PreTrainedModel, layers: int = 1) -> Qwen2ForSequenceClassification:
+    """A random head on a policy's first layers, as `pretrain_critic --head-only` leaves it."""
+    critic = random_critic(0)
+    critic.model.load_state_dict(policy.model.state_dict())
+    critic.model.layers = nn.ModuleList(list(critic.model.layers)[:layers])
+    critic.config.num_hidden_layers = layers
+    critic.config.layer_types = critic.config.layer_types[:layers]
+    return critic

@@ -115,6 +115,10 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
             ['stopping.sources=["probe"]', "stopping.ask_every=161"],
             ["stopping.ask_every = 161", "rollout.max_tokens = 160"],
         ),
+        (
+            ['stopping.sources=["probe", "critic"]', "stopping.value_head=h"],
+            ["value_head has the engine decide", 'leave "probe" out'],
+        ),
         # What a controller would move at once.
         (["stopping.threshold=share", "stopping.p_star=0.9"], ["p_star = 0.9", "1e-06 to 0.5"]),
         (
@@ -138,6 +142,8 @@ def test_settings_that_do_not_go_together_are_named_with_the_fix(
         load_recipe("arithmetic", overrides)
     assert all(name in str(error.value) for name in names)
 
+
+VALUE_OF_CRITIC = "stopping.value=critic"
 
 #: what is given, and which key of it does nothing
 IDLE = [
@@ -192,6 +198,16 @@ IDLE = [
     (["ppo.minibatches=1", "ppo.clip_high=0.28"], "ppo.clip_high"),
     (["ppo.minibatches=1", "ppo.value_clip=0.2"], "ppo.value_clip"),
     (["servers.critic_vllm_args=['--x']"], "servers.critic_vllm_args"),
+    (["stopping.value_head=h"], "stopping.value_head"),
+    (["stopping.rule=value-gated", "stopping.value_head=h"], "stopping.value_head"),
+    (
+        ["stopping.sources=['critic']", "stopping.value_head=h", "stopping.ask_every=8"],
+        "stopping.ask_every",
+    ),
+    (
+        ["stopping.sources=['critic']", "stopping.value_head=h", "servers.critic_url=http://a:1"],
+        "servers.critic_url",
+    ),
     (["task.grader_workers=3"], "task.grader_workers"),
     (["task.grader_timeout=3"], "task.grader_timeout"),
     (["task.grader=my:own", "task.answer_tags=[]"], "task.answer_tags"),
@@ -238,6 +254,7 @@ def test_a_file_is_held_to_the_same(tmp_path: Path) -> None:
         # A critic that only a source asks has what a critic has.
         ("arithmetic", ["ppo.advantage=group", "ppo.lam=0.9", 'stopping.sources=["critic"]']),
         ("arithmetic", ["task.kind=dataset", "task.train=a/b", "task.subset=main"]),
+        ("arithmetic", ["stopping.value_head=h", "stopping.rule=none"]),
     ],
 )
 def test_what_is_switched_off_later_is_idle_on_purpose(recipe: str, overrides: list[str]) -> None:
@@ -453,6 +470,19 @@ def test_sources_that_a_later_rule_does_not_read_are_idle(tmp_path: Path, rule: 
     if rule != "none":
         with pytest.raises(RecipeError, match=r"stopping\.sources"):
             load_recipe("arithmetic", [f"stopping.rule={rule}", 'stopping.sources=["probe"]'])
+
+
+def test_a_head_is_read_by_whoever_reads_a_critic_and_takes_none() -> None:
+    head, group = "stopping.value_head=h", "ppo.advantage=group"
+    for reads in (["stopping.sources=['critic']"], ["stopping.rule=value-gated", VALUE_OF_CRITIC]):
+        recipe = load_recipe("arithmetic", [*reads, head])
+        assert recipe.needs_critic  # for its advantages
+        recipe = load_recipe("arithmetic", [*reads, head, group])
+        assert str(recipe.stopping.head) == "h"
+        assert not recipe.needs_critic
+        assert load_recipe("arithmetic", [*reads, group]).needs_critic
+    unread = load_recipe("arithmetic", [head, "stopping.rule=none"])
+    assert unread.stopping.head is None
 
 
 def test_a_baseline_of_probes_trains_no_critic() -> None:

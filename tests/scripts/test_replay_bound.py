@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from espo_gateway.stop.rules import Gate
 from espo_rl.config import Stopping, load_recipe
 from espo_rl.record.rollout_files import RolloutFiles
@@ -42,15 +44,33 @@ def test_more_rollouts_a_step_save_more_under_the_same_bound() -> None:
     assert 0.2 < many[2] < 0.7
 
 
-def make_run(folder: Path, seed: int, *, steps: int = 8, rule: str = "none") -> Path:
-    """The folder of a run without stopping, or as if."""
+def test_a_recorded_v_is_read_at_every_token() -> None:
+    """Where the stream tells nothing of a failure and V all of it."""
+    steps = [simulate(32, step) for step in range(12)]
+    for rollout in (one for step in steps for one in step):
+        rollout.logprobs = rollout.max_logprobs = np.full(LENGTH, -0.1)
+        rollout.values = np.where(np.arange(LENGTH) < 9, 0.0, 1.0 if rollout.correct else -1.0)
+    blind = play(steps, Stopping(), 1, 0)
+    told = play(steps, Stopping(sources=["critic"], value_head=Path("recorded")), 1, 0)
+    assert told[0] > 0.2 > blind[0] + 0.1
+    assert told[1] == 0.0
+
+
+def make_run(
+    folder: Path, seed: int, *, steps: int = 8, stopped: bool = False, told: bool = False
+) -> Path:
+    """The folder of a run without stopping, or with a rollout of each step stopped; told: V."""
     recipe = load_recipe("arithmetic", [f"run.output={folder}", "rollout.n=1"])
     files = RolloutFiles(recipe)
     for step in range(1, steps + 1):
-        files.write(step, simulate(16, 100 * seed + step), Gate(rule="none"))
+        rollouts = simulate(16, 100 * seed + step)
+        if stopped:
+            rollouts[3] = cut(rollouts[3], 5, audited=True)
+        for rollout in rollouts if told else ():
+            rollout.values = np.zeros(len(rollout.token_ids))
+        files.write(step, rollouts, Gate(rule="none"))
     (folder / "metrics.jsonl").write_text('{"step": 1, "rollout/tokens": 9}\n')
-    told = {"stopping": {"rule": rule}, "rollout": {"n": 1}}
-    (folder / "recipe.json").write_text(json.dumps(told))
+    (folder / "recipe.json").write_text(json.dumps({"rollout": {"n": 1}}))
     return folder
 
 
@@ -61,7 +81,8 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_table_is_of_runs_alone_and_joined(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / str(seed), seed) for seed in range(3)]
+    runs = [make_run(tmp_path / str(seed), seed, told=True) for seed in range(3)]
+    assert not run_script(*runs, "--head", "--draws", 1).returncode
     done = run_script(*runs, "--joined", 1, 3, "--draws", 2)
     assert not done.returncode, done.stderr
     alone, together = ([*map(str.strip, line.split("|"))] for line in done.stdout.splitlines()[2:])
@@ -71,13 +92,14 @@ def test_the_table_is_of_runs_alone_and_joined(tmp_path: Path) -> None:
 
 def test_what_cannot_be_played_is_refused(tmp_path: Path) -> None:
     whole, short = make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1, steps=3)
-    stopped = make_run(tmp_path / "c", 2, rule="regret-only")
+    stopped = make_run(tmp_path / "c", 2, stopped=True)
     damaged = make_run(tmp_path / "d", 3)
     (damaged / "rollouts" / "step-00000002.parquet").write_text("x")
     for arguments, said in (
         ((whole, "--joined", 2), "--joined 2: 1 runs are given"),
         ((whole, "--draws", 0), "--draws must be at least 1"),
         ((stopped,), "has no full rollouts: give runs of stopping.rule=none"),
+        ((whole, "--head"), f"--head: {whole} recorded no V of one"),
         ((whole, short), "give runs of one recipe, with all steps' rollouts there"),
         ((damaged,), "holds no rollouts, or is damaged"),
     ):

@@ -327,6 +327,22 @@ def test_preparations_are_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         run_study(bad)
 
 
+def test_only_what_the_chosen_methods_need_is_prepared(tmp_path: Path) -> None:
+    steps = [
+        {"makes": tmp_path / name, "command": ["-c", ""], "methods": methods}
+        for name, methods in (("all", []), ("two", ["espo", "random"]), ("one", ["random"]))
+    ]
+    study = study_of(tmp_path, prepare=steps)
+    for only, needed in (
+        (["ppo"], ["all"]),
+        (["espo"], ["all", "two"]),
+        (["random"], ["all", "two", "one"]),
+    ):
+        assert [one.makes.name for one in study.only(only).prepare] == needed
+    with pytest.raises(ValueError, match=r"prepare\.1\.methods = 'grpo' is none of the methods"):
+        study_of(tmp_path, prepare=[steps[0], {**steps[1], "methods": ["espo", "grpo"]}])
+
+
 def test_intervals_are_students() -> None:
     mean, low, high, n = spread([1.0, 2.0, 3.0, math.nan])
     assert (mean, n) == (2.0, 3)

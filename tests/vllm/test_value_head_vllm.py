@@ -11,30 +11,19 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from safetensors.torch import save_file
-from torch import nn
-from transformers import PreTrainedModel, Qwen2ForSequenceClassification
+from transformers import PreTrainedModel
 
 from espo_gateway.vllm_plugin.wire import ROUTE, Told, told_by
 from tests.helpers.gateway import COMPLETIONS, gateway_for, get_text, post
-from tests.helpers.models import random_critic, random_model, values
+from tests.helpers.models import headed, random_checkpoint, random_model, values
+from tests.helpers.run import Run, dumped
 from tests.helpers.vllm import BASE_SEED, VllmServer, body_for, publish, serve
 
 pytestmark = pytest.mark.vllm
 
-LAYERS = 1
 #: Of V, whose numbers are of the size of units.
 TOLERANCE = 1e-3
 LATE = 4
-
-
-def headed(policy: PreTrainedModel, layers: int = LAYERS) -> Qwen2ForSequenceClassification:
-    """A random head on a policy's first layers, as `pretrain_critic --head-only` leaves it."""
-    critic = random_critic(BASE_SEED)
-    critic.model.load_state_dict(policy.model.state_dict())
-    critic.model.layers = nn.ModuleList(list(critic.model.layers)[:layers])
-    critic.config.num_hidden_layers = layers
-    critic.config.layer_types = critic.config.layer_types[:layers]
-    return critic
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -160,3 +149,35 @@ async def test_a_head_of_another_model_is_refused_at_the_start(tmp_path: Path, w
     said = "of 9 layers" if wrong == "too many layers" else "no head of V"
     with pytest.raises(Exception, match=said):
         await serve(tmp_path, "--value-head", str(tmp_path / "head"))
+
+
+@pytest.mark.slow
+def test_a_run_is_cut_by_the_v_that_its_trainer_says(tmp_path: Path) -> None:
+    """From one folder: the servers are started with it, the trainer reads the same of its actor."""
+    base = random_checkpoint(tmp_path / "base", BASE_SEED)
+    critic = headed(random_model(BASE_SEED))
+    critic.save_pretrained(tmp_path / "head")
+    limit = 0.2
+    run = Run(
+        base,
+        tmp_path / "run",
+        *("stopping.rule=value-only", "stopping.value=critic", "stopping.threshold=fixed"),
+        *(f"stopping.value_head={tmp_path / 'head'}", f"stopping.p_star={limit}"),
+        *("stopping.warmup=none", f"stopping.min_tokens={LATE}", "ppo.advantage=group"),
+        *("rollout.prompts_per_step=8", "rollout.n=4", "run.steps=1"),
+    )
+    ended = run.end(patience=10.0)
+    assert ended.code == 0, ended.said
+    assert ended.left == []
+    [rollouts] = dumped(ended)
+    for one in rollouts:
+        said = values(critic, one.prompt_ids + one.token_ids)[len(one.prompt_ids) - 1 : -1]
+        low = [t for t, v in enumerate(said, 1) if t >= LATE and (v + 1.0) / 2.0 < limit]
+        # The token that completes an answer is not asked about.
+        assert one.kept == low[0] if one.stopped else low in ([], [len(said)])
+        # Of those with an outcome its file has what the trainer says.
+        assert (one.values is None) == (one.correct is None)
+        if one.values is not None:
+            assert one.values == pytest.approx(said, abs=TOLERANCE)
+    assert len({one.kept for one in rollouts if one.stopped}) > 1
+    assert not (tmp_path / "run/critic").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections import namedtuple
@@ -16,6 +17,7 @@ from espo_rl.base_model.train import make_model, make_tokenizer, save_checkpoint
 from espo_rl.config import Recipe, RecipeError
 from espo_rl.dry_run.footprint import Machine
 from espo_rl.dry_run.plan import make_plan
+from tests.helpers.models import headed, random_model
 from tests.helpers.plans import EIGHT, LAPTOP, only_error
 
 # -- a recipe that is whole ------------------------------------------------------------------------
@@ -78,6 +80,48 @@ def test_all_that_is_wrong_is_said_at_once(
 
 
 # -- what it finds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "worth", "said"),
+    [
+        (1, [-1.0, 1.0], None),
+        (2, None, None),  # not made by `pretrain_critic`
+        (3, None, "stopping.value_head: {head}: of 3 layers of width 128, and the model has 2"),
+        (0, None, "stopping.value_head: {head}: no head of V"),
+        (1, [0.0, 1.0], "stopping.value_head: {head} was fitted to rewards of 0 and 1"),
+    ],
+)
+def test_a_head_is_of_the_model_and_in_the_runs_rewards(
+    recipe_with: Callable[..., Recipe],
+    tmp_path: Path,
+    layers: int,
+    worth: list[float] | None,
+    said: str | None,
+) -> None:
+    head = tmp_path / "head"
+    headed(random_model(0), 2).save_pretrained(head)
+    config = head / "config.json"
+    config.write_text(config.read_text().replace('_layers": 2', f'_layers": {layers}'))
+    if not layers:
+        (head / "model.safetensors").unlink()
+    if worth is not None:
+        settings = dict(zip(("wrong", "right"), worth, strict=True))
+        (head / "report.json").write_text(json.dumps({"settings": settings}))
+    recipe = recipe_with('stopping.sources=["critic"]', f"stopping.value_head={head}")
+    errors = make_plan(recipe, LAPTOP).errors
+    found = [said is not None and error.startswith(said.format(head=head)) for error in errors]
+    assert found == ([] if said is None else [True])
+
+
+def test_a_head_takes_no_critic(recipe_with: Callable[..., Recipe], tmp_path: Path) -> None:
+    headed(random_model(0)).save_pretrained(tmp_path / "head")
+    group, reads = "ppo.advantage=group", 'stopping.sources=["critic"]'
+    head = f"stopping.value_head={tmp_path / 'head'}"
+    assert set(make_plan(recipe_with(group, reads), LAPTOP).shapes) == {"actor", "critic"}
+    plan = make_plan(recipe_with(group, reads, head), LAPTOP)
+    assert set(plan.shapes) == {"actor"}
+    assert "critic" not in plan.text()
 
 
 @pytest.mark.parametrize("key", ["model.path", "model.critic", "model.reference"])

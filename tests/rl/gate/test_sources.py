@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from espo_gateway.stop.estimate import probabilities
+from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import estimated, first_stops
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.watch import Verdict, Watch
@@ -50,10 +52,17 @@ def blind(count: int, seed: int, gate: Gate) -> list[Rollout]:
     return rollouts
 
 
-def stopped_by(gate: Gate, rollouts: list[Rollout], audit_share: float, seed: int) -> list[Rollout]:
+def stopped_by(
+    gate: Gate,
+    rollouts: list[Rollout],
+    audit_share: float,
+    seed: int,
+    told: list[Array] | None = None,
+) -> list[Rollout]:
+    """told: V of each token, by a critic."""
     rng = random.Random(seed)
     seen = []
-    for rollout, cut in zip(rollouts, first_stops(gate, recorded_of(rollouts)), strict=True):
+    for rollout, cut in zip(rollouts, first_stops(gate, recorded_of(rollouts, told)), strict=True):
         changes: dict[str, Any] = {}
         if cut:
             audited = rng.random() < audit_share
@@ -165,6 +174,60 @@ def test_a_source_is_asked_only_where_the_free_estimate_leaves_a_decision() -> N
     assert gate.free.sources == ("history",)
     assert gate.schedule.every == EVERY
     assert 0.0 < gate.schedule.below < 0.5
+
+
+def told_by_a_head(rollouts: list[Rollout]) -> list[Array]:
+    """V of each token, between -1 and 1; it falls half-way where the rollout is wrong."""
+    halves = np.repeat([0.0, 1.0], LENGTH // 2)
+    return [
+        (1.0 if one.correct else -1.0) * halves + np.random.default_rng(one.seed).normal(0, 0.2, 40)
+        for one in rollouts
+    ]
+
+
+def test_a_head_is_read_at_every_token_and_asked_of_nobody() -> None:
+    settings: dict[str, Any] = {"sources": ["critic"], "value_head": Path("h")}
+    stopping = StopController(Stopping(**settings), 100, random.Random(0), worth=(-1.0, 1.0))
+    assert stopping.needs_values
+    shares = []
+    for batch in range(10):
+        gate = stopping.gate("w")
+        assert (gate.schedule.every, gate.schedule.growth, gate.schedule.below) == (1, 0.0, 1.0)
+        assert gate.free is None
+        full = blind(300, batch, gate)
+        told = told_by_a_head(full)
+        wrong = np.array([not one.correct for one in full])
+        seen = stopped_by(gate, full, 0.1, batch, told)
+        stops = np.array([one.stopped for one in seen])
+        known = [v for v, one in zip(told, seen, strict=True) if one.correct is not None]
+        stopping.observe(seen, None, None, known)
+        stopping = pickle.loads(pickle.dumps(stopping))
+        shares.append((stops[wrong].mean(), stops[~wrong].mean()))
+    caught, lost = shares[-1]
+    assert caught > 0.9
+    assert lost < 0.1
+    assert "explained_variance_free" not in stopping.metrics()
+    assert stopping.metrics()["explained_variance"] > 0.3
+
+
+@pytest.mark.parametrize("threshold", ["audit", "share"])
+def test_the_v_of_a_head_that_gates_is_judged_by_what_it_said(threshold: str) -> None:
+    """Not by a critic that is trained for the advantages beside it."""
+    settings: dict[str, Any] = {"rule": "value-gated", "value": "critic", "threshold": threshold}
+    stopping = StopController(
+        Stopping(**settings, value_head=Path("h"), warmup="explained-variance"),
+        100,
+        random.Random(0),
+        worth=(-1.0, 1.0),
+    )
+    full = blind(300, 0, stopping.gate("w"))
+    assert stopping.needs_values
+    stopping.observe(
+        full, 0.4, 0.01, [2.0 * bool(one.correct) - 1.0 + np.zeros(LENGTH) for one in full]
+    )
+    assert stopping.explained_variance == 1.0
+    assert stopping.warmup.done
+    assert stopping.needs_values
 
 
 def test_the_baseline_is_the_estimate_where_it_was_last_asked() -> None:

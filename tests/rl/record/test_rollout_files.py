@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
+from espo_gateway.traces.reader import read_traces
 from espo_rl.config import Recipe, load_recipe
 from espo_rl.record.log_errors import LogError
 from espo_rl.record.rollout_files import SCHEMA, RolloutFiles, read_rollouts, recipe_hash
@@ -55,6 +56,7 @@ def rollouts(draw: Any) -> Rollout:
         error=draw(text),
         history=draw(st.none() | finite),
         probes=draw(st.lists(st.lists(finite, min_size=4, max_size=4), max_size=3)),
+        values=draw(st.none() | of_tokens),
     )
 
 
@@ -85,8 +87,11 @@ def names(folder: Path) -> list[str]:
 
 def equal(one: Rollout, other: Rollout) -> bool:
     fields = dict(vars(one)), dict(vars(other))
-    for name in ("logprobs", "max_logprobs"):
+    for name in ("logprobs", "max_logprobs", "values"):
         a, b = (values.pop(name) for values in fields)
+        if a is None or b is None:
+            assert a is b
+            continue
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype == np.float64
     return fields[0] == fields[1]
@@ -115,6 +120,18 @@ def a_rollout(tokens: int = 3, words: str = "") -> Rollout:
         end=EndReason.COMPLETED,
         kept=tokens,
     )
+
+
+def test_a_replay_reads_the_values_of_those_that_have_any(tmp_path: Path) -> None:
+    told, untold = a_rollout(3), a_rollout(2)
+    told.values = np.array([0.5, 0.25, 0.125])
+    RolloutFiles(recipe_for(tmp_path)).write(1, [told, untold], Gate())
+    RolloutFiles(recipe_for(tmp_path)).write(2, [untold], Gate())
+    one, other = sorted((tmp_path / "rollouts").iterdir())
+    (traces,) = read_traces([one], outcome="correct", known=None)
+    np.testing.assert_array_equal(traces.recorded.critic, [[0.5, 0.25, 0.125], [np.nan] * 3])
+    (traces,) = read_traces([other], outcome="correct", known=None)
+    assert traces.recorded.critic is None
 
 
 def test_no_field_is_left_out() -> None:

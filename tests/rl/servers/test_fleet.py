@@ -275,6 +275,19 @@ async def test_the_gateway_starts_also_while_the_policy_server_is_down(tmp_path:
         await made.gateway.stop()
 
 
+def test_servers_tell_v_by_a_head_and_no_critic_is_started(tmp_path: Path) -> None:
+    base, head = ["model.path=m", 'stopping.sources=["critic"]'], "stopping.value_head=some/head"
+    for overrides, asked in (([head], ["engine"]), ([], [])):
+        made = make_fleet(load_recipe("arithmetic", [*base, *overrides]), "m", tmp_path, None)
+        assert made.critic is None
+        for server, flag, values in (
+            (made.policies[0], "--value-head", ["some/head"] if overrides else []),
+            (made.gateway, "--critic", asked),
+        ):
+            command = server.command
+            assert [command[i + 1] for i, one in enumerate(command) if one == flag] == values
+
+
 @pytest.mark.parametrize(
     ("overrides", "flags"),
     [

@@ -1,0 +1,47 @@
+"""A head of V in a folder, as `python -m espo_rl.pretrain_critic --head-only --layers N` leaves it.
+
+It is a critic of the policy's first layers, of which only the head is read: the layers are the
+policy's. Knows torch and nothing of vLLM, as who trains the policy reads it as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+
+def read_head(folder: Path, *, layers: int, hidden_size: int) -> tuple[int, torch.Tensor]:
+    """A head for a model of so many layers, of so wide states.
+
+    Returns:
+        on how many layers it stands, and its weights, float32 [hidden size].
+
+    Raises:
+        ValueError: the folder holds none, or one of another model; and what does.
+    """
+    found, weights = _read(folder)
+    if found > layers or len(weights) != hidden_size:
+        raise ValueError(
+            f"{folder}: of {found} layers of width {len(weights)}, and the model has {layers} of "
+            f"{hidden_size}: fit it to this one"
+        )
+    return found, weights
+
+
+def _read(folder: Path) -> tuple[int, torch.Tensor]:
+    try:
+        layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                if "score.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
+                    return layers, tensors.get_tensor("score.weight").float().flatten()
+        problem = "no file of it holds score.weight"
+    except (OSError, ValueError, LookupError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"{folder}: no head of V ({problem}); make one with "
+        "`python -m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
+    )
