@@ -2,7 +2,7 @@
 
     recipe = load_recipe("arithmetic.toml", ["run.seed=2", "ppo.learning_rate=1e-4"])
 
-Unknown keys fail. `sections` has all keys, with their defaults and what they mean.
+Unknown keys fail. `sections` and `stopping` have all keys, with defaults and what they mean.
 """
 
 from espo_rl.config.bounds import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
@@ -15,9 +15,9 @@ from espo_rl.config.sections import (
     Ppo,
     RolloutSection,
     Servers,
-    Stopping,
     TaskSection,
 )
+from espo_rl.config.stopping import Stopping
 
 __all__ = [
     "DYNAMIC_ROUNDS",

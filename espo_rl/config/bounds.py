@@ -1,4 +1,4 @@
-"""What a number or a text of a recipe may be, and its unit where the name does not say it.
+"""What a section of a recipe may hold: its numbers and texts, with a unit where the name has none.
 
 Bounds are those of what takes the numbers: float32, Parquet's 32-bit columns, vLLM's requests,
 timers. Infinities and NaN are none anywhere.
@@ -6,10 +6,16 @@ timers. Infinities and NaN are none anywhere.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
 
 Number = Annotated[float, Field(ge=-1e9, le=1e9)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
@@ -28,6 +34,8 @@ Processes = Annotated[int, Field(ge=1, le=1024), "processes"]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Steps = Annotated[int, Field(ge=1, le=26)]  # of an arithmetic problem: it names them by letters
 Tag = Annotated[str, Field(min_length=1)]
+#: texts in TOML, where all else must be of its own type: true is no 1, and "8" no 8
+Written = Annotated[Path, Strict(False)]
 #: vLLM takes no higher one, and in silence makes 0.01 of what is lower
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
 Temperature = Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)]

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from pydantic import model_validator
 
+from espo_rl.config.bounds import Section
 from espo_rl.config.sections import (
     Checkpoints,
     DeepSpeed,
@@ -16,12 +17,11 @@ from espo_rl.config.sections import (
     Ppo,
     RolloutSection,
     Run,
-    Section,
     Servers,
-    Stopping,
     TaskSection,
     with_schedule,
 )
+from espo_rl.config.stopping import Stopping
 
 #: of importance weights, where tokens are of older weights
 USUAL_CAP = 2.0

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from espo_rl.checkpoints import FORMAT, CheckpointError, CheckpointStore
+from espo_rl.config import Stopping
 
 
 def writer(text: str) -> Callable[[Path], None]:
@@ -258,3 +259,7 @@ def test_models_that_cannot_be_read_are_named(tmp_path: Path, kind: type[Excepti
         CheckpointStore.load(path, load_models)
     assert str(path) in str(error.value)
     assert "PytorchStreamReader" in str(error.value)
+
+
+def test_a_checkpoint_of_before_names_sections_where_they_stood() -> None:
+    assert pickle.loads(b"cespo_rl.config.sections\nStopping\n.") is Stopping
