@@ -447,7 +447,6 @@ class Loop:
             audits = self.stopping.audits
             self.stopping = state["stopping"]
             self.stopping.audits = audits
-            self.stopping.config = self.recipe.stopping  # the same, of this version
             self.stopping.warmup.extend(self.recipe.run.steps)
         if batches and any(key.startswith(OF_A_BATCH) for key in changes):
             # Sampled ahead under the old settings: they are drawn again, the same problems.

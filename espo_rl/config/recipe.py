@@ -169,14 +169,10 @@ def nearest(key: str) -> str | None:
 
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, dotted; with both values.
-
-    `before` may be of an older version: what it has no key for was as the default is.
-    """
+    """Keys whose values differ, dotted; with both values."""
     pairs = {}
     for section in Recipe.model_fields:
-        part, old = getattr(now, section), getattr(before, section, None)
-        for key, field in type(part).model_fields.items():
-            was = getattr(old, key, field.get_default(call_default_factory=True))
-            pairs[f"{section}.{key}"] = (was, getattr(part, key))
+        part, old = getattr(now, section), getattr(before, section)
+        for key in type(part).model_fields:
+            pairs[f"{section}.{key}"] = (getattr(old, key), getattr(part, key))
     return {key: values for key, values in pairs.items() if values[0] != values[1]}

@@ -165,11 +165,14 @@ def test_a_checkpoint_of_elsewhere_needs_a_free_folder(tmp_path: Path) -> None:
     assert starting_point(recipe_with(tmp_path / "new"), other, overwrite=False) == Path(other)
 
 
-@pytest.mark.parametrize("key", ["model.path", "model.critic", "model.reference"])
+@pytest.mark.parametrize(
+    "key", ["model.path", "model.critic", "model.reference", "stopping.value_head"]
+)
 def test_what_the_run_needs_is_not_overwritten(tmp_path: Path, key: str) -> None:
     finished(tmp_path)
     (tmp_path / "actor").mkdir()
     settings = [f"{key}={tmp_path / 'actor'}", "ppo.kl_coefficient=0.1"]
+    settings += ['stopping.sources=["critic"]'] * key.startswith("stopping")
     with pytest.raises(RecipeError, match=key):
         starting_point(recipe_with(tmp_path, *settings), None, overwrite=True)
 
@@ -326,13 +329,17 @@ def test_a_checkpoint_has_its_ranks_and_its_step(
 
 
 def test_an_older_recipe_had_the_default_of_what_it_does_not_know(tmp_path: Path) -> None:
-    older = recipe_with(tmp_path).model_copy(deep=True)  # defaults are shared
+    asks = ['stopping.sources=["critic"]', "ppo.advantage=group"]
+    older = recipe_with(tmp_path, *asks).model_copy(deep=True)  # defaults are shared
     del older.task.__dict__["grader_timeout"]
     del older.evaluation.__dict__["greedy"]
+    del older.stopping.__dict__["value_head"]
     CheckpointStore(tmp_path / "checkpoints").save(5, {"recipe": older}, lambda folder: None)
-    assert starting_point(recipe_with(tmp_path), "auto", overwrite=False)
+    assert starting_point(recipe_with(tmp_path, *asks), "auto", overwrite=False)
+    greedy = recipe_with(tmp_path, *asks, "evaluation.greedy=true")
     with pytest.raises(RecipeError, match=r"evaluation\.greedy = True, but False there"):
-        starting_point(recipe_with(tmp_path, "evaluation.greedy=true"), "auto", overwrite=False)
+        starting_point(greedy, "auto", overwrite=False)
+    assert pickle.loads(pickle.dumps(older.stopping)).schedule == (96, 0.25)
 
 
 def test_a_damaged_checkpoint_is_said_before_anything(tmp_path: Path) -> None:
