@@ -15,7 +15,7 @@ from typing import Any
 
 from espo_gateway.files import written_whole
 
-#: of loop.pkl; raised whenever a class that it holds moves or gets other fields
+#: of loop.pkl; raised whenever a class that it holds moves, or gets fields without a default
 FORMAT = 5
 
 

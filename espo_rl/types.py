@@ -69,8 +69,8 @@ class Rollout:
     """One sampled completion.
 
     probes: what an answer probe said (`espo_gateway.stop.told`).
-    values: V of each token, [tokens], as servers told it; None where nobody did, or its outcome is
-        unknown.
+    values: V of each token, [tokens], as the trainer said it before the update, for its servers;
+        None where nobody was asked, or the outcome is unknown.
 
     An audited rollout was generated to its end although the rule stopped it: `end` is EARLY_STOP
     and `kept` is where it was stopped, but the tokens past the cut and the outcome are known.

@@ -272,10 +272,22 @@ IDLE = (
         'stopping.sources = ["critic"], or stopping.value = "critic" with a rule that reads it',
     ),
     _of_rule(
-        "ask_every ask_growth",
-        "sources rule value value_head",
-        lambda stopping: not stopping.asks,
+        "value_every",
+        "value_head sources rule value",
+        lambda stopping: stopping.head is None or not stopping.asks,
+        'stopping.value_head with stopping.sources = ["critic"]',
+    ),
+    _of_rule(
+        "ask_every",
+        "value_head sources rule value",
+        lambda stopping: not stopping.asks or stopping.head is not None,
         'stopping.sources = ["probe"], or ["critic"] without stopping.value_head',
+    ),
+    _of_rule(
+        "ask_growth",
+        "sources rule value",
+        lambda stopping: not stopping.asks,
+        'stopping.sources = ["probe"] or ["critic"]',
     ),
     _of_rule(
         "probe_phrase probe_end",

@@ -88,10 +88,13 @@ def main() -> int:
         except RecipeError as error:
             print(f"bench_schedule: {error}", file=sys.stderr)
             return 2
-    results = summary(found)
-    print(table(results))
-    if options.json is not None:
-        options.json.write_text(json.dumps(nulls({"runs": found, **results}), indent=1) + "\n")
+        # After each seed, as an hour goes by until the last.
+        if schedule == "refill" and stops:
+            results = summary(found)
+            print(f"{seed + 1} of {options.seeds} seeds\n{table(results)}", flush=True)
+            if options.json is not None:
+                told = json.dumps(nulls({"runs": found, **results}), indent=1)
+                options.json.write_text(told + "\n")
     return 0
 
 

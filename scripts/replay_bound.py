@@ -65,7 +65,10 @@ def steps_of(folder: Path) -> tuple[Steps, int]:
     run = read_run(folder)
     steps = [read_rollouts(file)[0] for file in run.rollout_files]
     if not steps or any(rollout.stopped for step in steps for rollout in step):
-        raise RunFolderError(f"{folder} has no full rollouts: give runs of stopping.rule=none")
+        raise RunFolderError(
+            f"{folder} has no full rollouts: give runs of stopping.rule=none, or with a warm-up of "
+            "all their steps"
+        )
     return steps, run.setting("rollout", "n")
 
 
@@ -156,10 +159,13 @@ def main() -> None:
     runs, n = [steps for steps, _ in read], read[0][1]
     if len({(len(steps), each) for steps, each in read}) > 1:
         raise SystemExit("replay_bound: give runs of one recipe, with all steps' rollouts there")
-    if options.head and not any(rollout.values is not None for rollout in runs[0][0]):
-        raise SystemExit(f"replay_bound: --head: {options.runs[0]} recorded no V of one")
+    for folder, steps in zip(options.runs, runs, strict=True):
+        if options.head and all(one.values is None for step in steps for one in step):
+            raise SystemExit(f"replay_bound: --head: {folder} recorded no V of one")
     head = {"sources": ["critic"], "value_head": "recorded"} if options.head else {}
     config = Stopping.model_validate({"rule": options.rule, "sources": [], **head})
+    if options.head and config.head is None:
+        raise SystemExit(f"replay_bound: --head: --rule {options.rule} reads no V")
     rows = [row(runs, config, n, number, options.draws) for number in options.joined]
     heads = ["rollouts a step", "played", "tokens saved", "right rollouts lost", "stopped"]
     print(markdown_table(heads, rows))

@@ -78,7 +78,7 @@ class Survey:
     """What rollouts carry.
 
     keys, by_prompt: of their prompts (`Trace`), [rollouts]. told: of each of what some rules need
-    beside the tokens, how many rollouts have any.
+    beside the tokens, how many rollouts have any; those that were cut count, as none is judged.
     """
 
     keys: NDArray[np.uint32]
@@ -124,12 +124,12 @@ def survey(traces: Traces) -> Survey:
         "probe": None if recorded.probes is None else recorded.probes.sum(axis=-1),
         "confidence": recorded.confidences,
     }
-    told = {
-        name: int(np.isfinite(numbers.reshape(len(traces), -1)).any(axis=1).sum())
-        for name, numbers in answers.items()
-        if numbers is not None
-    }
-    return Survey(traces.keys, traces.by_prompt, +Counter(told))
+    told = Counter[str]()
+    for name, numbers in answers.items():
+        if numbers is not None:
+            said = np.isfinite(numbers.reshape(len(traces), -1)).any(axis=1)
+            told[name] = int((said | traces.cut).sum()) if said.any() else 0
+    return Survey(traces.keys, traces.by_prompt, +told)
 
 
 @dataclass

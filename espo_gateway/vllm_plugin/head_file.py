@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 def read_head(folder: Path, *, layers: int, hidden_size: int) -> tuple[int, torch.Tensor]:
@@ -39,7 +39,7 @@ def _read(folder: Path) -> tuple[int, torch.Tensor]:
                 if "score.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
                     return layers, tensors.get_tensor("score.weight").float().flatten()
         problem = "no file of it holds score.weight"
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise ValueError(
         f"{folder}: no head of V ({problem}); make one with "

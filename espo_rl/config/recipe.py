@@ -51,7 +51,7 @@ class Recipe(Section):
     @property
     def asks_critic(self) -> bool:
         """Whether the gate takes V from a critic server, or an estimate that reads it."""
-        return self.stopping.reads_critic and self.stopping.value_head is None
+        return self.stopping.reads_critic and self.stopping.head is None
 
     @property
     def needs_critic(self) -> bool:
@@ -118,11 +118,11 @@ class Recipe(Section):
                 f"rollout.max_tokens = {self.rollout.max_tokens}"
             )
         stopping = self.stopping
-        for key, read in (
-            ("min_tokens", stopping.rule != "none"),
-            ("ask_every", stopping.asks),
+        for key, tokens in (
+            ("min_tokens", stopping.min_tokens * (stopping.rule != "none")),
+            ("value_every" if stopping.head else "ask_every", stopping.schedule[0]),
         ):
-            if read and (tokens := getattr(stopping, key)) > self.rollout.max_tokens:
+            if tokens > self.rollout.max_tokens:
                 raise ValueError(
                     f"stopping.{key} = {tokens} must not be above rollout.max_tokens = "
                     f"{self.rollout.max_tokens}: no rollout comes so far"

@@ -81,13 +81,14 @@ class Stopping(Section):
     window: Count = 6  # batches that the estimate of success is fitted on
     # What it reads beside the stream's own numbers. "history": how often the prompt was solved in
     # earlier steps; "probe": how likely the policy itself finds the reference answer by now;
-    # "critic": V of a critic server, or of value_head. A probe and a server are asked along the
-    # rollout
+    # "critic": V of a critic server, or of value_head. The latter two are asked along the rollout
     sources: list[SourceName] = []
     # Folder of a head on the policy's hidden states (`pretrain_critic --head-only --layers N`): the
-    # policy servers tell V by it with every token, at no cost, and there is no critic server
+    # policy servers tell V by it, at no cost, and there is no critic server. Servers by URL are to
+    # be started with it as --value-head
     value_head: Written | None = None
-    ask_every: Tokens = 96  # how far apart they are asked
+    value_every: Tokens = 16  # how far apart an estimate reads what value_head tells
+    ask_every: Tokens = 96  # how far apart probe and critic server are asked
     ask_growth: NotNegative = 0.25  # further apart as a rollout grows: by so much of its length
     # The probe reads answers after it
     probe_phrase: Annotated[str, Field(min_length=1)] = "\n\nThe final answer is \\boxed{"
@@ -95,16 +96,15 @@ class Stopping(Section):
 
     @property
     def asks(self) -> bool:
-        """Whether an estimate reads a source that must be asked, at a cost."""
-        return not ASKED.isdisjoint(self.read) and self.value_head is None
+        """Whether an estimate reads a source that must be asked."""
+        return not ASKED.isdisjoint(self.read)
 
     @property
     def schedule(self) -> tuple[int, float]:
-        """Every how many tokens an estimate's sources are asked, and by how much of a rollout
-        further apart; what costs nothing, at every token."""
-        if "critic" in self.read and self.value_head is not None:
-            return 1, 0.0
-        return self.ask_every if self.asks else 0, self.ask_growth
+        """Every how many tokens an estimate's sources are asked, 0 where it reads none, and by how
+        much of a rollout further apart."""
+        every = self.ask_every if self.head is None else self.value_every
+        return every if self.asks else 0, self.ask_growth
 
     @property
     def reads_critic(self) -> bool:
@@ -173,10 +173,15 @@ class Stopping(Section):
                 'rule = "confidence" needs the logprobs of many alternatives, which rollouts do '
                 'not record: set rule = "surprise", or try it on a gateway alone'
             )
-        if self.value_head is not None and "probe" in self.read:
+        if self.head is not None and "probe" in self.read:
             raise ValueError(
                 'value_head has the engine decide, which cannot ask: leave "probe" out of sources, '
                 "or value_head"
+            )
+        if self.head is not None and self.warmup == "critic-loss":
+            raise ValueError(
+                'warmup = "critic-loss" is of a critic in training, and value_head is none: set '
+                '"explained-variance", or "batches"'
             )
         if not self.beta_min < self.beta_max:
             raise ValueError(f"beta_min = {self.beta_min} must be below beta_max = {self.beta_max}")

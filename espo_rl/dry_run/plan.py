@@ -183,10 +183,16 @@ def _value_head(plan: RunPlan) -> None:
     except ValueError as error:
         raise RecipeError(f"stopping.value_head: {error}") from error
     try:
-        settings = json.loads((head / "report.json").read_text())["settings"]
-        worth = settings["wrong"], settings["right"]
-    except (OSError, ValueError, LookupError):
+        report = json.loads((head / "report.json").read_text())
+        worth = report["settings"]["wrong"], report["settings"]["right"]
+        alone = report["head_only"]
+    except (OSError, ValueError, LookupError, TypeError):
         return  # not made by `pretrain_critic`: nobody knows
+    if not alone:
+        raise RecipeError(
+            f"stopping.value_head: {head} is a critic whose layers were trained too, and are not "
+            "the policy's: fit one with --head-only, or ask it as a critic server"
+        )
     if worth != (ppo.wrong_reward, ppo.right_reward):
         raise RecipeError(
             f"stopping.value_head: {head} was fitted to rewards of {worth[0]:g} and {worth[1]:g}, "
@@ -321,10 +327,11 @@ def _servers(plan: RunPlan) -> None:
         ("vllm_args", servers.vllm_args),
         ("critic_vllm_args", servers.critic_vllm_args),
     ):
-        for flag in ("--port", "--host", "--model", "--value-head"):
+        for flag in ("--port", "--host", "--model"):
             if last_value(arguments, flag):
-                own = "; set stopping.value_head" if flag == "--value-head" else "; leave it out"
-                plan.errors.append(f"servers.{key}: {flag} is set by the run{own}")
+                plan.errors.append(f"servers.{key}: {flag} is set by the run; leave it out")
+        if last_value(arguments, "--value-head"):
+            plan.errors.append(f"servers.{key}: --value-head is set by stopping.value_head")
     for url in [*servers.policy_urls, *([servers.critic_url] if servers.critic_url else [])]:
         address = urlsplit(url)
         try:

@@ -247,8 +247,8 @@ class StopController:
         """Fit the estimates anew, and see where the free one leaves the other a decision."""
         self._recent.append(known.examples(self._sources))
         self.estimator = fit(self._recent, self._sources) or self.estimator
-        if not self.config.asks:
-            return
+        if not self.config.asks or self.config.head is not None:
+            return  # asking costs nothing
         weights = np.broadcast_to(known.weights[:, None], known.recorded.logprobs.shape)
         if self._free is not None:
             # Where it left the other nothing to decide, only those drawn for an audit were asked.

@@ -35,6 +35,7 @@ class ValueHead:
             )
         self._policy = policy
         self._places: Tensor | None = None
+        self._seen: Tensor | None = None  # the states, and then V
         body.layers[layers - 1].register_forward_hook(self._keep)
         # Within its own call, as ZeRO-3 has its weight whole there alone.
         body.norm.register_forward_hook(self._read)
@@ -48,17 +49,17 @@ class ValueHead:
         self._places = view.before
         try:
             self._policy.go_by(model, view)
+            values = self._seen
         finally:
-            self._places = None
-        return self._values
+            self._places = self._seen = None
+        assert values is not None
+        return values
 
     def _keep(self, _module: Any, _given: Any, state: Any) -> None:
         if self._places is not None:
             state = state[0] if isinstance(state, tuple) else state
-            self._states: Tensor = state.flatten(0, 1).index_select(0, self._places)
+            self._seen = state.flatten(0, 1).index_select(0, self._places)
 
     def _read(self, norm: Any, _given: Any, _normed: Any) -> None:
-        if self._places is not None:
-            self._values: Tensor = norm.forward(self._states).float() @ self._weights.to(
-                self._states.device
-            )
+        if self._seen is not None:
+            self._seen = norm.forward(self._seen).float() @ self._weights.to(self._seen.device)

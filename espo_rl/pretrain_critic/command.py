@@ -159,7 +159,9 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
     write_critic(output, critic, about, tokenizer)
     if options.values is not None:
         held_out = {one.problem.prompt for one in parts.held_out}
-        _write_values(options.values, recorded, held_out, iter(values))
+        first = 0 if options.head_only else 1
+        told = (states[first : len(states) - 1 + first] for states in values)
+        _write_values(options.values, recorded, held_out, told)
     title = f"V on {len(parts.held_out)} rollouts of problems that it was not fitted on"
     console.print(_table(title, found))
     console.print(f"critic: {output}, {how}")
@@ -189,17 +191,17 @@ def _write_values(
     held_out: set[str],
     known: Iterator[Array],
 ) -> None:
-    """The held-out rows of each file with a column `values`: V after each token, [tokens].
+    """The held-out rows of each file with a column `values`: V of each token, [tokens].
 
-    Index t is what a gate knows when it decides at token t. known: V of every state of the usable
-    ones, in the order of the files.
+    known: of the usable ones, in the order of the files, what a gate knows when it decides at each
+    token. A critic server has read it; an engine with a head tells V of the state it is sampled in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number, (file, rollouts) in enumerate(recorded.items()):
         table = pq.read_table(file)
         rows = [i for i, one in enumerate(rollouts) if one.problem.prompt in held_out]
         full = [rollouts[i] for i in rows]
-        values = [next(known)[1:].tolist() if usable([one]) else [] for one in full]
+        values = [next(known).tolist() if usable([one]) else [] for one in full]
         table = with_column(
             table.take(pa.array(rows, pa.int64())),
             "values",

@@ -402,7 +402,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=96,
         metavar="TOKENS",
-        help="between two questions to an answer probe at least (default: %(default)s)",
+        help="between two questions to an answer probe or a critic at least (default: %(default)s)",
     )
     add(
         "--price",

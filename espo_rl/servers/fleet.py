@@ -299,7 +299,11 @@ def make_fleet(
             *(str(critic_path), "--critic", "--load-format", "dummy"),
             *config.critic_vllm_args,
         )
-    asked = "engine" if head is not None else critic and critic.url
+    if head is not None:
+        # What is not decided in the engine would not be decided at all.
+        source = ["--critic", "engine", "--decide", "engine"]
+    else:
+        source = ["--critic", critic.url] if critic else []
     port = free_port()
     gateway = Server(
         "gateway",
@@ -309,7 +313,7 @@ def make_fleet(
             # A rollout without logprobs is of no use.
             *("--unmonitored", "refuse"),
             *(argument for policy in policies for argument in ("--upstream", policy.url)),
-            *(("--critic", asked) if asked else ()),
+            *source,
             # A run that ends wants no rollout any more, and has given its last one up.
             *("--drain-timeout", "0"),
         ],

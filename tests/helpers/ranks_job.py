@@ -45,7 +45,7 @@ def two_updates(ours: PpoTrainer, folder: Path) -> dict[str, Any]:
 
 
 def main(stage: int, folder: Path) -> None:
-    paths = Paths(folder / "actor", folder / "critic", folder / "reference")
+    paths = Paths(*(folder / name for name in ("actor", "critic", "reference", "head")))
     ours = trainer(paths, zero_stage=stage, **SETTINGS)
     assert ours.ranks.size == 2
     if ours.ranks.rank:

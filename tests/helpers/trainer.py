@@ -43,6 +43,7 @@ class Paths:
     actor: Path
     critic: Path
     reference: Path | None = None
+    head: Path | None = None
 
 
 def make_models(folder: Path) -> Paths:
@@ -71,6 +72,7 @@ def recipe_of(
     model: dict[str, Any] = {"critic": str(paths.critic), "dtype": dtype}
     if paths.reference is not None:
         model["reference"] = str(paths.reference)
+    told = {"rule": "value-gated", "value": "critic", "value_head": str(paths.head)}
     processed = {"logprobs_mode": "processed_logprobs"} if "importance_cap" in ppo else {}
     return Recipe.model_validate(
         {
@@ -83,6 +85,7 @@ def recipe_of(
                 "extra": EXTRA if zero_stage == 3 else {},
             },
             "servers": processed,
+            "stopping": told if paths.head is not None else {},
         }
     )
 

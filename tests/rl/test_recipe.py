@@ -119,6 +119,14 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
             ['stopping.sources=["probe", "critic"]', "stopping.value_head=h"],
             ["value_head has the engine decide", 'leave "probe" out'],
         ),
+        (
+            ['stopping.sources=["critic"]', "stopping.value_head=h", "stopping.value_every=161"],
+            ["stopping.value_every = 161", "rollout.max_tokens = 160"],
+        ),
+        (
+            ['stopping.sources=["critic"]', "stopping.value_head=h", "stopping.warmup=critic-loss"],
+            ["critic-loss", "value_head", "explained-variance"],
+        ),
         # What a controller would move at once.
         (["stopping.threshold=share", "stopping.p_star=0.9"], ["p_star = 0.9", "1e-06 to 0.5"]),
         (
@@ -199,11 +207,12 @@ IDLE = [
     (["ppo.minibatches=1", "ppo.value_clip=0.2"], "ppo.value_clip"),
     (["servers.critic_vllm_args=['--x']"], "servers.critic_vllm_args"),
     (["stopping.value_head=h"], "stopping.value_head"),
-    (["stopping.rule=value-gated", "stopping.value_head=h"], "stopping.value_head"),
+    (["stopping.sources=['critic']", "stopping.value_every=8"], "stopping.value_every"),
     (
         ["stopping.sources=['critic']", "stopping.value_head=h", "stopping.ask_every=8"],
         "stopping.ask_every",
     ),
+    (["stopping.rule=value-gated", "stopping.value_head=h"], "stopping.value_head"),
     (
         ["stopping.sources=['critic']", "stopping.value_head=h", "servers.critic_url=http://a:1"],
         "servers.critic_url",
@@ -255,6 +264,7 @@ def test_a_file_is_held_to_the_same(tmp_path: Path) -> None:
         ("arithmetic", ["ppo.advantage=group", "ppo.lam=0.9", 'stopping.sources=["critic"]']),
         ("arithmetic", ["task.kind=dataset", "task.train=a/b", "task.subset=main"]),
         ("arithmetic", ["stopping.value_head=h", "stopping.rule=none"]),
+        ("arithmetic", ["stopping.value_head=h", 'stopping.sources=["probe"]']),
     ],
 )
 def test_what_is_switched_off_later_is_idle_on_purpose(recipe: str, overrides: list[str]) -> None:

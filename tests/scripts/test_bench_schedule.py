@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import bench_schedule
 import pytest
@@ -41,3 +43,26 @@ def test_steps_that_are_all_not_counted_are_refused(
     with pytest.raises(SystemExit):
         bench_schedule.main()
     assert "--steps must be above 6" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_written_after_each_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour of runs is not lost with the last one."""
+    seen: list[list[str]] = []
+
+    def measured(recipe: str, settings: list[str]) -> dict[str, float]:
+        seen.append(settings)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        return {"seconds": 2.0 - len(seen) / 10, "tokens": 100.0 - len(seen)}
+
+    monkeypatch.setattr(bench_schedule, "measured", measured)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["bench_schedule", "--model", "base", "--json", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        bench_schedule.main()
+    told = json.loads(out.read_text())
+    assert [len(runs) for runs in told["runs"].values()] == [1] * 4
+    assert told["stopping, refill"]["tokens"] == 96.0
+    assert "1 of 3 seeds" in capsys.readouterr().out

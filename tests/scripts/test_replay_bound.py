@@ -44,14 +44,16 @@ def test_more_rollouts_a_step_save_more_under_the_same_bound() -> None:
     assert 0.2 < many[2] < 0.7
 
 
-def test_a_recorded_v_is_read_at_every_token() -> None:
+def test_a_recorded_v_is_read() -> None:
     """Where the stream tells nothing of a failure and V all of it."""
     steps = [simulate(32, step) for step in range(12)]
     for rollout in (one for step in steps for one in step):
         rollout.logprobs = rollout.max_logprobs = np.full(LENGTH, -0.1)
         rollout.values = np.where(np.arange(LENGTH) < 9, 0.0, 1.0 if rollout.correct else -1.0)
     blind = play(steps, Stopping(), 1, 0)
-    told = play(steps, Stopping(sources=["critic"], value_head=Path("recorded")), 1, 0)
+    told = play(
+        steps, Stopping(sources=["critic"], value_head=Path("recorded"), value_every=4), 1, 0
+    )
     assert told[0] > 0.2 > blind[0] + 0.1
     assert told[1] == 0.0
 
@@ -93,13 +95,15 @@ def test_the_table_is_of_runs_alone_and_joined(tmp_path: Path) -> None:
 def test_what_cannot_be_played_is_refused(tmp_path: Path) -> None:
     whole, short = make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1, steps=3)
     stopped = make_run(tmp_path / "c", 2, stopped=True)
+    told = make_run(tmp_path / "e", 4, told=True)
     damaged = make_run(tmp_path / "d", 3)
     (damaged / "rollouts" / "step-00000002.parquet").write_text("x")
     for arguments, said in (
         ((whole, "--joined", 2), "--joined 2: 1 runs are given"),
         ((whole, "--draws", 0), "--draws must be at least 1"),
         ((stopped,), "has no full rollouts: give runs of stopping.rule=none"),
-        ((whole, "--head"), f"--head: {whole} recorded no V of one"),
+        ((told, whole, "--head"), f"--head: {whole} recorded no V of one"),
+        ((told, "--head", "--rule", "surprise"), "--head: --rule surprise reads no V"),
         ((whole, short), "give runs of one recipe, with all steps' rollouts there"),
         ((damaged,), "holds no rollouts, or is damaged"),
     ):

@@ -90,6 +90,8 @@ def test_all_that_is_wrong_is_said_at_once(
         (3, None, "stopping.value_head: {head}: of 3 layers of width 128, and the model has 2"),
         (0, None, "stopping.value_head: {head}: no head of V"),
         (1, [0.0, 1.0], "stopping.value_head: {head} was fitted to rewards of 0 and 1"),
+        (2, [-1.0, 1.0], "stopping.value_head: {head} is a critic whose layers were trained too"),
+        (-1, None, "stopping.value_head: {head}: no head of V (SafetensorError"),
     ],
 )
 def test_a_head_is_of_the_model_and_in_the_runs_rewards(
@@ -105,9 +107,12 @@ def test_a_head_is_of_the_model_and_in_the_runs_rewards(
     config.write_text(config.read_text().replace('_layers": 2', f'_layers": {layers}'))
     if not layers:
         (head / "model.safetensors").unlink()
+    elif layers < 0:
+        (head / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     if worth is not None:
         settings = dict(zip(("wrong", "right"), worth, strict=True))
-        (head / "report.json").write_text(json.dumps({"settings": settings}))
+        report = {"settings": settings, "head_only": layers == 1}
+        (head / "report.json").write_text(json.dumps(report))
     recipe = recipe_with('stopping.sources=["critic"]', f"stopping.value_head={head}")
     errors = make_plan(recipe, LAPTOP).errors
     found = [said is not None and error.startswith(said.format(head=head)) for error in errors]

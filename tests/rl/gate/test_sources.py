@@ -185,14 +185,17 @@ def told_by_a_head(rollouts: list[Rollout]) -> list[Array]:
     ]
 
 
-def test_a_head_is_read_at_every_token_and_asked_of_nobody() -> None:
-    settings: dict[str, Any] = {"sources": ["critic"], "value_head": Path("h")}
+@pytest.mark.parametrize("every", [1, 8])
+def test_what_a_head_says_is_read_without_thrift(every: int) -> None:
+    """No estimate without it decides where it need not be asked, as asking costs nothing."""
+    asked: dict[str, Any] = {"value_every": every, "ask_growth": 0.0}
+    settings: dict[str, Any] = {"sources": ["critic"], "value_head": Path("h"), **asked}
     stopping = StopController(Stopping(**settings), 100, random.Random(0), worth=(-1.0, 1.0))
     assert stopping.needs_values
     shares = []
     for batch in range(10):
         gate = stopping.gate("w")
-        assert (gate.schedule.every, gate.schedule.growth, gate.schedule.below) == (1, 0.0, 1.0)
+        assert (gate.schedule.every, gate.schedule.below) == (every, 1.0)
         assert gate.free is None
         full = blind(300, batch, gate)
         told = told_by_a_head(full)

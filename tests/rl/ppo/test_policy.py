@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -137,7 +138,8 @@ def test_a_model_that_does_more_with_its_logits_is_asked_for_them(
 ) -> None:
     config, sliced = MODELS[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # A copy, as the type is noted in it.
+    model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()
     batch = batch_of(48, 3, 9, np.random.default_rng(0))
     logits = model(batch.tokens).logits[:, :-1][batch.response].float()
     policy = Policy(model, 0.7)

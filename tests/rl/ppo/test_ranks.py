@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from espo_gateway.supervisor import free_port
 from espo_rl.ppo.trainer import ModelName, PpoTrainer
 from tests.helpers import ranks_job
+from tests.helpers.models import headed, random_model
 from tests.helpers.trainer import Paths, assert_same_update, make_rollouts, trainer
 
 ROOT = Path(__file__).parents[3]
@@ -138,8 +140,17 @@ def test_nobody_waits_for_the_dead(
 
 
 @pytest.fixture(scope="module")
-def alone(paths: Paths) -> dict[str, Any]:
+def headed_paths(paths: Paths) -> Paths:
+    """With a head of V that is read off the actor, beside a critic that is trained."""
+    head = paths.actor.parent / "head"
+    headed(random_model(0)).save_pretrained(head)
+    return replace(paths, head=head)
+
+
+@pytest.fixture(scope="module")
+def alone(headed_paths: Paths) -> dict[str, Any]:
     """What one process sees of the same updates, without ZeRO and with other micro-batches."""
+    paths = headed_paths
     ours = trainer(paths, **{**ranks_job.SETTINGS, "micro_batch_tokens": 60})
     return ranks_job.two_updates(ours, paths.actor.parent / "alone")
 
@@ -158,7 +169,8 @@ def said_by(paths: Paths, weights: dict[str, torch.Tensor]) -> PpoTrainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_train_as_one(paths: Paths, alone: dict[str, Any], stage: int) -> None:
+def test_two_ranks_train_as_one(headed_paths: Paths, alone: dict[str, Any], stage: int) -> None:
+    paths = headed_paths
     folder = paths.actor.parent
     out = folder / f"zero-{stage}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -317,12 +317,18 @@ def test_a_head_is_written_as_a_critic(
     report = json.loads((out / "report.json").read_text())
     assert (report["head_only"], report["layers"], report["folds"]) == (True, 1, 5)
     assert report["rollouts"] == {"training": 120, "validation": 0, "held_out": 120}
-    there = [
+    rows = [
         row
         for file in (tmp_path / "values").iterdir()
-        for row in pq.read_table(file)["values"].to_pylist()
+        for row in pq.read_table(file, columns=["prompt", "values"]).to_pylist()
     ]
-    assert sum(map(bool, there)) == 120  # every problem's were held out once
+    assert sum(bool(row["values"]) for row in rows) == 120  # every problem's were held out once
+    # Of the state that a token is sampled in, as an engine tells it: first, that of the prompt.
+    first: dict[str, list[float]] = {}
+    for row in rows:
+        first.setdefault(row["prompt"], []).extend(row["values"][:1])
+    assert len(first) == 60
+    assert all(ones == pytest.approx([ones[0]] * len(ones), abs=1e-5) for ones in first.values())
     assert {path.name for path in tmp_path.iterdir()} == {"run", "critic", "values"}
     # Another critic's values take the place of these.
     again = ["--head-only", "--values", tmp_path / "again", "--output", tmp_path / "other"]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
 from espo_gateway.stop.regret import RegretStatistics
 from espo_gateway.stop.rules import Gate
+from espo_gateway.traces.judge import survey
 from espo_gateway.traces.reader import read_traces
 from espo_rl.config import Recipe, load_recipe
 from espo_rl.record.log_errors import LogError
@@ -125,13 +126,19 @@ def a_rollout(tokens: int = 3, words: str = "") -> Rollout:
 def test_a_replay_reads_the_values_of_those_that_have_any(tmp_path: Path) -> None:
     told, untold = a_rollout(3), a_rollout(2)
     told.values = np.array([0.5, 0.25, 0.125])
+    cut = dataclasses.replace(untold, end=EndReason.EARLY_STOP, correct=None)
     RolloutFiles(recipe_for(tmp_path)).write(1, [told, untold], Gate())
+    RolloutFiles(recipe_for(tmp_path / "stopped")).write(1, [told, cut], Gate())
     RolloutFiles(recipe_for(tmp_path)).write(2, [untold], Gate())
     one, other = sorted((tmp_path / "rollouts").iterdir())
     (traces,) = read_traces([one], outcome="correct", known=None)
     np.testing.assert_array_equal(traces.recorded.critic, [[0.5, 0.25, 0.125], [np.nan] * 3])
+    assert survey(traces).told["critic"] == 1
     (traces,) = read_traces([other], outcome="correct", known=None)
     assert traces.recorded.critic is None
+    # Of one that was stopped nobody can be told, and nothing is judged.
+    (traces,) = read_traces([*tmp_path.glob("stopped/*/*")], outcome="correct", known=None)
+    assert survey(traces).told["critic"] == 2
 
 
 def test_no_field_is_left_out() -> None:

@@ -231,6 +231,21 @@ def test_a_trace_of_what_was_asked() -> None:
     assert trace(rollout, ASKING, None, Pieces(), 30)["probes"] == [[80, 0, 0, 0]]
 
 
+def test_v_is_shown_as_it_was_told() -> None:
+    """Of a head or a critic server: by itself where it gates, else by the estimate that reads it."""
+    told = np.linspace(1.0, -1.0, 16)
+    rollout = one(tokens=16, values=told)
+    worth = {"critic_wrong": -1.0, "critic_right": 1.0}
+    gate = dataclasses.replace(RUN_GATE, rule="value-gated", value="critic", **worth)
+    shown = trace(rollout, gate, None, Pieces(), 1000)
+    assert shown["value"] == pytest.approx((told + 1.0) / 2.0, abs=1e-3)
+    reads = SuccessEstimator((0.0,) * len(FEATURES) + (3.0,), 0.5, ("critic",))
+    gate = dataclasses.replace(ASKING, estimator=reads, free=None)
+    shown = trace(rollout, gate, None, Pieces(), 1000)
+    assert shown["value"] == pytest.approx(1.0 / (1.0 + np.exp(-0.5 - 3.0 * told)), abs=1e-3)
+    assert set(trace(one(tokens=16), gate, None, Pieces(), 1000)["value"] or [None]) == {None}
+
+
 def test_a_trace_of_a_prompt_with_a_history() -> None:
     weights = (0.0,) * len(FEATURES) + (1.0,)
     gate = dataclasses.replace(ASKING, estimator=SuccessEstimator(weights, 0.0, ("history",)))

@@ -283,6 +283,7 @@ def test_servers_tell_v_by_a_head_and_no_critic_is_started(tmp_path: Path) -> No
         for server, flag, values in (
             (made.policies[0], "--value-head", ["some/head"] if overrides else []),
             (made.gateway, "--critic", asked),
+            (made.gateway, "--decide", asked),
         ):
             command = server.command
             assert [command[i + 1] for i, one in enumerate(command) if one == flag] == values
