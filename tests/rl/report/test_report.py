@@ -232,7 +232,7 @@ def test_a_trace_of_what_was_asked() -> None:
 
 
 def test_v_is_shown_as_it_was_told() -> None:
-    """Of a head or a critic server: by itself where it gates, else by the estimate that reads it."""
+    """Of a head or a critic server: by itself where it gates, or by the estimate that reads it."""
     told = np.linspace(1.0, -1.0, 16)
     rollout = one(tokens=16, values=told)
     worth = {"critic_wrong": -1.0, "critic_right": 1.0}
