@@ -235,7 +235,7 @@ def test_v_is_shown_as_it_was_told() -> None:
     """Of a head or a critic server: by itself where it gates, or by the estimate that reads it."""
     told = np.linspace(1.0, -1.0, 16)
     rollout = one(tokens=16, values=told)
-    worth = {"critic_wrong": -1.0, "critic_right": 1.0}
+    worth: dict[str, Any] = {"critic_wrong": -1.0, "critic_right": 1.0}
     gate = dataclasses.replace(RUN_GATE, rule="value-gated", value="critic", **worth)
     shown = trace(rollout, gate, None, Pieces(), 1000)
     assert shown["value"] == pytest.approx((told + 1.0) / 2.0, abs=1e-3)
