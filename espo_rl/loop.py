@@ -322,7 +322,6 @@ class Loop:
             rollouts = batch.informative() or rollouts
         async with self.trainer_free, self.fleet.asleep():
             with self.summary.timed("update"), self.log.phase("update"):
-                values = None
                 if self.stopping.needs_values:  # as they were said, so before the update
                     known = with_outcome(batch.usable)
                     values = await self.in_thread(self.trainer.critic_values, known)
@@ -337,7 +336,6 @@ class Loop:
             batch.usable,
             update.get("critic_loss"),
             update.get("critic_explained_variance"),
-            values,
             gated=batch.gate.rule != "none",
         )
         return update, len(rollouts)

@@ -19,14 +19,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from espo_gateway.stop.regret import Array
 from espo_gateway.stop.replay import first_stops
 from espo_rl.config import Stopping
 from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
-from espo_rl.gate.outcomes import recorded_of, with_outcome
+from espo_rl.gate.outcomes import recorded_of
 from espo_rl.record.progress import progress_bar
 from espo_rl.record.rollout_files import read_rollouts
 from espo_rl.record.run_folder import RunFolderError, read_run
@@ -95,12 +92,8 @@ def cut(rollout: Rollout, kept: int, *, audited: bool) -> Rollout:
         token_ids=rollout.token_ids[:kept],
         logprobs=rollout.logprobs[:kept],
         max_logprobs=rollout.max_logprobs[:kept],
+        values=None,
     )
-
-
-def said_of(rollout: Rollout) -> Array:
-    """V of each token, NaN where nobody told it, [tokens]."""
-    return np.full(len(rollout.token_ids), np.nan) if rollout.values is None else rollout.values
 
 
 def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, float, float]:
@@ -111,8 +104,7 @@ def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, floa
     tokens = saved = right = lost = stopped = count = 0
     for step in steps:
         audited = controller.draw_audits(len(step))
-        told = [said_of(rollout) for rollout in step] if controller.needs_values else None
-        cuts = first_stops(controller.gate(""), recorded_of(step, told)).tolist()
+        cuts = first_stops(controller.gate(""), recorded_of(step)).tolist()
         seen = []
         for rollout, kept, spared in zip(step, cuts, audited, strict=True):
             if rollout.end is EndReason.ERROR:
@@ -127,8 +119,7 @@ def play(steps: Steps, config: Stopping, n: int, seed: int) -> tuple[float, floa
                 saved += length - kept
                 lost += bool(rollout.correct)
             seen.append(cut(rollout, kept, audited=spared))
-        known = [said_of(rollout) for rollout in with_outcome(seen)] if told else None
-        controller.observe(seen, None, values=known)
+        controller.observe(seen, None)
     return saved / tokens, lost / max(1, right), stopped / count
 
 

@@ -202,8 +202,8 @@ class StopController:
             critic_loss, critic_explained_variance: of the critic on it; None without a critic. A
                 head is judged by `values` in its place.
             values: what the critic said of each token of the rollouts `with_outcome`, [tokens]
-                each; without them nothing is learnt of a critic's threshold. They stand for the
-                next gate's, too, whose critic is an update further.
+                each; None: what they carry themselves. Without any nothing is learnt of a critic's
+                threshold. They stand for the next gate's, too, whose critic is an update further.
             gated: whether the batch's gate had a rule; None: as the present one has.
         """
         usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]

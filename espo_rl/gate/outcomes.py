@@ -33,11 +33,17 @@ def weights(rollouts: Sequence[Rollout], audit_share: float) -> Array:
 def recorded_of(
     rollouts: Sequence[Rollout], critic: Sequence[Sequence[float] | Array] | None = None
 ) -> Recorded:
-    """Rollouts as arrays. critic: what a critic said of each token, [tokens] each.
+    """Rollouts as arrays. critic: what a critic said of each token, [tokens] each; None: as the
+    rollouts carry it.
 
     How an audited one ended is not recorded; it is taken to have completed, which matters only for
     a decision at its last token.
     """
+    if critic is None and any(rollout.values is not None for rollout in rollouts):
+        critic = [
+            np.full(len(one.token_ids), np.nan) if one.values is None else one.values
+            for one in rollouts
+        ]
     return Recorded(
         pad([rollout.logprobs for rollout in rollouts]),
         pad([rollout.max_logprobs for rollout in rollouts]),

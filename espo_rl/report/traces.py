@@ -60,11 +60,9 @@ def trace(rollout: Rollout, gate: Gate, tokenizer: Any | None, pieces: Pieces, l
         if place >= start:
             looks.append(watch.look())
     regrets, zs, thresholds, values = zip(*looks, strict=True) if looks else ((), (), (), ())
-    told = None if rollout.values is None else [rollout.values]
     if gate.asks_estimate:
         # Of what was asked, as it was answered; unknown where nobody did.
-        said = probabilities(gate_logits(gate, recorded_of([rollout], told)))[0, start:end]
-        values = said.tolist()
+        values = probabilities(gate_logits(gate, recorded_of([rollout])))[0, start:end].tolist()
     elif gate.source == "critic" and rollout.values is not None:
         values = gate.success(rollout.values)[start:end].tolist()
     shown: Row = {
