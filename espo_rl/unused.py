@@ -156,7 +156,7 @@ IDLE = (
         "policy servers of the run's own, so no servers.policy_urls",
     ),
     Idle(
-        "rollout.max_staleness",
+        "rollout.max_staleness rollout.keep_kv",
         "rollout.schedule",
         lambda recipe: recipe.rollout.schedule == "batch",
         'rollout.schedule = "refill"',

@@ -39,12 +39,22 @@ class WeightClient:
         url: of the server, without `/v1`.
         model: served name; asked of the server when not given.
         timeout: seconds for one call; loading a large model is one call.
+        keep_kv: requests in flight keep the keys and values of the old weights, where the server's
+            scheduler is ESPO's; elsewhere, and else, they are computed anew.
     """
 
-    def __init__(self, url: str, *, model: str | None = None, timeout: float = 120.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        timeout: float = 120.0,
+        keep_kv: bool = False,
+    ) -> None:
         self.url = url.rstrip("/")
         self._model = model
         self._timeout = timeout
+        self._keep_kv = keep_kv
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -88,9 +98,9 @@ class WeightClient:
     async def paused(self) -> AsyncIterator[None]:
         """Requests wait while the weights change; they keep their tokens and go on.
 
-        What was computed with the old weights goes too: the prefix cache is dropped, and requests
-        in flight compute their prompt and tokens again under the new ones. The server is resumed
-        whatever happens.
+        The prefix cache, which is of the old weights, is dropped, and requests in flight compute
+        their prompt and tokens again under the new ones, unless they keep theirs (`keep_kv`). The
+        server is resumed whatever happens.
 
         Raises:
             WeightRouteError: a route fails.
@@ -133,15 +143,18 @@ class WeightClient:
             await self.post("/start_weight_update")
 
     async def _drop_cache(self) -> None:
-        """Requests in flight hold blocks of the cache, so they must let go of them too.
+        """Requests in flight hold blocks of the cache: vLLM drops none while they do.
 
         `/pause` has a flag to do this, but it is deprecated and said to be ignored with mode=keep.
         """
         route = "/reset_prefix_cache"
-        params = {"reset_running_requests": "true", "reset_external": "true"}
-        answer = await self.post(route, params=params)
-        if not answer.get("success"):
-            raise WeightRouteError(self.url, route, 200, f"the cache was not dropped: {answer}")
+        answer: dict[str, Any] = {}
+        for anew in ("false", "true") if self._keep_kv else ("true",):
+            params = {"reset_running_requests": anew, "reset_external": "true"}
+            answer = await self.post(route, params=params)
+            if answer.get("success"):
+                return
+        raise WeightRouteError(self.url, route, 200, f"the cache was not dropped: {answer}")
 
     async def weight_version(self) -> str:
         """The version of the last finished update ("default" before the first)."""

@@ -137,6 +137,22 @@ class Monitored(Scheduler):
         counts = [*map(len, output.sampled_token_ids)]
         return self._alone.union(self._batch.push(output.req_ids, counts, output.logprobs.logprobs))
 
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """vLLM's, except where requests run and are not to be reset, which vLLM refuses: they keep
+        what has been computed of them, and no other request ever gets it."""
+        if reset_running_requests or not self.running:
+            return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
+        cache = self.kv_cache_manager
+        cache.evict_blocks({*range(cache.block_pool.num_gpu_blocks)})
+        for request in self.running:
+            # Its later blocks build on those before the reset: they are cached under its own name.
+            request.cache_salt = f"before a reset: {request.request_id}"
+            request.block_hashes.clear()
+            request.update_block_hashes()
+        return not reset_connector or bool(self.reset_connector_cache())
+
     def _preempt_request(self, *arguments: Any, **named: Any) -> Any:
         self._stale = True
         return super()._preempt_request(*arguments, **named)

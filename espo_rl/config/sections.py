@@ -186,6 +186,9 @@ class RolloutSection(Section):
     # refill: of how many updates before a step its tokens may be, and so how many steps are sampled
     # ahead: 1, unless more is said. Above 0 it means refill
     max_staleness: Annotated[int, Field(ge=0, le=16)] = 0
+    # refill: what is under way when the weights change keeps the keys and values of its tokens so
+    # far, which are of older weights; false: they are computed anew, a prefill of all that runs
+    keep_kv: bool = True
     # DAPO: drop prompts whose rollouts all got the same reward, and sample others in their stead
     dynamic_sampling: bool = False
 

@@ -67,7 +67,11 @@ class ServedModels:
         self._announce = announce
         self._behind = True  # a server has started since the weights were sent
         policies, critics = fleet.policy_urls, [fleet.critic.url] if fleet.critic else []
-        self._actor = WeightPublisher(policies, transfer=transfer_of(recipe.servers, policies))
+        self._actor = WeightPublisher(
+            policies,
+            transfer=transfer_of(recipe.servers, policies),
+            keep_kv=recipe.rollout.keep_kv,
+        )
         self._critic = WeightPublisher(
             critics, transfer=transfer_of(recipe.servers, critics, suffix=CRITIC_SUFFIX)
         )

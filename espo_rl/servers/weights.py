@@ -46,6 +46,7 @@ class WeightPublisher:
         urls: of the servers, without `/v1`.
         transfer: how; through shared memory when not given.
         timeout: seconds for one call to a server.
+        keep_kv: see `WeightClient`.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class WeightPublisher:
         *,
         transfer: WeightTransfer | None = None,
         timeout: float = 120.0,
+        keep_kv: bool = False,
     ) -> None:
-        self._clients = [WeightClient(url, timeout=timeout) for url in urls]
+        self._clients = [WeightClient(url, timeout=timeout, keep_kv=keep_kv) for url in urls]
         self._transfer = transfer or FileTransfer()
         #: fingerprints of what was sent last, by name
         self._sent: dict[str, int] = {}

@@ -61,9 +61,11 @@ async def launch(path: Path, *flags: str, name: str = "policy") -> VllmServer:
     return VllmServer(url, name, path, process)
 
 
-async def publish(server: VllmServer, model: PreTrainedModel, version: str) -> None:
+async def publish(
+    server: VllmServer, model: PreTrainedModel, version: str, *, keep_kv: bool = False
+) -> None:
     """Send a policy's or a critic's weights to its server."""
-    async with WeightPublisher([server.url]) as publisher:
+    async with WeightPublisher([server.url], keep_kv=keep_kv) as publisher:
         await publisher.publish(tensor_specs(model), gathered(model), version=version)
 
 

@@ -432,6 +432,7 @@ def test_what_a_schedule_implies(
     [
         (["rollout.schedule=refill", "rollout.max_staleness=0"], "set max_staleness to 1 or more"),
         (["rollout.schedule=batch", "rollout.max_staleness=1"], "rollout.max_staleness = 1 has no"),
+        (["rollout.keep_kv=false"], "rollout.keep_kv = False has no"),
         (["rollout.schedule=refil"], "'batch' or 'refill'"),
         (["rollout.max_staleness=-1"], "rollout.max_staleness"),
         (["rollout.max_staleness=many"], "rollout.max_staleness"),

@@ -120,9 +120,21 @@ async def test_verify_refuses_other_weights_and_versions(vllm_server: VllmServer
         await verify(vllm_server, model, version="14")
 
 
-async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(vllm_server: VllmServer) -> None:
-    """Tokens before the update are the old policy's, all after it the new one's: not even the
-    keys and values of the old tokens are left from the old policy."""
+@torch.no_grad()
+def went_on(old: PreTrainedModel, new: PreTrainedModel, ids: list[int], done: int) -> list[float]:
+    """Logprobs of the tokens after the first `done`, the last of which the new model is the first
+    to see: keys and values of those before it are the old one's. Shape [tokens - done]."""
+    kept = old(torch.tensor([ids[: done - 1]]), use_cache=True).past_key_values
+    rows = new(torch.tensor([ids[done - 1 : -1]]), past_key_values=kept).logits[0].log_softmax(-1)
+    return rows.gather(1, torch.tensor(ids[done:])[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("keep_kv", [False, True])
+async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(
+    vllm_server: VllmServer, keep_kv: bool
+) -> None:
+    """Tokens before the update are the old policy's, all after it the new one's: by the keys and
+    values that the old one has computed if they are kept, else by none of them."""
     old, new = random_model(15), random_model(16)
     await publish(vllm_server, old, version="old")
     wanted = 430
@@ -162,7 +174,7 @@ async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(vllm_server: Vll
             tokens += choice["token_ids"]
             found += choice["logprobs"]["token_logprobs"]
             if not updated and len(tokens) >= 20:
-                await publish(vllm_server, new, version="new")
+                await publish(vllm_server, new, version="new", keep_kv=keep_kv)
                 updated = True
     assert len(tokens) == len(found) == wanted
     assert choice["finish_reason"] == "length"
@@ -171,11 +183,12 @@ async def test_a_request_in_flight_keeps_its_tokens_and_goes_on(vllm_server: Vll
     by_old, by_new = (torch.tensor(logprobs(model, ids)[len(PROBE) - 1 :]) for model in (old, new))
     served = torch.tensor(found)
     is_old = (served - by_old).abs() < TOLERANCE
-    is_new = (served - by_new).abs() < TOLERANCE
-    # A token that both policies give the same probability counts for both.
     split = int(is_old.long().cumprod(0).sum())
     assert 20 <= split < wanted
-    assert is_new[split:].all()
+    expected = by_new[split:]
+    if keep_kv:
+        expected = torch.tensor(went_on(old, new, ids, len(PROBE) + split))
+    assert served[split:] == pytest.approx(expected, abs=TOLERANCE)
     await verify(vllm_server, new, version="new")
 
 

@@ -117,6 +117,39 @@ def test_all_running_are_preempted_at_once(asynchronous: bool) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
+def test_running_requests_keep_what_a_reset_of_the_cache_takes_from_all_others(
+    asynchronous: bool,
+) -> None:
+    prompt = tuple(range(4, 52))  # three blocks
+    engine = Engine(asynchronous=asynchronous)
+    table = {"before": rollout(7, 60), "after": rollout(8, 60), "further": rollout(9, 60)}
+
+    def cached(name: str, prompt: tuple[int, ...]) -> int:
+        """Tokens of a new request's prompt that it need not compute."""
+        engine.add(name, table[name], fields(LOOSE), prompt=prompt)
+        request = engine.scheduler.requests[name]
+        return int(engine.scheduler.kv_cache_manager.get_computed_blocks(request)[1])
+
+    cached("before", prompt)
+    for _ in range(7):
+        engine.step()
+    before = engine.scheduler.requests["before"]
+    computed = before.num_computed_tokens
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert before.num_computed_tokens == computed > len(prompt)
+    assert cached("after", prompt) == 0
+    while before.num_output_tokens < 50:
+        engine.step()
+    # The prompt is there of "after"; what "before" went on with would be two blocks more.
+    assert cached("further", (*prompt, *before.output_token_ids)) == len(prompt)
+    engine.run()
+    assert engine.preempted == 0
+    assert {name: answer.tokens for name, answer in engine.answers.items()} == {
+        name: told.tokens for name, told in table.items()
+    }
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_prompt_taken_in_pieces_and_one_from_the_cache(asynchronous: bool) -> None:
     engine = Engine(asynchronous=asynchronous, max_num_batched_tokens=64, max_num_seqs=8)
     prompt = [4 + n % 50 for n in range(200)]

@@ -136,6 +136,23 @@ async def test_a_cache_that_was_not_dropped_is_a_failure(recorder: Recorder) -> 
     assert recorder.routes[-1] == "/resume"
 
 
+async def test_requests_in_flight_keep_their_cache_where_the_scheduler_lets_them(
+    recorder: Recorder,
+) -> None:
+    asked: list[str] = []
+    refused = ""
+
+    def drop(request: web.Request) -> web.Response:
+        asked.append(request.query["reset_running_requests"])
+        return web.json_response({"success": asked[-1] != refused})
+
+    recorder.behaviour["/reset_prefix_cache"] = drop
+    for keep_kv, refused in ((True, ""), (True, "false"), (False, "false")):
+        async with WeightClient(recorder.url, keep_kv=keep_kv) as client:
+            await client.update(["/a"], version="7")
+    assert asked == ["false", *("false", "true"), "true"]
+
+
 async def test_another_weight_transfer_is_refused_before_anything_pauses(
     recorder: Recorder,
 ) -> None:
