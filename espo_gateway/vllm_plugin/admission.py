@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Awaitable, Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from espo_gateway.errors import InvalidRequest
@@ -144,8 +145,19 @@ def _told(arguments: Any) -> dict[str, Any]:
         return {"decides": False, "reason": f"--scheduler-cls is {scheduler}, not {SCHEDULER}"}
     if not is_tested(version):
         return {"decides": False, "reason": not_tested(version)}
-    options = getattr(arguments, "additional_config", None)
-    return {"decides": True, "values": head_folder(options) is not None, "vllm": version}
+    folder = head_folder(getattr(arguments, "additional_config", None))
+    told = {"decides": True, "values": folder is not None, "vllm": version}
+    return told if folder is None else told | {"head": _head(folder)}
+
+
+@functools.cache  # as it was when first asked for, which a gateway does at its start
+def _head(folder: Path) -> str | None:
+    from espo_gateway.vllm_plugin.head_file import fingerprint
+
+    try:
+        return fingerprint(folder)
+    except ValueError:
+        return None
 
 
 def _version(distribution: str) -> str | None:

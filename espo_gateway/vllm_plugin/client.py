@@ -39,8 +39,8 @@ class WeightClient:
         url: of the server, without `/v1`.
         model: served name; asked of the server when not given.
         timeout: seconds for one call; loading a large model is one call.
-        keep_kv: requests in flight keep the keys and values of the old weights, where the server's
-            scheduler is ESPO's; elsewhere, and else, they are computed anew.
+        keep_kv: requests in flight keep the keys and values of the old weights. Without it, or
+            under another scheduler than ESPO's, they are computed anew.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ policy's. Knows torch and nothing of vLLM, as who trains the policy reads it as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -31,15 +32,21 @@ def read_head(folder: Path, *, layers: int, hidden_size: int) -> tuple[int, torc
     return found, weights
 
 
+def fingerprint(folder: Path) -> str:
+    """By which two heads are told apart; raises ValueError as `read_head` does."""
+    layers, weights = _read(folder)
+    return hashlib.sha256(b"%d " % layers + weights.numpy().tobytes()).hexdigest()[:16]
+
+
 def _read(folder: Path) -> tuple[int, torch.Tensor]:
     try:
-        layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+        layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 if "score.weight" in tensors.keys():  # noqa: SIM118 (no mapping)
                     return layers, tensors.get_tensor("score.weight").float().flatten()
         problem = "no file of it holds score.weight"
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise ValueError(
         f"{folder}: no head of V ({problem}); make one with "

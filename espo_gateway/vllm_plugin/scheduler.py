@@ -142,16 +142,18 @@ class Monitored(Scheduler):
     ) -> bool:
         """vLLM's, except where requests run and are not to be reset, which vLLM refuses: they keep
         what has been computed of them, and no other request ever gets it."""
-        if reset_running_requests or not self.running:
+        # Connectors have names of blocks of their own.
+        connected = self.connector is not None or self.aux_output_connector is not None
+        if reset_running_requests or not self.running or connected:
             return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
-        cache = self.kv_cache_manager
-        cache.evict_blocks({*range(cache.block_pool.num_gpu_blocks)})
-        for request in self.running:
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            manager.block_pool.evict_blocks({*range(len(manager.block_pool.blocks))})
+        for request in filter(self._holds_kv_blocks, self.requests.values()):
             # Its later blocks build on those before the reset: they are cached under its own name.
             request.cache_salt = f"before a reset: {request.request_id}"
             request.block_hashes.clear()
             request.update_block_hashes()
-        return not reset_connector or bool(self.reset_connector_cache())
+        return True
 
     def _preempt_request(self, *arguments: Any, **named: Any) -> Any:
         self._stale = True

@@ -182,7 +182,7 @@ class StopController:
 
     @property
     def needs_values(self) -> bool:
-        """Whether `observe` has a use for values."""
+        """Whether `observe` has a use for V."""
         learns = self._threshold is not None and self._threshold.learns
         gates = self._source == "critic" and (learns or self.config.head is not None)
         return gates or "critic" in self._sources
@@ -192,25 +192,24 @@ class StopController:
         rollouts: Sequence[Rollout],
         critic_loss: float | None,
         critic_explained_variance: float | None = None,
-        values: Sequence[Array] | None = None,
         *,
         gated: bool | None = None,
     ) -> None:
         """Learn from a finished batch: statistics, threshold, estimator, warm-up.
 
         Args:
-            critic_loss, critic_explained_variance: of the critic on it; None without a critic. A
-                head is judged by `values` in its place.
-            values: what the critic said of each token of the rollouts `with_outcome`, [tokens]
-                each; None: what they carry themselves. Without any nothing is learnt of a critic's
-                threshold. They stand for the next gate's, too, whose critic is an update further.
+            rollouts: those `with_outcome` carry V of each token where a critic's is read; without
+                any nothing is learnt of a critic's threshold. That V stands for the next gate's,
+                too, whose critic is an update further.
+            critic_loss, critic_explained_variance: of the critic on the batch; None without one. A
+                head is judged by the rollouts' own V instead.
             gated: whether the batch's gate had a rule; None: as the present one has.
         """
         usable = [rollout for rollout in rollouts if rollout.end is not EndReason.ERROR]
         if not usable:
             return
         was_on = self.on if gated is None else gated
-        known = KnownRollouts.of(usable, self.audits.share, values, gated=was_on)
+        known = KnownRollouts.of(usable, self.audits.share, gated=was_on)
         recorded = recorded_of(usable)
         updated = self.statistics.updated(recorded.regrets)
         # The first batch had no statistics in force: its own stand in.

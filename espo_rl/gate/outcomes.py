@@ -30,16 +30,14 @@ def weights(rollouts: Sequence[Rollout], audit_share: float) -> Array:
     return np.array([1.0 / audit_share if rollout.stopped else 1.0 for rollout in rollouts])
 
 
-def recorded_of(
-    rollouts: Sequence[Rollout], critic: Sequence[Sequence[float] | Array] | None = None
-) -> Recorded:
-    """Rollouts as arrays. critic: what a critic said of each token, [tokens] each; None: as the
-    rollouts carry it.
+def recorded_of(rollouts: Sequence[Rollout]) -> Recorded:
+    """Rollouts as arrays.
 
     How an audited one ended is not recorded; it is taken to have completed, which matters only for
     a decision at its last token.
     """
-    if critic is None and any(rollout.values is not None for rollout in rollouts):
+    critic = None
+    if any(rollout.values is not None for rollout in rollouts):
         critic = [
             np.full(len(one.token_ids), np.nan) if one.values is None else one.values
             for one in rollouts
@@ -76,17 +74,12 @@ class KnownRollouts:
 
     @classmethod
     def of(
-        cls,
-        rollouts: Sequence[Rollout],
-        audit_share: float,
-        critic: Sequence[Sequence[float] | Array] | None = None,
-        *,
-        gated: bool = True,
+        cls, rollouts: Sequence[Rollout], audit_share: float, *, gated: bool = True
     ) -> KnownRollouts:
-        """critic: as `recorded_of` takes it, of those `with_outcome`. gated: under a rule."""
+        """gated: under a rule."""
         known = with_outcome(rollouts)
         return cls(
-            recorded_of(known, critic),
+            recorded_of(known),
             np.array([bool(rollout.correct) for rollout in known], dtype=np.bool_),
             weights(known, audit_share),
             np.unique([rollout.group for rollout in known], return_inverse=True)[1],

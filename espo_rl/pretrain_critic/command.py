@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -36,7 +36,7 @@ from espo_rl.pretrain_critic.quality import Quality, qualities
 from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.record.output import check_empty
 from espo_rl.record.progress import progress_bar
-from espo_rl.record.rollout_files import read_rollouts, with_column
+from espo_rl.record.rollout_files import read_rollouts, with_column, with_notes, worth_note
 from espo_rl.record.run_folder import rollout_files
 from espo_rl.types import Rollout
 
@@ -161,7 +161,8 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
         held_out = {one.problem.prompt for one in parts.held_out}
         first = 0 if options.head_only else 1
         told = (states[first : len(states) - 1 + first] for states in values)
-        _write_values(options.values, recorded, held_out, told)
+        note = worth_note(settings.wrong, settings.right)
+        _write_values(options.values, recorded, held_out, told, note)
     title = f"V on {len(parts.held_out)} rollouts of problems that it was not fitted on"
     console.print(_table(title, found))
     console.print(f"critic: {output}, {how}")
@@ -190,8 +191,10 @@ def _write_values(
     recorded: dict[Path, list[Rollout]],
     held_out: set[str],
     known: Iterator[Array],
+    note: Mapping[str, str],
 ) -> None:
-    """The held-out rows of each file with a column `values`: V of each token, [tokens].
+    """The held-out rows of each file with a column `values`: V of each token, [tokens]. note: for
+    the file's metadata.
 
     known: of the usable ones, in the order of the files, what a gate knows when it decides at each
     token. A critic server has read it; an engine with a head tells V of the state it is sampled in.
@@ -214,7 +217,7 @@ def _write_values(
         )
         final = folder / name
         with written_whole(final) as scratch:
-            pq.write_table(table, scratch, compression="zstd")
+            pq.write_table(with_notes(table, note), scratch, compression="zstd")
 
 
 def _table(title: str, found: dict[str, Quality]) -> Table:

@@ -9,6 +9,7 @@ decides as it did live.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ _LATER = {
     *("audited_right", "weights_changes", "history", "probes", "opened", "grader_timed_out"),
     "values",
 }
+#: a file's note on the rewards, of a wrong and a right answer, that the V in it are of
+WORTH = "espo.worth"
 _OF_PROBLEM = {"problem_id": "id", "prompt": "prompt", "answer": "answer"}
 
 
@@ -76,6 +79,7 @@ class RolloutFiles:
         self._about = {
             "espo.recipe": recipe_hash(recipe),
             "espo.version": versions().get("espo", ""),
+            **worth_note(recipe.ppo.wrong_reward, recipe.ppo.right_reward),
         }
 
     def drop_after(self, step: int) -> None:
@@ -169,6 +173,17 @@ def rollouts_table(
         columns.append(pa.array(values, field.type))
     notes = {**about, "espo.gate": gate_to_json(gate).decode()}
     return pa.Table.from_arrays(columns, schema=schema.with_metadata(notes))
+
+
+def with_notes(table: pa.Table, notes: Mapping[str, str]) -> pa.Table:
+    """The table with these in its metadata, in the place of those of the same names."""
+    new = {name.encode(): text.encode() for name, text in notes.items()}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **new})
+
+
+def worth_note(wrong: float, right: float) -> dict[str, str]:
+    """The note that V in a file is of these rewards."""
+    return {WORTH: json.dumps([wrong, right])}
 
 
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:

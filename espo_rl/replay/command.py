@@ -57,7 +57,7 @@ from espo_gateway.traces.recommend import add_bound, bound_of, bounded_level, by
 from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, entries, json_with
 from espo_rl.replay.plot import draw
-from espo_rl.replay.source import Source
+from espo_rl.replay.source import Source, worth_of
 
 #: Right and wrong rollouts below which nothing is said of a token.
 _FEW = 10
@@ -344,6 +344,8 @@ def run(options: argparse.Namespace) -> None:
     if options.fit_on is not None:
         other, shared = apart_from(carried, options, known)
         warnings += shared
+    files = source.files if other is None else [*source.files, *other.files]
+    options.critic_worth = options.critic_worth or worth_of(files)
     learnt, told = learnt_from(options, source, other), []
     for sources in carried.combinations:
         try:
@@ -394,8 +396,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         type=float,
         nargs=2,
         metavar=("WRONG", "RIGHT"),
-        default=(-1.0, 1.0),
-        help="what recorded values of a critic mean (default: the trainer's rewards, -1 1)",
+        help="rewards that recorded values of a critic are of (default: the files', or -1 1)",
     )
     add(
         "--ask-every",
@@ -416,7 +417,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--folds", type=int, help="of the cross-fitting (default: 5)")
     add("--bootstrap", type=int, default=400, help="resamplings (default: %(default)s)")
     options = parser.parse_args(arguments)
-    wrong, right = options.critic_worth
+    wrong, right = options.critic_worth or (-1.0, 1.0)
     if not (wrong < right and math.isfinite(right - wrong)):
         parser.error("--critic-worth must be two finite numbers, the lesser first")
     if options.fit_on is not None and options.folds is not None:

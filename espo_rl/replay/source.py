@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections import deque
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from espo_gateway.traces.judge import Survey, survey
 from espo_gateway.traces.reader import Known, TraceError, Traces, itself, read_traces
 from espo_rl.record.progress import progress_bar
+from espo_rl.record.rollout_files import WORTH
 from espo_rl.record.run_folder import rollout_files
 
 #: Bytes of files up to which one process is done before others have started.
@@ -78,7 +82,7 @@ class Source:
 
     def warnings(self) -> list[str]:
         """What makes the rollouts a mixture."""
-        recipes = {recipe_of(file) for file in self.files if file.suffix == ".parquet"}
+        recipes = {note(schema, "espo.recipe") for schema in schemas_of(self.files)}
         if len(recipes) > 1:
             return [f"the rollouts are of {len(recipes)} recipes, judged as if they were of one"]
         return []
@@ -128,14 +132,32 @@ def files_in(path: Path) -> list[Path]:
     )
 
 
-def recipe_of(file: Path) -> str | None:
-    """The hash of the recipe that a dump was made by."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def worth_of(files: Sequence[Path]) -> tuple[float, float]:
+    """The rewards, of a wrong and a right answer, that V in these files is of; -1 and 1 where they
+    do not say. Raises TraceError: it is of several."""
+    valued = (schema for schema in schemas_of(files) if "values" in schema.names)
+    said = {text for schema in valued if (text := note(schema, WORTH))}
+    if len(said) > 1:
+        raise TraceError(
+            f"V is of different rewards in these files ({' and '.join(sorted(said))}): replay them "
+            "apart, or say what all are of with --critic-worth"
+        )
+    wrong, right = json.loads(said.pop()) if said else (-1.0, 1.0)
+    return wrong, right
 
-    try:
-        about = pq.read_schema(file).metadata or {}
-    except (OSError, pa.ArrowException) as error:
-        raise TraceError(f"{file} is no Parquet file, or damaged: {error}") from error
-    recipe = about.get(b"espo.recipe")
-    return recipe.decode() if recipe else None
+
+def note(schema: pa.Schema, name: str) -> str | None:
+    """What a dump says of itself under this name."""
+    text = (schema.metadata or {}).get(name.encode())
+    return None if text is None else text.decode()
+
+
+def schemas_of(files: Iterable[Path]) -> Iterator[pa.Schema]:
+    """Columns and notes of those that are dumps. Raises TraceError: one is none."""
+    for file in files:
+        if file.suffix != ".parquet":
+            continue
+        try:
+            yield pq.read_schema(file)
+        except (OSError, pa.ArrowException) as error:
+            raise TraceError(f"{file} is no Parquet file, or damaged: {error}") from error

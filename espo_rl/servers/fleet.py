@@ -1,8 +1,8 @@
 """The servers of a run (policy, critic, gateway): started, watched, restarted, stopped with it.
 
 A server that the recipe names by URL is not the run's: it is waited for, never started or stopped.
-What a restarted server must be given again is not decided here: weights, in `served.py`; the gate,
-in the loop.
+What a restarted server must be given again is not decided here: weights, in `served_models.py`; the
+gate, in the loop.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from espo_gateway.stop.gate_json import gate_to_json
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerStartError, free_port
+from espo_gateway.vllm_plugin.head_file import fingerprint
+from espo_gateway.vllm_plugin.wire import ROUTE
 from espo_rl.config import Recipe
 from espo_rl.servers.server import Say, Server, ServerError, call
 
@@ -57,6 +59,7 @@ class Fleet:
         self.gateway = gateway
         self.model = ""
         self._config = recipe.servers
+        self._head = recipe.stopping.head
         self._counted: dict[str, int] = {}
 
     @property
@@ -77,12 +80,25 @@ class Fleet:
         try:
             async with asyncio.TaskGroup() as group:
                 for server in self.all[:-1]:
-                    group.create_task(server.start(say))
+                    group.create_task(self._start(server, say))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         await self.gateway.start(say)
         self.model = await served_model(self.gateway_url)
         await self.new_tokens()  # what a server by URL did before is not this run's
+
+    async def _start(self, server: Server, say: Say) -> None:
+        """Raises ServerError: one by URL has another head of V than the recipe."""
+        await server.start(say)
+        if self._head is None or server.command or server not in self.policies:
+            return
+        status, text = await call("GET", server.url + ROUTE)
+        told = json.loads(text) if status == 200 else {}
+        if told.get("head") != fingerprint(self._head):
+            raise ServerError(
+                f"{server.url} does not tell V by the head in {self._head}: start it with "
+                "--value-head and that folder, or change stopping.value_head"
+            )
 
     async def failure(self) -> str:
         """Wait until one of them has died or hangs; which, and what happened."""
@@ -122,7 +138,7 @@ class Fleet:
                 say(f"restarting the {server.name}")
             await server.stop()
             try:
-                await server.start(say)
+                await self._start(server, say)
                 return
             except ServerStartError as error:
                 why = str(error)

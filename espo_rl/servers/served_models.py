@@ -70,7 +70,7 @@ class ServedModels:
         self._actor = WeightPublisher(
             policies,
             transfer=transfer_of(recipe.servers, policies),
-            keep_kv=recipe.rollout.keep_kv,
+            keep_kv=recipe.rollout.keep_kv and bool(recipe.rollout.ahead),
         )
         self._critic = WeightPublisher(
             critics, transfer=transfer_of(recipe.servers, critics, suffix=CRITIC_SUFFIX)

@@ -47,7 +47,9 @@ def math_answer(completion: str, answer: str, tags: TaskSection = USUAL) -> str 
     if not given:
         return None
     try:
-        return str(_exact(_unnamed(_result(given[0]))))
+        value = _unnamed(_result(given[0]))
+        number = _without_percent(value)
+        return str(_exact(number)) + ("" if number is value else "%")
     except (ValueError, RecursionError, AttributeError):
         # Python writes no number of more than 4,300 digits; a chain in which two sides are one
         # number cannot be written anew.
@@ -178,6 +180,7 @@ def _tidy(text: str) -> str:
     text = re.sub(
         r"(?:[€£¥₹]|\bRs\.?)(?=\s*\d)|(?<=\d)\s*(?:dollars|euros|pounds|USD|EUR|GBP)\b", "", text
     )
+    text = _PERCENT.sub(r"\1 \\cdot 1\\%", text)
     text = plain_numbers(text)
     text = _SCIENTIFIC.sub(lambda number: f"{Decimal(number.group()):f}", text)
     text = _MIXED.sub(_mixed, re.sub(r"(?<!\\)\\ ", " ", text))
@@ -190,6 +193,9 @@ _SCIENTIFIC = re.compile(
     r"(?:(?:\d+|\d*\.\d+)e\d{1,3}|(?:1|\d*\.\d+)e[+-]\d{1,3}|\d+e[+-]\d{2,3})"
     r"(?![\w.^])"
 )
+# of a fraction or a root math-verify knows no percent
+_OF_TEX = r"(?:\s*(?:\{[^{}]*\}|\d))"
+_PERCENT = re.compile(rf"(\\[dtc]?frac{_OF_TEX}{_OF_TEX}|\\sqrt{_OF_TEX})(?:\s|\\[,;:! ])*\\?%")
 _MIXED = re.compile(r"(?<![\w.^/}])(\d{1,9})(?:\s|\\[,;:])+(\d{1,9})/(\d{1,9})(?![\w/^])")
 
 

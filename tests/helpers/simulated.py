@@ -59,9 +59,19 @@ def critic_says(rollouts: Sequence[Rollout]) -> list[Array]:
     return said
 
 
+def judged(rollouts: Sequence[Rollout], values: Sequence[Array] | None = None) -> list[Rollout]:
+    """The same, those whose outcome is known with V of each token, [tokens] each: `critic_says`, or
+    these values."""
+    said = critic_says(rollouts) if values is None else values
+    return [
+        one if one.correct is None else dataclasses.replace(one, values=some)
+        for one, some in zip(rollouts, said, strict=True)
+    ]
+
+
 def cuts(rollouts: Sequence[Rollout], gate: Gate) -> list[int]:
     """Where the gate stops each, 0 for nowhere."""
-    return first_stops(gate, recorded_of(rollouts, critic_says(rollouts))).tolist()
+    return first_stops(gate, recorded_of(judged(rollouts))).tolist()
 
 
 def censored(

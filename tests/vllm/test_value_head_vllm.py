@@ -69,7 +69,8 @@ def expected(critic: PreTrainedModel, choice: dict[str, Any]) -> list[float]:
 
 
 async def test_v_is_the_heads_on_the_policys_states(server: VllmServer) -> None:
-    assert json.loads(await get_text(server.url + ROUTE))["values"] is True
+    told = json.loads(await get_text(server.url + ROUTE))
+    assert (told["values"], len(told["head"])) == (True, 16)
     critic = headed(random_model(BASE_SEED))
     for choice in await answers(server, 32, espo_gate=gate(p_star=1e-9), espo_trace=1):
         trace = record(choice).trace

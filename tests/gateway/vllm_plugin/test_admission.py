@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,9 @@ from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import TOLD, Schedule, SourceName, in_order
 from espo_gateway.vllm_plugin import SCHEDULER, VALUE_HEAD, admission
 from espo_gateway.vllm_plugin.admission import EngineRoute, check_order, is_tested
+from espo_gateway.vllm_plugin.head_file import fingerprint
 from espo_gateway.vllm_plugin.wire import ROUTE, Order
+from tests.helpers.models import headed, random_model
 
 passed: list[str] = []
 
@@ -43,9 +46,8 @@ async def test_the_server_says_whether_it_decides(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(admission, "_version", lambda name: "0.32.1" if name == "vllm" else None)
     told = {"decides": True, "values": False, "vllm": "0.32.1"}
     assert await asked(ROUTE, scheduler_cls=SCHEDULER) == told
-    for options, values in (({}, False), ({VALUE_HEAD: "folder"}, True), (None, False)):
-        told = await asked(ROUTE, scheduler_cls=SCHEDULER, additional_config=options)
-        assert told["values"] is values
+    for options in ({}, None):
+        assert await asked(ROUTE, scheduler_cls=SCHEDULER, additional_config=options) == told
     for other in (None, "a.B"):
         told = await asked(ROUTE, scheduler_cls=other)
         assert told["decides"] is False
@@ -53,6 +55,23 @@ async def test_the_server_says_whether_it_decides(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(admission, "_version", lambda _: "0.33.0")
     told = await asked(ROUTE, scheduler_cls=SCHEDULER)
     assert (told["decides"], "0.33.0" in told["reason"]) == (False, True)
+
+
+async def test_the_server_says_by_which_head_it_tells_v(tmp_path: Path) -> None:
+    one, same, fewer, other = (tmp_path / name for name in "abcd")
+    for folder, layers in ((one, 2), (same, 2), (fewer, 1), (other, 2)):
+        critic = headed(random_model(0), layers)
+        critic.score.weight.data *= 2.0 if folder is other else 1.0
+        critic.save_pretrained(folder)
+    said: list[str | None] = []
+    for folder in (one, same, fewer, other, tmp_path / "none"):
+        options = {VALUE_HEAD: str(folder)}
+        told = await asked(ROUTE, scheduler_cls=SCHEDULER, additional_config=options)
+        assert told["values"] is True
+        said.append(told["head"])
+    assert said[0] == said[1] == fingerprint(one)
+    assert said[-1] is None
+    assert len({*said}) == 4
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/health", ROUTE + "/x"])

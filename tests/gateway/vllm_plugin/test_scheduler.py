@@ -140,7 +140,7 @@ def test_running_requests_keep_what_a_reset_of_the_cache_takes_from_all_others(
     assert cached("after", prompt) == 0
     while before.num_output_tokens < 50:
         engine.step()
-    # The prompt is there of "after"; what "before" went on with would be two blocks more.
+    # The prompt is there of "after"; what "before" went on with would be three blocks more.
     assert cached("further", (*prompt, *before.output_token_ids)) == len(prompt)
     engine.run()
     assert engine.preempted == 0

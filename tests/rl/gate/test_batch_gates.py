@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import pickle
 import random
 from collections.abc import Sequence
@@ -19,51 +18,17 @@ from espo_gateway.stop.estimate import SuccessEstimator
 from espo_gateway.stop.gate_json import gate_from_json, gate_to_json
 from espo_gateway.stop.regret import RegretStatistics, smoothed_regret
 from espo_gateway.stop.rules import Gate, RuleName, threshold_of
-from espo_gateway.stop.threshold_control import AuditThreshold, Outcomes
 from espo_rl.config import Stopping
 from espo_rl.gate.batch_gates import StopController
-from espo_rl.gate.outcomes import recorded_of, with_outcome
-from espo_rl.gate.warm_up import WarmUp
+from espo_rl.gate.outcomes import recorded_of
 from espo_rl.types import EndReason
-from tests.helpers.simulated import censored, critic_says, cuts, simulate
-
-AUDIT = 0.25
-
-
-def controller(**settings: Any) -> StopController:
-    return StopController(Stopping(**settings), 1000, random.Random(0))
+from tests.helpers.control import AUDIT, bound_of, controller, play
+from tests.helpers.simulated import censored, cuts, judged, simulate
 
 
 def limit_of(stopping: StopController) -> float:
     assert stopping.threshold is not None
     return stopping.threshold
-
-
-def bound_of(stopping: StopController) -> float:
-    assert stopping.bound_upper is not None
-    return stopping.bound_upper
-
-
-def play(
-    stopping: StopController,
-    batches: int,
-    *,
-    rollouts: int = 150,
-    seed: int = 0,
-    harmless: float = 0.0,
-    explained: float = 0.5,
-) -> tuple[list[Gate], list[float]]:
-    """Gate, sample, observe; returns the gates and the share each stopped."""
-    gates, shares = [], []
-    for batch in range(batches):
-        gate = stopping.gate(f"step-{batch}")
-        full = simulate(rollouts, 1000 * seed + batch, harmless=harmless)
-        seen = censored(full, gate, stopping.config.audit_share, batch)
-        values = critic_says(with_outcome(seen)) if stopping.needs_values else None
-        stopping.observe(seen, 0.4, explained, values)
-        gates.append(gate)
-        shares.append(sum(rollout.stopped for rollout in seen) / rollouts)
-    return gates, shares
 
 
 def test_auc_within_prompts_is_of_pairs_of_one_prompt() -> None:
@@ -119,8 +84,7 @@ def test_every_combination_makes_gates_that_hold(
         assert stopping.reason
         seen = censored(simulate(120, batch), gate, AUDIT, batch)
         before, was_on = stopping.threshold, stopping.on
-        values = critic_says(with_outcome(seen)) if stopping.needs_values else None
-        stopping.observe(seen, 0.4, 0.5, values)
+        stopping.observe(judged(seen) if stopping.needs_values else seen, 0.4, 0.5)
         stopping = pickle.loads(pickle.dumps(stopping))  # as a checkpoint does
         if not was_on or before is None or stopping.threshold is None:
             continue
@@ -186,192 +150,6 @@ def test_random_stops_follow_rollouts_that_become_shorter() -> None:
     assert np.mean(shares[15:]) == pytest.approx(0.3, abs=0.03)
 
 
-# -- the audit, from end to end --------------------------------------------------------------------
-
-
-def realised(stopping: StopController, batches: int, **settings: Any) -> tuple[float, float]:
-    """False positives among all stops, and the share stopped, in gated batches."""
-    false = stops = gated = 0
-    for batch in range(batches):
-        gate = stopping.gate("w")
-        full = simulate(200, 77_000 + batch, **settings)
-        found = [bool(r.correct) for r, cut in zip(full, cuts(full, gate), strict=True) if cut]
-        false, stops = false + sum(found), stops + len(found)
-        gated += stopping.on
-        stopping.observe(censored(full, gate, stopping.config.audit_share, batch), None)
-    return false / max(stops, 1), stops / (gated or 1) / 200
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
-def test_the_audit_stops_nearly_all_that_is_lost_and_hardly_more(rule: RuleName) -> None:
-    """70 % of these rollouts slip, visibly: half of them early enough to be worth a stop."""
-    stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1, false_positives=0.05)
-    false, stopped = realised(stopping, 30)
-    assert false < 0.05
-    assert stopped > 0.5
-    assert bound_of(stopping) <= 0.05
-    assert stopping.known_outcomes is not None
-    assert stopping.known_outcomes > 45
-    assert "false positives with 90% confidence" in stopping.reason
-
-
-@pytest.mark.slow
-def test_the_audit_ends_a_rule_that_cannot_tell() -> None:
-    """Half of what looks like a slip is none: no threshold is safe, and a fixed one is not."""
-    settings = {"rule": "regret-only", "beta": 0.4, "beta_min": 0.1, "audit_share": 0.1}
-    settings["false_positives"] = 0.05
-    careless, _ = realised(controller(threshold="fixed", **settings), 10, harmless=0.5)
-    assert careless > 0.15
-    stopping = controller(**settings)
-    gates, _ = play(stopping, 20, harmless=0.5)
-    assert [gate.rule for gate in gates].count("none") >= 15
-    if not stopping.on:
-        assert "no threshold keeps false positives under 5%" in stopping.reason
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["success-probability", "value-gated", "regret-only"])
-def test_the_audit_loses_few_of_the_right_ones(rule: RuleName) -> None:
-    """The default bound, with a tenth audited."""
-    stopping = controller(rule=rule, audit_share=0.1, beta_min=0.1)
-    lost = right = stops = 0
-    for batch in range(30):
-        gate = stopping.gate("w")
-        full = simulate(200, 88_000 + batch)
-        found = np.array(cuts(full, gate)) > 0
-        correct = np.array([bool(rollout.correct) for rollout in full])
-        lost, right, stops = (
-            lost + (found & correct).sum(),
-            right + correct.sum(),
-            stops + found.sum(),
-        )
-        stopping.observe(censored(full, gate, 0.1, batch), None)
-    assert lost < 0.05 * right
-    assert stops > 0.4 * 200 * 30 * 0.7  # 70 % slip
-    assert "right rollouts lost with 90% confidence" in stopping.reason
-
-
-def test_scores_are_made_before_the_estimator_has_seen_the_batch() -> None:
-    stopping = controller(warmup_batches=1)
-    stopping.observe(simulate(100, 0), None)
-    assert stopping.estimator is not None
-    assert stopping.known_outcomes == 0  # nothing could be said of the first batch
-    assert stopping.explained_variance is None
-    stopping.observe(simulate(100, 1), None)
-    assert stopping.known_outcomes > 0
-    assert stopping.explained_variance is not None
-
-
-def test_an_audited_rollout_is_evidence_for_all_that_were_stopped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    stopping = controller(rule="regret-only", audit_share=AUDIT, evidence=1, beta_min=0.01)
-    stopping.observe(simulate(200, 0), None)
-    gate = Gate(rule="regret-only", beta=0.3, statistics=stopping.statistics)
-    seen = censored(simulate(400, 1), gate, AUDIT, 1)
-    audited = sum(rollout.audited for rollout in seen)
-    others = sum(not rollout.stopped for rollout in seen)
-    assert audited > 50
-    told: list[Outcomes] = []
-    take = AuditThreshold.update
-
-    def listening(self: AuditThreshold, outcomes: Outcomes, *more: Any, **options: Any) -> None:
-        told.append(outcomes)
-        take(self, outcomes, *more, **options)
-
-    monkeypatch.setattr(AuditThreshold, "update", listening)
-    stopping.observe(seen, None)
-    evidence = told[-1]
-    assert evidence.weights.sum() == audited / AUDIT + others
-    assert evidence.weights[evidence.levels < threshold_of("regret-only").level(0.3)].tolist() == (
-        [1 / AUDIT] * audited
-    )
-
-
-def test_what_a_checkpoint_keeps_does_not_grow_with_the_run() -> None:
-    stopping = controller(evidence=3, window=2, warmup_batches=1)
-    sizes = []
-    for batch in range(8):
-        stopping.observe(simulate(100, batch), 0.1)
-        sizes.append(len(pickle.dumps(stopping)))
-    assert max(sizes[4:]) < 1.05 * sizes[3]
-
-
-# -- warm-up ---------------------------------------------------------------------------------------
-
-
-def test_stopping_is_off_during_the_warm_up_and_on_after_it() -> None:
-    stopping = controller(warmup_batches=2)
-    for batch in range(2):
-        assert stopping.gate("w").rule == "none"
-        assert stopping.reason.startswith(("warm-up", f"{batch} of 2"))
-        stopping.observe(simulate(200, batch), critic_loss=0.5)
-    gate = stopping.gate("w")
-    assert (gate.rule, gate.version, gate.weights_version) == ("success-probability", 2, "w")
-    assert gate.estimator is not None
-
-
-def test_without_a_warm_up_the_papers_beta_gates_the_first_batch() -> None:
-    stopping = controller(rule="regret-only", threshold="share", warmup="none", audit_share=0.0)
-    gate = stopping.gate("w")
-    assert (gate.rule, gate.beta) == ("regret-only", 7.0)
-    given = controller(rule="regret-only", threshold="share", warmup="none", beta=3.0)
-    assert given.gate("w").beta == 3.0
-
-
-def test_without_a_warm_up_an_estimator_rule_starts_with_its_estimator() -> None:
-    stopping = controller(threshold="fixed", p_star=0.1, warmup="none")
-    assert stopping.gate("w").rule == "none"
-    assert "no estimator yet" in stopping.reason
-    stopping.observe(simulate(100, 0), None)
-    gate = stopping.gate("w")
-    assert gate.rule == "success-probability"
-    assert gate.p_star == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(
-    ("losses", "reason"),
-    [
-        ((3.0, 2.0, 1.5, 1.45), "moved less"),
-        ((9.0, 0.4, 0.2, 0.45), "below 0.5 three times"),
-        ((9.0, 8.0, 7.0, 6.0), "forced on after 4 steps"),
-        ((None, None, None, None), "forced on after 4 steps"),
-        ((0.1, math.nan, 0.3, math.nan), "forced on after 4 steps"),
-    ],
-)
-def test_the_papers_warm_up_is_row_8(losses: Sequence[float | None], reason: str) -> None:
-    warmup = WarmUp(Stopping(warmup="critic-loss"), 40)
-    for loss in losses:
-        assert not warmup.done
-        assert warmup.reason.startswith("warm-up")
-        warmup.update(loss, 0.9)
-    assert warmup.done
-    assert reason in warmup.reason
-
-
-def test_a_warm_up_by_explained_variance_is_never_forced() -> None:
-    warmup = WarmUp(Stopping(warmup="explained-variance", warmup_explained=0.2), 10)
-    for explained in (None, 0.1, -3.0, 0.2, *[0.0] * 20):
-        warmup.update(0.01, explained)
-        assert not warmup.done
-        assert "never forced" in warmup.reason
-    warmup.update(0.01, 0.21)
-    assert warmup.done
-    assert warmup.reason == "explained variance 0.21, more than 0.2 wanted"
-
-
-@pytest.mark.parametrize(("value", "starts"), [("stream", False), ("critic", True)])
-def test_the_explained_variance_is_that_of_the_v_that_gates(value: str, starts: bool) -> None:
-    stopping = controller(
-        rule="value-gated", value=value, warmup="explained-variance", warmup_explained=0.8
-    )
-    stopping.observe(simulate(100, 0), None, critic_explained_variance=0.81)
-    stopping.observe(simulate(100, 1), None, critic_explained_variance=0.81)
-    assert stopping.warmup.done == starts
-    assert (stopping.explained_variance == 0.81) == starts
-
-
 # -- the rest --------------------------------------------------------------------------------------
 
 
@@ -399,7 +177,7 @@ def test_a_critics_threshold_starts_where_its_values_put_it(rule: RuleName) -> N
     )
     assert stopping.needs_values
     full = simulate(400, 6)
-    stopping.observe(full, None, values=critic_says(full))
+    stopping.observe(judged(full), None)
     gate = stopping.gate("w")
     assert gate.rule == rule
     assert np.mean(np.array(cuts(full, gate)) > 0) == pytest.approx(0.3, abs=0.03)

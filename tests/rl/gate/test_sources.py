@@ -24,7 +24,7 @@ from espo_rl.gate.batch_gates import StopController
 from espo_rl.gate.history import History
 from espo_rl.gate.outcomes import recorded_of
 from espo_rl.types import EndReason, Problem, Rollout
-from tests.helpers.simulated import LENGTH, simulate
+from tests.helpers.simulated import LENGTH, judged, simulate
 
 EVERY = 8
 
@@ -52,17 +52,10 @@ def blind(count: int, seed: int, gate: Gate) -> list[Rollout]:
     return rollouts
 
 
-def stopped_by(
-    gate: Gate,
-    rollouts: list[Rollout],
-    audit_share: float,
-    seed: int,
-    told: list[Array] | None = None,
-) -> list[Rollout]:
-    """told: V of each token, by a critic."""
+def stopped_by(gate: Gate, rollouts: list[Rollout], audit_share: float, seed: int) -> list[Rollout]:
     rng = random.Random(seed)
     seen = []
-    for rollout, cut in zip(rollouts, first_stops(gate, recorded_of(rollouts, told)), strict=True):
+    for rollout, cut in zip(rollouts, first_stops(gate, recorded_of(rollouts)), strict=True):
         changes: dict[str, Any] = {}
         if cut:
             audited = rng.random() < audit_share
@@ -198,12 +191,11 @@ def test_what_a_head_says_is_read_without_thrift(every: int) -> None:
         assert (gate.schedule.every, gate.schedule.below) == (every, 1.0)
         assert gate.free is None
         full = blind(300, batch, gate)
-        told = told_by_a_head(full)
+        full = judged(full, told_by_a_head(full))
         wrong = np.array([not one.correct for one in full])
-        seen = stopped_by(gate, full, 0.1, batch, told)
+        seen = stopped_by(gate, full, 0.1, batch)
         stops = np.array([one.stopped for one in seen])
-        known = [v for v, one in zip(told, seen, strict=True) if one.correct is not None]
-        stopping.observe(seen, None, None, known)
+        stopping.observe(seen, None)
         stopping = pickle.loads(pickle.dumps(stopping))
         shares.append((stops[wrong].mean(), stops[~wrong].mean()))
     caught, lost = shares[-1]
@@ -225,9 +217,8 @@ def test_the_v_of_a_head_that_gates_is_judged_by_what_it_said(threshold: str) ->
     )
     full = blind(300, 0, stopping.gate("w"))
     assert stopping.needs_values
-    stopping.observe(
-        full, 0.4, 0.01, [2.0 * bool(one.correct) - 1.0 + np.zeros(LENGTH) for one in full]
-    )
+    told = [2.0 * bool(one.correct) - 1.0 + np.zeros(LENGTH) for one in full]
+    stopping.observe(judged(full, told), 0.4, 0.01)
     assert stopping.explained_variance == 1.0
     assert stopping.warmup.done
     assert stopping.needs_values

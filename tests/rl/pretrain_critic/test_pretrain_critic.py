@@ -24,6 +24,7 @@ from espo_rl.pretrain_critic.head import fit_head, keep_layers
 from espo_rl.pretrain_critic.quality import auc, qualities
 from espo_rl.pretrain_critic.settings import Settings
 from espo_rl.record.rollout_files import RolloutFiles, read_rollouts
+from espo_rl.replay.source import worth_of
 from espo_rl.types import EndReason, Problem, Rollout
 from tests.helpers.models import random_checkpoint
 from tests.helpers.trainer import Paths, trainer
@@ -332,7 +333,10 @@ def test_a_head_is_written_as_a_critic(
     assert {path.name for path in tmp_path.iterdir()} == {"run", "critic", "values"}
     # Another critic's values take the place of these.
     again = ["--head-only", "--values", tmp_path / "again", "--output", tmp_path / "other"]
+    again += ["--wrong-reward", "0", "--right-reward", "2"]
     assert command(monkeypatch, tmp_path / "values", "--model", base, *again) == 0
+    worths = [worth_of([*(tmp_path / name).iterdir()]) for name in ("values", "again")]
+    assert worths == [(-1.0, 1.0), (0.0, 2.0)]
     for file in (tmp_path / "again").iterdir():
         assert pq.read_table(file).column_names.count("values") == 1
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1

@@ -32,9 +32,9 @@ from espo_gateway.traces.judge import LOOKS, Replayed, fitted, fitted_elsewhere,
 from espo_gateway.traces.reader import TraceError
 from espo_rl.base_model.train import make_tokenizer
 from espo_rl.config import RolloutSection
-from espo_rl.record.rollout_files import rollouts_table
+from espo_rl.record.rollout_files import rollouts_table, worth_note
 from espo_rl.replay.command import main
-from espo_rl.replay.source import Source
+from espo_rl.replay.source import Source, worth_of
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.types import EndReason, Problem, Request, Rollout
 from tests.helpers.gateway import gateway_for
@@ -450,6 +450,35 @@ def test_a_mixture_of_recipes_is_said(tmp_path: Path) -> None:
         dump(tmp_path / f"{name}.parquet", make_rollouts(2, 9), about={"espo.recipe": name})
     assert "2 recipes" in Source([tmp_path], "correct", None).warnings()[0]
     assert not Source([tmp_path / "a.parquet"], "correct", None).warnings()
+
+
+def test_the_files_say_of_which_rewards_their_v_are(tmp_path: Path) -> None:
+    some = make_rollouts(2, 9)
+    values = [np.zeros(len(one.token_ids)) for one in some]
+    for name, worth in (("a", (0.0, 1.0)), ("b", (-1.0, 2.0)), ("c", None)):
+        about = {} if worth is None else worth_note(*worth)
+        dump(tmp_path / f"{name}.parquet", some, about=about, values=values)
+    dump(tmp_path / "none.parquet", some, about=worth_note(5.0, 6.0))  # no V, so no matter
+
+    def worth(*names: str) -> tuple[float, float]:
+        paths = [tmp_path / f"{name}.parquet" for name in names]
+        return worth_of(paths)
+
+    assert worth("a", "none", "c") == (0.0, 1.0)
+    assert worth("c", "none") == (-1.0, 1.0)
+    with pytest.raises(TraceError, match=r"\[-1.0, 2.0\] and \[0.0, 1.0\].*--critic-worth"):
+        worth("a", "b")
+
+
+def test_v_of_other_rewards_gives_the_same_cuts(tmp_path: Path) -> None:
+    full, found = make_rollouts(60, 40, 2), []
+    for name, right in (("a", 1.0), ("b", 3.0)):
+        values = [np.full(40, right if one.correct else -1.0)[: len(one.token_ids)] for one in full]
+        dump(tmp_path / name / "x.parquet", full, about=worth_note(-1.0, right), values=values)
+        output = tmp_path / f"{name}-out"
+        assert main([str(tmp_path / name), "--output", str(output), "--bootstrap", "2"]) == 0
+        found.append(json.loads((output / "replay.json").read_text())["rules"])
+    assert found[0]["value-only (critic)"] == found[1]["value-only (critic)"]
 
 
 @pytest.mark.slow

@@ -12,13 +12,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from aiohttp import web
 
 from espo_gateway.stop.rules import Gate
 from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
+from espo_gateway.testing import FakeServer, Script
+from espo_gateway.vllm_plugin.head_file import fingerprint
 from espo_rl.config import Recipe, load_recipe
 from espo_rl.servers import server as watched
 from espo_rl.servers.fleet import Fleet, make_fleet, seats, served_model
 from espo_rl.servers.server import Server, ServerError
+from tests.helpers.gateway import GOOD
+from tests.helpers.models import headed, random_model
 
 FAKE = str(Path(__file__).parents[2] / "helpers" / "fake_engine.py")
 
@@ -66,6 +71,31 @@ class Said(list[str]):
 @pytest.fixture
 def said() -> Said:
     return Said()
+
+
+async def test_a_server_by_url_must_tell_v_by_the_recipes_head(tmp_path: Path) -> None:
+    class Headed(FakeServer):
+        async def _engine(self, request: web.Request) -> web.Response:
+            return web.json_response({"decides": True, "values": True, "head": self.head})
+
+        head: str | None = None
+
+    folder = tmp_path / "head"
+    headed(random_model(0)).save_pretrained(folder)
+    settings = ["model.path=none", "stopping.sources=['critic']", f"stopping.value_head={folder}"]
+    async with Headed(Script([GOOD])) as policy, FakeServer(Script([GOOD])) as unaware:
+        for server in (policy, unaware):
+            loaded = load_recipe("arithmetic", [*settings, f"servers.policy_urls=['{server.url}']"])
+            fleet = make_fleet(loaded, "none", tmp_path, None)
+            with pytest.raises(ServerError, match=f"{server.url}.*--value-head.*value_head"):
+                await fleet.start(lambda _: None)
+        policy.head = fingerprint(folder)
+        loaded = load_recipe("arithmetic", [*settings, f"servers.policy_urls=['{policy.url}']"])
+        fleet = make_fleet(loaded, "none", tmp_path, None)
+        try:
+            await fleet.start(lambda _: None)
+        finally:
+            await fleet.gateway.stop()
 
 
 Make = Callable[..., Fleet]

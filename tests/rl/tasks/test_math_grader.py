@@ -133,6 +133,13 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
         (r"x = 12.5\%", "12.5", True),
         (r"12.5\%", r"\frac{25}{2}", True),
         (r"12.6\%", "12.5", False),
+        (r"\frac{25}{2}\%", "12.5", True),
+        (r"12\frac12\,\%", r"12.5\%", True),
+        ("12.5", r"\dfrac{25}{2} \%", True),
+        (r"\frac{25}{2}\%", "0.125", True),
+        (r"\frac{25}{2}\%", "25", False),
+        (r"\sqrt{2}\%", r"\sqrt{2}\%", True),
+        (r"\sqrt{2}\%", "2", False),
         (r"90^\circ", "90", True),
         ("90°", r"90^{\circ}", True),
         (r"90\text{ degrees}", "90", True),
@@ -298,6 +305,7 @@ def test_math_in_several_boxes(completion: str, answer: str, right: bool) -> Non
     [
         *((box, "18") for box in ("18", "18.00", "x = 18", r"\$18")),
         *((box, "1/4") for box in ("0.25", "1/4", r"\frac14", "x = .25")),
+        *((box, "25/2%") for box in (r"12.5\%", r"\frac{25}{2}\%", r"\frac{50}{4} \%")),
         *((box, "Interval.open(1/2, 2)") for box in ("(0.5, 2)", r"(\frac12, 2)")),
         # sympy works it out, but Python does not write so long a number
         (r"\binom{20000}{10000}", r"\binom{20000}{10000}"),
