@@ -122,7 +122,9 @@ def test_running_requests_keep_what_a_reset_of_the_cache_takes_from_all_others(
 ) -> None:
     prompt = tuple(range(4, 52))  # three blocks
     engine = Engine(asynchronous=asynchronous)
-    table = {"before": rollout(7, 60), "after": rollout(8, 60), "further": rollout(9, 60)}
+    table = {
+        name: rollout(seed, 60) for seed, name in enumerate(("before", "after", "further", "last"))
+    }
 
     def cached(name: str, prompt: tuple[int, ...]) -> int:
         """Tokens of a new request's prompt that it need not compute."""
@@ -142,8 +144,12 @@ def test_running_requests_keep_what_a_reset_of_the_cache_takes_from_all_others(
         engine.step()
     # The prompt is there of "after"; what "before" went on with would be three blocks more.
     assert cached("further", (*prompt, *before.output_token_ids)) == len(prompt)
-    engine.run()
+    assert engine.scheduler.reset_prefix_cache()
+    assert cached("last", prompt) == 0
+    engine.step()
     assert engine.preempted == 0
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.run()
     assert {name: answer.tokens for name, answer in engine.answers.items()} == {
         name: told.tokens for name, told in table.items()
     }
