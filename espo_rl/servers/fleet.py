@@ -92,9 +92,11 @@ class Fleet:
         await server.start(say)
         if self._head is None or server.command or server not in self.policies:
             return
-        status, text = await call("GET", server.url + ROUTE)
-        told = json.loads(text) if status == 200 else {}
-        if told.get("head") != fingerprint(self._head):
+        try:
+            told = json.loads((await call("GET", server.url + ROUTE))[1])["head"]
+        except (ValueError, LookupError, TypeError):  # it is no server of ours
+            told = None
+        if told != fingerprint(self._head):
             raise ServerError(
                 f"{server.url} does not tell V by the head in {self._head}: start it with "
                 "--value-head and that folder, or change stopping.value_head"
