@@ -17,6 +17,7 @@ from typing import Any
 
 from espo_gateway.errors import InvalidRequest
 from espo_gateway.vllm_plugin import SCHEDULER, head_folder
+from espo_gateway.vllm_plugin.head_file import fingerprint
 from espo_gateway.vllm_plugin.wire import (
     ROUTE,
     Order,
@@ -152,8 +153,6 @@ def _told(arguments: Any) -> dict[str, Any]:
 
 @functools.cache  # as it was when first asked for, which a gateway does at its start
 def _head(folder: Path) -> str | None:
-    from espo_gateway.vllm_plugin.head_file import fingerprint
-
     try:
         return fingerprint(folder)
     except ValueError:

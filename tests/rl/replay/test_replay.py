@@ -460,14 +460,14 @@ def test_the_files_say_of_which_rewards_their_v_are(tmp_path: Path) -> None:
         dump(tmp_path / f"{name}.parquet", some, about=about, values=values)
     dump(tmp_path / "none.parquet", some, about=worth_note(5.0, 6.0))  # no V, so no matter
 
-    def worth(*names: str) -> tuple[float, float]:
+    def read(*names: str) -> tuple[float, float]:
         paths = [tmp_path / f"{name}.parquet" for name in names]
         return worth_of(paths)
 
-    assert worth("a", "none", "c") == (0.0, 1.0)
-    assert worth("c", "none") == (-1.0, 1.0)
+    assert read("a", "none", "c") == (0.0, 1.0)
+    assert read("c", "none") == (-1.0, 1.0)
     with pytest.raises(TraceError, match=r"\[-1.0, 2.0\] and \[0.0, 1.0\].*--critic-worth"):
-        worth("a", "b")
+        read("a", "b")
 
 
 def test_v_of_other_rewards_gives_the_same_cuts(tmp_path: Path) -> None:
