@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests: those that are fast two files at a time, then those with a real vLLM and the slow ones
-# alone (about 25 minutes on two cores in all).
+# alone (about 40 minutes on two cores in all).
 #
 #   scripts/test.sh [pytest arguments]           e.g. scripts/test.sh -m 'not vllm and not slow'
 set -euo pipefail
