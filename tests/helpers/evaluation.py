@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from espo_gateway.testing import Script, Token
+from espo_gateway.stop.estimate import FEATURES, SuccessEstimator
+from espo_gateway.stop.gate_json import gate_to_dict
+from espo_gateway.stop.rules import Gate
+from espo_gateway.stop.told import TOLD, SourceName
+from espo_gateway.testing import FakeServer, Script, Token
+from espo_rl.evaluate.arguments import parse
+from espo_rl.evaluate.command import Command
 from espo_rl.types import Problem
 from tests.helpers.gateway import BAD, GOOD
 
@@ -47,3 +54,20 @@ def answering(answers: Answers) -> Callable[[dict[str, Any]], Script]:
         return answer if isinstance(answer, Script) else saying(f"2+#1#{answer}")
 
     return script
+
+
+ANSWERS = [["0", "7"], ["1", "1"], ["7", "7"]]
+
+
+async def run(arguments: list[str], script: Any) -> FakeServer:
+    """The command against a scripted server; what it was asked."""
+    async with FakeServer(script) as server:
+        await Command(parse([*arguments, "--url", server.url])).run()
+    return server
+
+
+def with_estimate(source: SourceName, **more: Any) -> str:
+    """A gate whose estimate of success reads a source, and its weight, as JSON."""
+    estimator = SuccessEstimator((0.0,) * (len(FEATURES) + len(TOLD[source])), 0.0, (source,))
+    gate = Gate(rule="success-probability", value="stream", estimator=estimator, **more)
+    return json.dumps(gate_to_dict(gate))
