@@ -1,4 +1,4 @@
-"""The paper's plots, of a study: one line a method, its band the 95 % interval over seeds."""
+"""The paper's plots, of a study: a line a method; bands: 95 % intervals over seeds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from study.runner import summary_of
 #: Okabe and Ito's colours, told apart also by the colour-blind; the dashes tell the rest.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
+#: Bands of more methods than this hide each other; the table has the intervals.
+_BANDS = 5
 #: Steps that a noisy curve is averaged over.
 _WINDOW = 5
 
@@ -44,6 +46,11 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
                 axes.grid(alpha=0.25)
                 for (method, runs), style in zip(curves.items(), styles(), strict=False):
                     draw(axes, runs, {**style, "label": study.methods[method].title})
+                if len(curves) > _BANDS:
+                    for band in [*axes.collections]:
+                        band.remove()
+                    axes.relim()
+                    axes.autoscale_view()
             every[0].set(ylabel=y)
             if name in SHARES:  # an interval by Student's t may leave what can be
                 low, high = every[0].get_ylim()
@@ -54,7 +61,8 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
                     *named, loc="outside lower center", frameon=False, fontsize=9, ncols=columns
                 )
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=130)
+            # Long names make a legend that is wider than the plot.
+            figure.savefig(paths[-1], dpi=130, bbox_inches="tight")
     return paths
 
 

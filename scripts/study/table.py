@@ -61,7 +61,9 @@ def markdown(results: dict[str, Any]) -> str:
         for m in methods.values()
         if (p := m["paper"])
     ]
-    made_on = dict.fromkeys(_made_on(run) for run in results["runs"])
+    jobs: dict[str, int] = {}
+    for run in results["runs"]:
+        jobs[_made_on(run)] = max(run["jobs"], jobs.get(_made_on(run), 1))
     return "\n\n".join(
         [
             f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
@@ -71,7 +73,7 @@ def markdown(results: dict[str, Any]) -> str:
             markdown_table(["method", *(head for head, _ in _AGAINST.values())], against),
             *_time(results),
             *_paper(paper),
-            *made_on,
+            *(_beside(told, number) for told, number in jobs.items()),
             *([f"Not done: {', '.join(results['missing'])}"] if results["missing"] else []),
         ]
     )
@@ -81,9 +83,12 @@ def _made_on(run: dict[str, Any]) -> str:
     machine = run["machine"]
     versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
     on = [f"{machine.get('cpus', '?')} cores", machine.get("processor", "unknown")]
-    several = f" Up to {run['jobs']} runs at a time: their seconds are no measurement."
-    said = f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
-    return said + (several if run["jobs"] > 1 else "")
+    return f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
+
+
+def _beside(machine: str, jobs: int) -> str:
+    several = f" Up to {jobs} runs at a time: their seconds are no measurement."
+    return machine + (several if jobs > 1 else "")
 
 
 def _time(results: dict[str, Any]) -> list[str]:
