@@ -151,6 +151,7 @@ def server_command(
                     f"--value-head: {head} is no folder with a config.json; make one with `python "
                     "-m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
                 )
+            check_head(folder, model)
             defaults |= {"--worker-cls": VALUE_WORKER} | told_of_head(str(folder), given)
             environment = VALUE_ENVIRONMENT | dict(environment)
 
@@ -243,6 +244,28 @@ def check_model(model: str) -> None:
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise LaunchError(f"{model} holds no config.json: not a Hugging Face checkpoint")
+
+
+def check_head(head: Path, model: str) -> None:
+    """Raise LaunchError for a head of another model, where the model is a folder.
+
+    The engine reads the head itself, and refuses as well: after half a minute.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return
+    of_head, of_model = (
+        (config := json.loads((path / "config.json").read_text())) | config.get("text_config", {})
+        for path in (head, folder)
+    )
+    layers, width = "num_hidden_layers", "hidden_size"
+    if not {layers, width} <= of_head.keys() & of_model.keys():
+        return
+    if of_head[layers] > of_model[layers] or of_head[width] != of_model[width]:
+        raise LaunchError(
+            f"--value-head: {head} is of {of_head[layers]} layers of width {of_head[width]}, and "
+            f"{model} has {of_model[layers]} of {of_model[width]}: fit one to this model"
+        )
 
 
 def threads_for(model: str) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from espo_gateway.vllm_plugin.wire import ROUTE, Told, told_by
@@ -137,18 +136,9 @@ async def test_from_a_worker_in_a_process_of_its_own(tmp_path: Path) -> None:
         await server.process.stop()
 
 
-@pytest.mark.parametrize("wrong", ["too many layers", "no head"])
-async def test_a_head_of_another_model_is_refused_at_the_start(tmp_path: Path, wrong: str) -> None:
-    critic = headed(random_model(BASE_SEED))
-    critic.config.save_pretrained(tmp_path / "head")
-    config = tmp_path / "head/config.json"
-    if wrong == "too many layers":
-        config.write_text(
-            config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 9')
-        )
-        save_file({"score.weight": critic.score.weight.data}, tmp_path / "head/model.safetensors")
-    said = "of 9 layers" if wrong == "too many layers" else "no head of V"
-    with pytest.raises(Exception, match=said):
+async def test_a_folder_without_a_head_is_refused_at_the_start(tmp_path: Path) -> None:
+    headed(random_model(BASE_SEED)).config.save_pretrained(tmp_path / "head")
+    with pytest.raises(Exception, match="no head of V"):
         await serve(tmp_path, "--value-head", str(tmp_path / "head"))
 
 

@@ -134,6 +134,26 @@ def test_a_head_that_is_none_is_refused(given: list[str]) -> None:
         server_command([HUB_MODEL, "--value-head", *given], cpu=True, environment={})
 
 
+@pytest.mark.parametrize(
+    ("layers", "width", "fits"), [(2, 8, True), (1, 8, True), (3, 8, False), (2, 4, False)]
+)
+def test_a_head_of_another_model_is_refused(
+    layers: int, width: int, fits: bool, tmp_path: Path
+) -> None:
+    for name, shape in (("model", (2, 8)), ("head", (layers, width))):
+        (tmp_path / name).mkdir()
+        config = dict(zip(("num_hidden_layers", "hidden_size"), shape, strict=True))
+        # Of a model that sees, too, the text's part counts.
+        told = {"text_config": config} if name == "model" else config
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+    arguments = [str(tmp_path / "model"), "--value-head", str(tmp_path / "head"), "--port", "0"]
+    if fits:
+        server_command(arguments, cpu=True, environment={})
+        return
+    with pytest.raises(LaunchError, match=rf"of {layers} layers of width {width}, and .* has 2 of"):
+        server_command(arguments, cpu=True, environment={})
+
+
 def test_compiling_can_be_asked_for() -> None:
     command, environment = build("--no-enforce-eager")
     assert "--enforce-eager" not in command
