@@ -10,18 +10,19 @@ bound, or with `--share` the paper's share of stops. `--joined 5` makes one run 
 hold the rollouts of all: how many does the bound need? With `--head` the estimate reads V of a
 head, too, as a run records it that has one (`stopping.value_head`) and a warm-up of all its steps.
 
-Of training it tells how near what is left comes to full rollouts: the correlation of the group
-advantages over all tokens, 0 for those that were not generated; and what that would be if only the
-labels changed (a right rollout that is stopped is a failure, and shifts its group), or only the
-cuts did (failures are punished for fewer tokens, and what is right is not rewarded for fewer). What
-the policy would have learnt is not in it. Prints a Markdown table: means over the runs and over
-draws of the audits, in brackets from the least to the most.
+Of training it tells how near what is left comes to full rollouts: the correlation (uncentred) of
+the group advantages over all tokens, 0 for those that were not generated; and what that would be if
+only the labels changed (a right rollout that is stopped is a failure, and shifts its group), or
+only the cuts did (failures are punished for fewer tokens, and what is right is not rewarded for
+fewer). What the policy would have learnt is not in it. Prints a Markdown table: means over the runs
+and over draws of the audits, in brackets from the least to the most.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ def parse() -> argparse.Namespace:
         parser.error("--draws must be at least 1")
     if options.share is not None and not 0.0 < options.share < 1.0:
         parser.error(f"--share must lie between 0 and 1, not {options.share:g}")
+    if options.rule == "random" and options.share is None:
+        parser.error("--rule random keeps no bound: give it a --share")
     if wrong := [n for n in options.joined if not 1 <= n <= len(options.runs)]:
         parser.error(f"--joined {wrong[0]}: {len(options.runs)} runs are given")
     return options
@@ -125,8 +128,8 @@ def cut(rollout: Rollout, kept: int, *, audited: bool) -> Rollout:
 class Fidelity:
     """Correlation, over all tokens of a run, of the advantages with those of full rollouts.
 
-    Their mean over a group's rollouts is 0, so it is taken as 0 over tokens, too. `products`: by
-    what differs, sums over tokens of full times left, full squared, left squared.
+    Uncentred, as their mean over a group's rollouts is 0. `products`: by what differs, sums over
+    tokens of full times left, full squared, left squared.
     """
 
     products: dict[str, NDArray[np.float64]] = field(
@@ -140,19 +143,20 @@ class Fidelity:
             group_advantages([float(bool(one.correct)) for one in rollouts], groups)
             for rollouts in (step, seen)
         )
-        whole, cut = (np.array([one.trained for one in rollouts]) for rollouts in (step, seen))
+        whole, kept = (np.array([one.trained for one in rollouts]) for rollouts in (step, seen))
         for name, advantages, tokens in (
-            ("both", left, cut),
+            ("both", left, kept),
             ("labels", left, whole),
-            ("cuts", full, cut),
+            ("cuts", full, kept),
         ):
             sums = [full * advantages * tokens, full**2 * whole, advantages**2 * tokens]
             self.products[name] += np.sum(sums, axis=1)
 
     def told(self) -> list[float]:
-        """Of both, labels alone, cuts alone; 1 where no prompt had right and wrong rollouts."""
+        """Of both, labels alone, cuts alone; 0 where one side alone has a lesson, NaN where none
+        has: no prompt with right and with wrong rollouts."""
         return [
-            float(dot / np.sqrt(full * left)) if full and left else 1.0
+            math.nan if not full and not left else float(dot / max(1e-9, math.sqrt(full * left)))
             for dot, full, left in self.products.values()
         ]
 
@@ -200,6 +204,8 @@ def row(runs: Sequence[Steps], config: Stopping, n: int, number: int, draws: int
             progress.advance(bar)
     told = [
         f"{form} [{form}, {form}]".format(sum(values) / len(values), min(values), max(values))
+        if not any(map(math.isnan, values))
+        else "–"
         for form, values in zip(COLUMNS.values(), zip(*played, strict=True), strict=True)
     ]
     return [str(len(groups[0][0])), str(len(played)), *told]

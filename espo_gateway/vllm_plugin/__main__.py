@@ -26,6 +26,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from espo_gateway.addresses import is_loopback
 from espo_gateway.files import is_folder
@@ -121,7 +122,8 @@ def server_command(
 
     Raises:
         LaunchError: when the model's folder does not exist or holds no critic where one is meant,
-            the port is busy, or the host would show the development routes to others.
+            a head is of another model, the port is busy, or the host would show the development
+            routes to others.
     """
     if not arguments or arguments[0].startswith("-"):
         raise LaunchError(f"usage: espo-vllm {USAGE}")
@@ -151,7 +153,8 @@ def server_command(
                     f"--value-head: {head} is no folder with a config.json; make one with `python "
                     "-m espo_rl.pretrain_critic ROLLOUTS --model POLICY --head-only --layers N`"
                 )
-            check_head(folder, model)
+            if not {"--hf-overrides", "--hf-config-path"} & {*map(name_of, given)}:
+                check_head(folder, model)
             defaults |= {"--worker-cls": VALUE_WORKER} | told_of_head(str(folder), given)
             environment = VALUE_ENVIRONMENT | dict(environment)
 
@@ -254,18 +257,38 @@ def check_head(head: Path, model: str) -> None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return
-    of_head, of_model = (
-        (config := json.loads((path / "config.json").read_text())) | config.get("text_config", {})
-        for path in (head, folder)
-    )
-    layers, width = "num_hidden_layers", "hidden_size"
-    if not {layers, width} <= of_head.keys() & of_model.keys():
+    of_head, of_model = shape_of(head), shape_of(folder)
+    if of_head is None or of_model is None:
         return
-    if of_head[layers] > of_model[layers] or of_head[width] != of_model[width]:
+    if of_head[0] > of_model[0] or of_head[1] != of_model[1]:
         raise LaunchError(
-            f"--value-head: {head} is of {of_head[layers]} layers of width {of_head[width]}, and "
-            f"{model} has {of_model[layers]} of {of_model[width]}: fit one to this model"
+            f"--value-head: {head} is of {of_head[0]} layers of width {of_head[1]}, and {model} "
+            f"has {of_model[0]} of {of_model[1]}: fit one to this model"
         )
+
+
+def shape_of(folder: Path) -> tuple[int, int] | None:
+    """Layers and width of a checkpoint's text model; None where its config does not tell.
+
+    Raises LaunchError: the config is no JSON object.
+    """
+    config = config_of(folder)
+    text = config.get("text_config")
+    told = config | text if isinstance(text, dict) else config
+    layers, width = told.get("num_hidden_layers"), told.get("hidden_size")
+    return (layers, width) if isinstance(layers, int) and isinstance(width, int) else None
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises LaunchError: it is no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path}: {error}; save the checkpoint anew") from error
+    if not isinstance(config, dict):
+        raise LaunchError(f"{path} is no JSON object; save the checkpoint anew")
+    return config
 
 
 def threads_for(model: str) -> int:
@@ -282,7 +305,7 @@ def check_critic(model: str, given: Sequence[str]) -> None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return
-    config = json.loads((folder / "config.json").read_text())
+    config = config_of(folder)
     architectures = config.get("architectures") or ["none"]
     labels = len(config.get("id2label") or (0, 1))
     # A policy's checkpoint lacks the head; where weights come later, so does the head.

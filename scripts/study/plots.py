@@ -45,12 +45,8 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
                 axes.set(xlabel=x)
                 axes.grid(alpha=0.25)
                 for (method, runs), style in zip(curves.items(), styles(), strict=False):
-                    draw(axes, runs, {**style, "label": study.methods[method].title})
-                if len(curves) > _BANDS:
-                    for band in [*axes.collections]:
-                        band.remove()
-                    axes.relim()
-                    axes.autoscale_view()
+                    told = {"label": study.methods[method].title, "band": len(curves) <= _BANDS}
+                    draw(axes, runs, style | told)
             every[0].set(ylabel=y)
             if name in SHARES:  # an interval by Student's t may leave what can be
                 low, high = every[0].get_ylim()
@@ -58,7 +54,12 @@ def draw_all(study: Study, folder: Path) -> list[Path]:
             if (named := every[0].get_legend_handles_labels())[1]:
                 columns = 1 + (len(named[1]) > 4)
                 figure.legend(
-                    *named, loc="outside lower center", frameon=False, fontsize=9, ncols=columns
+                    *named,
+                    loc="outside lower center",
+                    frameon=False,
+                    fontsize=9,
+                    ncols=columns,
+                    handlelength=4,  # the marker hides a shorter line's dashes
                 )
             paths.append(folder / f"{name}.png")
             # Long names make a legend that is wider than the plot.
@@ -73,15 +74,20 @@ def styles() -> Iterator[dict[str, Any]]:
 
 
 def _line(axes: Axes, x: np.ndarray, runs: list[np.ndarray], style: dict[str, Any]) -> None:
-    """Mean and band; x: shape [points], runs: [points] each."""
+    """Mean, and its band where the style says so; x: shape [points], runs: [points] each."""
     points = [spread(values) for values in zip(*runs, strict=True)]
     mean, low, high = (
         np.array([getattr(p, name) for p in points]) for name in ("mean", "low", "high")
     )
     if not np.isfinite(mean).any():
         return
-    axes.plot(x, mean, **style)
-    axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axes.plot(x, mean, **_line_alone(style))
+    if style["band"]:
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _line_alone(style: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in style.items() if name != "band"}
 
 
 def _by_step(name: str, smooth: int = 1) -> Draw:
@@ -127,7 +133,7 @@ def _lengths(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> None:
     values = np.mean([_smoothed(run["length_full"][:steps], _WINDOW) for run in runs], axis=0)
     stopped = any(share > 0 for run in runs for share in run["stop_share"])
     if stopped:
-        thin = style | {"linewidth": 0.7, "label": None}
+        thin = _line_alone(style) | {"linewidth": 0.7, "label": None}
         axes.plot(runs[0]["step"][:steps], values, **thin)
 
 
@@ -138,7 +144,7 @@ def _false_positives(axes: Axes, runs: list[Curves], style: dict[str, Any]) -> N
     if audited[-1] == 0:
         return
     share = np.divide(right, audited, out=np.full(steps, np.nan), where=audited >= 10)
-    axes.plot(runs[0]["step"][:steps], share, **style)
+    axes.plot(runs[0]["step"][:steps], share, **_line_alone(style))
 
 
 #: plots whose y is between 0 and 1

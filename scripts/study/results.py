@@ -171,8 +171,8 @@ def seconds_to(curves: dict[str, list[float]], target: float | None) -> float:
 
 
 def saved(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Of runs and the same without stopping: shares of tokens and seconds that were saved, and
-    how much of the one became the other."""
+    """Of runs and the same without stopping: shares of tokens and seconds that were saved, how much
+    of the one became the other, and the accuracy gained."""
     names = ("tokens", "rollout_seconds", "step_seconds")
     shares: dict[str, list[float]] = {
         name: [1 - one[name] / other[name] if other[name] else math.nan for one, other in runs]
@@ -183,6 +183,7 @@ def saved(runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, An
             time / tokens if tokens > 0 else math.nan
             for time, tokens in zip(shares[name], shares["tokens"], strict=True)
         ]
+    shares["accuracy"] = [one["accuracy"] - other["accuracy"] for one, other in runs]
     return {name: spread(values)._asdict() for name, values in shares.items()}
 
 

@@ -13,6 +13,11 @@ _COUNT: Say = "{:,.0f}".format
 _DECIMAL: Say = "{:.2f}".format
 _SMALL: Say = "{:.3f}".format
 
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
 _COLUMNS: dict[str, tuple[str, Say]] = {
     "accuracy": ("accuracy, T = 1", _PERCENT),
     "accuracy_greedy": ("greedy", _PERCENT),
@@ -30,8 +35,8 @@ _COLUMNS: dict[str, tuple[str, Say]] = {
 #: by the audits of all seeds
 _SHARES = {"right_lost": "right rollouts lost", "false_positives": "false positives"}
 _AGAINST: dict[str, tuple[str, Say]] = {
-    "accuracy": ("accuracy, points", lambda value: f"{100 * value:+.1f}"),
-    "accuracy_greedy": ("greedy, points", lambda value: f"{100 * value:+.1f}"),
+    "accuracy": ("accuracy, points", _points),
+    "accuracy_greedy": ("greedy, points", _points),
     "tokens": ("tokens", lambda value: f"{value - 1:+.1%}"),
     "length": ("length", lambda value: f"{value - 1:+.1%}"),
     "longest": ("longest rollout", lambda value: f"{value - 1:+.1%}"),
@@ -63,7 +68,8 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     jobs: dict[str, int] = {}
     for run in results["runs"]:
-        jobs[_made_on(run)] = max(run["jobs"], jobs.get(_made_on(run), 1))
+        machine = _made_on(run)
+        jobs[machine] = max(run["jobs"], jobs.get(machine, 1))
     return "\n\n".join(
         [
             f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
@@ -109,6 +115,7 @@ def _time(results: dict[str, Any]) -> list[str]:
     if rows := [
         [
             method["title"],
+            _cell(method["saved"]["accuracy"], _points),
             *(_cell(method["saved"][n], _PERCENT) for n in ("tokens", "rollout_seconds")),
             _cell(method["saved"]["rollout_seconds_per_token"], _DECIMAL),
             _cell(method["saved"]["step_seconds"], _PERCENT),
@@ -119,6 +126,7 @@ def _time(results: dict[str, Any]) -> list[str]:
     ]:
         heads = [
             "method",
+            "accuracy, points",
             "tokens saved",
             "of the wait for rollouts",
             "ratio",
@@ -126,8 +134,8 @@ def _time(results: dict[str, Any]) -> list[str]:
             "ratio",
         ]
         parts += [
-            "Saved against the same method without stopping, paired by seed; ratio: time saved to "
-            "tokens saved:",
+            "Against the same method without stopping, paired by seed; ratio: time saved to tokens "
+            "saved:",
             markdown_table(heads, rows),
         ]
     return parts

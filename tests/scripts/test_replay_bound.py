@@ -46,7 +46,7 @@ def test_more_rollouts_a_step_save_more_under_the_same_bound() -> None:
     assert 0.2 < many[2] < 0.7
 
 
-def told(step: list[Rollout], seen: list[Rollout]) -> list[float]:
+def fidelity_of(step: list[Rollout], seen: list[Rollout]) -> list[float]:
     fidelity = Fidelity()
     fidelity.add(step, seen)
     return fidelity.told()
@@ -58,31 +58,38 @@ def test_how_near_the_advantages_come_to_those_of_full_rollouts() -> None:
     step = simulate(8, 0)
     for i, rollout in enumerate(step):
         rollout.group, rollout.correct = i // 4, i >= 2
-    assert told(step, step) == [1.0, 1.0, 1.0]
+    assert fidelity_of(step, step) == [1.0, 1.0, 1.0]
     quarter = LENGTH // 4
     failure = [cut(step[0], quarter, audited=False), *step[1:]]
     # Of four rollouts with advantages of 1 and -1 one has a quarter of its tokens left.
     short = (3.25 / 4) ** 0.5
-    assert told(step, failure) == pytest.approx([short, 1.0, short])
+    assert fidelity_of(step, failure) == pytest.approx([short, 1.0, short])
     # An audited failure is cut as well; an audited right one is not.
-    assert told(step, [cut(step[0], quarter, audited=True), *step[1:]])[2] == pytest.approx(short)
+    audited = [cut(step[0], quarter, audited=True), *step[1:]]
+    assert fidelity_of(step, audited)[2] == pytest.approx(short)
     spared = [*step[:2], cut(step[2], quarter, audited=True), *step[3:]]
-    assert told(step, spared) == [1.0, 1.0, 1.0]
+    assert fidelity_of(step, spared) == [1.0, 1.0, 1.0]
     lost = [*step[:2], cut(step[2], quarter, audited=False), *step[3:]]
-    both, labels, cuts = told(step, lost)
+    both, labels, cuts = fidelity_of(step, lost)
     # One of four is right now: 3**0.5 for it and -1/3**0.5 for the others.
     assert labels == pytest.approx((2 + 3 - 1) / 3**0.5 / 4)
     assert cuts == pytest.approx(short)
     assert labels < both < 1.0  # fewer tokens have the wrong label
     # And of the prompt that said nothing a failure is made.
-    assert told(step, [*step[:7], cut(step[7], quarter, audited=False)])[1] < 1.0
+    assert fidelity_of(step, [*step[:7], cut(step[7], quarter, audited=False)])[1] < 1.0
+    # With all right ones lost no lesson is left.
+    none = [*step[:2], *(cut(one, quarter, audited=False) for one in step[2:])]
+    assert fidelity_of(step, none)[:2] == [0.0, 0.0]
 
 
-def test_a_run_without_a_lesson_loses_none() -> None:
+def test_a_run_without_a_lesson_has_none_to_lose_and_may_make_one_up() -> None:
     step = simulate(4, 0)
     for rollout in step:
         rollout.correct, rollout.group = True, 0
-    assert told(step, step) == [1.0, 1.0, 1.0]
+    assert np.isnan(fidelity_of(step, step)).all()
+    both, labels, cuts = fidelity_of(step, [cut(step[0], 9, audited=False), *step[1:]])
+    assert (both, labels) == (0.0, 0.0)
+    assert np.isnan(cuts)
 
 
 def test_a_recorded_v_is_read() -> None:
@@ -131,9 +138,14 @@ def test_the_table_is_of_runs_alone_and_joined(tmp_path: Path) -> None:
     alone, together = ([*map(str.strip, line.split("|"))] for line in done.stdout.splitlines()[2:])
     assert alone[1:3] == ["16", "6"]
     assert together[1:3] == ["48", "2"]
-    shared = run_script(*runs, "--rule", "random", "--share", 0.3, "--draws", 1)
-    assert not shared.returncode, shared.stderr
-    assert "labels alone" in shared.stdout
+    # Each prompt has one rollout here, so there are no advantages.
+    assert alone[6:9] == ["–"] * 3
+    stopped = []
+    for share in (0.1, 0.5):
+        done = run_script(*runs, "--rule", "regret-only", "--share", share, "--draws", 1)
+        assert not done.returncode, done.stderr
+        stopped.append(float(done.stdout.splitlines()[-1].split("|")[5].split("%")[0]))
+    assert stopped[0] + 10 < stopped[1]
 
 
 def test_what_cannot_be_played_is_refused(tmp_path: Path) -> None:
@@ -145,6 +157,7 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path) -> None:
     for arguments, said in (
         ((whole, "--joined", 2), "--joined 2: 1 runs are given"),
         ((whole, "--draws", 0), "--draws must be at least 1"),
+        ((whole, "--rule", "random"), "--rule random keeps no bound: give it a --share"),
         ((whole, "--share", 1.5), "--share must lie between 0 and 1, not 1.5"),
         ((stopped,), "has no full rollouts: give runs of stopping.rule=none"),
         ((told, whole, "--head"), f"--head: {whole} recorded no V of one"),

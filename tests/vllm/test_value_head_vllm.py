@@ -136,10 +136,14 @@ async def test_from_a_worker_in_a_process_of_its_own(tmp_path: Path) -> None:
         await server.process.stop()
 
 
-async def test_a_folder_without_a_head_is_refused_at_the_start(tmp_path: Path) -> None:
-    headed(random_model(BASE_SEED)).config.save_pretrained(tmp_path / "head")
-    with pytest.raises(Exception, match="no head of V"):
-        await serve(tmp_path, "--value-head", str(tmp_path / "head"))
+async def test_the_engine_refuses_a_head_of_another_model(tmp_path: Path) -> None:
+    headed(random_model(BASE_SEED)).save_pretrained(tmp_path / "head")
+    config = tmp_path / "head/config.json"
+    config.write_text(config.read_text().replace('_layers": 1', '_layers": 9'))
+    # Given overrides the launcher leaves it to the engine.
+    given = ("--value-head", str(tmp_path / "head"), "--hf-overrides", "{}")
+    with pytest.raises(Exception, match="of 9 layers"):
+        await serve(tmp_path, *given)
 
 
 @pytest.mark.slow

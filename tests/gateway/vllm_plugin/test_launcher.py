@@ -134,24 +134,59 @@ def test_a_head_that_is_none_is_refused(given: list[str]) -> None:
         server_command([HUB_MODEL, "--value-head", *given], cpu=True, environment={})
 
 
+def head_and_model(folder: Path, head: str, model: str) -> list[str]:
+    """A command line for folders with these configs."""
+    for name, config in (("head", head), ("model", model)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config)
+    return [str(folder / "model"), "--value-head", str(folder / "head"), "--port", "0"]
+
+
+MODEL = '{"num_hidden_layers": 2, "hidden_size": 8}'
+
+
 @pytest.mark.parametrize(
-    ("layers", "width", "fits"), [(2, 8, True), (1, 8, True), (3, 8, False), (2, 4, False)]
-)
-def test_a_head_of_another_model_is_refused(
-    layers: int, width: int, fits: bool, tmp_path: Path
-) -> None:
-    for name, shape in (("model", (2, 8)), ("head", (layers, width))):
-        (tmp_path / name).mkdir()
-        config = dict(zip(("num_hidden_layers", "hidden_size"), shape, strict=True))
+    ("head", "model"),
+    [
+        ('{"num_hidden_layers": 3, "hidden_size": 8}', MODEL),
+        ('{"num_hidden_layers": 1, "hidden_size": 4}', MODEL),
         # Of a model that sees, too, the text's part counts.
-        told = {"text_config": config} if name == "model" else config
-        (tmp_path / name / "config.json").write_text(json.dumps(told))
-    arguments = [str(tmp_path / "model"), "--value-head", str(tmp_path / "head"), "--port", "0"]
-    if fits:
+        ('{"num_hidden_layers": 3, "hidden_size": 8}', f'{{"text_config": {MODEL}}}'),
+    ],
+)
+def test_a_head_of_another_model_is_refused(head: str, model: str, tmp_path: Path) -> None:
+    arguments = head_and_model(tmp_path, head, model)
+    with pytest.raises(LaunchError, match=r"of \d layers of width \d, and .* has 2 of 8: fit one"):
         server_command(arguments, cpu=True, environment={})
-        return
-    with pytest.raises(LaunchError, match=rf"of {layers} layers of width {width}, and .* has 2 of"):
+    # What changes the model's config is vLLM's to read.
+    server_command([*arguments, "--hf-overrides", "{}"], cpu=True, environment={})
+
+
+@pytest.mark.parametrize(
+    ("head", "model"),
+    [
+        ('{"num_hidden_layers": 2, "hidden_size": 8}', MODEL),
+        ('{"num_hidden_layers": 1, "hidden_size": 8, "text_config": null}', MODEL),
+        ('{"num_hidden_layers": 9, "hidden_size": null}', MODEL),
+        (MODEL, '{"text_config": [], "num_hidden_layers": "2"}'),
+    ],
+)
+def test_a_head_that_may_be_of_the_model_is_the_engines_to_read(
+    head: str, model: str, tmp_path: Path
+) -> None:
+    server_command(head_and_model(tmp_path, head, model), cpu=True, environment={})
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", "\xff"])
+@pytest.mark.parametrize("which", ["head", "model"])
+def test_a_config_that_is_none_is_named(broken: str, which: str, tmp_path: Path) -> None:
+    arguments = head_and_model(tmp_path, MODEL, MODEL)
+    (tmp_path / which / "config.json").write_bytes(broken.encode("latin-1"))
+    with pytest.raises(LaunchError, match=f"{which}/config.json.* save the checkpoint anew"):
         server_command(arguments, cpu=True, environment={})
+    if which == "model":
+        with pytest.raises(LaunchError, match=r"config.json.* save the checkpoint anew"):
+            server_command([arguments[0], "--critic", "--port", "0"], cpu=True, environment={})
 
 
 def test_compiling_can_be_asked_for() -> None:
