@@ -193,9 +193,8 @@ _SCIENTIFIC = re.compile(
     r"(?:(?:\d+|\d*\.\d+)e\d{1,3}|(?:1|\d*\.\d+)e[+-]\d{1,3}|\d+e[+-]\d{2,3})"
     r"(?![\w.^])"
 )
-# of a fraction or a root math-verify knows no percent
-_OF_TEX = r"(?:\s*(?:\{[^{}]*\}|\d))"
-_PERCENT = re.compile(rf"(\\[dtc]?frac{_OF_TEX}{_OF_TEX}|\\sqrt{_OF_TEX})(?:\s|\\[,;:! ])*\\?%")
+# math-verify knows percents of plain numbers alone; a fraction or a root may end in a digit, too
+_PERCENT = re.compile(r"(\\[dtc]?frac\s*(?:\{.*?\}|\d)\s*\d|\\sqrt\s*\d|[})])(?:\s|\\[,;:! ])*\\?%")
 _MIXED = re.compile(r"(?<![\w.^/}])(\d{1,9})(?:\s|\\[,;:])+(\d{1,9})/(\d{1,9})(?![\w/^])")
 
 
