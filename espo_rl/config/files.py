@@ -26,7 +26,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe: a file, or the name of one that ships with the package.
 
     Args:
-        overrides: `section.key=value`, the value in TOML (bare words are taken as strings).
+        overrides: `section.key=value`, the value in TOML (bare words are taken as strings), or None
+            for a key that may have no value.
 
     Raises:
         RecipeError: naming the key at fault and what to change.
@@ -91,8 +92,8 @@ def _override(data: dict[str, Any], override: str) -> str:
         raise RecipeError(f"override {override!r}: write it as section.key=value{hint}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:  # text, or a truth as Python writes it
-        value = {"True": True, "False": False}.get(text.strip(), text)
+    except tomllib.TOMLDecodeError:  # text, or what Python and `--explain` write
+        value = {"True": True, "False": False, "None": None}.get(text.strip(), text)
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):

@@ -38,6 +38,18 @@ def test_overrides_take_toml_values_and_bare_words() -> None:
         assert load_recipe("arithmetic", [f"evaluation.greedy={truth}"]).evaluation.greedy
 
 
+def test_an_override_takes_a_value_away() -> None:
+    """As `--explain` writes it: else a data set of one's own would keep a recipe's pattern."""
+    own = ["task.train=mine.jsonl", "task.eval=mine.jsonl", "task.answer_pattern=None"]
+    assert load_recipe("qwen2.5-0.5b-gsm8k").task.answer_pattern is not None
+    assert load_recipe("qwen2.5-0.5b-gsm8k", own).task.answer_pattern is None
+    taken = load_recipe("arithmetic", ["stopping.beta=2", "stopping.beta=None"])
+    assert taken.stopping.beta is None
+    assert str(load_recipe("arithmetic", ['run.output="None"']).run.output) == "None"
+    with pytest.raises(RecipeError, match=r"run\.steps: .*\(got None\)"):
+        load_recipe("arithmetic", ["run.steps=None"])
+
+
 @pytest.mark.parametrize(
     ("override", "names"),
     [
