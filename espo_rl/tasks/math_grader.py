@@ -194,7 +194,8 @@ _SCIENTIFIC = re.compile(
     r"(?![\w.^])"
 )
 # math-verify knows percents of plain numbers alone; a fraction or a root may end in a digit, too
-_PERCENT = re.compile(r"(\\[dtc]?frac\s*(?:\{.*?\}|\d)\s*\d|\\sqrt\s*\d|[})])(?:\s|\\[,;:! ])*\\?%")
+_ENDS_IN_DIGIT = r"\\[dtc]?frac\s*(?:\{.{0,99}?\}|\d)\s*\d|\\sqrt\s*\d"
+_PERCENT = re.compile(rf"({_ENDS_IN_DIGIT}|[}})])(?:\s|\\[,;:! ])*\\?%")
 _MIXED = re.compile(r"(?<![\w.^/}])(\d{1,9})(?:\s|\\[,;:])+(\d{1,9})/(\d{1,9})(?![\w/^])")
 
 
