@@ -1,7 +1,8 @@
 """What stopping saves and what it costs the training, played over runs without stopping.
 
-    python scripts/replay_bound.py runs/real/leg-counting/none/seed-* --joined 1 5
-    python scripts/replay_bound.py runs/real/leg-counting/none/seed-* --rule regret-only --share 0.25
+    RUNS=$(ls -d runs/real/leg-counting/none/seed-*)
+    python scripts/replay_bound.py $RUNS --joined 1 5
+    python scripts/replay_bound.py $RUNS --rule regret-only --share 0.25
 
 The runs are of one recipe with `stopping.rule=none`, so that their rollouts are full ones. The
 trainer's own controller, by its default settings, learns from them step by step and stops them by
