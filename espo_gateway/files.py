@@ -1,12 +1,14 @@
-"""Files and folders: written whole or not at all, and told from names on the hub."""
+"""Files and folders: read, written whole or not at all, and told from names on the hub."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -37,6 +39,14 @@ def written_whole(path: Path, *, fsync: bool = False) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         _remove(scratch)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, and ValueError for a file that holds none."""
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
 
 
 def is_folder(model: str) -> bool:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from espo_gateway.addresses import is_loopback
-from espo_gateway.files import is_folder
+from espo_gateway.files import is_folder, read_object
 from espo_gateway.supervisor import PortInUseError, check_port_free
 from espo_gateway.vllm_plugin import (
     BACKEND,
@@ -38,6 +38,7 @@ from espo_gateway.vllm_plugin import (
     VALUE_HEAD,
     VALUE_WORKER,
 )
+from espo_gateway.vllm_plugin.checkpoint_shape import Shape, check_fits
 
 USAGE = "MODEL [--critic | --no-decide | --value-head FOLDER] [any flag of vllm serve]"
 SERVER_MODULE = "vllm.entrypoints.launchers.api_server.entry"
@@ -257,38 +258,22 @@ def check_head(head: Path, model: str) -> None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return
-    of_head, of_model = shape_of(head), shape_of(folder)
+    of_head, of_model = (Shape.told_by(config_of(checkpoint)) for checkpoint in (head, folder))
     if of_head is None or of_model is None:
         return
-    if of_head[0] > of_model[0] or of_head[1] != of_model[1]:
-        raise LaunchError(
-            f"--value-head: {head} is of {of_head[0]} layers of width {of_head[1]}, and {model} "
-            f"has {of_model[0]} of {of_model[1]}: fit one to this model"
-        )
-
-
-def shape_of(folder: Path) -> tuple[int, int] | None:
-    """Layers and width of a checkpoint's text model; None where its config does not tell.
-
-    Raises LaunchError: the config is no JSON object.
-    """
-    config = config_of(folder)
-    text = config.get("text_config")
-    told = config | text if isinstance(text, dict) else config
-    layers, width = told.get("num_hidden_layers"), told.get("hidden_size")
-    return (layers, width) if isinstance(layers, int) and isinstance(width, int) else None
+    try:
+        check_fits(head, of_head, of_model)
+    except ValueError as error:
+        raise LaunchError(f"--value-head: {error}") from error
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json. Raises LaunchError: it is no JSON object."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise LaunchError(f"{path}: {error}; save the checkpoint anew") from error
-    if not isinstance(config, dict):
-        raise LaunchError(f"{path} is no JSON object; save the checkpoint anew")
-    return config
 
 
 def threads_for(model: str) -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from espo_gateway.vllm_plugin.checkpoint_shape import Shape, check_fits
+
 
 def read_head(folder: Path, *, layers: int, hidden_size: int) -> tuple[int, torch.Tensor]:
     """A head for a model of so many layers, of so wide states.
@@ -24,11 +26,7 @@ def read_head(folder: Path, *, layers: int, hidden_size: int) -> tuple[int, torc
         ValueError: the folder holds none, or one of another model; and what does.
     """
     found, weights = _read(folder)
-    if found > layers or len(weights) != hidden_size:
-        raise ValueError(
-            f"{folder}: of {found} layers of width {len(weights)}, and the model has {layers} of "
-            f"{hidden_size}: fit it to this one"
-        )
+    check_fits(folder, Shape(found, len(weights)), Shape(layers, hidden_size))
     return found, weights
 
 

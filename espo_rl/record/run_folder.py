@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from espo_gateway.files import read_object
+
 Row = dict[str, Any]
 
 
@@ -112,9 +114,6 @@ def _json(path: Path) -> Row:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"cannot read {path}: {error}; remove it to go without") from error
-    if not isinstance(content, dict):
-        raise RunFolderError(f"{path} holds no JSON object; remove it to go without")
-    return content

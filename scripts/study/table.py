@@ -66,10 +66,6 @@ def markdown(results: dict[str, Any]) -> str:
         for m in methods.values()
         if (p := m["paper"])
     ]
-    jobs: dict[str, int] = {}
-    for run in results["runs"]:
-        machine = _made_on(run)
-        jobs[machine] = max(run["jobs"], jobs.get(machine, 1))
     return "\n\n".join(
         [
             f"Recipe `{results['recipe']}`; means over seeds with 95 % intervals (Student's t); "
@@ -79,22 +75,23 @@ def markdown(results: dict[str, Any]) -> str:
             markdown_table(["method", *(head for head, _ in _AGAINST.values())], against),
             *_time(results),
             *_paper(paper),
-            *(_beside(told, number) for told, number in jobs.items()),
+            *_made_on(results["runs"]),
             *([f"Not done: {', '.join(results['missing'])}"] if results["missing"] else []),
         ]
     )
 
 
-def _made_on(run: dict[str, Any]) -> str:
-    machine = run["machine"]
-    versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
-    on = [f"{machine.get('cpus', '?')} cores", machine.get("processor", "unknown")]
-    return f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
-
-
-def _beside(machine: str, jobs: int) -> str:
-    several = f" Up to {jobs} runs at a time: their seconds are no measurement."
-    return machine + (several if jobs > 1 else "")
+def _made_on(runs: list[dict[str, Any]]) -> list[str]:
+    """Each machine once, with the most runs that it had at a time."""
+    jobs: dict[str, int] = {}
+    for run in runs:
+        machine = run["machine"]
+        versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
+        on = [f"{machine.get('cpus', '?')} cores", machine.get("processor", "unknown")]
+        told = f"{', '.join([*on, *machine.get('gpus', [])])}; {versions}."
+        jobs[told] = max(run["jobs"], jobs.get(told, 1))
+    several = " Up to {} runs at a time: their seconds are no measurement."
+    return [told + (several.format(most) if most > 1 else "") for told, most in jobs.items()]
 
 
 def _time(results: dict[str, Any]) -> list[str]:
