@@ -32,7 +32,8 @@ def recipe_with(tiny: Path, tmp_path: Path) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan's tests never depend on what is free on the machine that runs them."""
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4e12))

@@ -22,7 +22,6 @@ SMALL_ONES = Machine(cpus=64, ram=1e12, gpus=(24e9,) * 8)
 ONE_GPU = 'servers.vllm_args=["--gpu-memory-utilization", "0.4"]'
 
 
-@pytest.mark.usefixtures("large_disk")
 class TestFit:
     @pytest.mark.parametrize(
         ("machine", "ranks", "overrides"),

@@ -39,7 +39,6 @@ def test_the_constants_of_the_paper(name: str) -> None:
     assert (1 - stopping.smoothing) * stopping.clip < stopping.beta * stopping.epsilon
 
 
-@pytest.mark.usefixtures("large_disk")
 @pytest.mark.parametrize("name", PAPER)
 def test_they_fit_the_papers_machine(tmp_path: Path, name: str) -> None:
     plan = qwen_plan(tmp_path, name, EIGHT, 8)
@@ -65,14 +64,12 @@ def test_the_ablations_load_and_differ(name: str) -> None:
 # -- recipes for one GPU, and for none -------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("large_disk")
 @pytest.mark.parametrize("size", ["0.5b", "1.5b"])
 def test_a_gpu_of_24_gb_is_enough(tmp_path: Path, size: str) -> None:
     plan = one_gpu_plan(tmp_path, size)
     assert (plan.errors, plan.warnings) == ([], [])
 
 
-@pytest.mark.usefixtures("large_disk")
 def test_all_weights_of_the_larger_one_need_more(tmp_path: Path) -> None:
     recipe = load_recipe("qwen2.5-1.5b-gsm8k").model_dump()
     assert recipe["model"]["lora_rank"]
