@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, SampleResult, Sampling
 from espo_rl.tasks.grader_pool import Grade
-from espo_rl.tasks.graders import AnswerReader
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
 log = logging.getLogger(__name__)
@@ -26,6 +25,10 @@ class Grader(Protocol):
     """Grades completions; `tasks.grader_pool.GraderPool` is one."""
 
     async def grade(self, completions: Sequence[tuple[str, Problem]]) -> Sequence[Grade]: ...
+
+
+#: what the answer in a completion is; None: none can be told
+AnswerReader = Callable[[str, Problem], Awaitable[str | None]]
 
 
 class Asker(Protocol):
@@ -82,7 +85,6 @@ class _Work:
         self.results: dict[int, ProblemResult] = {}
         self.left: dict[int, int] = {}  # samples that a problem still waits for
         self.failed_in_a_row = 0
-        self.reading = asyncio.Lock()
         self.unread = False  # whether any answer could not be read
 
     async def run(self, done: Mapping[int, ProblemResult]) -> list[ProblemResult]:
@@ -160,18 +162,14 @@ class _Work:
             # The grader finds all right ones equal to the reference, so they are one answer.
             answer = problem.answer if grade.correct else None
         else:
-            # Not on the loop, as reading mathematics takes a while; one by one, as the parser
-            # shares its tables. It ends, since the grader has read the text in its time: one that
-            # it has not has an error, and no answer.
-            async with self.reading:
-                answer = await self.read(rollout.answer, problem)
+            answer = await self.read(rollout.answer, problem)
         return SampleResult(correct=grade.correct, answer=answer, **counts)
 
     async def read(self, completion: str, problem: Problem) -> str | None:
         """A wrong answer; None where it cannot be read, as it is graded already."""
         assert self.read_answer is not None
         try:
-            return await asyncio.to_thread(self.read_answer, completion, problem)
+            return await self.read_answer(completion, problem)
         except Exception as error:
             if not self.unread:  # one tells of all of its kind
                 log.warning(

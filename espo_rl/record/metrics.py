@@ -52,7 +52,7 @@ METRICS = {
     "rollout/right_lost": "of these, the share that was stopped",
     "rollout/errors": "rollouts without a usable answer; the step trains without them",
     "rollout/grader_timeouts": "rollouts counted as wrong because grading took more than "
-    "task.grader_timeout",
+    "task.grader_timeout, or a built-in grader failed over them",
     "rollout/resampled": "rollouts asked for again because they had failed",
     "rollout/dropped": "rollouts of prompts that dynamic sampling dropped",
     "rollout/weights_version": "weights that most rollouts were sampled with",

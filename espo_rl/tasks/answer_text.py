@@ -36,11 +36,13 @@ def plain_numbers(text: str) -> str:
     >>> plain_numbers("−1 234")
     '-1234'
     """
-    text = _MINUS.sub("-", text)
+    text = _MINUS.sub("-", text.translate(_FULL_WIDTH))
     return _SPACED.sub(lambda number: re.sub(r"\D", "", number.group()), text)
 
 
 # An en dash is one before a digit alone: 3–5 is a range
-_MINUS = re.compile(r"−|(?<![\w)}\]])–(?=\\?[$.]?\d)")
+_MINUS = re.compile(r"−|(?<![\w)}\]])[‐‑–](?=\\?[$.]?\d)")
+#: of Chinese and Japanese texts: １８ for 18
+_FULL_WIDTH = {0xFF01 + place: 0x21 + place for place in range(94)}
 # Of TeX or Unicode: 1\,000\,000
 _SPACED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:(?:\\[,!: ]|[~ \u00a0\u2009\u202f])\d{3})+(?!\d)")

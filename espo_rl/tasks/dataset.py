@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from decimal import Decimal
 from functools import partial
 from math import isfinite
@@ -139,7 +140,10 @@ class Split:
             value = next(
                 (t.get("content") for t in reversed(turns) if t.get("role") == "user"), None
             )
-        if not (text := _text(value, self._type(column))):
+        feature = self._feature(column)
+        if isinstance(value, int) and hasattr(feature, "int2str"):  # a number for each label
+            value = feature.int2str(value) if value >= 0 else None
+        if not (text := _text(value, getattr(feature, "dtype", ""))):
             there = list(_names(row if isinstance(self.rows, FileRows) else self.rows[number]))
             raise TaskError(
                 f"task.{key} = {column!r}: no text or number there in row {number + 1} of "
@@ -147,12 +151,12 @@ class Split:
             )
         return text
 
-    def _type(self, column: str) -> str:
-        """Of a table's column: "float32", say."""
+    def _feature(self, column: str) -> Any:
+        """Of a table's column: what `datasets` knows of its type."""
         features: Any = {} if isinstance(self.rows, FileRows) else self.rows.features
         for name in [column] if column in features else column.split("."):
             features = features.get(name) if isinstance(features, Mapping) else None
-        return getattr(features, "dtype", "")
+        return features
 
 
 def _text(value: Any, of_type: str) -> str:
@@ -161,6 +165,8 @@ def _text(value: Any, of_type: str) -> str:
         return str(value).lower()
     if isinstance(value, str | int | Written):
         return str(value).strip()
+    if isinstance(value, date):  # or a moment, of which midnight is a day
+        return value.isoformat().removesuffix("T00:00:00")
     # A table has made 15.0 of 15 where there was another that is not whole, or none.
     if isinstance(value, Decimal) and isfinite(value):
         return str(int(value)) if value == int(value) else f"{value:f}"

@@ -121,10 +121,12 @@ def _users(name: str) -> Grader:
         score = function(completion, problem.answer, problem.extra)
         if inspect.isawaitable(score):
             score = runner.run(_awaited(score))
-        # float() would read a text's number, too.
-        if score is None or isinstance(score, str | bytes) or not 0.0 <= float(score) <= 1.0:
+        # float() would read a text's number, too. A sum of tenths is 1 but for its rounding.
+        known = score is not None and not isinstance(score, str | bytes)
+        rounded = round(float(score), 9) if known else float("nan")
+        if not 0.0 <= rounded <= 1.0:
             raise ValueError(f"it returned {score!r}; a bool or a number in [0, 1] is wanted")
-        return float(score)
+        return rounded
 
     return grade
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from espo_rl.config import TaskSection
 from espo_rl.tasks.answer_text import USUAL, final_text, plain_numbers
@@ -25,6 +26,8 @@ def math(completion: str, answer: str, tags: TaskSection = USUAL) -> bool:
     text = final_text(completion, tags)
     if word := _wanted(answer):
         return word.text == word.kind.given(text)
+    if (said := _name_said(text, _name(answer))) is not None:
+        return said
     reference = _parsed(f"${_one_line(answer)}$")
     if _equal(reference, _given(text)):
         return True
@@ -131,16 +134,20 @@ def _exact(value: Any) -> Any:
 
 
 def _given(text: str) -> list[Any]:
-    """The last box, or the last several where only a comma or an "and" parts them; else all."""
+    """The last boxes; of a text without any all of it."""
+    boxes = _last_boxes(text)
+    return _boxed(boxes) if boxes else _parsed(text)
+
+
+def _last_boxes(text: str) -> list[str]:
+    """What is in the last box, or the last several where only a comma or an "and" parts them."""
     boxes = _boxes(text)
-    if not boxes:
-        return _parsed(text)
-    start = len(boxes) - 1
+    start = max(len(boxes) - 1, 0)
     while start and boxes[start - 1].text:
         if not _BETWEEN.fullmatch(text[boxes[start - 1].end : boxes[start].start][:40]):
             break
         start -= 1
-    return _boxed(list(dict.fromkeys(box.text for box in boxes[start:])))
+    return list(dict.fromkeys(box.text for box in boxes[start:]))
 
 
 def _boxed(values: Sequence[str]) -> list[Any]:
@@ -178,8 +185,16 @@ def _tidy(text: str) -> str:
     text = re.sub(r"\\(?:approx|sim)(?![a-z])|≈", "=", text)
     text = re.sub(r"(?<=\{)\s*=", "", text)
     text = re.sub(
-        r"(?:[€£¥₹]|\bRs\.?)(?=\s*\d)|(?<=\d)\s*(?:dollars|euros|pounds|USD|EUR|GBP)\b", "", text
+        r"\bUS\s*(?=\\?\$\s*\d)|(?:[€£¥₹]|\bRs\.?)(?=\s*\d)"
+        r"|(?<=\d)\s*~?(?:[€£¥₹](?!\s*\d)|(?:dollars?|euros?|pounds?|USD|EUR|GBP)\b)",
+        "",
+        text,
     )
+    text = _UPRIGHT.sub(lambda one: " " * bool(one[1]) + one[2], text)
+    text = _SUPERSCRIPT.sub(lambda power: f"^{{{normalize('NFKC', power.group())}}}", text)
+    text = _VULGAR.sub(lambda part: f" {normalize('NFKC', part.group())}".replace("⁄", "/"), text)
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?|\w+)", r"\\sqrt{\1}", text)
+    text = text.replace("∞", r"\infty ").replace("·", r"\cdot ").replace("~", " ")
     text = _PERCENT.sub(r"\1 \\cdot 1\\%", text)
     text = plain_numbers(text)
     text = _SCIENTIFIC.sub(lambda number: f"{Decimal(number.group()):f}", text)
@@ -187,6 +202,13 @@ def _tidy(text: str) -> str:
     return re.sub(r"(?<=\d)\.(?=\s*\})", "", text)
 
 
+# The imaginary unit, Euler's number, vectors of a basis, a number in bold: no units of measure
+_UPRIGHT = re.compile(
+    r"(?:(?<=([A-Za-z]))|)\\(?:math(?:rm|bf|it)|text(?:bf|it)|bm|boldsymbol)\s*"
+    r"\{([eijk]|-?[\d.]+)\}"
+)
+_SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
 # 2e+3 is Euler's number and 3 where neither a point, a 1 nor a second digit says otherwise
 _SCIENTIFIC = re.compile(
     r"(?i)(?<![\w.])"
@@ -250,8 +272,9 @@ class Kind(NamedTuple):
 
     def given(self, text: str) -> str | None:
         """The word that a completion answers with."""
-        if boxes := _boxes(text):
-            return _first(self.boxed.match(_bare(boxes[-1].text)))
+        if boxes := _last_boxes(text):
+            words = {_first(self.boxed.match(_bare(box))) for box in boxes} - {None}
+            return words.pop() if len(words) == 1 else None  # several are no answer
         text = _bare(text)
         *_, last = None, *self.named.finditer(text)
         *_, last = last, *self.stated.finditer(text)
@@ -278,6 +301,27 @@ def _first(match: re.Match[str] | None) -> str | None:
     return word and (word.upper() if len(word) == 1 else word.lower())
 
 
+def _name(text: str) -> str:
+    """A text that is a name, such as "New York", in one spelling; else nothing.
+
+    As a value it is a product of its letters, as which east is seat. With less than four letters
+    it may be one.
+    """
+    found = _NAME.fullmatch(_bare(text))
+    return found[1].casefold() if found else ""
+
+
+def _name_said(text: str, name: str) -> bool | None:
+    """Whether a completion answers with a name; None where it does not answer with any."""
+    if not name:
+        return None
+    if boxes := _last_boxes(text):
+        names = {*map(_name, boxes)} - {""}
+        return names == {name} if names else None
+    stated = re.search(rf"{_SAID}(?i:{re.escape(name)})(?![\w'])", _bare(text))
+    return True if stated else None
+
+
 def _bare(text: str) -> str:
     """A text without the markup of TeX and Markdown."""
     return " ".join(_MARKUP.sub(" ", text).split())
@@ -289,6 +333,7 @@ _NAMED = r"(?i:answer) "
 _OPTION = r"(?i:option |choice )?\(? ?"
 _TRUTH = "((?i:true|false|yes|no))"
 _DATE = r"(\d{4}-\d\d-\d\d)"  # as a value, a difference
+_NAME = re.compile(r"((?!inf)[A-Za-z]{4,}(?: [A-Za-z]+)*)\.?")
 _KINDS = (
     Kind(
         re.compile(rf"{_OPTION}([A-Z]) ?(?:$|[).:]+(?: |$))"),

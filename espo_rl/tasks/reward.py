@@ -13,7 +13,8 @@ async def score(rollouts: Sequence[Rollout], graders: GraderPool, recipe: Recipe
     """Give rollouts their outcome, where it can be known, and their reward.
 
     One that cannot be graded becomes an error, an audited one too: as merely stopped it might leave
-    its prompt without any that is finished. One that the grader hangs over is wrong.
+    its prompt without any that is finished. One that the grader hangs over is wrong, and so is one
+    that a built-in grader fails over.
     """
     known = [rollout for rollout in rollouts if not rollout.stopped or rollout.audited]
     grades = await graders.grade([(rollout.answer, rollout.problem) for rollout in known])

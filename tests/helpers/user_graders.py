@@ -73,6 +73,14 @@ def half(completion: str, answer: str, extra: Row) -> float:
     return 0.5
 
 
+def ten_tenths(completion: str, answer: str, extra: Row) -> float:
+    return sum([0.1] * 10) if completion == answer else 0.1 + 0.2 - 0.3 - 1e-12
+
+
+def three_thirds(completion: str, answer: str, extra: Row) -> float:
+    return sum([0.1] * 3) / 0.3 if completion == answer else 0.1 + 0.2
+
+
 def from_the_row(completion: str, answer: str, extra: Row) -> float:
     return extra["worth"]
 

@@ -14,7 +14,7 @@ import pytest
 from espo_gateway.front.gateway import Gateway
 from espo_gateway.testing import FakeServer, Script
 from espo_rl.base_model.train import make_tokenizer
-from espo_rl.config import RolloutSection, TaskSection
+from espo_rl.config import RolloutSection
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import (
     EvaluationError,
@@ -27,7 +27,7 @@ from espo_rl.evaluate.table import table
 from espo_rl.record.intervals import Share
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.tasks.grader_pool import Grade
-from espo_rl.tasks.graders import exact_answer, make_answer_reader
+from espo_rl.tasks.graders import exact_answer
 from espo_rl.types import EndReason, Problem
 from tests.helpers.evaluation import DOUBTFUL, PROBLEMS, Answers, answering, place, saying
 from tests.helpers.gateway import (
@@ -70,6 +70,10 @@ def collector_at(gateway: Gateway, **settings: Any) -> Collector:
     return Collector(gateway.url, "fake", Prompter(make_tokenizer()), config)
 
 
+async def read(completion: str, problem: Problem) -> str | None:
+    return exact_answer(completion) or None
+
+
 async def evaluated(script: Any, sampling: Sampling, gate: bytes | None = None, **more: Any) -> Any:
     """The report, the problems as they were handed over, and the server that was asked."""
     handed: list[ProblemResult] = []
@@ -79,7 +83,7 @@ async def evaluated(script: Any, sampling: Sampling, gate: bytes | None = None, 
             ByAnswer(),
             PROBLEMS,
             sampling,
-            make_answer_reader(TaskSection(grader="exact")),
+            read,
             on_problem=handed.append,
             **more,
         )
@@ -186,7 +190,7 @@ async def test_a_wrong_answer_that_cannot_be_read_has_no_vote(
 ) -> None:
     """Of another kind than those that were foreseen; it is graded all the same."""
 
-    def read(completion: str, problem: Problem) -> str | None:
+    async def read(completion: str, problem: Problem) -> str | None:
         raise ZeroDivisionError(completion)
 
     answers = [["0", "7", "7", "7"]] * 3

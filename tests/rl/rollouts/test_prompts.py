@@ -27,6 +27,17 @@ def test_chat_prompts_open_the_assistants_turn_once() -> None:
     assert tokenizer.convert_ids_to_tokens(ids) == ["<user>", *"358c", "<assistant>"]
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_that_are_special_tokens_are_wanted_in_the_answer(special: bool) -> None:
+    """By itself a server leaves them out of its text: nobody could tell thoughts from answers."""
+    tokenizer, tags = make_tokenizer(), [("[THINK]", "[/THINK]")]
+    task = TaskSection(thought_tags=tags)
+    assert not Prompter.of(tokenizer, task).special  # the tokenizer knows nothing of them
+    tokenizer.add_tokens([*tags[0]], special_tokens=special)
+    assert Prompter.of(tokenizer, task).special is special
+    assert not Prompter.of(tokenizer, TaskSection()).special
+
+
 def test_special_tokens_are_not_doubled() -> None:
     """A tokenizer that adds a token of its own to any text must not add it to a template's."""
     from tokenizers.processors import TemplateProcessing
@@ -78,7 +89,7 @@ def test_reasoning_models_templates(
     [
         ("<assistant><think>Okay, let me see. I begin with the first of them: ", "<think>"),
         ("<assistant><THINK>", "<THINK>"),
-        ("<assistant><think>a <think>b</think>", "<think>"),
+        ("<assistant><think>a <think>b</think>", ""),
         ("<assistant><think></think><answer>", ""),
         ("<assistant>", ""),
     ],

@@ -58,6 +58,17 @@ def test_a_seed_stands_for_the_same_demonstrations_as_ever() -> None:
     assert hashlib.md5(shown.encode()).hexdigest() == "dfaa0b9711cf1f2bf6e8c96094d87055"
 
 
+def test_a_damaged_base_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base_model.json").touch()
+    monkeypatch.setattr("sys.argv", ["base_model", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "base_model.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import socket
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ def test_numbers_of_a_table(tmp_path: Path) -> None:
         "small ones": ([1e-05, -0.0, 1e23], ["0.00001", "0", "1" + "0" * 23]),
         "halves": (pa.array([0.1, 2.5, 15.0], pa.float16()), ["0.1", "2.5", "15"]),
         "singles": (pa.array([0.1, 1e-05, 15.0], pa.float32()), ["0.1", "0.00001", "15"]),
+        "days": ([date(2024, 2, 29)] * 3, ["2024-02-29"] * 3),
+        "moments": (
+            [datetime(2024, 2, 29), datetime(2024, 2, 29, 18, 30), datetime(1999, 1, 1)],
+            ["2024-02-29", "2024-02-29T18:30:00", "1999-01-01"],
+        ),
         "nested.singles": (None, ["0.1", "0.00001", "15"]),
         "small decimals": (
             [Decimal("0.0000001"), Decimal("0.1000000"), Decimal("2")],
@@ -143,6 +149,20 @@ def test_numbers_of_a_table(tmp_path: Path) -> None:
         assert sorted((p.prompt, p.answer) for p in problems) == list(
             zip("abc", expected, strict=True)
         )
+
+
+def test_labels_of_a_table_are_their_names(tmp_path: Path) -> None:
+    """As of MMLU's answers, which the table holds as numbers."""
+    labels = datasets.ClassLabel(names=["A", "B", "C", "D"])
+    features = datasets.Features(
+        {"problem": datasets.Value("string"), "answer": labels, "nested": {"answer": labels}}
+    )
+    rows = [{"problem": f"{i}", "answer": i, "nested": {"answer": 3 - i}} for i in range(4)]
+    path = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    for column, expected in (("answer", "ABCD"), ("nested.answer", "DCBA")):
+        problems = first(task_of(train=path, answer_column=column), 4)
+        assert {p.prompt: p.answer for p in problems} == dict(zip("0123", expected, strict=True))
 
 
 def test_csv_cells_of_a_folder_are_taken_as_they_stand(tmp_path: Path) -> None:

@@ -114,6 +114,33 @@ async def test_a_failure_costs_one_grade(text: str, reason: str) -> None:
         assert await told(graders, FINE, "wrong") == [Grade(1.0), Grade(0.0)]
 
 
+async def test_what_a_built_in_grader_fails_over_is_wrong() -> None:
+    """Else a policy could learn to be spared by it. sympy compares no number with infinity less
+    infinity."""
+    infinite = Problem(id="1", prompt="", answer=r"\infty")
+    async with pool("math") as graders:
+        fails, right = await graders.grade(
+            [(r"\boxed{\infty+1}", infinite), (r"\boxed{\infty}", infinite)]
+        )
+    assert (fails.score, right) == (0.0, Grade(1.0))
+    assert fails.error.startswith("grader 'math' raised TypeError")
+
+
+async def test_answers_are_read_where_they_are_graded() -> None:
+    async with pool("math") as graders:
+        assert graders.reads
+        assert await graders.read(r"\boxed{0.5}", ANSWER) == "1/2"
+    assert not pool().reads
+
+
+@pytest.mark.slow
+async def test_a_reader_that_hangs_is_killed() -> None:
+    async with pool("regex", pattern="^((a|aa)+)$", grader_timeout=2.0) as graders:
+        with pytest.raises(TimeoutError):
+            await graders.read("a" * 100 + "b", ANSWER)
+        assert await graders.read("aaa", ANSWER) == "aaa"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["hang", "hang deaf"])
 async def test_what_hangs_is_killed_and_is_wrong(text: str) -> None:

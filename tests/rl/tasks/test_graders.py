@@ -84,7 +84,7 @@ THOUGHTS = {
     "<think>5</think> <think>The answer is 5": None,
     "<THINK>5</Think> The answer is 6": "6",
     "<THINK>5": None,
-    "<think>a <think>b</think> still thinking 5": None,
+    "<think>They want <think> tags.</think> The answer is 6": "6",
     "<think>a <think>5</think> b</think> The answer is 6": "6",
     # the prompt has opened it, and the model once more
     "<think>\n<think>\n5</think> The answer is 6": "6",
@@ -176,6 +176,9 @@ def test_a_gyms_partial_credit() -> None:
         ("right_as_numpy", (1.0, 0.0)),
         ("half", (0.5, 0.5)),
         ("from_the_row", (0.25, 0.25)),
+        # Full marks and a third, but for rounding: no wrong answer, no score out of range
+        ("ten_tenths", (1.0, 0.0)),
+        ("three_thirds", (1.0, 0.3)),
     ],
 )
 def test_a_users_function(function: str, scores: tuple[float, float]) -> None:
