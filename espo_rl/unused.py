@@ -18,6 +18,10 @@ ASKS_CRITIC = "stopping.rule stopping.value stopping.sources stopping.value_head
 NEEDS_CRITIC = f"ppo.advantage ppo.baseline {ASKS_CRITIC}"
 
 
+#: DeepSpeed's schedulers that have the rate in their own params
+SETS_RATE = {"WarmupLR", "WarmupDecayLR", "OneCycle", "LRRangeTest"}
+
+
 @dataclass(frozen=True)
 class Idle:
     """keys: that do nothing `when` it holds of a recipe. switches: the keys that decide on it.
@@ -50,6 +54,19 @@ def _of_rule(keys: str, switches: str, when: Callable[[Any], bool], fix: str) ->
     )
 
 
+def _split(split: str, source: str) -> Idle:
+    """A lone file is whichever split it is asked for; a slice of it is one of the file."""
+    return Idle(
+        f"task.{split}",
+        f"task.{source}",
+        lambda recipe: (
+            Path(getattr(recipe.task, source) or ".").expanduser().is_file()
+            and "[" not in getattr(recipe.task, split)
+        ),
+        f"a data set of several as task.{source}, or a slice, such as 'train[:90%]'",
+    )
+
+
 def _of_the_hub(subset: str, source: str) -> Idle:
     return Idle(
         f"task.{subset}",
@@ -57,6 +74,11 @@ def _of_the_hub(subset: str, source: str) -> Idle:
         lambda recipe: Path(getattr(recipe.task, source) or ".").expanduser().is_file(),
         f"a data set of several as task.{source}, on the hub or in a folder",
     )
+
+
+def _scheduler(extra: Mapping[str, Any]) -> object:
+    given = extra.get("scheduler")
+    return given.get("type") if isinstance(given, dict) else None
 
 
 IDLE = (
@@ -82,6 +104,8 @@ IDLE = (
     ),
     _of_the_hub("subset", "train"),
     _of_the_hub("eval_subset", "eval"),
+    _split("train_split", "train"),
+    _split("eval_split", "eval"),
     Idle(
         "task.grader_workers task.grader_timeout",
         "task.grader",
@@ -124,6 +148,12 @@ IDLE = (
         # What an update compares with is what the models say as it begins.
         lambda recipe: recipe.ppo.epochs == recipe.ppo.minibatches == 1,
         "a second optimizer step in an update, so ppo.epochs or ppo.minibatches above 1",
+    ),
+    Idle(
+        "ppo.learning_rate ppo.critic_learning_rate",
+        "deepspeed.extra",
+        lambda recipe: SETS_RATE.issuperset([_scheduler(recipe.deepspeed.extra)]),
+        "no deepspeed.extra.scheduler that has rates of its own",
     ),
     Idle(
         "ppo.whiten",

@@ -78,6 +78,10 @@ def told_arrays(sources: Sequence[SourceName], answers: Mapping[SourceName, Arra
     return np.concatenate(parts, axis=-1)
 
 
+#: a source that is asked at one token is asked again before a hundred times as many
+MOST_GROWTH = 100.0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """At which tokens sources are asked: multiples of `every`, sparser as a stream grows.
@@ -93,8 +97,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 0 <= self.every <= MOST_TOKENS:
             raise ValueError(f"every must lie between 0 and {MOST_TOKENS}, not {self.every}")
-        if not 0.0 <= self.growth <= 100.0:
-            raise ValueError(f"growth must lie between 0 and 100, not {self.growth}")
+        if not 0.0 <= self.growth <= MOST_GROWTH:
+            raise ValueError(f"growth must lie between 0 and {MOST_GROWTH:g}, not {self.growth}")
         if not 0.0 < self.below <= 1.0:
             raise ValueError(f"below must lie in (0, 1], not {self.below}")
 

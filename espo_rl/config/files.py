@@ -91,7 +91,10 @@ def _override(data: dict[str, Any], override: str) -> str:
         hint = f", perhaps {near}={text}" if near else ""
         raise RecipeError(f"override {override!r}: write it as section.key=value{hint}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
+        if len(found) > 1:
+            raise RecipeError(f"override {override!r}: give each setting as an argument of its own")
+        value = found["value"]
     except tomllib.TOMLDecodeError:  # text, or what Python and `--explain` write
         value = {"True": True, "False": False, "None": None}.get(text.strip(), text)
     for section in sections:

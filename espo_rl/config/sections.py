@@ -274,10 +274,12 @@ class Ppo(Section):
 
     @model_validator(mode="after")
     def _rewards(self) -> Ppo:
-        if not self.wrong_reward < self.right_reward:
+        # What differs by less is taken for rounding, and in float32 it may be.
+        size = max(1.0, abs(self.wrong_reward), abs(self.right_reward))
+        if self.right_reward - self.wrong_reward < 1e-3 * size:
             raise ValueError(
                 f"wrong_reward = {self.wrong_reward} must be below right_reward = "
-                f"{self.right_reward}"
+                f"{self.right_reward}, by {1e-3 * size:g} at least"
             )
         return self
 
@@ -311,10 +313,14 @@ class DeepSpeed(Section):
     @model_validator(mode="after")
     def _own_keys(self) -> DeepSpeed:
         for path, key in _OF_THE_RECIPE.items():
+            *tables, last = path.split(".")
             part: Any = self.extra
-            for name in path.split("."):
-                part = part.get(name) if isinstance(part, dict) else None
-            if part is not None:
+            for depth, name in enumerate(tables, 1):
+                part = part.get(name, {})
+                if not isinstance(part, dict):
+                    where = ".".join(tables[:depth])
+                    raise ValueError(f"extra.{where} = {part!r} must be a table of settings")
+            if part.get(last) is not None:
                 raise ValueError(f"extra.{path} has no effect: set {key}")
         return self
 
@@ -356,7 +362,9 @@ class Servers(Section):
     # Whether the servers' logprobs are those before the temperature, or those sampled from
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     start_timeout: Seconds = 600.0  # for a server to be there
-    hang_timeout: Seconds = 120.0  # a server that makes no token for so long is restarted
+    # A server that makes no token for so long is restarted; or that answers no call about weights,
+    # but these may take two minutes at least
+    hang_timeout: Seconds = 120.0
     restarts: Whole = 3  # of one server in a row, then the run gives up
     # mean |Δ logprob| of the probe, server against trainer; None: 1e-3, and 0.3 in bfloat16
     parity_tolerance: Positive | None = None
@@ -394,6 +402,16 @@ class Evaluation(Section):
     temperature: GreedyOrNot = 1.0  # 0 is greedy
     every: Updates = 0  # between two; 0: before and after training alone
     greedy: bool = False  # before and after training, at temperature 0 too
+
+    @model_validator(mode="after")
+    def _greedy(self) -> Evaluation:
+        if not self.temperature and (self.samples > 1 or self.greedy):
+            given = "greedy = true" if self.greedy else f"samples = {self.samples}"
+            raise ValueError(
+                f"{given} at temperature = 0 asks for the same answers again: leave it out, or set "
+                "another temperature"
+            )
+        return self
 
 
 class Checkpoints(Section):

@@ -12,12 +12,11 @@ from pydantic import Field, model_validator
 
 from espo_gateway.stop.rules import BETA, P_STAR, RuleName, ValueName, threshold_of, value_source
 from espo_gateway.stop.threshold_control import Bound
-from espo_gateway.stop.told import ASKED, SourceName
+from espo_gateway.stop.told import ASKED, MOST_GROWTH, SourceName
 from espo_rl.config.bounds import (
     Between,
     Count,
     Decay,
-    NotNegative,
     Number,
     Positive,
     Section,
@@ -89,7 +88,8 @@ class Stopping(Section):
     value_head: Written | None = None
     value_every: Tokens = 16  # how far apart an estimate reads what value_head tells
     ask_every: Tokens = 96  # how far apart probe and critic server are asked
-    ask_growth: NotNegative = 0.25  # further apart as a rollout grows: by so much of its length
+    # further apart as a rollout grows: by so much of its length
+    ask_growth: Annotated[float, Field(ge=0, le=MOST_GROWTH)] = 0.25
     # The probe reads answers after it
     probe_phrase: Annotated[str, Field(min_length=1)] = "\n\nThe final answer is \\boxed{"
     probe_end: str = "}"  # and they end with this

@@ -21,11 +21,12 @@ VLLM_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is; memory in bytes."""
+    """What there is; memory in bytes. slow_bfloat16: it is far slower than float32 there."""
 
     cpus: int
     ram: float
     gpus: tuple[float, ...] = ()
+    slow_bfloat16: bool = False
 
     @classmethod
     def here(cls) -> Machine:
@@ -38,7 +39,9 @@ class Machine:
                 continue
         gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         memories = tuple(float(gpu.total_memory) for gpu in gpus)
-        return cls(len(os.sched_getaffinity(0)), ram, memories)
+        # A CPU without AVX-512 takes eight times as long for a product of matrices.
+        slow = not memories and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+        return cls(len(os.sched_getaffinity(0)), ram, memories, slow)
 
     def __str__(self) -> str:
         gpus = f"{len(self.gpus)} × {min(self.gpus) / 1e9:,.0f} GB GPU" if self.gpus else "no GPU"

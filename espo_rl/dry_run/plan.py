@@ -161,6 +161,11 @@ def _models(plan: RunPlan) -> None:
     model = plan.recipe.model
     with _collected(plan):
         check_liger(model, on_gpu=bool(plan.machine.gpus))
+    if plan.machine.slow_bfloat16 and model.dtype == "bfloat16":
+        plan.warnings.append(
+            "model.dtype = 'bfloat16': a CPU without AVX-512 computes it several times slower than "
+            "float32; set model.dtype=float32"
+        )
     wanted = {"actor": ("model.path", model.path)}
     if plan.recipe.needs_critic:
         wanted["critic"] = ("model.critic", model.critic) if model.critic else wanted["actor"]
@@ -248,7 +253,7 @@ def _prompts(plan: RunPlan) -> None:
     recipe = plan.recipe
     task = make_task(recipe.task)
     problems = list(islice(task.training(recipe.run.seed), PROBLEMS))
-    if not (held_out := task.held_out(min(recipe.evaluation.problems, PROBLEMS))):
+    if not (held_out := task.held_out(recipe.evaluation.problems)[:PROBLEMS]):
         raise TaskError(
             "task.train has too few problems to hold out a tenth for evaluation; give task.eval"
         )

@@ -22,6 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from espo_rl.config import Ppo
 from espo_rl.pretrain_critic.settings import Settings
 
@@ -84,16 +86,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0.0 < options.held_out < 1.0:
         parser.error("--held-out must lie between 0 and 1")
-    if not math.isfinite(options.right_reward - options.wrong_reward):
-        parser.error("--right-reward and --wrong-reward must be finite numbers")
+    try:
+        Ppo(right_reward=options.right_reward, wrong_reward=options.wrong_reward)
+    except ValidationError as error:
+        parser.error(f"--right-reward, --wrong-reward: {error.errors()[0]['msg']}")
     if not 0 <= options.seed < 2**63:
         parser.error("--seed must lie in 0 to 2^63 - 1")
     if options.layers is not None and not options.head_only:
         parser.error("--layers needs --head-only: the layers left were trained for those cut off")
     if options.layers is not None and options.layers < 1:
         parser.error("--layers must be at least 1")
-    if not options.wrong_reward < options.right_reward:
-        parser.error("--wrong-reward must be below --right-reward")
     for name in ("learning_rate", "epochs", "patience"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0, and finite")

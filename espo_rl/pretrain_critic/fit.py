@@ -117,6 +117,9 @@ def fit_critic(
 
     Args:
         on_epoch: called after each epoch with the mean losses.
+
+    Raises:
+        PretrainError: the loss is not finite before any epoch has helped.
     """
     critic.eval()  # as in the trainer: no dropout
     rng = np.random.default_rng(settings.seed)
@@ -139,6 +142,12 @@ def fit_critic(
             nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        if not np.isfinite(sums[0]):
+            if helped:
+                break
+            raise PretrainError(
+                f"the loss is {sums[0]:g} in epoch {epoch}: lower --learning-rate, or the rewards"
+            )
         loss_now = _mean_loss(critic, validation, settings)
         on_epoch(float(sums[0] / sums[1]), loss_now)
         if loss_now < loss_then:

@@ -11,10 +11,11 @@ one stopped. The server is vLLM with the model that sampled them; --model has it
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from espo_gateway.stop.told import Schedule
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -41,9 +42,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--end", help="what ends the answer (default: that of stopping.probe_end)")
     add("--concurrency", type=int, default=16, help="rollouts at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name, least in (("every", 1), ("growth", 0), ("concurrency", 1)):
-        if not least <= getattr(options, name) < math.inf:
-            parser.error(f"--{name} must be a number of at least {least}")
+    for name in ("every", "concurrency"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    try:
+        Schedule(every=options.every, growth=options.growth)
+    except ValueError as error:
+        parser.error(f"--{error}")
     return options
 
 

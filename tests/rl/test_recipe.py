@@ -63,6 +63,7 @@ def test_an_override_takes_a_value_away() -> None:
         ("task.steps=[2,27]", ["task.steps", "26"]),
         ("task.steps=[]", ["task.steps", "at least 1 item"]),
         ("nonsense", ["section.key=value"]),
+        ("run.steps=5\nppo.learning_rate=1e-3", ["an argument of its own"]),
         ("run.steps.more=1", ["run.steps.more"]),
     ],
 )
@@ -113,6 +114,18 @@ def test_a_wrong_key_or_value_is_named_with_the_fix(override: str, names: list[s
             ["deepspeed.extra={gradient_clipping = 1.0}"],
             ["extra.gradient_clipping", "ppo.max_grad_norm"],
         ),
+        (["deepspeed.extra={bf16 = true}"], ["extra.bf16 = True", "table"]),
+        (["deepspeed.extra={optimizer = {params = 1}}"], ["extra.optimizer.params = 1", "table"]),
+        (
+            ["deepspeed.zero_stage=1", "deepspeed.extra={zero_optimization = 3}"],
+            ["extra.zero_optimization = 3", "table"],
+        ),
+        # Rewards that float32, or the noise of a group's, would make equal.
+        (["ppo.right_reward=1e-4", "ppo.wrong_reward=0"], ["wrong_reward = 0.0", "by 0.001"]),
+        (["ppo.right_reward=1e9", "ppo.wrong_reward=999999999"], ["wrong_reward", "by 1e+06"]),
+        # The same greedy answers once more.
+        (["evaluation.temperature=0", "evaluation.samples=8"], ["samples = 8", "temperature = 0"]),
+        (["evaluation.temperature=0", "evaluation.greedy=true"], ["greedy = true"]),
         (['servers.policy_urls=["http://a:1", "http://a:1/"]'], ["policy_urls", "twice"]),
         (["stopping.min_tokens=161"], ["stopping.min_tokens = 161", "rollout.max_tokens = 160"]),
         (
@@ -157,6 +170,8 @@ def test_settings_that_do_not_go_together_are_named_with_the_fix(
 
 VALUE_OF_CRITIC = "stopping.value=critic"
 
+#: a scheduler with rates of its own
+RATES = "WarmupLR"
 #: what is given, and which key of it does nothing
 IDLE = [
     (["task.train=data.jsonl"], "task.train"),
@@ -225,6 +240,11 @@ IDLE = [
     (["task.grader_timeout=3"], "task.grader_timeout"),
     (["task.grader=my:own", "task.answer_tags=[]"], "task.answer_tags"),
     (["task.kind=dataset", f"task.train={__file__}", "task.subset=main"], "task.subset"),
+    (["task.kind=dataset", f"task.train={__file__}", "task.train_split=x"], "task.train_split"),
+    (
+        [f"deepspeed.extra={{scheduler = {{type = '{RATES}'}}}}", "ppo.learning_rate=1e-3"],
+        "ppo.learning_rate",
+    ),
     (
         ["task.kind=dataset", "task.train=a/b", f"task.eval={__file__}", "task.eval_subset=main"],
         "task.eval_subset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from espo_gateway.stop.rules import Gate
-from espo_rl.config import Recipe, RecipeError, load_recipe
+from espo_rl.config import Recipe, RecipeError, Stopping, load_recipe
 from espo_rl.evaluate.results import Sampling
+from espo_rl.gate.audits import Audits
+from espo_rl.gate.batch_gates import StopController
 from espo_rl.types import Problem, first_seed
 
 
@@ -91,6 +94,34 @@ def test_a_number_that_would_fail_later_is_refused_by_its_name(override: str, ke
     with pytest.raises(RecipeError) as error:
         load_recipe("arithmetic", [override])
     assert f"  {key}" in str(error.value)
+
+
+def edges() -> list[str]:
+    """What sets each number of [stopping] to the ends of what it may be."""
+    found = []
+    for key, _ in numbers():
+        section, _, name = key.partition(".")
+        if section == "stopping":
+            for bound in Stopping.model_fields[name].metadata:
+                ends = (getattr(bound, end, None) for end in ("ge", "le"))
+                found += [f"{key}={end}" for end in ends if end is not None]
+    assert len(found) > 30
+    return found
+
+
+@pytest.mark.parametrize("edge", edges())
+@pytest.mark.parametrize("rule", ["success-probability", "value-gated"])
+def test_a_gate_takes_every_number_of_its_recipe(edge: str, rule: str) -> None:
+    """It is first made when servers run and an evaluation is done."""
+    given = [f"stopping.rule={rule}", "stopping.threshold=share", "rollout.max_tokens=2147483647"]
+    probe = ["stopping.sources=['probe']"] if rule == "success-probability" else []
+    try:
+        recipe = load_recipe("arithmetic", [*given, *probe, edge])
+    except RecipeError:
+        return  # refused before anything runs
+    audits = Audits.of(recipe.stopping.audit_share, recipe.rollout.n)
+    stopping = StopController(recipe.stopping, 9, random.Random(0), audits=audits)
+    assert stopping.gate("step-0").rule == "none"  # nothing is known yet
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])

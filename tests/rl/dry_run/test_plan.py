@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_stale_tokens_that_cannot_be_weighted_are_warned_of(
     assert "servers.logprobs_mode = processed_logprobs" in warning
     for known in ("servers.logprobs_mode=processed_logprobs", "rollout.temperature=1.0"):
         assert make_plan(recipe_with("rollout.schedule=refill", known), LAPTOP).warnings == []
+
+
+def test_a_cpu_that_is_slow_in_bfloat16_is_warned_of(recipe_with: Callable[..., Recipe]) -> None:
+    slow = replace(LAPTOP, slow_bfloat16=True)
+    (warning,) = make_plan(recipe_with("model.dtype=bfloat16"), slow).warnings
+    assert "set model.dtype=float32" in warning
+    for machine, dtype in ((slow, "float32"), (LAPTOP, "bfloat16")):
+        assert make_plan(recipe_with(f"model.dtype={dtype}"), machine).warnings == []
 
 
 @pytest.mark.parametrize(
@@ -260,6 +269,11 @@ def test_a_full_disk(recipe_with: Callable[..., Recipe], monkeypatch: pytest.Mon
     there.write_bytes(bytes(100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 100))
     assert make_plan(recipe, LAPTOP).errors == []
+
+
+def test_more_held_out_problems_than_there_are(recipe_with: Callable[..., Recipe]) -> None:
+    plan = make_plan(recipe_with("evaluation.problems=2000"), LAPTOP)
+    assert "evaluation.problems" in only_error(plan)
 
 
 def test_an_unreadable_task(recipe_with: Callable[..., Recipe], tmp_path: Path) -> None:

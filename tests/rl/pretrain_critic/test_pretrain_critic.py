@@ -177,6 +177,7 @@ def test_stopped_rollouts_of_unknown_outcome_are_refused() -> None:
         (4, [], "record more"),
         (60, ["--model", "/"], "--model / cannot be loaded"),
         (60, ["--model", "nowhere"], "--model: no folder nowhere"),
+        (60, ["--learning-rate", "1e30"], "lower --learning-rate"),
     ],
 )
 def test_what_cannot_work_is_said_and_leaves_nothing(
@@ -224,6 +225,7 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path: Path) -> None:
     [
         *("--held-out=1", "--wrong-reward=1", "--epochs=0", "--seed=-1", f"--seed={2**63}"),
         *("--learning-rate=inf", "--learning-rate=nan", "--right-reward=inf"),
+        *("--right-reward=1e39", "--wrong-reward=0.9999"),
     ],
 )
 def test_arguments_that_make_no_sense(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
