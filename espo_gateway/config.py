@@ -315,8 +315,10 @@ def parse(
         variables = _from_environment(environment)
         given = {**_from_file(path), **variables, **flags}
         if "gate" in given:
-            given["gate"] = Path(given["gate"])
-            given["gate"].read_bytes()  # one that is not there is known at once
+            if not isinstance(given["gate"], str | Path):
+                raise ValueError(f"{path}: gate must be the path of a JSON file")
+            gate = given["gate"] = Path(given["gate"])
+            gate.read_bytes()  # one that is not there is known at once
         if "upstreams" not in given:
             raise ValueError("--upstream URL is needed, or upstreams in the environment or file")
         return TypeAdapter(Config).validate_python(given)

@@ -12,7 +12,6 @@ the same rate from one fake vLLM, in turns, in an order that changes from repeti
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pstats
 import sys
@@ -27,11 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark import servers, throughput
-from benchmark.arguments import count
+from benchmark.arguments import count, positive
 from benchmark.load import BenchmarkError, chat_request, run_round
 from benchmark.report import Case, report_of, show
 from espo_gateway import event_loop
 from espo_gateway.supervisor import ServerStartError
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
 
 #: What is measured: through which server, and whether the client streams and asks for logprobs.
@@ -54,13 +54,13 @@ def main() -> None:
             own = json_with("us_per_token", "repetitions")
             check_own(arguments.json, "--json", "report of this benchmark", own)
         report = event_loop.run(measure(arguments))
-    except (BenchmarkError, OutputError, ServerStartError) as error:
+    except (BenchmarkError, OSError, OutputError, ServerStartError) as error:
         sys.exit(f"bench_gateway: {error}")
     show(report)
     if arguments.profile:
         pstats.Stats(str(arguments.profile)).sort_stats("tottime").print_stats(40)
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report, indent=1)
 
 
 def parse() -> argparse.Namespace:
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--streams", type=count, default=32, help="at once (default: 32)")
     parser.add_argument("--tokens", type=count, default=600, help="of each stream (default: 600)")
     parser.add_argument(
-        "--step-ms", type=float, default=8.0, help="the fake engine's step (default: 8)"
+        "--step-ms", type=positive, default=8.0, help="the fake engine's step (default: 8)"
     )
     parser.add_argument("--repetitions", type=count, default=7, help="of each (default: 7)")
     parser.add_argument("--quick", action="store_true", help="3 repetitions of 250 tokens")
@@ -110,6 +110,8 @@ def parse() -> argparse.Namespace:
         names.remove("litellm")
     if not servers.nginx_binary() and "nginx" in names:
         names.remove("nginx")
+    if not names:
+        parser.error("--only: nginx must be installed, and litellm needs --litellm-python")
     if arguments.vllm and not arguments.model:
         parser.error("--vllm needs --model NAME")
     arguments.names = names

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from espo_gateway.stop.told import Schedule
 from espo_rl.config import Model, Recipe, RolloutSection, Servers, Stopping, TaskSection
 from espo_rl.evaluate.arguments import read_problems
 from espo_rl.evaluate.results import EvaluationError
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.progress import progress_bar
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
@@ -153,7 +153,7 @@ def main() -> None:
     each = ", ".join(f"{price:.1f}" for price in found)
     console.print(f"a question costs {np.mean(found):.1f} sampled tokens (by round: {each})")
     if options.json:
-        options.json.write_text(json.dumps({"price": found, "rounds": rows}, indent=2) + "\n")
+        write_json(options.json, {"price": found, "rounds": rows}, indent=1)
 
 
 if __name__ == "__main__":

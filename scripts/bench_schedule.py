@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 from itertools import product
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.arguments import count
 from espo_rl.config import RecipeError, load_recipe
 from espo_rl.loop import Loop
-from espo_rl.record.json_files import nulls
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.run_folder import read_run
 from espo_rl.rollouts.batch import Batch
@@ -93,8 +92,7 @@ def main() -> int:
             results = summary(found)
             print(f"{seed + 1} of {options.seeds} seeds\n{table(results)}", flush=True)
             if options.json is not None:
-                told = json.dumps(nulls({"runs": found, **results}), indent=1)
-                options.json.write_text(told + "\n")
+                write_json(options.json, {"runs": found, **results}, indent=1)
     return 0
 
 

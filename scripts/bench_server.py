@@ -43,6 +43,7 @@ from espo_gateway import event_loop
 from espo_gateway.stop.estimate import FEATURES
 from espo_gateway.supervisor import ServerStartError
 from espo_gateway.vllm_plugin.wire import told_by
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
 
 
@@ -110,7 +111,7 @@ def main() -> None:
     except (BenchmarkError, OutputError, ServerStartError) as error:
         sys.exit(f"bench_server: {error}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report, indent=1)
 
 
 def parse() -> argparse.Namespace:

@@ -35,6 +35,7 @@ from trainer_benchmark.cases import CASES, GROUP, SHAPES, make_checkpoint
 from trainer_benchmark.turns import Side, SideError
 
 from benchmark.arguments import count
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own
 from espo_rl.record.progress import progress_bar
 
@@ -56,7 +57,7 @@ def main() -> None:
     except (OutputError, SideError) as error:
         sys.exit(f"bench_trainer: {error}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report, indent=1)
 
 
 def json_of_cases(file: Path) -> bool:

@@ -31,6 +31,7 @@ from espo_gateway.supervisor import ServerProcess, free_port
 from espo_gateway.vllm_plugin.client import WeightClient
 from espo_rl.config import Servers
 from espo_rl.ppo.parameters import gathered, tensor_specs
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.servers.weights import TOLERANCE, WeightPublisher, transfer_of
 
@@ -260,7 +261,7 @@ async def run(options: argparse.Namespace) -> int:
     show(results)
     if options.json:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        options.json.write_text(json.dumps({"device": name, "ways": results}, indent=2) + "\n")
+        write_json(options.json, {"device": name, "ways": results}, indent=1)
     return failures(list(results.values()))
 
 

@@ -20,8 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark.arguments import count
-from espo_rl.record.json_files import nulls
+from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
+from espo_rl.record.run_folder import RunFolderError
 from study.design import Run, Study, StudyError, load_study
 from study.plots import draw_all
 from study.results import results_of
@@ -75,7 +76,7 @@ def main() -> int:
         return 130
     try:
         write(study)
-    except StudyError as error:
+    except (OSError, RunFolderError, StudyError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1 if failed else 2
     return 1 if failed else 0
@@ -103,14 +104,14 @@ def write(study: Study) -> None:
         raise StudyError(f"no run of the study is done in {study.output}: nothing is written")
     told, file = markdown(results), study.output / "results.json"
     print(told)
-    there = json.loads(file.read_text())["runs"] if file.exists() else []
+    there = json.loads(text)["runs"] if file.exists() and (text := file.read_text()) else []
     if lost := sorted({*map(_name, there)} - {*map(_name, results["runs"])}):
         raise StudyError(
             f"{file} has {len(lost)} runs that these results lack, such as {lost[0]}: nothing is "
             "written; ask for all of them, with their folders there, or remove that file"
         )
     study.output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(nulls(results), indent=1) + "\n")
+    write_json(file, results, indent=1)
     (study.output / "results.md").write_text(told + "\n")
     draw_all(study, study.output / "plots")
     print(f"\nresults.json, results.md and plots: {study.output}")

@@ -16,7 +16,8 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 2; }
     echo "Installing from $LOCK into $VENV: two to five minutes, once"
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    # Without pip, it was begun and not finished.
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv "$VENV"
     pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
     # The sdists in the lock are built without isolation, so what they build with comes first.
     build_tools=$(grep -E '^(setuptools|wheel|ninja|py-cpuinfo)==' "$LOCK")

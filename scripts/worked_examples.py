@@ -23,11 +23,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmark.arguments import count, positive
 from espo_gateway.files import written_whole
 from espo_gateway.optional import needed
 from espo_rl.config import TaskSection
+from espo_rl.dry_run.footprint import Machine
 from espo_rl.record.output import OutputError, check_empty
 from espo_rl.tasks.gym import GymTask
+from espo_rl.tasks.task import TaskError
 
 #: after the steps; what `stopping.probe_phrase` leads to
 ANSWER = "\n\nThe final answer is \\boxed{%s}"
@@ -38,10 +41,10 @@ def legs(row: Mapping[str, Any]) -> str:
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     lines, total = [], 0
-    for animal, count in row["metadata"]["animals"].items():
+    for animal, number in row["metadata"]["animals"].items():
         each = ANIMALS[animal]
-        total += count * each
-        lines.append(f"{animal}: {count} * {each} = {count * each}, total {total}")
+        total += number * each
+        lines.append(f"{animal}: {number} * {each} = {number * each}, total {total}")
     return "\n".join(lines)
 
 
@@ -49,9 +52,9 @@ def letters(row: Mapping[str, Any]) -> str:
     """letter_counting: each word spelt, how often the letter is in it, and the sum so far."""
     letter, total, lines = row["metadata"]["target_letter"], 0, []
     for word in row["metadata"]["span"]:
-        count = word.lower().count(letter)
-        total += count
-        lines.append(f"{' '.join(word)}: {count}, total {total}")
+        number = word.lower().count(letter)
+        total += number
+        lines.append(f"{' '.join(word)}: {number}, total {total}")
     return "\n".join(lines)
 
 
@@ -95,8 +98,8 @@ def main() -> None:
     parser.add_argument(
         "--tasks", nargs="+", choices=WORKED, default=list(WORKED), help="(default: both)"
     )
-    parser.add_argument("--examples", type=int, default=320, help="of each task (default: 320)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="(default: 2e-4)")
+    parser.add_argument("--examples", type=count, default=320, help="of each task (default: 320)")
+    parser.add_argument("--learning-rate", type=positive, default=2e-4, help="(default: 2e-4)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -104,7 +107,7 @@ def main() -> None:
         needed("trl", "dev")
         with written_whole(options.out) as folder:
             train(options, folder)
-    except (ImportError, OSError, OutputError) as error:
+    except (ImportError, OSError, OutputError, TaskError, ValueError) as error:
         parser.error(str(error))
 
 
@@ -116,9 +119,7 @@ def train(options: argparse.Namespace, out: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
     rows = [row for task in options.tasks for row in examples(task, options.examples, options.seed)]
-    on_gpu = torch.cuda.is_available()
-    # A CPU without AVX-512 computes bfloat16 ten times slower than float32.
-    slow_bfloat16 = not on_gpu and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    machine = Machine.here()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     trainer = SFTTrainer(
         model=model,
@@ -131,8 +132,8 @@ def train(options: argparse.Namespace, out: Path) -> None:
             learning_rate=options.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=5,
-            bf16=not slow_bfloat16,
-            use_cpu=not on_gpu,
+            bf16=not machine.slow_bfloat16,
+            use_cpu=not machine.gpus,
             gradient_checkpointing=False,
             completion_only_loss=True,
             logging_steps=5,

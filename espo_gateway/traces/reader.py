@@ -280,7 +280,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     yield number, msgspec.json.decode(line, type=dict[str, Any])
-                except msgspec.MsgspecError as error:
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                     raise TraceError(f"{path}:{number}: no JSON object: {error}") from error
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from error

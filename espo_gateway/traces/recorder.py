@@ -213,5 +213,5 @@ def _foreign(path: Path) -> str | None:
         return "its first line has no logprobs"
     except OSError:
         return None  # said when it is opened
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return f"its first line is no JSON object: {error}"

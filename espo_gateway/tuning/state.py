@@ -61,7 +61,7 @@ class StateFile:
                 raise refused(f"is of version {version!r}, and this gateway reads {_VERSION}")
             saved = msgspec.json.decode(data, type=_Saved)
             gate = gate_from_json(bytes(saved.gate), has_critic=has_critic)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise refused(f"is damaged, or no state: {error}") from error
         except InvalidRequest as error:
             if error.param == "state":

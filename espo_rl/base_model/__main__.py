@@ -13,6 +13,7 @@ is the likelier one, and it is the right one that looks like a mistake.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -52,12 +53,16 @@ def main() -> None:
         parser.error("--seed must lie in 0 to 2^63 - 1")
     if not 0.0 <= options["error"] <= BELIEF:
         parser.error(f"--error must lie in 0 to {BELIEF}")
-    from espo_rl.base_model.train import train_base_model
+    from espo_rl.base_model.train import NotLearntError, train_base_model
 
     try:
         train_base_model(options.pop("out"), **options)
     except OutputError as error:
         parser.error(str(error))
+    except (NotLearntError, OSError) as error:
+        sys.exit(f"espo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("espo: interrupted")
 
 
 if __name__ == "__main__":

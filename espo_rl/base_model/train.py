@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from espo_gateway.files import written_whole
+from espo_gateway.files import read_object, written_whole
 from espo_rl.base_model.slips import Kind, Slip, slips
 from espo_rl.record.output import OutputError, check_empty
 from espo_rl.record.progress import progress_bar
@@ -98,6 +98,10 @@ def demonstrations(
     return tokens, targets
 
 
+class NotLearntError(RuntimeError):
+    """The base model does not solve its task."""
+
+
 def train_base_model(
     out: Path,
     *,
@@ -117,15 +121,18 @@ def train_base_model(
     depends on the seed and on the machine's arithmetic, so it is looked at.
 
     Raises:
-        RuntimeError: it does not learn the task.
-        OutputError: there is something else in `out`.
+        NotLearntError: it does not learn the task.
+        OutputError: there is something else in `out`, or it cannot be written.
     """
     settings = {"error": error, "steps": steps, "seed": seed, "torch": torch.__version__}
     full = Arithmetic(min_steps, max_steps)
     if (kind, full) != ("sampled", Arithmetic()):
         settings |= {"kind": kind, "min_steps": min_steps, "max_steps": max_steps}
     marker = out / "base_model.json"
-    there = json.loads(marker.read_text()) if marker.is_file() else None
+    try:
+        there = read_object(marker) if marker.is_file() else None
+    except ValueError as fault:
+        raise OutputError(f"--out: {marker} is damaged ({fault}); choose another folder") from fault
     if there == settings:
         print(f"base model: {out} is there already")
         return out
@@ -199,7 +206,7 @@ def train_base_model(
     # What it believes wrongly was learned after that.
     learned = knew if kind == "believed" else accuracy
     if learned < 0.9:
-        raise RuntimeError(
+        raise NotLearntError(
             f"the base model did not learn the task (greedy accuracy {learned:.0%}): give more "
             "--steps or another --seed"
         )

@@ -57,11 +57,13 @@ class CollectCommand(Command):
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        if options.probe_every < 0:
-            raise EvaluationError("--probe-every must not be negative; 0 asks never")
+        try:
+            schedule = Schedule(every=options.probe_every, growth=0.0)
+        except ValueError as error:
+            raise EvaluationError(f"--probe-{error}; 0 asks never") from error
         super().__init__(options)
         if options.probe_every:
-            self.gate = Gate(schedule=Schedule(every=options.probe_every, growth=0.0))
+            self.gate = Gate(schedule=schedule)
             # Nothing is stopped, but what is not monitored is not asked about either.
             self.sampling = dataclasses.replace(self.sampling, gated=True)
 
@@ -145,7 +147,7 @@ class CollectCommand(Command):
         """Say what was collected; whether nothing failed."""
         errors = [error for report in reports.values() for error in report.errors]
         samples = sum(report.samples for report in reports.values())
-        self.say(f"{samples:,} rollouts in {seconds:,.0f} s: {self.folder.path / 'rollouts'}")
+        self.say(f"{samples:,} rollouts: {self.folder.path / 'rollouts'}, after {seconds:,.0f} s")
         if errors:
             self.say(
                 f"{len(errors)} samples failed, and their problems are not written; the same "

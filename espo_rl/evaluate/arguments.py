@@ -67,7 +67,8 @@ def parse(
     )
     kind = prog.rpartition(".")[2]
     add("--out", type=Path, metavar="FOLDER", help=f"(default: runs/{kind}-MODEL)")
-    add("--k", type=int, default=32, help="samples of each problem (default: %(default)s)")
+    usual_k = (defaults or {}).get("k", 32)
+    add("--k", type=int, help=f"samples of each problem (default: {usual_k}; 1 if they are greedy)")
     add("--limit", type=int, metavar="N", help="only the first N problems of each data set")
     asking = parser.add_argument_group("sampling", sampling)
     add = asking.add_argument
@@ -133,8 +134,10 @@ def parse(
         help="seconds that one answer may take, the wait for others included (default: 3600)",
     )
     add("vllm_args", nargs="*", metavar="-- VLLM ARGUMENTS", help="for the server that is started")
-    parser.set_defaults(**(defaults or {}))
+    parser.set_defaults(**{**(defaults or {}), "k": None})
     options = parser.parse_args(arguments)
+    if options.k is None:
+        options.k = usual_k if options.temperature else 1
     if options.limit is not None and options.limit < 1:
         parser.error("--limit must be at least 1")
     if options.vllm_args and (options.url or not options.vllm_args[0].startswith("-")):
@@ -157,6 +160,10 @@ def parse(
             "--subset has no effect with a file",
         ),
         (options.system and not options.chat, "--system has no effect with --plain"),
+        (
+            options.k > 1 and not options.temperature,
+            "--k above 1 asks for the same answers again at --temperature 0",
+        ),
         (
             options.pattern and options.grader != "regex",
             f"--pattern has no effect with --grader {options.grader}",

@@ -41,7 +41,6 @@ from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.servers.fleet import Fleet, open_fleet
 from espo_rl.servers.server import ServerError, answers
 from espo_rl.tasks.grader_pool import GraderPool
-from espo_rl.tasks.graders import make_answer_reader
 from espo_rl.types import Problem
 
 
@@ -83,6 +82,16 @@ class Command:
         except RecipeError as error:
             raise EvaluationError(in_arguments(str(error))) from error
         self.problems = read_problems(self.recipe.task, options.data, options.limit)
+        for name, problems in self.problems.items():
+            for number, problem in enumerate(problems, 1):
+                try:
+                    self.prompter(problem)
+                except Exception as error:  # a template's or a tokenizer's may be any
+                    raise EvaluationError(
+                        f"--data: no prompt can be made of problem {number} of {name} "
+                        f"({type(error).__name__}: {error}); mend its text, or give another "
+                        "--system, or --plain"
+                    ) from error
         self.folder = ResultsFolder(options.out, self.settings())
 
     def settings(self) -> dict[str, Any]:
@@ -123,7 +132,7 @@ class Command:
             if self.gate is not None:
                 await fleet.push_gate(self.gate)
             reports = {
-                name: await self.evaluate(name, problems, asker, grader)
+                name: await fleet.watched(self.evaluate(name, problems, asker, grader))
                 for name, problems in self.problems.items()
             }
         return self.finish(reports, time.monotonic() - started)
@@ -156,7 +165,7 @@ class Command:
                 grader,
                 problems,
                 self.sampling,
-                make_answer_reader(self.recipe.task),
+                grader.read if grader.reads else None,
                 done=results.done,
                 on_sample=lambda _: bar.advance(line),
                 on_problem=results.append,

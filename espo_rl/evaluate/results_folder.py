@@ -158,7 +158,7 @@ class ResultsFile:
             whole += len(line)
             try:
                 result = msgspec.json.decode(line, type=ProblemResult)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise EvaluationError(
                     f"{self.path}, line {number}, is damaged ({error}); remove that line"
                 ) from error

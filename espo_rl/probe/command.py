@@ -184,4 +184,7 @@ def run(options: argparse.Namespace) -> int:
     except (ProbeError, UpstreamError, OSError, ValueError) as error:
         print(f"espo: {said(error)}; the same command goes on", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("espo: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0

@@ -10,10 +10,11 @@ from typing import Any
 from espo_gateway.files import written_whole
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write it whole or not at all."""
+def write_json(path: Path, content: Any, *, indent: int = 2) -> None:
+    """Write it whole or not at all; its folder is made. What is no number becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=2) + "\n")
+        scratch.write_text(json.dumps(nulls(content), indent=indent) + "\n")
 
 
 def nulls(value: Any) -> Any:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 #: by these a folder is known to be a run's
 MARKS = ("recipe.json", "metrics.jsonl")
-#: all that a run, and a report of it, writes there
+#: all that a run, and a report of it, writes there; the marks last, so that what is left of a
+#: folder whose removal was killed is still known as a run's
 OF_A_RUN = (
-    *MARKS,
     *("summary.json", "rollouts", "checkpoints", "logs", "tensorboard", "wandb", "wandb_run"),
     *("actor", "critic", "critic-config", "report.html"),
+    *MARKS,
 )
 
 #: whose lock is had by the process that trains in a folder; nothing stands in it
@@ -46,11 +47,22 @@ def check_empty(folder: Path, setting: str, fix: str = "choose another folder") 
     """Raise OutputError where a folder holds anything. setting: that names it."""
     if there := entries(folder, setting):
         raise OutputError(f"{setting}: {folder} is not empty (it holds {listed(there)}): {fix}")
+    check_writable(folder, setting)
+
+
+def check_writable(path: Path, setting: str) -> None:
+    """Raise OutputError where no such file or folder can be made."""
+    if not path.name:
+        raise OutputError(f"{setting}: {path} has no name of its own; choose another folder")
+    above = next(one for one in path.absolute().parents if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{setting}: cannot write into {above}; choose another folder")
 
 
 def check_own(file: Path, setting: str, kind: str, own: Callable[[Path], bool]) -> None:
     """Raise OutputError where a file would be replaced that is not of the kind that takes its
     place. own: whether a file is; what it raises of ValueError means no."""
+    check_writable(file, setting)
     try:
         if not file.exists() or (file.is_file() and not file.stat().st_size):
             return

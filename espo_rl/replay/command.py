@@ -430,7 +430,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 on success, 1 on rollouts that carry no answer or cannot be read."""
+    """0 on success, 1 on rollouts that carry no answer or cannot be read, 130 on Ctrl-C."""
     options = parse(arguments)
     try:
         run(options)
@@ -440,4 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ) as error:
         print(f"espo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("espo: interrupted", file=sys.stderr)
+        return 130
     return 0

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from espo_gateway.supervisor import die_with_parent
 from espo_gateway.traces.judge import Survey, survey
 from espo_gateway.traces.reader import Known, TraceError, Traces, itself, read_traces
 from espo_rl.record.progress import progress_bar
@@ -117,13 +118,22 @@ def _submit(*arguments: Any) -> Future[list[tuple[int, Any]]]:
 def processes() -> ProcessPoolExecutor:
     """Those that share the work; they end with this one."""
     # Not forked: there are threads of libraries here.
-    return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(
+        PROCESSES,
+        multiprocessing.get_context("spawn"),
+        # Each holds both ends of its queue, so none would see that this one was killed.
+        initializer=die_with_parent,
+        initargs=(os.getpid(),),
+    )
 
 
 def files_in(path: Path) -> list[Path]:
     """A file, or the Parquet files of a run's folder or of its rollouts. Raises TraceError."""
-    if not path.exists():
-        raise TraceError(f"no file or folder {path}")
+    try:
+        if not path.exists():
+            raise TraceError(f"no file or folder {path}")
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}") from error
     if files := rollout_files(path):
         return files
     raise TraceError(

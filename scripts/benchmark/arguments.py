@@ -12,6 +12,13 @@ def count(text: str) -> int:
     return number
 
 
+def positive(text: str) -> float:
+    """An argparse type: a number above 0, and finite."""
+    if not 0.0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, and finite, not {number:g}")
+    return number
+
+
 def share(text: str) -> float:
     """An argparse type: from 0 to 1."""
     if not 0.0 <= (number := float(text)) <= 1.0:

@@ -37,7 +37,7 @@ class Case:
         self.us_per_token.append(processor_seconds / result.tokens * 1e6)
         self.tokens_per_second.append(result.tokens / result.seconds)
         for name, values in (("first_token", result.first), ("between_tokens", result.between)):
-            if values:
+            if len(values) > 1:
                 cuts = statistics.quantiles(values, n=100, method="inclusive")
                 for point, cut in (("p50", cuts[49]), ("p99", cuts[98])):
                     self.latency.setdefault(f"{name}_{point}", []).append(cut)

@@ -30,8 +30,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from espo_gateway.files import read_object
 from espo_gateway.supervisor import die_with_guard
 from espo_rl.config import RecipeError, load_recipe
+from espo_rl.record.json_files import write_json
 from espo_rl.record.run_folder import RunFolderError, read_run
 from study.design import Run, Study, StudyError
 
@@ -125,7 +127,13 @@ def check(study: Study) -> None:
                     "another --output"
                 )
         else:
-            known, now = json.loads(told.read_text()), about(run)
+            now = about(run)
+            try:
+                known = read_object(told)
+            except ValueError as error:
+                raise StudyError(
+                    f"{told} is damaged ({error}); delete {run.folder}, or put back what it was"
+                ) from error
             known.pop("jobs", None)
             weights, there = known.pop("weights", {}), now.pop("weights")
             changed = [path for path in weights if there.get(path, weights[path]) != weights[path]]
@@ -228,7 +236,7 @@ class Training:
         if (other := run.rate_from) is not None:
             settings = [*settings, f"stopping.target_share={stop_share(other):.{SHARE_DIGITS}f}"]
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "settings.json").write_text(json.dumps(about(run) | {"jobs": jobs}))
+        write_json(run.folder / "settings.json", about(run) | {"jobs": jobs})
         self.run = run
         self._command = [
             *(sys.executable, "-m", "espo_rl.run", run.study.recipe, *settings),

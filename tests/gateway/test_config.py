@@ -35,6 +35,8 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         ([], {}, "max_inflight = 3", "did you mean max_in_flight?"),
         ([], {}, "port = ", r"g\.toml: Invalid value"),
         (["--gate", "/no/such"], {}, "", "cannot read /no/such: No such file"),
+        ([], {}, "gate = { rule = 'regret-only' }", r"g\.toml: gate must be the path of a JSON"),
+        ([], {}, "gate = 5", r"g\.toml: gate must be the path of a JSON file"),
         (["--finish-reason", "two words"], {}, "", "--finish-reason: must be a word"),
         (["--finish-reason", "v1=stop"], {}, "", "and not 'v1=stop'"),
         (["--finish-reason", "length,"], {}, "", "--finish-reason: must be a word"),

@@ -240,6 +240,16 @@ def test_other_weights_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         run_study(study)
 
 
+def test_damaged_settings_of_a_run_are_named(tmp_path: Path) -> None:
+    """As a full disk left them before they were written whole."""
+    study = study_of(tmp_path)
+    told = next(iter(study.runs())).folder / "settings.json"
+    told.parent.mkdir(parents=True)
+    told.touch()
+    with pytest.raises(StudyError, match=r"settings\.json is damaged .*delete"):
+        check(study)
+
+
 def test_a_run_that_fails_does_not_end_the_study(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -364,6 +364,7 @@ def test_a_long_file_is_read_in_parts(tmp_path: Path) -> None:
     [
         ("{\n", "t.jsonl:1: no JSON object"),
         ("[]\n", "t.jsonl:1: no JSON object"),
+        (b'{"text": "\xff"}\n', "t.jsonl:1: no JSON object"),
         ("\n{}\n", "t.jsonl:2: no 'logprobs'"),
         ('{"logprobs": [1, "x"], "max_logprobs": []}', "logprobs must be a list of numbers"),
         ('{"logprobs": 3, "max_logprobs": []}', "logprobs must be a list of numbers"),
@@ -377,9 +378,9 @@ def test_a_long_file_is_read_in_parts(tmp_path: Path) -> None:
         ('{"end": 3}', r"`\$.end`"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "t.jsonl"
-    path.write_text(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(TraceError, match=message):
         list(read_traces([path], outcome="correct", known=None))
 

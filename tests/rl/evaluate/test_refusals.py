@@ -110,6 +110,18 @@ async def test_a_damaged_line_is_named(arguments: list[str], tmp_path: Path) -> 
     path.write_text("".join([first[:30] + "\n", *others]))
     with pytest.raises(EvaluationError, match="line 1, is damaged"):
         await run(arguments, answering(ANSWERS))
+    path.write_bytes(first.encode().replace(b'"', b'"\xff', 1) + b"")
+    with pytest.raises(EvaluationError, match="line 1, is damaged"):
+        await run(arguments, answering(ANSWERS))
+
+
+async def test_a_problem_without_a_prompt_is_named(arguments: list[str], tmp_path: Path) -> None:
+    """No tokenizer takes half of a character, which JSON may hold."""
+    rows = [{"problem": "1", "answer": "1"}, {"problem": "\ud83d", "answer": "2"}]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [*arguments, "--data", str(tmp_path / "half.jsonl")]
+    with pytest.raises(EvaluationError, match="--data: no prompt can be made of problem 2 of half"):
+        Command(parse(asked))
 
 
 def test_settings_hold_from_the_first_result_on(tmp_path: Path) -> None:
@@ -187,6 +199,7 @@ def test_two_evaluations_never_write_the_same_file(tmp_path: Path) -> None:
         (["--thought-tags", "<a>"], "--thought-tags: must be OPEN CLOSE"),
         (["--answer-tags", "<a>", ""], "--answer-tags: String should have at least 1 character"),
         (["--answer-tags", "--grader", "my:own"], "--answer-tags has no effect with a grader of"),
+        (["--temperature", "0", "--k", "4"], "--k above 1 asks for the same answers again"),
         (["--audit", "0.5"], "--audit has no effect without --gate"),
         (["--audit", "0"], "--audit has no effect without --gate"),
         (["--subset", "main"], "--subset has no effect with a file"),

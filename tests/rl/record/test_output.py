@@ -14,7 +14,7 @@ from espo_rl.base_model.__main__ import main as base_model
 from espo_rl.base_model.train import train_base_model
 from espo_rl.evaluate.results import EvaluationError
 from espo_rl.evaluate.results_folder import ResultsFolder
-from espo_rl.record.output import OutputError, check_own, json_with
+from espo_rl.record.output import OutputError, check_empty, check_own, json_with
 from espo_rl.replay.command import check_output
 from espo_rl.report import command as report
 from tests.helpers.report import make_run
@@ -35,6 +35,24 @@ def test_only_its_own_kind_is_replaced(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(OutputError, match="folder"):
         check_own(folder, "--output", "result", own)
+
+
+def test_where_nothing_can_be_written_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the hours that make what is to be written."""
+    monkeypatch.chdir(tmp_path)
+    check_empty(tmp_path / "new" / "folder", "--output")
+    with pytest.raises(OutputError, match=r"--output: \. has no name"):
+        check_empty(Path("."), "--output")
+    with pytest.raises(OutputError, match=r"--output: \. has no name"):
+        check_own(Path("."), "--output", "result", bool)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot (use|write into) .*file"):
+        check_empty(tmp_path / "file" / "folder", "--output")
+    monkeypatch.setattr("espo_rl.record.output.os.access", lambda path, mode: False)
+    with pytest.raises(OutputError, match=f"--output: cannot write into {tmp_path}; choose"):
+        check_empty(tmp_path / "new" / "folder", "--output")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "metrics.jsonl", "aime.jsonl", "results.json"])
