@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 from urllib.parse import urlsplit
 
 # Only the standard library at import: the guard lives as long as its command and should stay small.
@@ -79,16 +79,13 @@ class ServerProcess:
 
         Raises:
             PortInUseError: when something listens on the port already.
-            ServerStartError: when it exits or is not ready in time; then nothing of it is left.
+            ServerStartError: when its log cannot be written, and when it exits or is not ready in
+                time; then nothing of it is left.
         """
         address = urlsplit(ready_url)
         check_port_free(address.hostname or "127.0.0.1", address.port or 80)
-        log_path.parent.mkdir(parents=True, exist_ok=True)
         variables: dict[str, str | None] = {**os.environ, **(env or {})}
-        with log_path.open("ab") as log:
-            # What an earlier one left stays: it may say why that one fell.
-            log.write(f"-- {name} started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
-            log.flush()
+        with _begun(log_path, name) as log:
             log_start = log.tell()
             # Not asyncio's: the server outlives the event loop that started it.
             guard = subprocess.Popen(  # noqa: ASYNC220
@@ -170,6 +167,22 @@ class ServerProcess:
         )
 
 
+def _begun(log_path: Path, name: str) -> BinaryIO:
+    """A server's log, open, with the line that says when it was started."""
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("ab")
+        # What an earlier one left stays: it may say why that one fell.
+        log.write(f"-- {name} started {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode())
+        log.flush()
+        return log
+    except OSError as error:
+        raise ServerStartError(
+            f"{name}: cannot write its log {log_path}: {error.strerror}; free space or choose "
+            "another folder"
+        ) from error
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that was free a moment ago."""
     with socket.socket() as probe:
@@ -246,6 +259,17 @@ def die_with_guard() -> None:
     """In the child: should even the guard be killed, end the command (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def die_with_parent(parent: int) -> None:
+    """In a child process that was spawned: it is killed however its parent ends (Linux).
+
+    parent: its process id, as it may have ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(0)
 
 
 def drain(pipe: int) -> None:

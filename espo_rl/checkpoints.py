@@ -38,9 +38,16 @@ class CheckpointStore:
         found = sorted(self.folder.glob("step-????????"))
         return found[-1] if found else None
 
+    def has(self, step: int) -> bool:
+        """Whether there is one of this step."""
+        return self._path(step).exists()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
     def save(self, step: int, loop_state: Any, save_models: Callable[[Path], None]) -> Path:
         """Write a checkpoint after `step` steps; drop the oldest beyond `keep`, and later steps."""
-        final = self.folder / f"step-{step:08d}"
+        final = self._path(step)
         try:
             with written_whole(final, fsync=True) as scratch:
                 scratch.mkdir(parents=True)
@@ -55,15 +62,19 @@ class CheckpointStore:
             ) from error
         self.drop_after(step)
         for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
-            shutil.rmtree(old)
+            _remove(old)
         return final
 
     def drop_after(self, step: int) -> None:
         """Remove those of later steps: they are of a run that was here before, or went on from
-        elsewhere."""
-        for path in self.folder.glob("step-????????"):
-            if path.name > f"step-{step:08d}":
-                shutil.rmtree(path)
+        elsewhere; and what a kill left half written, or half removed.
+
+        Raises:
+            CheckpointError: one cannot be removed.
+        """
+        later = [path for path in self.folder.glob("step-????????") if path > self._path(step)]
+        for path in [*self.folder.glob("step-????????.tmp"), *later]:
+            _remove(path)
 
     @staticmethod
     def read(checkpoint: Path) -> Any:
@@ -88,6 +99,16 @@ class CheckpointStore:
                 "resume from another checkpoint, or start without --resume"
             ) from error
         return loop_state
+
+
+def _remove(path: Path) -> None:
+    """Under a name that counts for nothing: a kill meanwhile leaves no half of a checkpoint."""
+    try:
+        shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot remove checkpoint {path}: {error.strerror or error}; remove it yourself"
+        ) from error
 
 
 def _read_state(checkpoint: Path) -> Any:

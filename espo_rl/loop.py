@@ -3,7 +3,8 @@
 Owns the order of a step and what a checkpoint keeps. What is sampled when, and which step trains on
 it, is the queue's (`rollouts.queue`): with `rollout.schedule = "refill"` rollouts are under way all
 the time. A server that falls is brought back with the current weights and gates, and the step goes
-on; whatever else fails ends the run, which `--resume` takes up again from its last checkpoint.
+on; whatever else fails ends the run, which `--resume` takes up again from its last checkpoint. One
+is written where servers fail for good, but in an update.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import asyncio
 import dataclasses
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,29 +24,32 @@ from typing import Any, TypeVar, cast
 from transformers import AutoTokenizer
 
 from espo_gateway.stop.gate_json import Mode
-from espo_rl.checkpoints import CheckpointStore
+from espo_gateway.supervisor import ServerStartError
+from espo_gateway.vllm_plugin.client import WeightSyncError
+from espo_rl.checkpoints import CheckpointError, CheckpointStore
 from espo_rl.config import DYNAMIC_ROUNDS, RESAMPLES, Recipe, RecipeError, differences
 from espo_rl.evaluate.evaluator import evaluate
 from espo_rl.evaluate.results import EvaluationError, ProblemResult, Report, Sampling
 from espo_rl.evaluate.table import as_dict
+from espo_rl.first import first_of
 from espo_rl.gate.audits import Audits
 from espo_rl.gate.batch_gates import StopController
 from espo_rl.gate.outcomes import with_outcome
 from espo_rl.ppo.trainer import PpoTrainer
 from espo_rl.record.log import RunLog
+from espo_rl.record.log_errors import log_errors
 from espo_rl.record.metrics import gate_metrics, rollout_metrics
 from espo_rl.record.rollout_files import RolloutFiles
 from espo_rl.record.summary import Summary
 from espo_rl.rollouts.batch import Batch
-from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
+from espo_rl.rollouts.collector import TIMED_OUT, Collector, ProbePhrase, Prompter
 from espo_rl.rollouts.in_flight import InFlight
 from espo_rl.rollouts.queue import BatchQueue
 from espo_rl.servers.fleet import open_fleet
 from espo_rl.servers.sampler import Sampler
 from espo_rl.servers.served_models import PROOF_ROLLOUTS, ServedModels
-from espo_rl.servers.server import ServerError
+from espo_rl.servers.server import ServerError, ServerFellError
 from espo_rl.tasks.grader_pool import GraderPool
-from espo_rl.tasks.graders import make_answer_reader
 from espo_rl.tasks.kinds import make_task
 from espo_rl.tasks.reward import score
 from espo_rl.tasks.task import Task
@@ -125,16 +129,20 @@ class Loop:
             await self.evaluate_policy("before")
             self.stepping = True
             while self.step < recipe.run.steps:
-                await self.train_step()
+                await self.evaluate_if_due()
+                if not self.interrupted.is_set():
+                    await self.train_step()
                 await self.save(last=self.interrupted.is_set())
                 if self.interrupted.is_set():
                     raise Interrupted
             self.stepping = False
             # Before the evaluation, which may take long and fail.
-            self.trainer.save_models(recipe.run.output)
-            self.tokenizer.save_pretrained(recipe.run.output / "actor")
+            with log_errors(recipe.run.output / "actor"):
+                self.trainer.save_models(recipe.run.output)
+                self.tokenizer.save_pretrained(recipe.run.output / "actor")
             await self.evaluate_policy("after")
-            path = self.summary.write(recipe.run.output / "summary.json")
+            with log_errors(recipe.run.output / "summary.json"):
+                path = self.summary.write(recipe.run.output / "summary.json")
             self.log.say(f"\n{self.summary.text()}\n\nlogs, models and {path.name}: {path.parent}")
             return path
 
@@ -193,14 +201,15 @@ class Loop:
         # A server that has just started holds the base model, which after a resume is another.
         await self.served.catch_up()
         problems = self.task.held_out(PROOF_ROLLOUTS)
-        await self.served.prove_sampling(problems, self.prompter)
+        await self.fleet.watched(self.served.prove_sampling(problems, self.prompter))
 
     async def train_step(self) -> None:
         """One step: collect and score, estimate and update, sync, log."""
         recipe, started, begin = self.recipe, dict(self.summary.seconds), time.monotonic()
         batch = self.queue.next(self.step, recipe.run.steps)
         self.log.stopping(batch.gate.rule != "none", batch.reason)
-        await self.collect(batch)
+        async with self.saved_if_servers_fail():
+            await self.collect(batch)
         gate = batch.gate
         self.queue.batches.popleft()
         async with self.sampler.meanwhile():
@@ -234,9 +243,6 @@ class Loop:
             seconds=spent | {"step": time.monotonic() - begin},
         )
         self.rollout_files.write(self.step, batch.all, batch.gate)
-        every = recipe.evaluation.every
-        if every and self.step % every == 0 and self.step < recipe.run.steps:
-            await self.evaluate()
 
     # -- phases --------------------------------------------------------------------------------
 
@@ -299,7 +305,14 @@ class Loop:
             with self.summary.timed("score"), self.log.phase("grading"):
                 async with self.sampler.meanwhile():
                     await score(new, self.grader, self.recipe)
-            batch.scored.update(rollout.seed for rollout in new)
+            # One that a fall has taken back meanwhile comes again, and is not scored then.
+            batch.scored.update(one.seed for one in new if batch.rollouts.get(one.seed) is one)
+            if late := sum((one.error or "").startswith(TIMED_OUT) for one in batch.failed):
+                self.log.say(
+                    f"warning: {late} rollouts took longer than rollout.timeout = "
+                    f"{self.recipe.rollout.timeout:g} s: raise it, or the longest are never learnt "
+                    "from"
+                )
             batch.ask_failed_again(RESAMPLES)
             await self.count_tokens(batch)
             if not batch.waiting:
@@ -365,6 +378,13 @@ class Loop:
                 report = await self.evaluate(greedy=greedy)
                 self.summary.accuracy[name] = report.scores.average
 
+    async def evaluate_if_due(self) -> None:
+        """Once a step is saved, as it takes long and may fail; given up when the run is to end."""
+        every = self.recipe.evaluation.every
+        if every and self.step and self.step % every == 0 and self.log.evaluated != self.step:
+            async with self.saved_if_servers_fail():
+                (await first_of(self.evaluate(), self.interrupted.wait())).result()
+
     async def evaluate(self, *, greedy: bool = False) -> Report:
         """Accuracy on held-out problems, without stopping; logged as of the present step."""
         config = self.recipe.evaluation
@@ -382,19 +402,21 @@ class Loop:
                     self.summary.timed("evaluate"),
                     self.log.phase("evaluating", len(problems) * sampling.k) as advance,
                 ):
-                    report = await evaluate(
-                        self.collector,
-                        self.grader,
-                        problems,
-                        sampling,
-                        make_answer_reader(self.recipe.task),
-                        done=done,
-                        on_sample=lambda _: advance(),
-                        on_problem=lambda result: done.update({result.index: result}),
+                    report = await self.fleet.watched(
+                        evaluate(
+                            self.collector,
+                            self.grader,
+                            problems,
+                            sampling,
+                            self.grader.read if self.grader.reads else None,
+                            done=done,
+                            on_sample=lambda _: advance(),
+                            on_problem=lambda result: done.update({result.index: result}),
+                        )
                     )
                 fault = report.errors[0] if report.errors else None
-            except EvaluationError as error:
-                if not await self.fleet.down():
+            except (EvaluationError, ServerFellError) as error:
+                if isinstance(error, EvaluationError) and not await self.fleet.down():
                     raise
                 await self.served.heal(str(error))
                 continue
@@ -406,14 +428,27 @@ class Loop:
 
     # -- state ---------------------------------------------------------------------------------
 
-    async def save(self, *, last: bool) -> None:
-        """Write a checkpoint when one is due, or when this was the last step for now."""
+    async def save(self, *, last: bool, again: bool = False) -> None:
+        """Write a checkpoint when one is due, or when this was the last step for now; again: also
+        where this step has one."""
         every = self.recipe.checkpoints.every
         due = every and (self.step % every == 0 or self.step == self.recipe.run.steps)
-        if due or last:
+        if (due or last) and (again or not self.checkpoints.has(self.step)):
             async with self.trainer_free:
                 with self.summary.timed("checkpoint"):
                     self.checkpoints.save(self.step, self.state(), self.trainer.save)
+
+    @asynccontextmanager
+    async def saved_if_servers_fail(self) -> AsyncIterator[None]:
+        """The steps before, and what came of this one, where it cannot go on."""
+        try:
+            yield
+        except (ServerError, ServerStartError, WeightSyncError, EvaluationError):
+            if self.step:
+                self.queue.recall_failed()
+                with suppress(CheckpointError):  # the first fault is the reason
+                    await self.save(last=True, again=True)
+            raise
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the models."""

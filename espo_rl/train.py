@@ -35,6 +35,7 @@ FAULTS = (
     EvaluationError,
     CheckpointError,
     LogError,
+    TaskError,
     UpdateError,
 )
 #: what a launcher does of a Ctrl-C: `deepspeed` ends rank 0's servers with the ranks

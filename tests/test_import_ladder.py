@@ -40,7 +40,7 @@ LADDERS = {
         ("ppo", "checkpoints"),
         ("tasks", "gate", "rollouts"),
         ("config",),
-        ("types", "tags", "unused"),
+        ("types", "tags", "unused", "first"),
     ),
 }
 ASIDE = {"espo_gateway.testing"}

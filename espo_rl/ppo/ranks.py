@@ -28,6 +28,8 @@ from torch import distributed
 #: How long a rank waits for the next command. No step takes a day; the usual half an hour is not
 #: enough for the rollouts of one.
 PATIENCE = timedelta(days=1)
+#: seconds that a call waits for an earlier one: one that was given up may never end
+TURN = 300.0
 
 
 class Ranks:
@@ -50,11 +52,12 @@ class Ranks:
         Calls of several threads come one after another.
 
         Raises:
-            RuntimeError: on another rank than 0: its calls are rank 0's to make.
+            RuntimeError: on another rank than 0: its calls are rank 0's to make. Or an earlier call
+                does not end.
         """
         if self.rank:
             raise RuntimeError(f"{name}() is rank 0's to call; rank {self.rank} runs follow()")
-        with self._one_at_a_time:
+        with self._turn(name):
             if not self._in_step:
                 raise RuntimeError(
                     f"{name}(): the other ranks are stopped, or out of step since an earlier call "
@@ -68,6 +71,15 @@ class Ranks:
             except BaseException:
                 self._in_step = self.size == 1
                 raise
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        if not self._one_at_a_time.acquire(timeout=TURN):
+            raise RuntimeError(f"{name}(): an earlier call has not ended in {TURN:.0f} s")
+        try:
+            yield
+        finally:
+            self._one_at_a_time.release()
 
     def stop(self) -> None:
         """Let the other ranks return from `follow`; nothing can be called after it.

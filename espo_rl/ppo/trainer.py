@@ -19,8 +19,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
+from espo_gateway.files import written_whole
 from espo_rl.config import Recipe
 from espo_rl.ppo.adapters import adapt, save_adapter, without_adapters
 from espo_rl.ppo.critic import Critic, load_classifier
@@ -465,15 +467,23 @@ class PpoTrainer:
 
     @collective
     def save_models(self, folder: Path) -> None:
-        """Write actor and critic as Hugging Face checkpoints, and adapters by themselves too."""
+        """Write actor and critic as Hugging Face checkpoints, and adapters by themselves too.
+
+        Raises:
+            OSError: one cannot be written; what was there before is there still.
+        """
         for name in self._engines:
             model = self.module(name)
-            weights = self._whole(gathered(model))
-            if self.ranks.rank == 0:
-                model.save_pretrained(folder / name, state_dict=weights)
-            factors = self._whole(adapters(model))
-            if factors:
-                save_adapter(folder / name / "adapter", factors, self._recipe.model)
+            weights, factors = self._whole(gathered(model)), self._whole(adapters(model))
+            if self.ranks.rank:
+                continue
+            with written_whole(folder / name) as scratch:
+                try:
+                    model.save_pretrained(scratch, state_dict=weights)
+                    if factors:
+                        save_adapter(scratch / "adapter", factors, self._recipe.model)
+                except SafetensorError as error:  # of a full disk, too
+                    raise OSError(str(error)) from error
 
     def _whole(self, parameters: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copies of parameters, on rank 0 only: under ZeRO-3 the module holds no whole one."""

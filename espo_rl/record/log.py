@@ -25,6 +25,7 @@ class RunLog:
     """The log of one run: a context manager, open while the run goes.
 
     `start` is the step that the run is resumed after; what an older log has of later steps goes.
+    `evaluated` is the last one whose evaluation is written.
 
     Raises:
         RecipeError: at once, when a package that the recipe's logs need is missing.
@@ -38,6 +39,7 @@ class RunLog:
         self._sinks: list[MetricSink] = []
         self._stopping: dict[str, Metric] = {"on": False, "reason": ""}
         self.start = 0
+        self.evaluated = 0
         for key, package, extra in (
             ("logs.wandb", "wandb", "wandb"),
             ("logs.tensorboard", "tensorboard", "train"),
@@ -54,7 +56,8 @@ class RunLog:
         with log_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "recipe.json", self._recipe.model_dump(mode="json"))
-        self._sinks = [JsonLines(folder / "metrics.jsonl", self.start)]
+        lines = JsonLines(folder / "metrics.jsonl", self.start)
+        self._sinks, self.evaluated = [lines], lines.evaluated
         if logs.tensorboard:
             self._sinks.append(TensorBoard(folder / "tensorboard", self.start))
         if logs.wandb:
@@ -92,6 +95,8 @@ class RunLog:
 
     def write(self, step: int, **groups: Mapping[str, Any]) -> dict[str, Metric]:
         """Write a row to every place, `ppo={"kl": 0.1}` as `ppo/kl`; returns it."""
+        if "evaluation" in groups:
+            self.evaluated = step
         row = grouped(**groups)
         for sink in self._sinks:
             sink.write(step, row)

@@ -31,7 +31,7 @@ class MetricSink(Protocol):
 
 class JsonLines:
     """metrics.jsonl: every row, unknown numbers as null. Rows of steps after `start` are dropped
-    from an older file: they come again."""
+    from an older file: they come again. evaluated: the last step with an evaluation there."""
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
@@ -39,6 +39,8 @@ class JsonLines:
             there = path.read_text() if start and path.exists() else ""
             rows = [row for row in there.splitlines() if 0 <= _step_of(row) <= start]
             kept = "".join(row + "\n" for row in rows)
+            evaluated = [_step_of(row) for row in rows if '"evaluation/' in row]
+            self.evaluated = max(evaluated, default=0)
             if kept != there:
                 with written_whole(path) as scratch:
                     scratch.write_text(kept)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ import openai
 from openai.types import Completion
 from tenacity import (
     AsyncRetrying,
-    retry_if_exception_type,
+    retry_if_exception,
     stop_after_attempt,
     wait_exponential_jitter,
 )
@@ -32,15 +33,18 @@ from espo_rl.config import RolloutSection, Stopping, TaskSection
 from espo_rl.tags import read_tags
 from espo_rl.types import EndReason, Problem, Request, Rollout
 
+#: how the error of a rollout begins that took too long
+TIMED_OUT = "no answer within rollout.timeout"
 #: stands for the problem in a template
 PROBLEM = "{problem}"
-_TRANSIENT = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that prompts need."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> Any: ...
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any: ...
 
@@ -49,7 +53,8 @@ class Tokenizer(Protocol):
 class Prompter:
     """Problem to prompt token ids, through the chat template or as plain text.
 
-    variables: of the chat template; template: with which a problem's prompt was made.
+    variables: of the chat template; template: with which a problem's prompt was made. special:
+    whether answers are wanted with their special tokens, as a tag is one.
     """
 
     tokenizer: Tokenizer
@@ -58,10 +63,12 @@ class Prompter:
     variables: Mapping[str, Any] = field(default_factory=dict)
     template: str = PROBLEM
     thought_tags: Sequence[tuple[str, str]] = ()
+    special: bool = False
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, task: TaskSection) -> Prompter:
         """As the recipe asks."""
+        tags = chain(*task.thought_tags, *task.answer_tags)
         return cls(
             tokenizer,
             task.chat,
@@ -69,6 +76,7 @@ class Prompter:
             task.chat_template_kwargs,
             task.template,
             task.thought_tags,
+            special=any(_is_special(tag, tokenizer) for tag in tags),
         )
 
     def __call__(self, problem: Problem) -> list[int]:
@@ -96,6 +104,13 @@ class Prompter:
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.variables
         )
+
+
+def _is_special(tag: str, tokenizer: Tokenizer) -> bool:
+    """Whether a server leaves it out of its texts unless told otherwise, as Magistral's [THINK]."""
+    ids = tokenizer.encode(tag, add_special_tokens=False)
+    told, texts = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)
+    return tag in told and tag not in texts
 
 
 @dataclass(frozen=True)
@@ -184,17 +199,11 @@ class Collector:
 
     async def rollout(self, request: Request, temperature: float, top_p: float = 1.0) -> Rollout:
         """Ask for one, at once."""
-        prompt_ids = self._prompter(request.problem)
-        espo: dict[str, Any] = {"mode": request.mode}
-        if request.gate is not None:
-            espo["gate"] = request.gate
-        if request.history is not None:
-            espo["history"] = request.history
-        if self._probe is not None and (request.problem.answer or self._probe.end):
-            espo["probe"] = dataclasses.asdict(self._probe(request.problem))
+        prompt_ids: list[int] = []
         try:
+            prompt_ids, espo = self._prompter(request.problem), self._espo(request)
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(_TRANSIENT),
+                retry=retry_if_exception(_transient),
                 stop=stop_after_attempt(self._config.retries),
                 wait=wait_exponential_jitter(initial=0.2, max=10.0),
                 reraise=True,
@@ -210,10 +219,19 @@ class Collector:
                         frequency_penalty=0.0,
                         seed=request.seed,
                         logprobs=1,
-                        extra_body={**WHOLE_POLICY, "return_token_ids": True, "espo": espo},
+                        extra_body={
+                            **WHOLE_POLICY,
+                            "return_token_ids": True,
+                            "skip_special_tokens": not self._prompter.special,
+                            "espo": espo,
+                        },
                     )
             rollout = read_completion(completion, request.problem, prompt_ids, request.mode)
-        except (openai.OpenAIError, ValueError) as error:
+        # What the tokenizer does not take of a problem is a TypeError.
+        except (openai.OpenAIError, ValueError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, openai.APITimeoutError):
+                reason = f"{TIMED_OUT} = {self._config.timeout:g} s"
             rollout = Rollout(
                 problem=request.problem,
                 prompt_ids=prompt_ids,
@@ -223,12 +241,29 @@ class Collector:
                 text="",
                 end=EndReason.ERROR,
                 kept=0,
-                error=f"{type(error).__name__}: {error}",
+                error=reason,
             )
         rollout.group, rollout.seed = request.group, request.seed
         rollout.history = request.history
         rollout.opened = self._prompter.opened(request.problem)
         return rollout
+
+    def _espo(self, request: Request) -> dict[str, Any]:
+        """What the gateway is told."""
+        espo: dict[str, Any] = {"mode": request.mode}
+        if request.gate is not None:
+            espo["gate"] = request.gate
+        if request.history is not None:
+            espo["history"] = request.history
+        if self._probe is not None and (request.problem.answer or self._probe.end):
+            espo["probe"] = dataclasses.asdict(self._probe(request.problem))
+        return espo
+
+
+def _transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed: one that took too long would do so again."""
+    lost = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
+    return isinstance(error, lost) and not isinstance(error, openai.APITimeoutError)
 
 
 def read_completion(

@@ -12,9 +12,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
@@ -24,7 +25,10 @@ from espo_gateway.supervisor import ServerStartError, free_port
 from espo_gateway.vllm_plugin.head_file import fingerprint
 from espo_gateway.vllm_plugin.wire import ROUTE
 from espo_rl.config import Recipe
-from espo_rl.servers.server import Say, Server, ServerError, call
+from espo_rl.first import first_of
+from espo_rl.servers.server import Say, Server, ServerError, ServerFellError, call
+
+T = TypeVar("T")
 
 #: What launchers tell the ranks; a server of one of them is none, and vLLM would read it
 OF_RANKS = re.compile(
@@ -121,6 +125,18 @@ class Fleet:
             for wait in waits:
                 wait.cancel()
 
+    async def watched(self, doing: Awaitable[T]) -> T:
+        """What it gives. Raises ServerFellError, and gives it up, when one of them falls."""
+        fallen = asyncio.ensure_future(self.failure())
+        first = await first_of(doing, fallen)
+        if first is fallen:
+            raise ServerFellError(fallen.result())
+        return cast(T, first.result())
+
+    async def end(self, url: str) -> None:
+        """End one of the run's that gives no answer, so that it is found down and started anew."""
+        await asyncio.gather(*(server.stop() for server in self.all if server.url == url))
+
     async def down(self) -> list[Server]:
         """Those that do not answer now."""
         up = await asyncio.gather(*(server.is_up() for server in self.all))
@@ -139,6 +155,8 @@ class Fleet:
             if server.command:
                 say(f"restarting the {server.name}")
             await server.stop()
+            if server.command:
+                await server.until_port_free()
             try:
                 await self._start(server, say)
                 return

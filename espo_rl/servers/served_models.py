@@ -17,7 +17,7 @@ from espo_rl.ppo.trainer import ModelName, PpoTrainer
 from espo_rl.rollouts.collector import Collector, Prompter
 from espo_rl.servers.fleet import Fleet
 from espo_rl.servers.sampling_proof import SamplingTest
-from espo_rl.servers.server import Say, ServerError
+from espo_rl.servers.server import Say, ServerError, ServerFellError
 from espo_rl.servers.weight_source import nothing
 from espo_rl.servers.weights import (
     CRITIC_SUFFIX,
@@ -28,6 +28,9 @@ from espo_rl.servers.weights import (
 )
 from espo_rl.types import EndReason, Problem, Request
 
+#: that one call about weights may take; of a large model from a slow disk it is minutes, which
+#: servers.hang_timeout says
+LEAST_SECONDS = 120.0
 #: how many rollouts, of how many tokens at most, prove that a server samples as it should
 PROOF_ROLLOUTS, PROOF_TOKENS = 64, 32
 T = TypeVar("T")
@@ -67,13 +70,17 @@ class ServedModels:
         self._announce = announce
         self._behind = True  # a server has started since the weights were sent
         policies, critics = fleet.policy_urls, [fleet.critic.url] if fleet.critic else []
+        timeout = max(recipe.servers.hang_timeout, LEAST_SECONDS)
         self._actor = WeightPublisher(
             policies,
             transfer=transfer_of(recipe.servers, policies),
+            timeout=timeout,
             keep_kv=recipe.rollout.keep_kv and bool(recipe.rollout.ahead),
         )
         self._critic = WeightPublisher(
-            critics, transfer=transfer_of(recipe.servers, critics, suffix=CRITIC_SUFFIX)
+            critics,
+            transfer=transfer_of(recipe.servers, critics, suffix=CRITIC_SUFFIX),
+            timeout=timeout,
         )
 
     async def __aenter__(self) -> Self:
@@ -185,12 +192,16 @@ class ServedModels:
             await self.sync()
 
     async def attempt(self, action: Callable[[], Awaitable[T]]) -> T:
-        """Do what needs the servers; when one has fallen, bring it back and do it again."""
+        """Do what needs the servers; when one has fallen, or gives no answer to a call about
+        weights, bring it back and do it again."""
         while True:
             try:
                 return await action()
             except (ServerError, WeightSyncError) as fault:
-                if not await self.heal(str(fault)):
+                if isinstance(fault, WeightRouteError) and fault.status is None:
+                    await self._fleet.end(fault.url)  # perhaps its /health alone still answers
+                # One by URL that hung may be there again: how often is the fleet's to say.
+                if not (await self.heal(str(fault)) or isinstance(fault, ServerFellError)):
                     raise
 
     async def heal(self, fault: str) -> bool:

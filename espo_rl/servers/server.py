@@ -7,17 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from espo_gateway.supervisor import ServerProcess
+from espo_gateway.supervisor import PortInUseError, ServerProcess, check_port_free
+from espo_rl.first import first_of
 
 Say = Callable[[str], None]
 
 
 class ServerError(RuntimeError):
     """A server of the run cannot be had, or does not answer as it must."""
+
+
+class ServerFellError(ServerError):
+    """A server has died or hangs; it can be started anew."""
 
 
 @dataclass
@@ -74,6 +80,16 @@ class Server:
         if self.process is not None:
             await self.process.stop()
 
+    async def until_port_free(self) -> None:
+        """Wait, for as long as a start may take: a server whose guard was killed ends by itself."""
+        address, loop = urlsplit(self.url), asyncio.get_running_loop()
+        deadline = loop.time() + self.start_timeout
+        while loop.time() < deadline:
+            try:
+                return check_port_free(address.hostname or "", address.port or 80)
+            except PortInUseError:
+                await asyncio.sleep(0.1)
+
     async def is_up(self) -> bool:
         """Whether it lives and answers."""
         if self.process is not None and not self.process.alive:
@@ -82,15 +98,8 @@ class Server:
 
     async def until_down(self, hang_timeout: float) -> str:
         """Wait until it has died or hangs; what happened, in words."""
-        hung = asyncio.ensure_future(self._until_hung(hang_timeout))
-        waits: set[asyncio.Future[Any]] = {hung}
-        if self.process is not None:
-            waits.add(asyncio.ensure_future(self.process.wait()))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        died = [] if self.process is None else [self.process.wait()]
+        await first_of(self._until_hung(hang_timeout), *died)
         if self.process is None or self.process.alive:
             return f"gave no sign of life for {hang_timeout:g} s (servers.hang_timeout)"
         return f"died; its log {self.process.log_path} ends:\n{self.process.log_tail()}"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +19,7 @@ import torch
 
 from espo_gateway.files import written_whole
 from espo_gateway.vllm_plugin import BACKEND
-from espo_gateway.vllm_plugin.client import WeightClient
+from espo_gateway.vllm_plugin.client import WeightClient, WeightSyncError
 from espo_rl.ppo.parameters import TensorSpec
 from espo_rl.servers.weight_source import Loaded, Tensors, nothing, raise_first
 
@@ -56,20 +56,39 @@ class FileTransfer:
         version: str,
         loaded: Loaded = nothing,
     ) -> None:
-        """See `WeightTransfer`; a server that fails does not keep the others from the weights."""
+        """See `WeightTransfer`; a server that fails does not keep the others from the weights.
+
+        Raises:
+            WeightSyncError: the file cannot be written, or as for every transfer.
+        """
         if self._path is not None:
             # A server must never see half a file, not even one that was left by a crash.
-            with written_whole(self._path) as scratch, scratch.open("wb") as file:
+            with (
+                _write_errors(f"{self._path}: free space or change servers.weights_path"),
+                written_whole(self._path) as scratch,
+                scratch.open("wb") as file,
+            ):
                 write_safetensors(file, specs, tensors)
             await _update(clients, str(self._path), version, loaded)
             return
         with os.fdopen(os.memfd_create("espo-weights"), "wb") as file:
-            write_safetensors(file, specs, tensors)
-            file.flush()
+            with _write_errors("shared memory: free some, or give servers.weights_path"):
+                write_safetensors(file, specs, tensors)
+                file.flush()
             await _update(clients, f"/proc/{os.getpid()}/fd/{file.fileno()}", version, loaded)
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+@contextmanager
+def _write_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WeightSyncError(
+            f"cannot write the weights ({error.strerror or error}) to {where}"
+        ) from error
 
 
 async def _update(clients: Sequence[WeightClient], path: str, version: str, loaded: Loaded) -> None:

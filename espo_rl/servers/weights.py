@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from statistics import fmean
 from typing import Self
 from urllib.parse import urlsplit
@@ -95,10 +96,16 @@ class WeightPublisher:
                 some may have the new weights: publish again, or stop.
         """
         self._sent.clear()
-        if self._clients:
-            await self._transfer.send(self._clients, specs, self._noted(tensors), version, loaded)
+        if not self._clients:
+            return
+        with ExitStack() as ended:
+            # A generator that is left half-way would hold on to the trainer.
+            if isinstance(tensors, Generator):
+                ended.callback(tensors.close)
+            noted = ended.enter_context(closing(self._noted(tensors)))
+            await self._transfer.send(self._clients, specs, noted, version, loaded)
 
-    def _noted(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    def _noted(self, tensors: Tensors) -> Generator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
             self._sent[name] = fingerprint(tensor)
             yield name, tensor
@@ -273,5 +280,6 @@ def transfer_of(
     if (path := config.weights_path) is not None:
         return FileTransfer(path if suffix is None else path.with_suffix(suffix))
     if way in ("ipc", "nccl"):
-        return EngineTransfer(way, timeout=config.hang_timeout)
+        # Longer than one call may take, so that the server which hangs is told by it.
+        return EngineTransfer(way, timeout=2.0 * max(config.hang_timeout, 120.0))
     return FileTransfer()

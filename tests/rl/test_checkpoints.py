@@ -132,6 +132,38 @@ def test_a_kill_while_writing_leaves_the_last_whole_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_what_kills_left_of_any_step_goes(tmp_path: Path) -> None:
+    """Of a step that no later run saves again it would stay for good."""
+    store = CheckpointStore(tmp_path)
+    store.save(2, "second", nothing)
+    for left in ("step-00000001.tmp", "step-00000003.tmp"):
+        (tmp_path / left / "actor").mkdir(parents=True)
+    store.drop_after(2)
+    assert names(tmp_path) == ["step-00000002"]
+    assert store.has(2)
+    assert not store.has(3)
+
+
+def test_a_checkpoint_counts_for_nothing_before_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    first = store.save(1, "first", nothing)
+    store.save(2, "second", nothing)
+    store.save(3, "third", nothing)
+    assert names(tmp_path) == ["step-00000003"]
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("espo_rl.checkpoints.shutil.rmtree", refuse)
+    with pytest.raises(CheckpointError, match="step-00000003: Permission denied; remove it"):
+        store.drop_after(2)
+    assert names(tmp_path) == ["step-00000003.tmp"]  # as a kill would leave it
+    assert store.newest() is None
+    assert not first.exists()
+
+
 # -- errors that a person can act on ---------------------------------------------------------------
 
 

@@ -16,10 +16,11 @@ from espo_gateway.stop.rules import Gate
 from espo_rl import loop as looping
 from espo_rl.config import load_recipe
 from espo_rl.evaluate.results import EvaluationError, Report
-from espo_rl.loop import Loop
+from espo_rl.loop import Interrupted, Loop
+from espo_rl.rollouts.collector import TIMED_OUT
 from espo_rl.rollouts.in_flight import InFlight
 from espo_rl.servers.sampler import Sampler
-from espo_rl.servers.server import ServerError
+from espo_rl.servers.server import ServerError, ServerFellError
 from espo_rl.tasks.grader_pool import GraderPool
 from espo_rl.types import EndReason, Request, Rollout
 from tests.helpers.models import random_checkpoint
@@ -77,6 +78,9 @@ class Servers:
 
     async def catch_up(self) -> None:
         pass
+
+    async def watched(self, doing: Awaitable[Any]) -> Any:
+        return await doing
 
     async def attempt(self, action: Callable[[], Awaitable[Any]]) -> Any:
         return await action()
@@ -210,6 +214,163 @@ async def test_an_evaluation_goes_on_when_the_servers_are_well_again_by_themselv
     monkeypatch.setattr(servers, "heal", heal)
     report = await loop.evaluate()
     assert (asked, report.errors) == (2, [])
+
+
+async def test_an_evaluation_goes_on_when_a_server_hung(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: Any = loop.served
+    loop.collector = servers
+    asked = 0
+
+    async def hangs_once(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise ServerFellError("the policy server gave no sign of life")
+        return Report.of([], arguments[3], votes=False)
+
+    monkeypatch.setattr(looping, "evaluate", hangs_once)
+    await loop.evaluate()
+    assert (asked, servers.healed) == (2, ["the policy server gave no sign of life"])
+
+
+class Steps:
+    """The loop's own order, of steps in which nothing happens; every second one is evaluated."""
+
+    def __init__(self, loop: Loop, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+        self.loop = loop
+        self.done: list[str] = []
+        sections = {
+            "run": loop.recipe.run.model_copy(update={"steps": steps}),
+            "evaluation": loop.recipe.evaluation.model_copy(update={"every": 2}),
+            "checkpoints": loop.recipe.checkpoints.model_copy(update={"every": 2, "keep": 9}),
+        }
+        loop.recipe = loop.recipe.model_copy(update=sections)
+        for name in ("start", "prove_sampling", "evaluate_policy"):
+            monkeypatch.setattr(loop, name, self.nothing)
+        monkeypatch.setattr(loop, "train_step", self.train)
+        monkeypatch.setattr(loop, "evaluate", self.evaluate)
+        monkeypatch.setattr(loop.trainer, "save", self.save)
+        monkeypatch.setattr(loop.trainer, "save_models", lambda folder: None)
+
+    async def nothing(self, *_: Any) -> None:
+        pass
+
+    async def train(self) -> None:
+        self.loop.step += 1
+        self.done.append(f"step {self.loop.step}")
+
+    async def evaluate(self) -> None:
+        self.done.append(f"evaluation {self.loop.step}")
+        self.loop.log.write(self.loop.step, evaluation={"avg@1": 0.5})
+
+    def save(self, folder: Path) -> None:
+        self.done.append(f"save {self.loop.step}")
+
+
+@pytest.fixture
+def steps(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(loop, monkeypatch, 5)
+
+
+async def test_a_step_is_saved_before_its_evaluation(steps: Steps) -> None:
+    await steps.loop.run()
+    assert steps.done == [
+        *("step 1", "step 2", "save 2", "evaluation 2"),
+        *("step 3", "step 4", "save 4", "evaluation 4", "step 5", "save 5"),
+    ]
+
+
+async def test_a_resumed_run_evaluates_what_no_run_has(steps: Steps) -> None:
+    steps.loop.step = 4
+    await steps.loop.run()
+    assert steps.done == ["evaluation 4", "step 5", "save 5"]
+    steps.loop.step = steps.loop.log.start = 4
+    steps.done.clear()
+    await steps.loop.run()
+    assert steps.done == ["step 5", "save 5"]
+
+
+async def test_an_interrupted_evaluation_is_given_up_and_the_step_is_there(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = asyncio.Event()
+
+    async def long() -> None:
+        steps.loop.interrupted.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(steps.loop, "evaluate", long)
+    with pytest.raises(Interrupted):
+        await steps.loop.run()
+    assert given_up.is_set()
+    assert steps.done == ["step 1", "step 2", "save 2"]
+
+
+async def test_servers_that_fail_for_good_cost_no_step(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+
+    async def fails(*_: Any) -> None:
+        raise ServerError("fell 4 times in a row")
+
+    monkeypatch.setattr(loop, "collect", fails)
+    monkeypatch.setattr(loop.trainer, "save", lambda folder: saved.append(loop.step))
+    loop.step = 3
+    with pytest.raises(ServerError, match="4 times"):
+        await loop.train_step()
+    assert saved == [3]
+    newest = loop.checkpoints.newest()
+    assert newest is not None
+    (batch, _) = loop.checkpoints.read(newest)["batches"]
+    assert (batch.step, len(batch.waiting)) == (4, 4)
+
+
+async def test_what_took_too_long_is_warned_of(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers: Any = loop.served
+    batch = loop.queue.next(0, 1)
+    late = dict.fromkeys([*batch.waiting][:2], f"{TIMED_OUT} = 600 s")
+    put = batch.put
+
+    def put_late(rollout: Rollout) -> None:
+        if error := late.pop(rollout.seed, None):
+            rollout.end, rollout.error = EndReason.ERROR, error
+        put(rollout)
+
+    monkeypatch.setattr(batch, "put", put_late)
+    for _ in range(6):
+        servers.let.release()
+    await loop.collect(batch)
+    assert "warning: 2 rollouts took longer than rollout.timeout = 600 s" in capsys.readouterr().out
+    assert (len(batch.usable), batch.resampled) == (4, 2)
+
+
+async def test_what_is_taken_back_while_it_is_graded_is_not_scored(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: Any = loop.served
+    batch = loop.queue.next(0, 1)
+    rounds: list[int] = []
+
+    async def falls(rollouts: list[Rollout], *_: Any) -> None:
+        rounds.append(len(rollouts))
+        if len(rounds) == 1:  # the grader fails for one, and a server falls
+            rollouts[0].end = EndReason.ERROR
+            batch.recall_failed()
+
+    monkeypatch.setattr(looping, "score", falls)
+    for _ in range(5):
+        servers.let.release()
+    await loop.collect(batch)
+    assert rounds == [4, 1]
+    assert batch.scored == set(batch.rollouts)
 
 
 async def test_the_gateway_is_told_of_new_weights_by_the_newest_gate(loop: Loop) -> None:

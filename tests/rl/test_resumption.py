@@ -230,8 +230,23 @@ def test_what_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(OutputError, match=r"recipe\.json: Permission denied"):
+    with pytest.raises(OutputError, match=r"cannot remove .*: Permission denied"):
         remove_run(tmp_path)
+
+
+def test_what_is_left_of_a_removal_that_was_killed_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_there(tmp_path, steps=7, checkpoints=(5,))
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr("espo_rl.record.output.shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            remove_run(tmp_path)
+    assert starting_point(recipe_with(tmp_path), None, overwrite=True) is None
 
 
 # -- changed settings ------------------------------------------------------------------------------

@@ -252,6 +252,17 @@ async def test_a_log_keeps_what_an_earlier_server_said(tmp_path: Path) -> None:
     ]
 
 
+async def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(ServerStartError, match=r"policy: cannot write its log .*logs/policy\.log"):
+        await ServerProcess.start(
+            ["true"],
+            log_path=tmp_path / "logs" / "policy.log",
+            ready_url=f"http://127.0.0.1:{free_port()}/health",
+            name="policy",
+        )
+
+
 async def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ServerStartError, match="cannot start no-such-program"):
         await ServerProcess.start(

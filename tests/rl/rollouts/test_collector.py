@@ -359,12 +359,22 @@ async def test_a_refused_request_is_not_repeated() -> None:
 async def test_a_server_that_falls_silent_is_left() -> None:
     async with (
         FakeServer(Script([GOOD] * 5, fault="stall", after=2)) as server,
-        collector_of(server, timeout=0.3, retries=1) as collector,
+        collector_of(server, timeout=0.3, retries=3) as collector,
     ):
         (rollout,) = await collector.collect(samples(1), temperature=1.0)
         await server.until(lambda: server.aborted == 1)
+        assert len(server.bodies) == 1  # the same would take as long again
     assert rollout.end is EndReason.ERROR
-    assert "timed out" in rollout.error
+    assert rollout.error == "no answer within rollout.timeout = 0.3 s"
+
+
+async def test_a_problem_that_no_tokenizer_takes_costs_its_rollout() -> None:
+    half = Request(Problem(id="half", prompt="\ud83d", answer="1"), seed=1)
+    async with FakeServer(Script([GOOD] * 5)) as server, collector_of(server) as collector:
+        (rollout,) = await collector.collect([half], temperature=1.0)
+        assert server.bodies == []
+    assert (rollout.end, rollout.prompt_ids) == (EndReason.ERROR, [])
+    assert rollout.error
 
 
 async def test_nobody_listens() -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -15,13 +16,13 @@ import torch
 from aiohttp import web
 
 from espo_gateway.stop.rules import Gate
-from espo_gateway.supervisor import ServerProcess, ServerStartError, free_port
+from espo_gateway.supervisor import PortInUseError, ServerProcess, ServerStartError, free_port
 from espo_gateway.testing import FakeServer, Script
 from espo_gateway.vllm_plugin.head_file import fingerprint
 from espo_rl.config import Recipe, load_recipe
 from espo_rl.servers import server as watched
 from espo_rl.servers.fleet import Fleet, make_fleet, seats, served_model
-from espo_rl.servers.server import Server, ServerError
+from espo_rl.servers.server import Server, ServerError, ServerFellError
 from tests.helpers.gateway import GOOD
 from tests.helpers.models import headed, random_model
 
@@ -159,6 +160,30 @@ async def test_a_server_that_says_nothing_of_tokens_is_judged_by_its_health(
     assert "the policy server died" in await servers.failure()
 
 
+async def test_what_is_watched_is_given_up_when_a_server_falls(make: Make, said: Said) -> None:
+    servers = make("--stuck", hang_timeout=0.2)
+    await servers.start(said)
+    assert await servers.watched(asyncio.sleep(0, "done")) == "done"
+    given_up = asyncio.Event()
+
+    async def long() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+
+    with pytest.raises(ServerFellError, match="no sign of life"):
+        await servers.watched(long())
+    assert given_up.is_set()
+
+
+async def test_one_that_gives_no_answer_is_ended(make: Make, said: Said) -> None:
+    servers = make()
+    await servers.start(said)
+    await servers.end(servers.policies[0].url)
+    assert await servers.down() == servers.policies
+
+
 @pytest.mark.slow
 async def test_a_stopped_process_hangs(make: Make, said: Said) -> None:
     servers = make(hang_timeout=0.2)
@@ -218,6 +243,25 @@ async def test_a_restarted_server_has_its_address_and_a_log_of_its_own(
     assert said == ["restarting the policy server"]
     logs = {path for path in os.listdir(tmp_path) if path.startswith("policy")}
     assert logs == {"policy server.log", "policy server.1.log"}
+
+
+async def test_a_restart_waits_for_what_still_has_the_port(
+    make: Make, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = make()
+    (policy,) = servers.policies
+    tries: list[int] = []
+
+    def ends_at_the_third(host: str, port: int) -> None:
+        tries.append(port)
+        if len(tries) < 3:
+            raise PortInUseError("in use")
+
+    monkeypatch.setattr(watched, "check_port_free", ends_at_the_third)
+    await servers.restart(policy, said)
+    assert tries == [urlsplit(policy.url).port] * 3
+    assert policy.restarts == 1
+    assert await policy.is_up()
 
 
 async def test_a_server_that_keeps_falling_ends_the_run(make: Make, said: Said) -> None:

@@ -28,7 +28,7 @@ class Characters:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(character) % 50 for character in text]
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         raise AssertionError
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:

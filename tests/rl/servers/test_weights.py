@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from aiohttp import web
 from safetensors.torch import load_file
 
-from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError
+from espo_gateway.vllm_plugin.client import WeightClient, WeightRouteError, WeightSyncError
 from espo_rl.config import Servers
 from espo_rl.ppo.parameters import TensorSpec, gathered, tensor_specs
+from espo_rl.servers import weight_files
 from espo_rl.servers.weight_files import FileTransfer, write_safetensors
 from espo_rl.servers.weights import (
     WeightParityError,
@@ -392,6 +394,24 @@ async def test_a_server_on_another_machine_reads_a_file(recorder: Recorder, tmp_
     assert recorder.seen["/update_weights"] == {"update_info": {"paths": [str(path)]}}
     assert torch.equal(load_file(path)["model.norm.weight"], model.model.norm.weight)
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_full_disk_is_named_with_the_fix(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weight_files, "write_safetensors", full)
+    path, model = tmp_path / "weights", random_model(3)
+    transfer = FileTransfer(path if named else None)
+    async with WeightPublisher([recorder.url], transfer=transfer) as publisher:
+        where = f"to {path}: free space" if named else "to shared memory: free some"
+        with pytest.raises(WeightSyncError, match=f"No space left on device.* {where}"):
+            await publisher.publish(tensor_specs(model), gathered(model), version="1")
+    assert recorder.routes == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_probe_tells_policies_apart() -> None:
