@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        check_empty(options.out, "--out")
+        check_empty(options.out, "--out", whole=True)
         needed("trl", "dev")
         with written_whole(options.out) as folder:
             train(options, folder)

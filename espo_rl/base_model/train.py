@@ -137,7 +137,7 @@ def train_base_model(
         print(f"base model: {out} is there already")
         return out
     if there is None:
-        check_empty(out, "--out")
+        check_empty(out, "--out", whole=True)
     elif not overwrite:
         changed = ", ".join(
             f"{name} = {there.get(name)!r}"

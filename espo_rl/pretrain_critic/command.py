@@ -94,9 +94,9 @@ def pretrain(options: argparse.Namespace, console: Console) -> None:
         PretrainError, OSError, ValueError: the rollouts, the model or the output are unusable.
     """
     output: Path = options.output
-    check_empty(output, "--output", "choose another folder, or remove it")
+    check_empty(output, "--output", "choose another folder, or remove it", whole=True)
     if options.values is not None:
-        check_empty(options.values, "--values", "choose another folder, or remove it")
+        check_empty(options.values, "--values", "choose another folder, or remove it", whole=True)
         if options.values.resolve() == output.resolve():
             raise PretrainError("--values: it must be another folder than --output")
     settings = Settings(

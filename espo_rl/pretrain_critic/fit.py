@@ -142,13 +142,13 @@ def fit_critic(
             nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if not np.isfinite(sums[0]):
+        loss_now = _mean_loss(critic, validation, settings)
+        if not np.isfinite(sums[0] + loss_now):
             if helped:
                 break
             raise PretrainError(
-                f"the loss is {sums[0]:g} in epoch {epoch}: lower --learning-rate, or the rewards"
+                f"the loss is not finite in epoch {epoch}: lower --learning-rate, or the rewards"
             )
-        loss_now = _mean_loss(critic, validation, settings)
         on_epoch(float(sums[0] / sums[1]), loss_now)
         if loss_now < loss_then:
             best, loss_then, helped = _state(critic), loss_now, epoch

@@ -59,7 +59,7 @@ class RunLog:
         lines = JsonLines(folder / "metrics.jsonl", self.start)
         self._sinks, self.evaluated = [lines], lines.evaluated
         if logs.tensorboard:
-            self._sinks.append(TensorBoard(folder / "tensorboard", self.start))
+            self._sinks.append(TensorBoard(folder / "tensorboard", self.start, lines.tokens))
         if logs.wandb:
             self._sinks.append(WeightsAndBiases(self._recipe, self.start))
         self._progress.start(self.start)

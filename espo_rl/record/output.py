@@ -15,7 +15,7 @@ MARKS = ("recipe.json", "metrics.jsonl")
 #: folder whose removal was killed is still known as a run's
 OF_A_RUN = (
     *("summary.json", "rollouts", "checkpoints", "logs", "tensorboard", "wandb", "wandb_run"),
-    *("actor", "critic", "critic-config", "report.html"),
+    *("actor", "critic", "actor.tmp", "critic.tmp", "critic-config", "report.html"),
     *MARKS,
 )
 
@@ -43,26 +43,49 @@ def entries(folder: Path, setting: str) -> list[str]:
         ) from error
 
 
-def check_empty(folder: Path, setting: str, fix: str = "choose another folder") -> None:
-    """Raise OutputError where a folder holds anything. setting: that names it."""
+def check_empty(
+    folder: Path, setting: str, fix: str = "choose another folder", *, whole: bool = False
+) -> None:
+    """Raise OutputError where a folder holds anything, or nothing can be written there.
+
+    Args:
+        setting: that names it.
+        whole: it is written beside, and takes the name at the end.
+    """
     if there := entries(folder, setting):
         raise OutputError(f"{setting}: {folder} is not empty (it holds {listed(there)}): {fix}")
-    check_writable(folder, setting)
+    if whole:
+        check_beside(folder, setting)
+    else:
+        _check_within(folder, setting)
 
 
-def check_writable(path: Path, setting: str) -> None:
-    """Raise OutputError where no such file or folder can be made."""
+def check_beside(path: Path, setting: str) -> None:
+    """Raise OutputError where no file or folder can be written whole (`files.written_whole`)."""
     if not path.name:
-        raise OutputError(f"{setting}: {path} has no name of its own; choose another folder")
-    above = next(one for one in path.absolute().parents if one.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise OutputError(f"{setting}: cannot write into {above}; choose another folder")
+        raise OutputError(f"{setting}: {path} has no name of its own; choose another one")
+    _check_within(path.absolute().parent, setting)
+
+
+def _check_within(folder: Path, setting: str) -> None:
+    """Raise OutputError where nothing can be written into a folder, there or still to be made."""
+    there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise OutputError(
+            f"{setting}: cannot use {folder} ({error.strerror}); choose another folder"
+        ) from error
+    if not writable:
+        raise OutputError(f"{setting}: cannot write into {there}; choose another folder")
 
 
 def check_own(file: Path, setting: str, kind: str, own: Callable[[Path], bool]) -> None:
     """Raise OutputError where a file would be replaced that is not of the kind that takes its
     place. own: whether a file is; what it raises of ValueError means no."""
-    check_writable(file, setting)
+    check_beside(file, setting)
     try:
         if not file.exists() or (file.is_file() and not file.stat().st_size):
             return

@@ -18,6 +18,9 @@ from espo_rl.record.json_files import nulls
 from espo_rl.record.log_errors import LogError, log_errors
 from espo_rl.record.metrics import Metric
 
+#: tokens sampled so far
+TOTAL = "rollout/tokens_total"
+
 
 class MetricSink(Protocol):
     """One place where rows go."""
@@ -31,7 +34,11 @@ class MetricSink(Protocol):
 
 class JsonLines:
     """metrics.jsonl: every row, unknown numbers as null. Rows of steps after `start` are dropped
-    from an older file: they come again. evaluated: the last step with an evaluation there."""
+    from an older file: they come again.
+
+    evaluated: the last step with an evaluation there. tokens: sampled by the last step there; None
+    where no step is.
+    """
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
@@ -41,6 +48,8 @@ class JsonLines:
             kept = "".join(row + "\n" for row in rows)
             evaluated = [_step_of(row) for row in rows if '"evaluation/' in row]
             self.evaluated = max(evaluated, default=0)
+            totals = [json.loads(row)[TOTAL] for row in rows if f'"{TOTAL}"' in row]
+            self.tokens = int(totals[-1]) if totals else None
             if kept != there:
                 with written_whole(path) as scratch:
                     scratch.write_text(kept)
@@ -60,14 +69,14 @@ class TensorBoard:
     """Events for TensorBoard: the numbers. Accuracy against tokens is a run of its own,
     `by_tokens`, whose steps are tokens sampled so far."""
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, tokens: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         self._make = SummaryWriter
         self._by_tokens: SummaryWriter | None = None
-        # Of a resumed run it is known with the first step.
-        self._total: int | None = None if start else 0
+        # Of a resumed run whose log is not there it is known with the first step.
+        self._total = tokens if start else 0
         with log_errors(folder):
             self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
@@ -81,8 +90,8 @@ class TensorBoard:
             self._writer.flush()
 
     def _write_by_tokens(self, numbers: Mapping[str, float]) -> None:
-        if "rollout/tokens_total" in numbers:
-            self._total = int(numbers["rollout/tokens_total"])
+        if TOTAL in numbers:
+            self._total = int(numbers[TOTAL])
         accuracies = {
             name: value
             for name, value in numbers.items()

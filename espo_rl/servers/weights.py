@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import suppress
 from statistics import fmean
 from typing import Self
 from urllib.parse import urlsplit
@@ -98,12 +98,15 @@ class WeightPublisher:
         self._sent.clear()
         if not self._clients:
             return
-        with ExitStack() as ended:
-            # A generator that is left half-way would hold on to the trainer.
-            if isinstance(tensors, Generator):
-                ended.callback(tensors.close)
-            noted = ended.enter_context(closing(self._noted(tensors)))
+        noted = self._noted(tensors)
+        try:
             await self._transfer.send(self._clients, specs, noted, version, loaded)
+        finally:
+            # One that is left half-way would hold on to the trainer.
+            for one in (noted, tensors):
+                if isinstance(one, Generator):
+                    with suppress(ValueError):  # a thread that was given up is inside
+                        one.close()
 
     def _noted(self, tensors: Tensors) -> Generator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:

@@ -318,8 +318,13 @@ def _name_said(text: str, name: str) -> bool | None:
     if boxes := _last_boxes(text):
         names = {*map(_name, boxes)} - {""}
         return names == {name} if names else None
-    stated = re.search(rf"{_SAID}(?i:{re.escape(name)})(?![\w'])", _bare(text))
-    return True if stated else None
+    *_, last = None, *re.finditer(_SAID, _bare(text))
+    if last is None:
+        return None
+    follows = last.string[last.end() :].casefold()
+    if re.match(rf"{re.escape(name)}(?![\w'])", follows):
+        return True
+    return False if re.match(r"[a-z]{2,}(?:[.,;!?]|$)", follows) else None  # another name
 
 
 def _bare(text: str) -> str:

@@ -178,6 +178,21 @@ def test_a_resumed_run_drops_what_comes_again(tmp_path: Path) -> None:
     assert [row["step"] for row in rows_of(tmp_path)] == [1]
 
 
+def test_a_resumed_run_knows_what_its_log_has(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "rollout/tokens_total": 10},
+        {"step": 2, "rollout/tokens_total": 25},
+        {"step": 2, "evaluation/avg@1": 0.5},
+        {"step": 3, "rollout/tokens_total": 40},
+    ]
+    for start, evaluated, tokens in ((3, 2, 40), (2, 2, 25), (1, 0, 10), (0, 0, None)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = JsonLines(path, start)
+        lines.close()
+        assert (lines.evaluated, lines.tokens) == (evaluated, tokens)
+
+
 # -- TensorBoard -----------------------------------------------------------------------------------
 
 

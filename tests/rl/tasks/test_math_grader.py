@@ -17,6 +17,23 @@ def limit(box: str, answer: str, right: bool, reason: str) -> Any:
 
 
 @pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("The answer is east.", True),
+        ("**Answer:** East\n\nThe sun rises there.", True),
+        ("The answer is $\\text{east}$ because", True),
+        ("The answer is east. No: the answer is west.", False),
+        ("The answer is west. No: the answer is east.", True),
+        ("The answer is $seat$", False),
+        ("The answer is eastern", False),
+        ("east", False),  # it does not say that it answers
+    ],
+)
+def test_a_name_that_is_stated(text: str, right: bool) -> None:
+    assert math(text, "east") is right
+
+
+@pytest.mark.parametrize(
     ("box", "answer", "right"),
     [
         # As in GSM8K
