@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from espo_gateway.stop.rules import Gate
 from espo_gateway.stop.told import Schedule
+from espo_gateway.supervisor import ServerStartError
 from espo_rl.config import Model, Recipe, RolloutSection, Servers, Stopping, TaskSection
 from espo_rl.evaluate.arguments import read_problems
 from espo_rl.evaluate.results import EvaluationError
@@ -31,6 +32,7 @@ from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.progress import progress_bar
 from espo_rl.rollouts.collector import Collector, ProbePhrase, Prompter
 from espo_rl.servers.fleet import open_fleet
+from espo_rl.servers.server import ServerError
 from espo_rl.types import EndReason, Request
 
 
@@ -139,7 +141,7 @@ def main() -> None:
             raise SystemExit(f"bench_probe: {error}") from error
     try:
         rows = asyncio.run(measure(options))
-    except EvaluationError as error:
+    except (EvaluationError, ServerError, ServerStartError) as error:
         raise SystemExit(f"bench_probe: {error}") from error
     found = prices(rows)
     table = Table("", "seconds", "tokens", "tokens/s", "questions")

@@ -29,6 +29,7 @@ from espo_rl.record.json_files import write_json
 from espo_rl.record.output import OutputError, check_own, json_with
 from espo_rl.record.run_folder import read_run
 from espo_rl.rollouts.batch import Batch
+from espo_rl.train import FAULTS
 
 #: Not counted: steps at the start, until the gate of a step drawn ahead stops anything, and those
 #: at the end that have no next one to fill in with.
@@ -84,7 +85,7 @@ def main() -> int:
         name = f"{'stopping' if stops else 'plain'}, {schedule}"
         try:
             found.setdefault(name, []).append(measured(options.recipe, settings))
-        except RecipeError as error:
+        except (RecipeError, *FAULTS) as error:
             print(f"bench_schedule: {error}", file=sys.stderr)
             return 2
         # After each seed, as an hour goes by until the last.

@@ -147,7 +147,11 @@ def run(options: argparse.Namespace) -> int:
         options.end = defaults.probe_end
     files: list[Path] = []
     for path in options.rollouts:
-        found = rollout_files(path) if path.exists() else []
+        try:
+            found = rollout_files(path) if path.exists() else []
+        except OSError as error:
+            print(f"espo: {path}: {error.strerror}", file=sys.stderr)
+            return 2
         if not found:
             print(f"espo: {path} holds no rollouts (*.parquet)", file=sys.stderr)
             return 2

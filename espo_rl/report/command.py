@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_own(output, "--output", "report", is_report)
         content = make_report([read_run(path) for path in options.runs], options.rollouts)
-    except (OutputError, RunFolderError) as error:
+    except (OSError, OutputError, RunFolderError) as error:
         sys.exit(f"espo_rl.report: {error}")
     try:
         with written_whole(output) as scratch:
