@@ -54,15 +54,17 @@ def _of_rule(keys: str, switches: str, when: Callable[[Any], bool], fix: str) ->
     )
 
 
+def _is_file(recipe: Any, source: str) -> bool:
+    """Whether task.train, or task.eval, names a lone file."""
+    return Path(getattr(recipe.task, source) or ".").expanduser().is_file()
+
+
 def _split(split: str, source: str) -> Idle:
     """A lone file is whichever split it is asked for; a slice of it is one of the file."""
     return Idle(
         f"task.{split}",
         f"task.{source}",
-        lambda recipe: (
-            Path(getattr(recipe.task, source) or ".").expanduser().is_file()
-            and "[" not in getattr(recipe.task, split)
-        ),
+        lambda recipe: _is_file(recipe, source) and "[" not in getattr(recipe.task, split),
         f"a data set of several as task.{source}, or a slice, such as 'train[:90%]'",
     )
 
@@ -71,7 +73,7 @@ def _of_the_hub(subset: str, source: str) -> Idle:
     return Idle(
         f"task.{subset}",
         f"task.{source}",
-        lambda recipe: Path(getattr(recipe.task, source) or ".").expanduser().is_file(),
+        lambda recipe: _is_file(recipe, source),
         f"a data set of several as task.{source}, on the hub or in a folder",
     )
 

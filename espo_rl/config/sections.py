@@ -369,6 +369,11 @@ class Servers(Section):
     # mean |Δ logprob| of the probe, server against trainer; None: 1e-3, and 0.3 in bfloat16
     parity_tolerance: Positive | None = None
 
+    @property
+    def weights_timeout(self) -> float:
+        """Seconds that one call about weights may take: a large model may come from a slow disk."""
+        return max(self.hang_timeout, 120.0)
+
     @model_validator(mode="after")
     def _weights(self) -> Servers:
         if self.weight_transfer == "file" and self.weights_path is None:

@@ -44,12 +44,14 @@ class JsonLines:
         self._path = path
         with log_errors(path):
             there = path.read_text() if start and path.exists() else ""
-            rows = [row for row in there.splitlines() if 0 <= _step_of(row) <= start]
-            kept = "".join(row + "\n" for row in rows)
-            evaluated = [_step_of(row) for row in rows if '"evaluation/' in row]
-            self.evaluated = max(evaluated, default=0)
-            totals = [json.loads(row)[TOTAL] for row in rows if f'"{TOTAL}"' in row]
-            self.tokens = int(totals[-1]) if totals else None
+            read = [(line, _row_of(line)) for line in there.splitlines()]
+            rows = [(line, row) for line, row in read if row and 0 <= row["step"] <= start]
+            kept = "".join(line + "\n" for line, _ in rows)
+            self.evaluated, self.tokens = 0, None
+            for _, row in rows:
+                if any(name.startswith("evaluation/") for name in row):
+                    self.evaluated = max(self.evaluated, row["step"])
+                self.tokens = row.get(TOTAL, self.tokens)
             if kept != there:
                 with written_whole(path) as scratch:
                     scratch.write_text(kept)
@@ -168,9 +170,10 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _step_of(row: str) -> int:
-    """The step of a row of metrics.jsonl; -1 for what a kill left of one."""
+def _row_of(line: str) -> dict[str, Any]:
+    """A row of metrics.jsonl; nothing of what a kill left of one."""
     try:
-        return int(json.loads(row)["step"])
+        row = json.loads(line)
+        return {**row, "step": int(row["step"])}
     except (ValueError, KeyError, TypeError):
-        return -1
+        return {}

@@ -28,9 +28,6 @@ from espo_rl.servers.weights import (
 )
 from espo_rl.types import EndReason, Problem, Request
 
-#: that one call about weights may take; of a large model from a slow disk it is minutes, which
-#: servers.hang_timeout says
-LEAST_SECONDS = 120.0
 #: how many rollouts, of how many tokens at most, prove that a server samples as it should
 PROOF_ROLLOUTS, PROOF_TOKENS = 64, 32
 T = TypeVar("T")
@@ -70,7 +67,7 @@ class ServedModels:
         self._announce = announce
         self._behind = True  # a server has started since the weights were sent
         policies, critics = fleet.policy_urls, [fleet.critic.url] if fleet.critic else []
-        timeout = max(recipe.servers.hang_timeout, LEAST_SECONDS)
+        timeout = recipe.servers.weights_timeout
         self._actor = WeightPublisher(
             policies,
             transfer=transfer_of(recipe.servers, policies),

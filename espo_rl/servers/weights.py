@@ -284,5 +284,5 @@ def transfer_of(
         return FileTransfer(path if suffix is None else path.with_suffix(suffix))
     if way in ("ipc", "nccl"):
         # Longer than one call may take, so that the server which hangs is told by it.
-        return EngineTransfer(way, timeout=2.0 * max(config.hang_timeout, 120.0))
+        return EngineTransfer(way, timeout=2.0 * config.weights_timeout)
     return FileTransfer()
